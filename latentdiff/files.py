@@ -1,0 +1,52 @@
+"""Writing files so that a crash, a full disk or Ctrl-C never leaves half of one behind."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from latentdiff.errors import LatentDiffError
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to; on success it becomes `path`, on failure it disappears.
+
+    The temporary file lies in the same folder (so that the final rename is atomic) and keeps the suffix of `path` (so that
+    libraries which choose a format by suffix work). Missing parent folders are made.
+
+    Raises:
+        LatentDiffError: the folder cannot be written to, or the disk is full.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise LatentDiffError(f"cannot write {path}: {error.strerror or error}; choose another place with --out") from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        _flush_to_disk(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise LatentDiffError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    # The mask can only be read by setting it; mkstemp's private 0600 would surprise whoever shares the folder.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
