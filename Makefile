@@ -1,0 +1,46 @@
+# make demo   install what is needed into .venv and generate a picture
+# make test   install what the tests need and run them
+# make lint   check the style of the code
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done)
+VENV ?= .venv
+PROMPT ?= two cats and a rocket on a blue background
+export PROMPT
+INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo test lint clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+demo: $(VENV)/installed
+	@$(VENV)/bin/latentdiff generate "$$PROMPT" --out pictures/
+
+test: $(VENV)/installed-test
+	@$(VENV)/bin/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+lint: $(VENV)/installed-test
+	@$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "latentdiff needs Python 3.11 or newer and found none; install it, or name it: make demo PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "latentdiff needs Python 3.11 or newer, $(PYTHON) is older; name another one: make demo PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@"$(PYTHON)" -m venv $(VENV)
+
+# The stamps are older than the files they depend on as soon as a requirement changes; then pip runs again.
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing latentdiff into $(VENV) (the first time this takes a few minutes) ..."
+	@$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing latentdiff and what its tests need into $(VENV) ..."
+	@$(INSTALL) --editable '.[test]'
+	@touch $(VENV)/installed $@
