@@ -1,0 +1,247 @@
+"""Tiny models with random weights in the real layouts, built and saved by diffusers and transformers.
+
+They are the peers of the parity tests: the same tensors go through their code and through ours. Every key
+pattern of the real models occurs in them (four U-Net levels, the last without attention; down- and upsamplers;
+shortcut convolutions), only the widths are small. Normalisation weights and biases are random too, so that a
+swapped or forgotten tensor shows in the output.
+
+    sd1_folder(tmp)      SD 1.x: convolution projections, 8 heads on every level, eps prediction
+    sd2_folder(tmp)      SD 2.x: linear projections, heads per level, penultimate text layer, v-prediction
+    inpaint_folder(tmp)  SD 1.x with a 9-channel U-Net
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+WORDS = tuple("a photo of the cat dog fox rocket two red blue background on left right to".split())
+CONTEXT_LENGTH = 77
+CHANNELS = (16, 32, 32, 32)
+CROSS_ATTENTION_DIM = 32
+
+
+# --- Tokenizer ------------------------------------------------------------------------------------
+
+
+def byte_symbols() -> list[str]:
+    """The 256 printable stand-ins of bytes that GPT-2 and CLIP vocabularies use, in their order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [256 + i for i in range(256 - len(printable))]
+    return [chr(code) for code in printable + others]
+
+
+def tokenizer_vocabulary(words: tuple[str, ...] = WORDS) -> tuple[dict[str, int], list[str]]:
+    """A CLIP vocabulary (token -> id) and its merges, in which every one of `words` is one token."""
+    tokens = byte_symbols()
+    tokens += [symbol + "</w>" for symbol in tokens]
+    merges: list[str] = []
+    for word in words:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            left, right, *rest = pieces
+            if f"{left} {right}" not in merges:
+                merges.append(f"{left} {right}")
+                tokens.append(left + right)
+            pieces = [left + right, *rest]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    return {token: index for index, token in enumerate(tokens)}, merges
+
+
+def save_tokenizer(
+    folder: Path, *, pad_token: str = "<|endoftext|>", max_length: int = CONTEXT_LENGTH
+) -> int:
+    """Write the four files of a CLIP tokenizer as published folders have them; returns the vocabulary's size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary, merges = tokenizer_vocabulary()
+    special = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": pad_token,
+    }
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "do_lower_case": True}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, **special}), encoding="utf-8")
+    return len(vocabulary)
+
+
+def tokenizer(folder: Path, **kwargs):
+    """Save a tiny tokenizer into `folder` and open it with transformers."""
+    from transformers import CLIPTokenizer
+
+    save_tokenizer(folder, **kwargs)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+# --- Modules of the peers -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def randomize(module: nn.Module, seed: int) -> nn.Module:
+    """Add seeded noise to every weight, so that no norm is the identity and no bias zero; sets eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return module.eval()
+
+
+def unet(seed: int = 1, **overrides):
+    """A diffusers UNet2DConditionModel, by default as SD 1.x configures it (8 heads on every level)."""
+    from diffusers import UNet2DConditionModel
+
+    config = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": CHANNELS,
+        "layers_per_block": 2,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "attention_head_dim": 8,
+        "cross_attention_dim": CROSS_ATTENTION_DIM,
+        "norm_num_groups": 8,
+    }
+    torch.manual_seed(seed)
+    return randomize(UNet2DConditionModel(**{**config, **overrides}), seed)
+
+
+def sd2_unet(seed: int = 1, **overrides):
+    """As SD 2.x configures it: linear projections, and heads per level (8 or more channels a head here)."""
+    return unet(seed, **{"use_linear_projection": True, "attention_head_dim": [2, 4, 4, 4], **overrides})
+
+
+def vae(seed: int = 2, **overrides):
+    """A diffusers AutoencoderKL that shrinks by 8, as in SD 1.x and 2.x."""
+    from diffusers import AutoencoderKL
+
+    config = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "block_out_channels": CHANNELS,
+        "layers_per_block": 2,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "norm_num_groups": 8,
+        "sample_size": 64,
+        "scaling_factor": 0.18215,
+    }
+    torch.manual_seed(seed)
+    return randomize(AutoencoderKL(**{**config, **overrides}), seed)
+
+
+def text_encoder(seed: int = 3, **overrides):
+    """A transformers CLIPTextModel as in SD 1.x (quick GELU, 3 layers here) for the tiny tokenizer."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    vocabulary, _ = tokenizer_vocabulary()
+    config = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": CROSS_ATTENTION_DIM,
+        "intermediate_size": 4 * CROSS_ATTENTION_DIM,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "hidden_act": "quick_gelu",
+        "projection_dim": CROSS_ATTENTION_DIM,
+        "bos_token_id": vocabulary["<|startoftext|>"],
+        "eos_token_id": vocabulary["<|endoftext|>"],
+        "pad_token_id": vocabulary["<|endoftext|>"],
+    }
+    torch.manual_seed(seed)
+    return randomize(CLIPTextModel(CLIPTextConfig(**{**config, **overrides})), seed)
+
+
+def sd2_text_encoder(seed: int = 3, **overrides):
+    """As in the SD 2.x folders: GELU, the last layer of the original OpenCLIP tower cut off (2 layers here)."""
+    return text_encoder(seed, **{"hidden_act": "gelu", "num_hidden_layers": 2, **overrides})
+
+
+# --- Pipelines and folders ------------------------------------------------------------------------
+
+BETAS = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+}
+
+
+def pipeline(unet_, vae_, text_encoder_, tokenizer_, scheduler):
+    """A diffusers StableDiffusionPipeline without safety checker."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        unet=unet_,
+        vae=vae_,
+        text_encoder=text_encoder_,
+        tokenizer=tokenizer_,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sd1_pipeline(tmp: Path, **unet_overrides):
+    """SD 1.x in small, with the PNDM scheduler that its folders name. `tmp` takes the tokenizer's files."""
+    from diffusers import PNDMScheduler
+
+    scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
+    words = tokenizer(Path(tmp) / "tokenizer-files")
+    return pipeline(unet(**unet_overrides), vae(), text_encoder(), words, scheduler)
+
+
+def sd2_pipeline(tmp: Path, prediction_type: str = "v_prediction", **unet_overrides):
+    """SD 2.x in small, with the DDIM scheduler of its folders. `tmp` takes the tokenizer's files."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        **BETAS, prediction_type=prediction_type, steps_offset=1, set_alpha_to_one=False, clip_sample=False
+    )
+    words = tokenizer(Path(tmp) / "tokenizer-files", pad_token="!")
+    return pipeline(sd2_unet(**unet_overrides), vae(), sd2_text_encoder(), words, scheduler)
+
+
+def save_real_layout(pipe, folder: Path, tokenizer_files: Path, **save_options) -> Path:
+    """`save_pretrained`, with what today's transformers writes differently put as published folders have it.
+
+    Those carry `text_model.` before every text encoder key, and vocab.json + merges.txt, not tokenizer.json.
+    """
+    pipe.save_pretrained(folder, **save_options)
+    for file in (folder / "text_encoder").glob("*.safetensors"):
+        tensors = load_file(file)
+        prefixed = {
+            f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in tensors.items()
+        }
+        save_file(prefixed, file, metadata={"format": "pt"})
+    shutil.rmtree(folder / "tokenizer")
+    shutil.copytree(tokenizer_files, folder / "tokenizer")
+    return folder
+
+
+def sd1_folder(tmp: Path, **save_options) -> Path:
+    """Save a tiny SD 1.x pipeline as `tmp/sd1`; `save_options` go to `save_pretrained` (variant="fp16", ...)."""
+    return save_real_layout(
+        sd1_pipeline(tmp), Path(tmp) / "sd1", Path(tmp) / "tokenizer-files", **save_options
+    )
+
+
+def sd2_folder(tmp: Path, prediction_type: str = "v_prediction", **save_options) -> Path:
+    """Save a tiny SD 2.x pipeline as `tmp/sd2`."""
+    pipe = sd2_pipeline(tmp, prediction_type)
+    return save_real_layout(pipe, Path(tmp) / "sd2", Path(tmp) / "tokenizer-files", **save_options)
+
+
+def inpaint_folder(tmp: Path, **save_options) -> Path:
+    """Save a tiny inpainting pipeline (9 input channels: latents, mask, masked latents) as `tmp/inpaint`."""
+    pipe = sd1_pipeline(tmp, in_channels=9)
+    return save_real_layout(pipe, Path(tmp) / "inpaint", Path(tmp) / "tokenizer-files", **save_options)
