@@ -1,0 +1,101 @@
+"""Where the computation runs and how precisely."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from latentdiff.errors import UsageError
+from latentdiff.names import PRECISIONS
+
+# Below this size a U-Net's step on a CPU is bound by overhead, not by arithmetic, and bf16 only adds conversions.
+LARGE_ENOUGH_FOR_BF16 = 100_000_000
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The number format of each part; `name` is "fp32", "bf16" or "fp16"."""
+
+    name: str
+    text_encoder: torch.dtype
+    unet: torch.dtype
+    vae: torch.dtype
+
+
+FORMATS = {
+    "fp32": Precision("fp32", torch.float32, torch.float32, torch.float32),
+    "bf16": Precision("bf16", torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    # The activations of SD's VAE do not fit into float16: the field's black pictures come from there.
+    "fp16": Precision("fp16", torch.float16, torch.float16, torch.float32),
+}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`: "cpu", "cuda", "cuda:1", "mps", or "auto" for the first of cuda, mps, cpu there is.
+
+    Raises:
+        UsageError: torch knows no such device, or this machine has none.
+    """
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if _is_available(kind)))
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"expected the device auto, cpu, cuda, cuda:N or mps, found {name!r}") from error
+    if not _is_available(device.type):
+        raise UsageError(f"this machine has no {device.type} device that torch can use; leave out --device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"found {torch.cuda.device_count()} CUDA devices, no {name}; they count from cuda:0")
+    return device
+
+
+def pick_precision(name: str, device: torch.device, parameters: int) -> Precision:
+    """The precision called `name`; "auto" takes the fastest one that keeps the picture.
+
+    That is bf16 on a CUDA device that computes in it and fp16 on an older one, fp16 on mps, and on a CPU bf16 if
+    it has instructions for it (AVX-512 BF16 or AMX) and the U-Net is large enough to gain from them, else fp32.
+
+    Args:
+        parameters: the size of the U-Net.
+
+    Raises:
+        UsageError: there is no such precision.
+    """
+    if name not in PRECISIONS:
+        raise UsageError(f"expected a precision of {', '.join(PRECISIONS)}, found {name!r}")
+    if name != "auto":
+        return FORMATS[name]
+    if device.type == "cuda":
+        return FORMATS["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"]
+    if device.type == "mps":
+        return FORMATS["fp16"]
+    return FORMATS["bf16" if parameters >= LARGE_ENOUGH_FOR_BF16 and _cpu_computes_in_bf16() else "fp32"]
+
+
+@contextmanager
+def in_float32(module: nn.Module) -> Iterator[None]:
+    """Compute with `module` in float32 inside the `with`; afterwards it is bit for bit what it was."""
+    dtype = next(module.parameters()).dtype
+    module.to(torch.float32)
+    try:
+        yield
+    finally:
+        module.to(dtype)
+
+
+def _is_available(kind: str) -> bool:
+    if kind == "cuda":
+        return torch.cuda.is_available()
+    if kind == "mps":
+        return torch.backends.mps.is_available()
+    return kind == "cpu"
+
+
+def _cpu_computes_in_bf16() -> bool:
+    # torch has no public question for this; where a release lacks the private one, fp32 is the safe answer.
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)

@@ -1,0 +1,164 @@
+"""The recipe of a picture: everything needed to make it again, carried in two text chunks of its PNG file.
+
+`latentdiff` holds the whole recipe as JSON; `parameters` holds what the web UIs of the field read, in their format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from latentdiff.errors import DataError
+
+JSON_CHUNK = "latentdiff"
+TEXT_CHUNK = "parameters"
+
+SAMPLER_TITLES = {"ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "dpmpp-2m": "DPM++ 2M"}
+NEGATIVE = "Negative prompt:"
+# One "Key: value" of the last line; a value that contains a comma, a colon or a line break is a JSON string.
+SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one picture was made. Sizes are in pixels, `guidance_interval` in sigma/alpha, `seed` is of this picture."""
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int
+    steps: int
+    sampler: str
+    eta: float = 0.0
+    guidance_scale: float
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
+    spacing: str | None = None
+    width: int
+    height: int
+    model: str = ""
+    model_hash: str = ""
+    prediction_type: str | None = None
+    ema: bool = False
+    given_latents: bool = False
+    precision: str = ""
+    device: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    schema: Literal[1] = 1
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+
+    def to_chunks(self) -> dict[str, str]:
+        """The two text chunks by name, for `PIL.Image.Image.info`."""
+        return {TEXT_CHUNK: self.to_parameters(), JSON_CHUNK: self.to_json()}
+
+    def to_json(self) -> str:
+        """The recipe as one line of ASCII JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Read what `to_json` wrote.
+
+        Raises:
+            DataError: it is not JSON, not a recipe, has fields of the wrong type, or comes from a newer latentdiff.
+        """
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            return TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, first["loc"])) or "JSON"
+        if place == "schema":
+            raise DataError("the picture's recipe was written by a newer latentdiff; update latentdiff to read it")
+        raise DataError(f"the picture's recipe is not valid at {place}: {first['msg']}")
+
+    def to_parameters(self) -> str:
+        """The recipe in the format of the web UIs: prompt, negative prompt, and one line of settings."""
+        lines = [self.prompt]
+        if self.negative_prompt:
+            lines.append(f"{NEGATIVE} {self.negative_prompt}")
+        lines.append(", ".join(f"{key}: {_quote(str(value))}" for key, value in self._settings().items()))
+        return "\n".join(lines)
+
+    def _settings(self) -> dict[str, Any]:
+        settings = {
+            "Steps": self.steps,
+            "Sampler": SAMPLER_TITLES.get(self.sampler, self.sampler),
+            "CFG scale": self.guidance_scale,
+            "Seed": self.seed,
+            "Size": f"{self.width}x{self.height}",
+            "Model hash": self.model_hash[:10],
+            "Model": self.model,
+            "Eta DDIM": self.eta,
+            "Guidance rescale": self.guidance_rescale,
+            "Guidance interval": " to ".join(map(str, self.guidance_interval or ())),
+            "Spacing": self.spacing,
+            "Version": f"latentdiff {self.versions['latentdiff']}" if "latentdiff" in self.versions else "",
+        }
+        always = ("Steps", "Sampler", "CFG scale", "Seed", "Size")
+        return {key: value for key, value in settings.items() if value or key in always}
+
+    @classmethod
+    def from_parameters(cls, text: str) -> Recipe:
+        """Read the format of the web UIs, ours or another program's.
+
+        As there, a line of the prompt that begins with "Negative prompt:" begins the negative prompt.
+
+        Raises:
+            DataError: a setting that is needed is missing, or has a value that latentdiff does not know.
+        """
+        *lines, last = text.strip().split("\n")
+        settings = {key: _unquote(value) for key, value in SETTING.findall(last)}
+        start = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
+        negative = "\n".join(lines[start:]).removeprefix(NEGATIVE).strip()
+        titles = {title: name for name, title in SAMPLER_TITLES.items()}
+        try:
+            width, height = settings["Size"].split("x")
+            low_high = settings.get("Guidance interval", "").split(" to ")
+            return cls(
+                prompt="\n".join(lines[:start]).strip(),
+                negative_prompt=negative,
+                seed=int(settings["Seed"]),
+                steps=int(settings["Steps"]),
+                sampler=titles[settings["Sampler"]],
+                eta=float(settings.get("Eta DDIM", 0)),
+                guidance_scale=float(settings["CFG scale"]),
+                guidance_rescale=float(settings.get("Guidance rescale", 0)),
+                guidance_interval=(float(low_high[0]), float(low_high[1])) if len(low_high) == 2 else None,
+                spacing=settings.get("Spacing"),
+                width=int(width),
+                height=int(height),
+                model=settings.get("Model", ""),
+                model_hash=settings.get("Model hash", ""),
+            )
+        except (KeyError, ValueError) as error:
+            raise DataError(f"the picture's parameters text lacks or has an unknown value of: {error}") from error
+
+
+def read_recipe(info: Mapping[str, Any]) -> Recipe:
+    """The recipe in `PIL.Image.Image.info`, from the JSON chunk or else from the text of the web UIs.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    if isinstance(info.get(JSON_CHUNK), str):
+        return Recipe.from_json(info[JSON_CHUNK])
+    if isinstance(info.get(TEXT_CHUNK), str):
+        return Recipe.from_parameters(info[TEXT_CHUNK])
+    raise DataError("the picture carries no recipe: it was made with --no-metadata, edited, or made elsewhere")
+
+
+def _quote(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value
+
+
+def _unquote(value: str) -> str:
+    try:
+        return str(json.loads(value)) if value.startswith('"') else value.strip()
+    except ValueError:
+        return value
