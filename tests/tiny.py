@@ -1,9 +1,9 @@
 """Tiny models with random weights in the real layouts, built and saved by diffusers and transformers.
 
 They are the peers of the parity tests: the same tensors go through their code and through ours. Every key
-pattern of the real models occurs in them (four U-Net levels, the last without attention; down- and upsamplers;
-shortcut convolutions), only the widths are small. Normalisation weights and biases are random too, so that a
-swapped or forgotten tensor shows in the output.
+pattern of the real models occurs in them (four U-Net levels, the last without attention; down- and
+upsamplers; shortcut convolutions), only the widths are small. Normalisation weights and biases are random
+too, so that a swapped or forgotten tensor shows in the output.
 
     sd1_folder(tmp)      SD 1.x: convolution projections, 8 heads on every level, eps prediction
     sd2_folder(tmp)      SD 2.x: linear projections, heads per level, penultimate text layer, v-prediction
@@ -56,7 +56,7 @@ def tokenizer_vocabulary(words: tuple[str, ...] = WORDS) -> tuple[dict[str, int]
 def save_tokenizer(
     folder: Path, *, pad_token: str = "<|endoftext|>", max_length: int = CONTEXT_LENGTH
 ) -> int:
-    """Write the four files of a CLIP tokenizer as published folders have them; returns the vocabulary's size."""
+    """Write the four files of a CLIP tokenizer as published folders have them; returns its size."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary, merges = tokenizer_vocabulary()
     special = {
@@ -161,7 +161,7 @@ def text_encoder(seed: int = 3, **overrides):
 
 
 def sd2_text_encoder(seed: int = 3, **overrides):
-    """As in the SD 2.x folders: GELU, the last layer of the original OpenCLIP tower cut off (2 layers here)."""
+    """As in the SD 2.x folders: GELU, the original tower's last layer cut off (2 layers here)."""
     return text_encoder(seed, **{"hidden_act": "gelu", "num_hidden_layers": 2, **overrides})
 
 
@@ -229,7 +229,7 @@ def save_real_layout(pipe, folder: Path, tokenizer_files: Path, **save_options) 
 
 
 def sd1_folder(tmp: Path, **save_options) -> Path:
-    """Save a tiny SD 1.x pipeline as `tmp/sd1`; `save_options` go to `save_pretrained` (variant="fp16", ...)."""
+    """Save a tiny SD 1.x pipeline as `tmp/sd1`; `save_options` go to `save_pretrained`."""
     return save_real_layout(
         sd1_pipeline(tmp), Path(tmp) / "sd1", Path(tmp) / "tokenizer-files", **save_options
     )
