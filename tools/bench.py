@@ -143,7 +143,8 @@ def step_contenders(peer: Any, ours: Any, variant: str) -> list[Contender]:
     from diffusers import DDIMScheduler
 
     from latentdiff.config import ScheduleConfig
-    from latentdiff.guidance import guided
+    from latentdiff.guidance import Guidance, guided_denoiser
+    from latentdiff.parameterization import parameterization
     from latentdiff.samplers import get_sampler
     from latentdiff.schedule import Schedule
 
@@ -164,11 +165,18 @@ def step_contenders(peer: Any, ours: Any, variant: str) -> list[Contender]:
         raw = negative + GUIDANCE * (positive - negative)
         return scheduler.step(raw, t, x, return_dict=False)[0]
 
-    level, next_level = Schedule(config).levels(STEPS)[:2]
-    denoiser = guided(ours, ours.project_context(text), ours.project_context(empty), GUIDANCE)
+    # latentdiff keeps the latents in float32 and projects the text once per prompt, before the first step.
+    def model(x: Any, t: float, context: Any) -> Any:
+        return ours(x.to(dtype), t, context)
+
+    context, negative = ours.project_context(text), ours.project_context(empty)
+    guidance = Guidance(scale=GUIDANCE)
+    denoiser = guided_denoiser(model, parameterization(config.prediction_type), context, negative, guidance)
+    sampler = get_sampler("ddim")
+    level, next_level = sampler.levels(Schedule(config), STEPS)[:2]
 
     def mine() -> Any:
-        return get_sampler("ddim").step(denoiser, x, level, next_level, None, None)[0]
+        return sampler.step(denoiser, x.float(), level, next_level, None, None)[0]
 
     return [Contender("latentdiff", variant, mine), Contender("diffusers", variant, theirs)]
 
