@@ -215,7 +215,7 @@ class ScheduleConfig:
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
     prediction_type: str = "epsilon"
-    timestep_spacing: str = "leading"
+    timestep_spacing: str | None = None  # leading, trailing or linspace; None: what is customary for each sampler
     steps_offset: int = 1  # added to every timestep of the leading spacing
     set_alpha_to_one: bool = False  # clean end: alpha_cumprod 1 (True) or that of timestep 0 (False, Stable Diffusion)
     rescale_betas_zero_snr: bool = False  # Lin et al. 2023: the last timestep holds no signal at all
@@ -224,10 +224,11 @@ class ScheduleConfig:
         for name, choices in (
             ("beta_schedule", BETA_SCHEDULES),
             ("prediction_type", PREDICTION_TYPES),
-            ("timestep_spacing", TIMESTEP_SPACINGS),
+            ("timestep_spacing", (*TIMESTEP_SPACINGS, None)),
         ):
             if getattr(self, name) not in choices:
-                raise ConfigError(f"schedule {name} must be one of {', '.join(choices)}, found {getattr(self, name)!r}")
+                expected = ", ".join(map(str, choices))
+                raise ConfigError(f"schedule {name} must be one of {expected}, found {getattr(self, name)!r}")
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> Self:
@@ -246,7 +247,7 @@ class ScheduleConfig:
 
     def to_diffusers(self) -> dict[str, Any]:
         """The `scheduler_config.json` from which diffusers builds a DDIMScheduler with the same schedule."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        fields = {name: value for name in self.__dataclass_fields__ if (value := getattr(self, name)) is not None}
         return {"_class_name": "DDIMScheduler", "clip_sample": False, **fields}
 
 

@@ -136,7 +136,7 @@ class Schedule:
             leading   multiples of ⌊T / steps⌋ plus `steps_offset`; never visits the last timestep
             trailing  equal strides counted down from the last timestep; right for few steps and zero terminal SNR
             linspace  from the last timestep to 0, both included
-            None      what the configuration says
+            None      what the configuration says, leading if it says nothing
 
         Raises:
             UsageError: `steps` is not in 1 to T, or the spacing is unknown.
@@ -144,7 +144,7 @@ class Schedule:
         total = self.num_train_timesteps
         if not 1 <= steps <= total:
             raise UsageError(f"steps must be 1 to {total}, the number of training timesteps, found {steps}")
-        match spacing or self.config.timestep_spacing:
+        match spacing or self.config.timestep_spacing or "leading":
             case "leading":
                 stride = total // steps
                 first = stride * (steps - 1)
