@@ -1,0 +1,158 @@
+"""Checkpoints of a run: whole or not there at all.
+
+    STAGE/checkpoints/step-00001000/
+        weights.safetensors   what is trained
+        ema.safetensors       its averages
+        optimizer.pt          moments
+        state.json            step, settings, data
+        manifest.json         sizes of the files above; written last
+
+A checkpoint is written under another name, flushed and renamed, and older ones go only after that. Random states are not
+needed: everything random is a function of the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from latentdiff.errors import CheckpointError, DataError
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a stage needs to go on after `step` finished steps."""
+
+    step: int
+    weights: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    state: Mapping[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write a checkpoint below `folder`, then remove all but the newest `keep`.
+
+    Raises:
+        DataError: the disk is too full, or the folder cannot be written to. Nothing is lost then.
+    """
+    final = folder / f"step-{checkpoint.step:08d}"
+    temporary = folder / f".writing-{final.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        check_space(folder, 2 * _bytes(checkpoint.weights) + _bytes(checkpoint.ema) + _bytes(checkpoint.optimizer))
+        _write(temporary, checkpoint)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _flush(folder)
+    except OSError as error:
+        raise DataError(f"cannot write the checkpoint {final}: {error.strerror or error}; the one before is untouched") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _candidates(folder)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and for each newer one that was passed over, why."""
+    skipped = []
+    for path in _candidates(folder):
+        if (fault := _fault(path)) is None:
+            return path, skipped
+        skipped.append(f"{path}: {fault}")
+    return None, skipped
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint to the CPU.
+
+    Raises:
+        CheckpointError: it is not whole.
+    """
+    if fault := _fault(path):
+        raise CheckpointError(f"the checkpoint {path} is not whole: {fault}")
+    state = json.loads((path / "state.json").read_text())
+    return Checkpoint(
+        step=state["step"],
+        weights=load_file(path / "weights.safetensors"),
+        ema=load_file(path / "ema.safetensors"),
+        optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
+        state=state,
+    )
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse to write `needed` bytes below `folder` where they do not fit.
+
+    Raises:
+        DataError: the disk is too full.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.1:
+        raise DataError(f"{folder} needs {needed / 1e6:.0f} MB free for a checkpoint, found {free / 1e6:.0f} MB; free some space")
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    save_file(_contiguous(checkpoint.weights), folder / "weights.safetensors")
+    save_file(_contiguous(checkpoint.ema), folder / "ema.safetensors")
+    torch.save(checkpoint.optimizer, folder / "optimizer.pt")
+    (folder / "state.json").write_text(json.dumps({**checkpoint.state, "step": checkpoint.step}, indent=1))
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    for name in sizes:
+        _flush(folder / name)
+    (folder / _MANIFEST).write_text(json.dumps({"sizes": sizes}))
+    _flush(folder / _MANIFEST)
+    _flush(folder)
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        sizes = json.loads((path / _MANIFEST).read_text())["sizes"]
+        for name, size in sizes.items():
+            if (found := (path / name).stat().st_size) != size:
+                return f"{name} has {found} bytes, expected {size}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"no usable {_MANIFEST} or a file is missing ({type(error).__name__})"
+    return None
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Folders of checkpoints, newest first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if re.fullmatch(r"step-\d{8,}", path.name)), key=lambda path: -int(path.name[5:]))
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(_bytes(entry) for entry in value.values())
+    return 0
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,60 @@
+"""The networks of a run: made with seeded weights, written and read between the stages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from latentdiff.config import VAEConfig
+from latentdiff.errors import CheckpointError
+from latentdiff.files import atomic_path
+from latentdiff.training.randomness import generator
+from latentdiff.vae import VAE
+
+_Network = TypeVar("_Network", bound=nn.Module)
+
+
+def seeded(make: Callable[[], _Network], *key: int | str) -> _Network:
+    """Make a network whose initial weights depend on `key` alone; the global random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(*key).initial_seed())
+        return make()
+
+
+def save_vae(vae: VAE, state: Mapping[str, Tensor], scaling_factor: float, folder: Path) -> None:
+    """Write weights of `vae` as a diffusers `vae/` folder."""
+    with atomic_path(folder / "diffusion_pytorch_model.safetensors") as temporary:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, temporary, metadata={"format": "pt"})
+    with atomic_path(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(replace(vae.config, scaling_factor=scaling_factor).to_diffusers(), indent=2))
+
+
+def load_vae(folder: Path) -> VAE:
+    """Read what `save_vae` wrote.
+
+    Raises:
+        CheckpointError: it is not there or not whole.
+    """
+    try:
+        vae = VAE(VAEConfig.from_diffusers(json.loads((folder / "config.json").read_text())))
+        vae.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+    except Exception as error:  # safetensors and torch raise their own kinds for damaged files
+        raise CheckpointError(f"expected a trained VAE in {folder}: {' '.join(str(error).split())[:200]}") from error
+    return vae
+
+
+def encoder_hash(vae: VAE) -> str:
+    """Changes with everything that the latents depend on: encoder, scale factor; not with the decoder. 16 hex digits."""
+    digest = hashlib.sha256(repr(vae.config.scaling_factor).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,51 @@
+"""What the training loop needs to know about what it trains."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from latentdiff.training.optimizer import ParameterGroup
+
+
+class Task(ABC):
+    """One kind of training: a module with its loss, the data of every step, and how progress is measured.
+
+    `batch` runs in background threads and must be a pure function of its arguments, so that a resumed run sees the same data.
+    """
+
+    module: nn.Module
+    """Holds everything that is trained. `module(batch, step)` returns the loss as a scalar "loss", and its parts to log."""
+
+    fingerprint: str
+    """Names the data; a resumed run says if it has changed."""
+
+    @abstractmethod
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """What is trained, by names unique in the task."""
+
+    def averaged(self) -> set[str]:
+        """Names of the parameter groups that have an averaged copy; all unless overridden."""
+        return {group.name for group in self.parameter_groups()}
+
+    def compile(self) -> None:
+        """Compile the networks in place."""
+        self.module.compile()
+
+    @abstractmethod
+    def batch(self, step: int, rows: range) -> dict[str, Tensor]:
+        """Samples of the given rows of the global batch of `step`, on the CPU."""
+
+    @abstractmethod
+    def sources(self, step: int) -> list[str]:
+        """File names of the batch of `step`, for messages."""
+
+    @abstractmethod
+    def validate(self) -> dict[str, float]:
+        """Measurements on held-out images; called with the averaged weights in place."""
+
+    @abstractmethod
+    def preview(self, folder: Path, step: int) -> None:
+        """Write a sheet of pictures; called with the averaged weights in place."""
