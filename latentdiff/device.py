@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from latentdiff.errors import UsageError
+from latentdiff.errors import NotFiniteError, UsageError
 from latentdiff.names import PRECISIONS
 
 # Below this size a U-Net's step on a CPU is bound by overhead, not by arithmetic, and bf16 only adds conversions.
 LARGE_ENOUGH_FOR_BF16 = 100_000_000
+
+
+class PrecisionWarning(UserWarning):
+    """A part did not fit into the chosen number format and was computed again in float32."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,30 @@ def pick_precision(name: str, device: torch.device, parameters: int) -> Precisio
     return FORMATS["bf16" if parameters >= LARGE_ENOUGH_FOR_BF16 and _cpu_computes_in_bf16() else "fp32"]
 
 
+def finite_or_float32(part: str, module: nn.Module, compute: Callable[[torch.dtype], Tensor]) -> Tensor:
+    """The result of `compute`, which uses `module`; once more in float32 if it overflows a shorter format.
+
+    Args:
+        part: what is computed, for messages: "the U-Net at step 3 of 25".
+        compute: is given the dtype of the module's weights at that moment.
+
+    Raises:
+        NotFiniteError: the result is not finite in float32 either.
+    """
+    dtype = next(module.parameters()).dtype
+    result = compute(dtype)
+    if torch.isfinite(result).all():
+        return result
+    if dtype != torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        warnings.warn(f"{part} overflows {name}; computed again in float32", PrecisionWarning, stacklevel=2)
+        with in_float32(module):
+            result = compute(torch.float32)
+        if torch.isfinite(result).all():
+            return result
+    raise NotFiniteError(f"{part} gives NaN or infinity in float32; the model file is damaged, or the inputs are out of range")
+
+
 @contextmanager
 def in_float32(module: nn.Module) -> Iterator[None]:
     """Compute with `module` in float32 inside the `with`; afterwards it is bit for bit what it was."""
@@ -85,6 +114,18 @@ def in_float32(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.to(dtype)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is torch's way of saying, on any device, that the memory does not suffice."""
+    said = ("out of memory", "can't allocate memory")
+    is_named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return is_named or isinstance(error, RuntimeError) and any(words in str(error).lower() for words in said)
+
+
+def describe_device(device: torch.device) -> str:
+    """The device for people: "cpu", or "cuda (NVIDIA H100)"."""
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
 def _is_available(kind: str) -> bool:
