@@ -1,11 +1,11 @@
 """Training from nothing: captioned folder -> VAE -> cached latents -> U-Net and text encoder -> model folder.
 
-    config          the YAML of a run, validated
-    data            captioned folders, decoded images
-    randomness      every random number as a pure function of (seed, purpose, step, row)
-    loop            the one training loop; a `Task` says what is trained
-    vae_stage       Task: images -> latents -> images
-    latent_cache    latents of a data set as distributions, on disk
-    diffusion_stage Task: captions, noisy latents -> prediction
-    run             the stages in order, and the model folder at the end
+config          the YAML of a run, validated
+data            captioned folders, decoded images
+randomness      every random number as a pure function of (seed, purpose, step, row)
+loop            the one training loop; a `Task` says what is trained
+vae_stage       Task: images -> latents -> images
+latent_cache    latents of a data set as distributions, on disk
+diffusion_stage Task: captions, noisy latents -> prediction
+run             the stages in order, and the model folder at the end
 """

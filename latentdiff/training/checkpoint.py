@@ -61,7 +61,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         os.replace(temporary, final)
         _flush(folder)
     except OSError as error:
-        raise DataError(f"cannot write the checkpoint {final}: {error.strerror or error}; the one before is untouched") from error
+        raise DataError(
+            f"cannot write the checkpoint {final}: {error.strerror or error}; the one before is untouched"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in _candidates(folder)[keep:]:
@@ -105,7 +107,9 @@ def check_space(folder: Path, needed: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < needed * 1.1:
-        raise DataError(f"{folder} needs {needed / 1e6:.0f} MB free for a checkpoint, found {free / 1e6:.0f} MB; free some space")
+        raise DataError(
+            f"{folder} needs {needed / 1e6:.0f} MB free for a checkpoint, found {free / 1e6:.0f} MB; free some space"
+        )
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:

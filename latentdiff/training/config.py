@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from latentdiff.config import ScheduleConfig, UNetConfig, VAEConfig
 from latentdiff.errors import ConfigError
@@ -85,7 +94,9 @@ class ModelSection(Section):
     def _fits_together(self) -> ModelSection:
         channels = {self.vae.latent_channels, self.unet.in_channels, self.unet.out_channels}
         if len(channels) > 1:
-            raise ValueError(f"vae.latent_channels, unet.in_channels and unet.out_channels must be equal, found {sorted(channels)}")
+            raise ValueError(
+                f"vae.latent_channels, unet.in_channels and unet.out_channels must be equal, found {sorted(channels)}"
+            )
         if self.unet.cross_attention_dim != self.text_encoder.hidden_size:
             raise ValueError(
                 f"unet.cross_attention_dim {self.unet.cross_attention_dim} must equal"
@@ -224,6 +235,11 @@ class TrainingConfig(Section):
                     f"{name} must be a multiple of the VAE's downscale {downscale} and at most data.resolution"
                     f" {self.data.resolution}, found {size}"
                 )
+        if self.model.unet.sample_size * downscale != self.data.resolution:
+            raise ValueError(
+                f"model.unet.sample_size must be data.resolution / downscale = {self.data.resolution // downscale},"
+                f" found {self.model.unet.sample_size}"
+            )
         return self
 
 

@@ -61,7 +61,9 @@ def read_folder(folder: Path, *, limit: int | None = None) -> CaptionedFolder:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"expected a folder of captioned images at {folder}, found {'a file' if folder.exists() else 'nothing'}")
+        raise DataError(
+            f"expected a folder of captioned images at {folder}, found {'a file' if folder.exists() else 'nothing'}"
+        )
     pairs = list(_from_metadata(folder) if (folder / METADATA).is_file() else _from_sidecars(folder))[:limit]
     return CaptionedFolder(folder, tuple(name for name, _ in pairs), tuple(caption for _, caption in pairs))
 
@@ -74,9 +76,7 @@ def _from_metadata(folder: Path) -> Iterator[tuple[str, str]]:
             row = json.loads(line)
             name, caption = row["file_name"], row["text"]
         except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise DataError(
-                f'{path} line {number}: expected {{"file_name": ..., "text": ...}}, found {line[:60]!r}'
-            ) from error
+            raise DataError(f'{path} line {number}: expected {{"file_name": ..., "text": ...}}, found {line[:60]!r}') from error
         if not isinstance(name, str) or not isinstance(caption, str):
             raise DataError(f"{path} line {number}: file_name and text must be strings, found {line[:60]!r}")
         yield name, caption

@@ -103,7 +103,7 @@ class Trainer:
                     )
                 with window.paused():
                     if last or self._due(self.settings.validate_every):
-                        log.write({"step": self.step, **self._on_main(self.task.validate)})
+                        log.write({"step": self.step, **self._on_main(self._validate)})
                     if last or self._due(self.settings.preview_every):
                         self._on_main(lambda: self.task.preview(self.folder / "previews", self.step))
 
@@ -187,11 +187,15 @@ class Trainer:
         result = {}
         if self.accelerator.is_main_process:
             self.task.module.eval()
-            with self.ema.swapped_in(), torch.inference_mode(), self.accelerator.autocast():
+            with self.ema.swapped_in(), torch.inference_mode():
                 result = action()
             self.task.module.train()
         self.accelerator.wait_for_everyone()
         return result
+
+    def _validate(self) -> dict[str, float]:
+        with self.accelerator.autocast():
+            return self.task.validate()
 
     def _prepare_folder(self) -> None:
         try:
@@ -298,7 +302,9 @@ class _StopSignals:
 
 def _copy_into(live: dict[str, Tensor], saved, path: Path) -> None:
     if differing := sorted(set(live) ^ set(saved)):
-        raise CheckpointError(f"{path} holds other weights than this configuration trains, first {differing[0]}; choose another `run`")
+        raise CheckpointError(
+            f"{path} holds other weights than this configuration trains, first {differing[0]}; choose another `run`"
+        )
     with torch.no_grad():
         for name, tensor in live.items():
             if tensor.shape != saved[name].shape:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from latentdiff.config import VAEConfig
+from latentdiff.config import UNetConfig, VAEConfig
 from latentdiff.errors import CheckpointError
 from latentdiff.files import atomic_path
+from latentdiff.text_encoder import TextEncoder
+from latentdiff.training.config import TextEncoderSection
 from latentdiff.training.randomness import generator
+from latentdiff.unet import UNet
 from latentdiff.vae import VAE
 
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -29,10 +32,35 @@ def seeded(make: Callable[[], _Network], *key: int | str) -> _Network:
         return make()
 
 
-def save_vae(vae: VAE, state: Mapping[str, Tensor], scaling_factor: float, folder: Path) -> None:
-    """Write weights of `vae` as a diffusers `vae/` folder."""
+def new_unet(config: UNetConfig, seed: int) -> UNet:
+    """A U-Net whose residual branches and output start at zero (Dhariwal & Nichol 2021), so that it starts as the identity."""
+    unet = seeded(lambda: UNet(config), seed, "unet")
+    for name, module in unet.named_modules():
+        if name.endswith((".conv2", ".proj_out")) or name == "conv_out":
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return unet
+
+
+def new_text_encoder(section: TextEncoderSection, tokenizer: Any, seed: int) -> TextEncoder:
+    """A CLIP text encoder for the vocabulary and the special tokens of a tokenizer."""
+    config = {
+        **section.model_dump(),
+        "projection_dim": section.hidden_size,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return seeded(lambda: TextEncoder(config), seed, "text encoder")
+
+
+def save_vae(vae: VAE, scaling_factor: float, folder: Path) -> None:
+    """Write a diffusers `vae/` folder; config.json comes last and says that it is whole."""
     with atomic_path(folder / "diffusion_pytorch_model.safetensors") as temporary:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, temporary, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous().cpu() for name, tensor in vae.state_dict().items()}, temporary, metadata={"format": "pt"}
+        )
     with atomic_path(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(replace(vae.config, scaling_factor=scaling_factor).to_diffusers(), indent=2))
 

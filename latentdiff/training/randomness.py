@@ -44,9 +44,7 @@ class SampleOrder:
     def __init__(self, size: int, seed: int) -> None:
         self.size = size
         # Bound to the instance, so that prefetching threads share the two permutations that a batch can touch.
-        self._permutation = lru_cache(maxsize=2)(
-            lambda epoch: torch.randperm(size, generator=generator(seed, "order", epoch))
-        )
+        self._permutation = lru_cache(maxsize=2)(lambda epoch: torch.randperm(size, generator=generator(seed, "order", epoch)))
 
     def indices(self, first: int, count: int) -> Tensor:
         """Data set indices of the samples number `first` to `first + count` since the start of training, (count,) int64."""

@@ -1,12 +1,14 @@
-"""The stages of a training run, in order: VAE, decoder (optional), diffusion, model folder.
+"""The stages of a training run, in order: VAE, decoder (optional), diffusion; then the model folder.
 
-A stage is finished when its `final/` folder is there; a later call skips it. Everything else goes on from checkpoints.
+A stage that is finished is skipped by a later call, one that was cut off goes on from its newest whole checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,22 +16,29 @@ from accelerate import Accelerator
 
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.files import atomic_path
+from latentdiff.schedule import Schedule
+from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
 from latentdiff.training.config import StageSection, TrainingConfig, VAEStageSection, dump_config
 from latentdiff.training.data import CaptionedFolder, decoded_images, read_folder
+from latentdiff.training.diffusion_stage import DiffusionTask, load_tokenizer, tokenize
+from latentdiff.training.latent_cache import cached_latents
 from latentdiff.training.loop import Trainer
-from latentdiff.training.networks import load_vae, save_vae, seeded
-from latentdiff.training.randomness import normal
-from latentdiff.training.vae_stage import VAETask, to_signed
+from latentdiff.training.networks import load_vae, new_text_encoder, new_unet, save_vae, seeded
+from latentdiff.training.vae_stage import VAETask, measure_scaling_factor
 from latentdiff.vae import VAE
 
 STAGES = ("vae", "decoder", "diffusion")
 
-# Images over which the standard deviation of the latents is measured.
-_SCALE_IMAGES = 2000
+# Writes a sheet of pictures that the given components make; training knows nothing of the pipeline behind it.
+Preview = Callable[["Components", Path], None]  # noqa: F821
 
 
-def train(config: TrainingConfig, stages: Sequence[str] = STAGES) -> None:
-    """Run the given stages of a configuration; finished ones are skipped."""
+def train(config: TrainingConfig, stages: Sequence[str] = STAGES, preview: Preview | None = None) -> Path | None:
+    """Run the given stages; finished ones are skipped.
+
+    Returns:
+        The model folder, if all stages of the configuration are finished.
+    """
     if unknown := set(stages) - set(STAGES):
         raise UsageError(f"unknown stage {sorted(unknown)[0]!r}; expected {', '.join(STAGES)}")
     with atomic_path(config.run / "config.yaml") as temporary:
@@ -38,58 +47,131 @@ def train(config: TrainingConfig, stages: Sequence[str] = STAGES) -> None:
         _vae_stage(config, "vae", config.vae)
     if "decoder" in stages and config.decoder:
         _vae_stage(config, "decoder", config.decoder)
+    if "diffusion" in stages:
+        _diffusion_stage(config, preview)
+    if not _finished(config):
+        return None
+    return export(config, config.run / "model")
+
+
+def export(config: TrainingConfig, folder: Path) -> Path:
+    """Write the model folder from what has been trained so far: averaged weights of the newest whole checkpoint.
+
+    Raises:
+        CheckpointError: the VAE is not finished, or the diffusion stage has no checkpoint yet.
+    """
+    from latentdiff.checkpoints import save_folder
+
+    path, _ = newest_checkpoint(config.run / "diffusion" / "checkpoints")
+    if path is None:
+        raise CheckpointError(f"{config.run / 'diffusion'} has no checkpoint yet; run the stage diffusion first")
+    average = load_checkpoint(path).ema
+    tokenizer, unet, text_encoder = _new_networks(config)
+    for name, network in (("unet.", unet), ("text_encoder.", text_encoder)):
+        network.load_state_dict({key.removeprefix(name): value for key, value in average.items() if key.startswith(name)})
+    components = _components(config, tokenizer, text_encoder, unet, _best_vae(config))
+    for network in (components.text_encoder, components.unet, components.vae):
+        network.to(getattr(torch, config.model_dtype))
+    save_folder(components, folder)
+    return folder
 
 
 def _vae_stage(config: TrainingConfig, name: str, settings: VAEStageSection) -> None:
-    folder = config.run / name
-    if (folder / "final" / "config.json").is_file():
-        print(f"stage {name} is finished: {folder / 'final'}")
+    final = config.run / name / "final"
+    if (final / "config.json").is_file():
         return
     decoder_only = name == "decoder"
     if decoder_only:
         vae = load_vae(config.run / "vae" / "final")
     else:
-        vae = seeded(lambda: VAE(_unscaled(config)), config.seed, "vae")
+        vae = seeded(lambda: VAE(replace(config.model.vae, scaling_factor=1.0)), config.seed, "vae")
     vae.to(memory_format=torch.channels_last)
     accelerator = _accelerator(settings)
-    data, images = _images(config, config.data.train, config.data.limit)
-    _, held_out = _images(config, config.data.validation, settings.validation_images)
+    data, images = _images(config, config.data.train, config.data.limit, accelerator)
+    _, held_out = _images(config, config.data.validation, settings.validation_images, accelerator)
     task = VAETask(vae, settings, data, images, held_out, seed=config.seed, decoder_only=decoder_only)
-    trainer = Trainer(task, settings, folder, accelerator)
+    trainer = Trainer(task, settings, config.run / name, accelerator)
     trainer.fit()
     if accelerator.is_main_process:
         with trainer.ema.swapped_in():
             scale = vae.config.scaling_factor if decoder_only else measure_scaling_factor(vae, images, config.seed)
-            save_vae(vae, vae.state_dict(), scale, folder / "final")
+            save_vae(vae, scale, final)
     accelerator.wait_for_everyone()
 
 
-@torch.inference_mode()
-def measure_scaling_factor(vae: VAE, images: np.ndarray, seed: int) -> float:
-    """1 / standard deviation of sampled latents of evenly spread images (n, R, R, 3) uint8 (Rombach et al. 2022, appendix G)."""
-    device = next(vae.parameters()).device
-    chosen = np.linspace(0, len(images) - 1, min(len(images), _SCALE_IMAGES)).astype(int)
-    count, total, squares = 0, 0.0, 0.0
-    for start in range(0, len(chosen), 32):
-        batch = torch.from_numpy(images[chosen[start : start + 32]]).to(device)
-        distribution = vae.encode(to_signed(batch))
-        noise = normal((seed, "scaling factor"), range(start, start + len(batch)), tuple(distribution.mean.shape[1:]))
-        latents = distribution.sample(noise.to(device)).double()
-        count, total, squares = count + latents.numel(), total + latents.sum().item(), squares + latents.square().sum().item()
-    mean = total / count
-    return float(vae.config.scaling_factor / (squares / count - mean**2) ** 0.5)
+def _diffusion_stage(config: TrainingConfig, preview: Preview | None) -> None:
+    settings = config.diffusion
+    if _diffusion_finished(config):
+        return
+    vae = _best_vae(config)
+    accelerator = _accelerator(settings)
+    data, images = _images(config, config.data.train, config.data.limit, accelerator)
+    held_out_data, held_out_images = _images(config, config.data.validation, settings.validation_images, accelerator)
+    latents = cached_latents(vae, data, images, config.run / "cache", accelerator)
+    held_out = cached_latents(vae, held_out_data, held_out_images, config.run / "cache", accelerator)
+    tokenizer, unet, text_encoder = _new_networks(config)
+    (tokens, cut), (held_out_tokens, _), (empty, _) = (
+        tokenize(tokenizer, captions) for captions in (data.captions, held_out_data.captions, [""])
+    )
+    if cut:
+        accelerator.print(f"{cut} of {len(data)} captions are longer than {tokens.shape[1]} tokens and have been cut")
+    components = _components(config, tokenizer, text_encoder, unet, vae) if preview else None
+    task = DiffusionTask(
+        unet.to(memory_format=torch.channels_last),
+        text_encoder,
+        Schedule(config.model.schedule),
+        settings,
+        data,
+        tokens,
+        latents,
+        held_out_tokens,
+        held_out,
+        empty=empty[0],
+        sheet=(lambda path: preview(components, path)) if preview else None,
+        seed=config.seed,
+    )
+    Trainer(task, settings, config.run / "diffusion", accelerator).fit()
 
 
-def _unscaled(config: TrainingConfig):
-    from dataclasses import replace
+def _new_networks(config: TrainingConfig) -> tuple[Any, Any, Any]:
+    """Tokenizer, U-Net and text encoder."""
+    section = config.model.text_encoder
+    tokenizer = load_tokenizer(config.model.tokenizer, section.max_position_embeddings)
+    return tokenizer, new_unet(config.model.unet, config.seed), new_text_encoder(section, tokenizer, config.seed)
 
-    return replace(config.model.vae, scaling_factor=1.0)
+
+def _components(config: TrainingConfig, tokenizer: Any, text_encoder: Any, unet: Any, vae: VAE) -> Any:
+    from latentdiff.checkpoints import Components
+
+    return Components(
+        tokenizer=tokenizer, text_encoder=text_encoder, unet=unet, vae=vae, schedule_config=config.model.schedule,
+        name=config.run.name, hash="",
+    )  # fmt: skip
+
+
+def _best_vae(config: TrainingConfig) -> VAE:
+    """The VAE with the further trained decoder, if that stage is finished."""
+    decoder = config.run / "decoder" / "final"
+    return load_vae(decoder if (decoder / "config.json").is_file() else config.run / "vae" / "final")
+
+
+def _finished(config: TrainingConfig) -> bool:
+    vae_stages = ["vae", *(["decoder"] if config.decoder else [])]
+    return _diffusion_finished(config) and all((config.run / name / "final" / "config.json").is_file() for name in vae_stages)
+
+
+def _diffusion_finished(config: TrainingConfig) -> bool:
+    path, _ = newest_checkpoint(config.run / "diffusion" / "checkpoints")
+    return path is not None and int(path.name.removeprefix("step-")) >= config.diffusion.max_steps
 
 
 def _accelerator(settings: StageSection) -> Accelerator:
     return Accelerator(mixed_precision=settings.mixed_precision)
 
 
-def _images(config: TrainingConfig, folder: Path, limit: int | None) -> tuple[CaptionedFolder, np.ndarray]:
+def _images(
+    config: TrainingConfig, folder: Path, limit: int | None, accelerator: Accelerator
+) -> tuple[CaptionedFolder, np.ndarray]:
     data = read_folder(folder, limit=limit)
-    return data, decoded_images(data, config.data.resolution, config.run / "cache")
+    with accelerator.main_process_first():
+        return data, decoded_images(data, config.data.resolution, config.run / "cache")

@@ -20,6 +20,9 @@ from latentdiff.training.randomness import SampleOrder, normal, uniform
 from latentdiff.training.task import Task
 from latentdiff.vae import VAE
 
+# Images over which the standard deviation of the latents is measured.
+_SCALE_IMAGES = 2000
+
 # A sheet shows pairs of original and reconstruction.
 _SHEET_IMAGES = 24
 _SHEET_COLUMNS = 4
@@ -181,7 +184,9 @@ class _Features(nn.Module):
         try:
             network = AutoModel.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"perceptual_network {folder} is no transformers vision model: {str(error).splitlines()[0]}") from error
+            raise ConfigError(
+                f"perceptual_network {folder} is no transformers vision model: {str(error).splitlines()[0]}"
+            ) from error
         self.network = network.eval().requires_grad_(False)
 
     def forward(self, made: Tensor, images: Tensor) -> Tensor:
@@ -190,6 +195,23 @@ class _Features(nn.Module):
 
     def _states(self, images: Tensor) -> tuple[Tensor, ...]:
         return self.network(pixel_values=images, output_hidden_states=True).hidden_states
+
+
+@torch.inference_mode()
+def measure_scaling_factor(vae: VAE, images: np.ndarray, seed: int) -> float:
+    """1 / standard deviation of the latents of evenly spread images (n, R, R, 3) uint8 (Rombach et al. 2022, appendix G)."""
+    device = next(vae.parameters()).device
+    chosen = np.linspace(0, len(images) - 1, min(len(images), _SCALE_IMAGES)).astype(int)
+    count, total, squares = 0, 0.0, 0.0
+    for start in range(0, len(chosen), 32):
+        batch = torch.from_numpy(images[chosen[start : start + 32]]).to(device)
+        distribution = vae.encode(to_signed(batch))
+        noise = normal((seed, "scaling factor"), range(start, start + len(batch)), tuple(distribution.mean.shape[1:]))
+        latents = distribution.sample(noise.to(device)).double()
+        count += latents.numel()
+        total += latents.sum().item()
+        squares += latents.square().sum().item()
+    return vae.config.scaling_factor / (squares / count - (total / count) ** 2) ** 0.5
 
 
 def to_signed(images: Tensor) -> Tensor:

@@ -1,0 +1,172 @@
+"""Training U-Net and text encoder together on cached latents and captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.errors import ConfigError
+from latentdiff.schedule import Schedule
+from latentdiff.training.config import DiffusionStageSection
+from latentdiff.training.data import CaptionedFolder
+from latentdiff.training.latent_cache import CachedLatents
+from latentdiff.training.objective import DiffusionObjective, draw_timesteps
+from latentdiff.training.optimizer import ParameterGroup
+from latentdiff.training.randomness import SampleOrder, normal, uniform
+from latentdiff.training.task import Task
+
+_VALIDATION_BATCH = 64
+
+# Parts of the range of timesteps whose validation losses are logged apart: a mean hides which noise levels improve.
+_BANDS = 5
+
+
+class DiffusionTask(Task):
+    """Denoising of latents under captions.
+
+    Args:
+        unet, text_encoder: what is trained.
+        schedule: noise levels and parameterization.
+        settings: caption dropout, loss weights.
+        data, tokens, latents: training set, its token ids (n, L), its cached latents.
+        held_out_tokens, held_out: the same of the validation set.
+        empty: token ids of the empty caption, (L,).
+        sheet: writes a sheet of pictures, made with the networks as they are, to a file.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        text_encoder: nn.Module,
+        schedule: Schedule,
+        settings: DiffusionStageSection,
+        data: CaptionedFolder,
+        tokens: Tensor,
+        latents: CachedLatents,
+        held_out_tokens: Tensor,
+        held_out: CachedLatents,
+        *,
+        empty: Tensor,
+        sheet: Callable[[Path], None] | None,
+        seed: int,
+    ) -> None:
+        self.fingerprint = data.fingerprint
+        self.module = DiffusionLoss(unet, text_encoder, DiffusionObjective(schedule, settings.min_snr_gamma))
+        self._settings, self._data, self._seed, self._sheet = settings, data, seed, sheet
+        self._tokens, self._latents, self._empty = tokens, latents, empty
+        self._held_out_tokens = held_out_tokens[: settings.validation_images]
+        self._held_out = held_out
+        self._timesteps = schedule.num_train_timesteps
+        self._order = SampleOrder(len(data), seed)
+        self._latent_shape = tuple(latents.mean.shape[1:])
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        of_text = {name: p for name, p in trained.items() if name.startswith("text_encoder.")}
+        of_unet = {name: p for name, p in trained.items() if name not in of_text}
+        if self._settings.text_encoder_lr is None:
+            return [ParameterGroup("all", trained)]
+        scale = self._settings.text_encoder_lr / self._settings.lr
+        return [ParameterGroup("unet", of_unet), ParameterGroup("text_encoder", of_text, scale)]
+
+    def compile(self) -> None:
+        self.module.unet.compile()
+
+    def batch(self, step: int, rows: range) -> dict[str, Tensor]:
+        settings, seed = self._settings, self._seed
+        indices = self._order.indices(step * settings.batch_size + rows.start, len(rows))
+        dropped = uniform((seed, "caption dropout", step), rows) < settings.caption_dropout  # (n,)
+        noise = normal((seed, "noise", step), rows, (2, *self._latent_shape))  # of the posterior, of the diffusion
+        return {
+            "latents": self._latents.sample(indices, noise[:, 0]),
+            "noise": noise[:, 1].contiguous(),
+            "timesteps": draw_timesteps((seed, "timesteps", step), rows, settings.batch_size, self._timesteps),
+            "tokens": torch.where(dropped[:, None], self._empty, self._tokens[indices]).long(),
+        }
+
+    def sources(self, step: int) -> list[str]:
+        size = self._settings.batch_size
+        return [self._data.names[index] for index in self._order.indices(step * size, size).tolist()]
+
+    def validate(self) -> dict[str, float]:
+        """Unweighted losses with the same images, noise and timesteps every time, by band of timesteps and in the mean."""
+        count = len(self._held_out_tokens)
+        losses = torch.zeros(_BANDS)
+        for start in range(0, count, _VALIDATION_BATCH):
+            rows = range(start, min(start + _VALIDATION_BATCH, count))
+            losses += self._band_losses(rows) / count
+        bounds = [band * self._timesteps // _BANDS for band in range(_BANDS + 1)]
+        names = [f"val_{low}_{high - 1}" for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+        values = {"val_mse": losses.mean().item(), **dict(zip(names, losses.tolist(), strict=True))}
+        return {name: float(f"{value:.5g}") for name, value in values.items()}
+
+    def preview(self, folder: Path, step: int) -> None:
+        if self._sheet is not None:
+            self._sheet(folder / f"step-{step:08d}.png")
+
+    def _band_losses(self, rows: range) -> Tensor:
+        """Sums over the rows of the losses in each band, (_BANDS,)."""
+        device = self.module.objective.alpha.device
+        noise = normal((self._seed, "validation noise"), rows, (2, *self._latent_shape))
+        place = uniform((self._seed, "validation timesteps"), rows, (_BANDS,))
+        timesteps = ((place + torch.arange(_BANDS)) / _BANDS * self._timesteps).long()  # (n, _BANDS)
+        latents = self._held_out.sample(torch.tensor(rows), noise[:, 0]).to(device)
+        context = self.module.text_encoder(self._held_out_tokens[rows.start : rows.stop].long().to(device))
+        losses = []
+        for band in timesteps.T.to(device):
+            losses.append(self.module.errors(latents, noise[:, 1].to(device), band, context).sum().cpu())
+        return torch.stack(losses)
+
+
+class DiffusionLoss(nn.Module):
+    """U-Net and text encoder with their training loss."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module, objective: DiffusionObjective) -> None:
+        super().__init__()
+        self.unet, self.text_encoder, self.objective = unet, text_encoder, objective
+
+    def forward(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Weighted loss and plain mean squared error for latents and noise (n, C, h, w), timesteps (n,), tokens (n, L)."""
+        context = self.text_encoder(batch["tokens"])  # (n, L, width)
+        errors = self.errors(batch["latents"], batch["noise"], batch["timesteps"], context)  # (n,)
+        weights = self.objective.weights(batch["timesteps"])
+        return {"loss": (weights * errors).mean(), "mse": errors.detach().mean()}
+
+    def errors(self, latents: Tensor, noise: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """Squared error of each sample, (n,)."""
+        noisy = self.objective.noisy(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        return self.objective.errors(self.unet(noisy, timesteps, context), latents, noise, timesteps)
+
+
+def tokenize(tokenizer: Any, captions: Sequence[str]) -> tuple[Tensor, int]:
+    """Token ids of captions, (n, L) int32, and how many captions were too long and have been cut."""
+    length = tokenizer.model_max_length
+    full = tokenizer(list(captions), verbose=False)["input_ids"]
+    cut = sum(len(ids) > length for ids in full)
+    rows = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length)["input_ids"]
+    return torch.tensor(rows, dtype=torch.int32), cut
+
+
+def load_tokenizer(folder: Path, longest: int) -> Any:
+    """Read a CLIP tokenizer from a folder.
+
+    Raises:
+        ConfigError: there is none, or it allows more tokens than the text encoder has positions.
+    """
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"expected a CLIP tokenizer in {folder}: {str(error).splitlines()[0]}") from error
+    if tokenizer.model_max_length > longest:
+        raise ConfigError(
+            f"the tokenizer {folder} has model_max_length {tokenizer.model_max_length}, more than"
+            f" text_encoder.max_position_embeddings {longest}"
+        )
+    return tokenizer
