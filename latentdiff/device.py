@@ -81,12 +81,13 @@ def pick_precision(name: str, device: torch.device, parameters: int) -> Precisio
     return FORMATS["bf16" if parameters >= LARGE_ENOUGH_FOR_BF16 and _cpu_computes_in_bf16() else "fp32"]
 
 
-def finite_or_float32(part: str, module: nn.Module, compute: Callable[[torch.dtype], Tensor]) -> Tensor:
+def finite_or_float32(part: str, module: nn.Module, compute: Callable[[torch.dtype], Tensor], *, where: str = "") -> Tensor:
     """The result of `compute`, which uses `module`; once more in float32 if it overflows a shorter format.
 
     Args:
-        part: what is computed, for messages: "the U-Net at step 3 of 25".
+        part: what is computed, for messages: "the U-Net".
         compute: is given the dtype of the module's weights at that moment.
+        where: more for the error message: "at step 3 of 25".
 
     Raises:
         NotFiniteError: the result is not finite in float32 either.
@@ -103,6 +104,12 @@ def finite_or_float32(part: str, module: nn.Module, compute: Callable[[torch.dty
         if torch.isfinite(result).all():
             return result
     raise NotFiniteError(f"{part} gives NaN or infinity in float32; the model file is damaged, or the inputs are out of range")
+
+
+def precision_of(unet: nn.Module) -> Precision:
+    """The precision that a model has whose U-Net is `unet`."""
+    dtype = next(unet.parameters()).dtype
+    return next(precision for precision in FORMATS.values() if precision.unet == dtype)
 
 
 @contextmanager

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from latentdiff.errors import DataError
 from latentdiff.files import atomic_path
+
+CAPTION_SIZE = 12  # pixels
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -53,3 +56,21 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
         raise DataError(f"no picture at {os.fspath(path)}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read {os.fspath(path)} as a picture: {error}") from error
+
+
+def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 4) -> Image.Image:
+    """Lay pictures of one size out in rows, each above its caption; captions wrap and are cut after three lines."""
+    font = ImageFont.load_default(CAPTION_SIZE)
+    width, height = images[0].size
+    cell_width, cell_height = width + CAPTION_SIZE, height + 5 * CAPTION_SIZE
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (min(columns, len(images)) * cell_width, rows * cell_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left = index % columns * cell_width + CAPTION_SIZE // 2
+        top = index // columns * cell_height + CAPTION_SIZE // 2
+        sheet.paste(image, (left, top))
+        letters = max(1, int(width / draw.textlength("n", font=font)))
+        text = "\n".join(textwrap.wrap(caption, letters, max_lines=3, placeholder=" …"))
+        draw.multiline_text((left, top + height + 2), text, fill="black", font=font, spacing=2)
+    return sheet

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from PIL import Image
@@ -35,6 +35,7 @@ from latentdiff.device import (
     is_out_of_memory,
     pick_device,
     pick_precision,
+    precision_of,
 )
 from latentdiff.embedded import embedded_model
 from latentdiff.errors import CheckpointError, LatentDiffError, UsageError
@@ -49,6 +50,9 @@ from latentdiff.samplers import get_sampler
 from latentdiff.schedule import Level, Schedule
 from latentdiff.unet import UNet
 from latentdiff.vae import VAE
+
+if TYPE_CHECKING:
+    from latentdiff.checkpoints import Components
 
 # (step from 0, timestep, predicted x0 (N, C, h, w)) -> False to cancel, anything else to go on.
 Callback = Callable[[int, float, Tensor], Any]
@@ -90,7 +94,7 @@ class Pipeline:
         self.vae = vae.eval()
         self.schedule = Schedule(schedule_config)
         self.name, self.model_hash, self.ema = name, model_hash, ema
-        self.precision = FORMATS["fp32"]
+        self.precision = precision_of(unet)
         _check_fit("text embeddings", text_encoder.embedding_width, unet.config.cross_attention_dim)
         _check_fit("latent channels", vae.config.latent_channels, unet.config.out_channels)
 
@@ -122,18 +126,22 @@ class Pipeline:
 
         where = pick_device(device)
         found = load_components(source or embedded_model(), ema=ema, prediction_type=prediction_type)
-        pipeline = cls(
-            found.tokenizer,
-            found.text_encoder,
-            found.unet,
-            found.vae,
-            found.schedule_config,
-            name=found.name,
-            model_hash=found.hash,
+        size = sum(parameter.numel() for parameter in found.unet.parameters())
+        return cls.from_components(found, ema=ema).to(where, pick_precision(precision, where, size))
+
+    @classmethod
+    def from_components(cls, parts: Components, *, ema: bool = False) -> Pipeline:
+        """A pipeline of parts that are loaded already, as they are: nothing is copied, moved or converted."""
+        return cls(
+            parts.tokenizer,
+            parts.text_encoder,
+            parts.unet,
+            parts.vae,
+            parts.schedule_config,
+            name=parts.name,
+            model_hash=parts.hash,
             ema=ema,
         )
-        size = sum(parameter.numel() for parameter in found.unet.parameters())
-        return pipeline.to(where, pick_precision(precision, where, size))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model as a folder in the diffusers layout, in the precision that it has here."""
@@ -157,6 +165,12 @@ class Pipeline:
         for part in ("text_encoder", "unet", "vae"):
             getattr(self, part).to(device, getattr(self.precision, part))
         return self
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the pictures that the model was trained on."""
+        side = self.unet.config.sample_size * self.vae.config.downscale
+        return side, side
 
     @property
     def device(self) -> torch.device:
@@ -280,7 +294,7 @@ class Pipeline:
     def _encode_one(self, text: str) -> Tensor:
         token_ids = tokenize(self.tokenizer, [text]).to(self.device)  # (1, L)
         return finite_or_float32(
-            f"the text encoder on {text!r}", self.text_encoder, lambda _: self.text_encoder(token_ids)
+            "the text encoder", self.text_encoder, lambda _: self.text_encoder(token_ids), where=f"on {text!r}"
         ).float()
 
     @torch.no_grad()
@@ -311,7 +325,7 @@ class Pipeline:
             def compute(dtype: torch.dtype) -> Tensor:
                 return self.unet(x.to(dtype), t, text.context(dtype))
 
-            return finite_or_float32(f"the U-Net at {step_of.get(t, t)}", self.unet, compute)
+            return finite_or_float32("the U-Net", self.unet, compute, where=f"at {step_of.get(t, t)}")
 
         return guided_denoiser(
             model,
@@ -330,11 +344,8 @@ class Pipeline:
                 f"{self.unet.config.in_channels}: this model is for inpainting and needs a picture and a mask"
             )
         given = (None, None) if latents is None else tuple(factor * side for side in latents.shape[-2:])
-        trained = factor * self.unet.config.sample_size
-        size = [
-            next(side for side in (asked, own, trained) if side is not None)
-            for asked, own in zip((height, width), given, strict=True)
-        ]
+        choices = zip((height, width), given, self.default_size, strict=True)
+        size = [next(side for side in sides if side is not None) for sides in choices]
         for name, side in zip(("height", "width"), size, strict=True):
             if side <= 0 or side % factor:
                 raise UsageError(f"expected a {name} that is a positive multiple of {factor}, found {side}")

@@ -27,13 +27,9 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     for prompt in prompts:
         if dropped := dropped_text(tokenizer, prompt):
             longest = tokenizer.model_max_length - 2
-            message = (
-                f"the prompt has more than the {longest} tokens that the model reads; dropped: {dropped!r}"
-            )
+            message = f"the prompt has more than the {longest} tokens that the model reads; dropped: {dropped!r}"
             warnings.warn(message, PromptWarning, stacklevel=2)
-    rows = tokenizer(
-        list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length
-    )
+    rows = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
     return torch.tensor(rows["input_ids"])  # (N, L)
 
 
@@ -55,7 +51,7 @@ def as_list(prompt: str | Sequence[str]) -> list[str]:
     """One prompt or several as a list of text.
 
     Raises:
-        UsageError: there is no prompt, or one is not text.
+        UsageError: there is no prompt, or one is not valid text.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
@@ -63,4 +59,6 @@ def as_list(prompt: str | Sequence[str]) -> list[str]:
     for text in prompts:
         if not isinstance(text, str):
             raise UsageError(f"expected prompts as text, found {type(text).__name__}: {text!r}")
+        if not text.isascii() and text != text.encode(errors="replace").decode():
+            raise UsageError(f"expected prompts in valid Unicode, found {text!r}")
     return prompts

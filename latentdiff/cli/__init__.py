@@ -1,0 +1,87 @@
+"""The command line: one module per command. Everything heavy is imported when a command runs, so help is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+import click
+
+from latentdiff import __version__
+from latentdiff.cli.convert import convert
+from latentdiff.cli.evaluate import evaluate
+from latentdiff.cli.generate import generate
+from latentdiff.cli.inspect import inspect
+from latentdiff.cli.reproduce import reproduce
+from latentdiff.cli.train import train
+from latentdiff.errors import LatentDiffError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells expect
+PIPE_CLOSED = 141  # 128 + SIGPIPE
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="latentdiff")
+def cli() -> None:
+    """Text to image with latent diffusion: generate, inspect, convert, reproduce, train and evaluate."""
+
+
+for command in (generate, reproduce, inspect, convert, train, evaluate):
+    cli.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; errors become one line on stderr.
+
+    Returns:
+        0, or 2 for wrong usage, 130 after Ctrl-C, 141 if the reader of the output left, 1 for any other error.
+    """
+    try:
+        with warnings.catch_warnings():
+            _show_own_warnings()
+            code = cli.main(arguments, prog_name="latentdiff", standalone_mode=False)
+            sys.stdout.flush()
+            return code or 0
+    except LatentDiffError as error:
+        return _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        command = getattr(getattr(error, "ctx", None), "command_path", "latentdiff")
+        return _fail(f"{error.format_message()} (see {command} --help)", error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    return code
+
+
+def _show_own_warnings() -> None:
+    """Print warnings of latentdiff as one line each; those of the libraries below are not for its users."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        click.echo(f"warning: {message}", err=True)
+
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module=r"latentdiff\b", category=UserWarning)
+    show_any: Any = show
+    warnings.showwarning = show_any

@@ -1,0 +1,22 @@
+"""`latentdiff convert`: between the diffusers folder and the original single file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from latentdiff.cli.options import ANY_PATH
+from latentdiff.cli.output import check_writable
+
+
+@click.command()
+@click.argument("source", metavar="IN")
+@click.argument("target", metavar="OUT", type=ANY_PATH)
+def convert(source: str, target: Path) -> None:
+    """Convert the model IN to OUT, loss-free: a name ending in .safetensors is a single file, others a folder."""
+    check_writable(target)
+    from latentdiff import checkpoints
+
+    checkpoints.convert(source, target)
+    click.echo(target)

@@ -1,0 +1,59 @@
+"""`latentdiff evaluate`: how well the pictures show what the prompts say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from latentdiff.cli.options import ANY_PATH, DEVICE, MODEL
+from latentdiff.names import SAMPLER_NAMES
+
+
+@click.command()
+@MODEL
+@click.option(
+    "--out", type=ANY_PATH, default="evaluation", show_default=True, metavar="FOLDER", help="For scores and pictures."
+)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Prompts of each task.  [default: all]")
+@click.option("--seeds", type=click.IntRange(1), default=4, show_default=True, metavar="N", help="Pictures of each prompt.")
+@click.option("--steps", type=int, default=25, show_default=True, metavar="N", help="Denoising steps, 1 to 1000.")
+@click.option("--guidance", type=float, default=5.0, show_default=True, metavar="X", help="1 is no guidance.")
+@click.option("--sampler", type=click.Choice(SAMPLER_NAMES), default="ddim", show_default=True)
+@click.option(
+    "--scenes",
+    type=ANY_PATH,
+    metavar="FOLDER",
+    help="Real scenes made by tools/make_scenes.py, for the judge's ceiling and floor and the VAE's scores.",
+)
+@DEVICE
+def evaluate(
+    model: str | None,
+    out: Path,
+    limit: int | None,
+    seeds: int,
+    steps: int,
+    guidance: float,
+    sampler: str,
+    scenes: Path | None,
+    device: str,
+) -> None:
+    """Score a model on GenEval's six tasks, on scenes.
+
+    Pictures of held-out prompts are judged by a classifier that shares no weights with the model: single object, two
+    objects, counting, colours, position, colour attribution.
+    """
+    from latentdiff import evaluation
+
+    report = evaluation.run(
+        model=model,
+        out=out,
+        limit=limit,
+        seeds=seeds,
+        steps=steps,
+        guidance=guidance,
+        sampler=sampler,
+        scenes=scenes,
+        device=device,
+    )
+    click.echo(report)

@@ -1,0 +1,219 @@
+"""`latentdiff generate`: pictures of prompts."""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from latentdiff.cli import output
+from latentdiff.cli.options import ANY_PATH, DEVICE, MODEL, PRECISION
+from latentdiff.config import PREDICTION_TYPES, TIMESTEP_SPACINGS
+from latentdiff.errors import LatentDiffError, UsageError
+from latentdiff.names import ATTENTION_NAMES, SAMPLER_NAMES
+
+if TYPE_CHECKING:
+    from latentdiff.pipeline import Pipeline
+
+
+@click.command()
+@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
+@click.option(
+    "--prompts",
+    "prompt_file",
+    type=click.File(encoding="utf-8"),
+    metavar="FILE",
+    help="Read prompts from FILE, one a line; - is stdin. Blank lines and lines that begin with # are skipped.",
+)
+@click.option("--negative", "negative_prompt", default="", metavar="TEXT", help="What to avoid in the picture.")
+@click.option(
+    "-n", "num_images", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Pictures of each prompt."
+)
+@click.option(
+    "--out",
+    type=ANY_PATH,
+    default="pictures",
+    show_default=True,
+    metavar="FOLDER|FILE.png",
+    help="Where to write. In a folder the file is named after prompt and seed. A file that holds another "
+    "picture is never overwritten: the new one gets a number.",
+)
+@click.option("--skip-existing", is_flag=True, help="Do not make pictures again that lie in the folder already.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
+    metavar="N",
+    help="Seed of a prompt's first picture; the next ones have seed + 1, ...  Drawn and printed if not given.",
+)
+@click.option("--steps", type=int, default=25, show_default=True, metavar="N", help="Denoising steps, 1 to 1000.")
+@click.option(
+    "--guidance",
+    "guidance_scale",
+    type=float,
+    default=5.0,
+    show_default=True,
+    metavar="X",
+    help="How strongly to follow the prompt; 1 is no guidance.",
+)
+@click.option(
+    "--guidance-rescale",
+    type=float,
+    default=0.0,
+    show_default=True,
+    metavar="X",
+    help="0 to 1: how far to undo the contrast that guidance adds.",
+)
+@click.option(
+    "--guidance-interval",
+    type=float,
+    nargs=2,
+    metavar="LOW HIGH",
+    help="Guide only at these noise levels (sigma/alpha, 0 to about 15).  [default: all]",
+)
+@click.option("--sampler", type=click.Choice(SAMPLER_NAMES), default="ddim", show_default=True)
+@click.option(
+    "--eta", type=float, default=0.0, show_default=True, metavar="X", help="0 to 1: share of fresh noise in ddim's steps."
+)
+@click.option("--spacing", type=click.Choice(TIMESTEP_SPACINGS), help="Of the timesteps.  [default: the model's]")
+@click.option("--width", type=int, metavar="PIXELS", help="A multiple of 8.  [default: that of the training]")
+@click.option("--height", type=int, metavar="PIXELS", help="A multiple of 8.  [default: that of the training]")
+@MODEL
+@click.option("--ema", is_flag=True, help="Take the averaged weights of a .ckpt that holds both.")
+@click.option(
+    "--prediction-type", type=click.Choice(PREDICTION_TYPES), help="What the model predicts, if its file says it wrong."
+)
+@DEVICE
+@PRECISION
+@click.option("--attention", type=click.Choice(ATTENTION_NAMES), help="Attention back end.  [default: sdpa]")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Pictures made at once: memory against speed; the pictures stay the same.  [default: 4]",
+)
+@click.option("--sheet", type=ANY_PATH, metavar="FILE.png", help="Also write all pictures on one sheet with their prompts.")
+@click.option("--no-metadata", is_flag=True, help="Leave the recipe out of the file.")
+def generate(
+    prompts: tuple[str, ...],
+    prompt_file: Any,
+    out: Path,
+    seed: int | None,
+    num_images: int,
+    skip_existing: bool,
+    model: str | None,
+    ema: bool,
+    prediction_type: str | None,
+    device: str,
+    precision: str,
+    attention: str | None,
+    no_metadata: bool,
+    sheet: Path | None,
+    **settings: Any,
+) -> int:
+    """Make pictures of one or more prompts and print where they lie."""
+    texts = [*prompts, *_read_prompts(prompt_file)]
+    if not texts:
+        raise UsageError("expected a prompt, or a file of prompts with --prompts; found neither")
+    if out.suffix == ".png" and len(texts) * num_images > 1:
+        raise UsageError(f"expected a folder for {len(texts) * num_images} pictures, found --out {out}")
+    for place in filter(None, (out, sheet)):
+        output.check_writable(place)
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+        click.echo(f"seed: {seed}", err=True)
+
+    from latentdiff.attention import use_attention_backend
+    from latentdiff.pipeline import Pipeline
+
+    pipe = Pipeline.load(model, device=device, precision=precision, ema=ema, prediction_type=prediction_type)
+    seeds = [seed + i for i in range(num_images)]
+    job = _Job(pipe, out, seeds, settings, skip_existing=skip_existing, metadata=not no_metadata)
+    with use_attention_backend(attention) if attention else nullcontext():
+        code = job.run(texts)
+    if sheet:
+        job.write_sheet(sheet)
+    return code
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Pictures of several prompts with the same settings."""
+
+    pipe: Pipeline
+    out: Path
+    seeds: list[int]
+    settings: dict[str, Any]
+    skip_existing: bool
+    metadata: bool
+    done: list[tuple[Path, str]] = field(default_factory=list)  # pictures and their prompts, old ones too
+
+    def run(self, prompts: list[str]) -> int:
+        """Make all pictures; one failing prompt does not end the job. Returns the exit code."""
+        failed = 0
+        for prompt in prompts:
+            try:
+                self._make(prompt)
+            except UsageError:
+                raise  # the settings are the same for all prompts
+            except (LatentDiffError, RuntimeError, OSError) as error:
+                if len(prompts) == 1:
+                    raise
+                failed += 1
+                click.echo(f"error: {prompt!r}: {error}", err=True)
+        if failed:
+            click.echo(f"error: {failed} of {len(prompts)} prompts failed", err=True)
+        return 1 if failed else 0
+
+    def _make(self, prompt: str) -> None:
+        paths = {}
+        for seed in self.seeds:
+            path, is_there = output.picture_path(self.out, self._wanted(prompt, seed))
+            self.done.append((path, prompt))
+            if is_there and self.skip_existing:
+                click.echo(f"{path} is there already", err=True)
+            else:
+                paths[seed] = path
+        if not paths:
+            return
+
+        from latentdiff.image import save_png
+
+        images = self.pipe(prompt, seed=list(paths), num_images=len(paths), **self.settings)
+        for image, path in zip(images, paths.values(), strict=True):
+            save_png(image, path, metadata=self.metadata)
+            click.echo(path)
+
+    def write_sheet(self, path: Path) -> None:
+        """Lay out all pictures of the job that there are."""
+        from latentdiff.image import contact_sheet, open_image, save_png
+
+        done = [(open_image(picture), prompt) for picture, prompt in self.done if picture.exists()]
+        if done:
+            images, prompts = zip(*done, strict=True)
+            save_png(contact_sheet(images, prompts), path)
+            click.echo(path)
+
+    def _wanted(self, prompt: str, seed: int) -> dict[str, Any]:
+        """What the recipe of a picture would say, as far as it decides what the picture shows."""
+        settings = {name: value for name, value in self.settings.items() if name != "batch_size"}
+        height, width = self.pipe.default_size
+        silent = {"height": height, "width": width, "spacing": self.pipe.schedule.config.timestep_spacing}
+        asked = {name: silent.get(name) if value is None else value for name, value in settings.items()}
+        return {"prompt": prompt, "seed": seed, "model_hash": self.pipe.model_hash, **asked}
+
+
+def _read_prompts(file: TextIO | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        lines = [line.strip() for line in file]
+    except UnicodeDecodeError as error:
+        raise UsageError(f"expected prompts as UTF-8 text in {file.name}, found other bytes") from error
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise UsageError(f"expected prompts in {file.name}, one a line, found none")
+    return prompts

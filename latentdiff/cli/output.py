@@ -1,0 +1,69 @@
+"""Where pictures are written, and which files are there already."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from latentdiff.errors import DataError, UsageError
+from latentdiff.recipe import read_recipe
+
+LONGEST_SLUG = 100  # bytes; file systems take 255 for the whole name
+
+
+def check_writable(path: Path) -> None:
+    """Make sure, before any work is done and without leaving a trace, that `path` can be written.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    folder = path.absolute().parent if path.suffix == ".png" else path.absolute()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UsageError(f"cannot write {path}: {folder} is not a folder; choose another place with --out")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write {path}: no permission in {folder}; choose another place with --out")
+    if path.suffix == ".png" and path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder")
+
+
+def picture_path(out: Path, wanted: Mapping[str, Any]) -> tuple[Path, bool]:
+    """Where the picture with the recipe fields `wanted` belongs, and whether it is there already.
+
+    A file that holds another picture is left alone: in a folder, the name gets a number.
+
+    Raises:
+        UsageError: `out` is a file that holds another picture.
+    """
+    if out.suffix == ".png":
+        if out.exists() and not _holds(out, wanted):
+            raise UsageError(f"{out} holds another picture; remove it or choose another name with --out")
+        return out, out.exists()
+    for path in (out / name for name in _names(wanted["prompt"], wanted["seed"])):
+        if not path.exists():
+            return path, False
+        if _holds(path, wanted):
+            return path, True
+    raise AssertionError("unreachable: there are more names than files")
+
+
+def _names(prompt: str, seed: int) -> Iterator[str]:
+    slug = re.sub(r"\W+", "-", prompt.lower()).strip("-_").encode()[:LONGEST_SLUG].decode(errors="ignore")
+    stem = f"{slug.rstrip('-_') or 'picture'}-{seed}"
+    yield f"{stem}.png"
+    yield from (f"{stem}-{number}.png" for number in itertools.count(2))
+
+
+def _holds(path: Path, wanted: Mapping[str, Any]) -> bool:
+    from latentdiff.image import open_image
+
+    try:
+        recipe = read_recipe(open_image(path).info)
+    except DataError:
+        return False
+    return all(getattr(recipe, name) == value for name, value in wanted.items())

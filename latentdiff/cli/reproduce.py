@@ -1,0 +1,117 @@
+"""`latentdiff reproduce`: make a picture again from its recipe, and say how well that went."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from latentdiff.cli.options import ANY_PATH, DEVICE
+from latentdiff.errors import CheckpointError, DataError
+from latentdiff.names import PRECISIONS
+from latentdiff.recipe import Recipe, read_recipe
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from latentdiff.pipeline import Pipeline
+
+# Differences up to this many grey levels of 255 are rounding: another batch size or number of threads.
+ROUNDING = 2
+
+
+@click.command()
+@click.argument("picture", type=ANY_PATH)
+@click.option(
+    "--model",
+    metavar="FOLDER|HUB_ID|FILE",
+    help="The model of the recipe; not needed for the one that comes with latentdiff.",
+)
+@DEVICE
+@click.option("--precision", type=click.Choice(PRECISIONS), help="Number format.  [default: the recipe's]")
+@click.option("--out", type=ANY_PATH, metavar="FILE.png", help="Write the new picture there.")
+def reproduce(picture: Path, model: str | None, device: str, precision: str | None, out: Path | None) -> int:
+    """Make PICTURE again from its recipe, report the pixel difference and why there is one.
+
+    The exit code is 0 if the pictures agree up to rounding (2 of 255 grey levels), else 1.
+    """
+    from latentdiff.cli.output import check_writable
+    from latentdiff.image import open_image, save_png
+
+    if out:
+        check_writable(out)
+    original = open_image(picture)
+    recipe = read_recipe(original.info)
+    if recipe.given_latents:
+        raise DataError(f"{picture} was made from given start noise, which a recipe does not hold")
+    pipe = _load(recipe, model, device, precision)
+    again = pipe(
+        recipe.prompt,
+        negative_prompt=recipe.negative_prompt,
+        steps=recipe.steps,
+        guidance_scale=recipe.guidance_scale,
+        guidance_rescale=recipe.guidance_rescale,
+        guidance_interval=recipe.guidance_interval,
+        sampler=recipe.sampler,
+        eta=recipe.eta,
+        seed=recipe.seed,
+        width=recipe.width,
+        height=recipe.height,
+        spacing=recipe.spacing,
+    )[0]
+    if out:
+        save_png(again, out)
+        click.echo(out)
+    return _report(original, again, recipe)
+
+
+def _load(recipe: Recipe, model: str | None, device: str, precision: str | None) -> Pipeline:
+    from latentdiff.pipeline import Pipeline
+
+    pipe = Pipeline.load(
+        model,
+        device=device,
+        precision=precision or recipe.precision or "auto",
+        ema=recipe.ema,
+        prediction_type=recipe.prediction_type if model else None,
+    )
+    if model is None and pipe.model_hash != recipe.model_hash:
+        raise CheckpointError(
+            f"the picture was made with the model {recipe.model!r} (hash {recipe.model_hash or 'unknown'}), "
+            "which is not the one that comes with latentdiff; say where it is with --model"
+        )
+    return pipe
+
+
+def _report(original: Image.Image, again: Image.Image, recipe: Recipe) -> int:
+    import numpy as np
+
+    if original.size != again.size:
+        raise DataError(f"the picture has been resized: it is {original.size}, its recipe says {again.size}")
+    pair = (np.asarray(image.convert("RGB"), dtype=np.int16) for image in (original, again))
+    difference = np.abs(np.subtract(*pair))
+    worst, mean = int(difference.max()), float(difference.mean())
+    if worst == 0:
+        click.echo("identical: every pixel is the same")
+        return 0
+    click.echo(f"difference: at most {worst}, on average {mean:.3f} of 255 grey levels")
+    for reason in _reasons(recipe, read_recipe(again.info)):
+        click.echo(f"  {reason}")
+    return 0 if worst <= ROUNDING else 1
+
+
+def _reasons(then: Recipe, now: Recipe) -> list[str]:
+    """What differs between the two runs and can change pixels."""
+    pairs = {
+        "model hash": (then.model_hash, now.model_hash),
+        "device": (then.device, now.device),
+        "precision": (then.precision, now.precision),
+        "prediction type": (then.prediction_type, now.prediction_type),
+    }
+    pairs |= {name: (then.versions.get(name), now.versions.get(name)) for name in then.versions | now.versions}
+    found = [f"{name}: then {a or 'unknown'}, now {b or 'unknown'}" for name, (a, b) in pairs.items() if a != b]
+    return found or [
+        "model, versions, device and precision are the same: it was made in a batch, with another number of "
+        "threads or on another processor, or edited since"
+    ]
