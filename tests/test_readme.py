@@ -39,13 +39,14 @@ def test_shell_lines_are_of_known_programs() -> None:
 @pytest.mark.parametrize("arguments", commands("latentdiff"), ids=" ".join)
 def test_command_lines_parse(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every option exists and every value is allowed; files need not exist, and nothing is run."""
-    from latentdiff.cli import main
+    from latentdiff.cli import cli
 
-    monkeypatch.setattr(click.Path, "convert", lambda self, value, param, ctx: value)
+    for kind in (click.Path, click.File):
+        monkeypatch.setattr(kind, "convert", lambda self, value, param, ctx: value)
     name, *rest = arguments
-    command = main.get_command(click.Context(main), name)
+    command = cli.get_command(click.Context(cli), name)
     assert command is not None, f"latentdiff has no command {name}"
-    command.make_context(name, rest, parent=click.Context(main, info_name="latentdiff"))
+    command.make_context(name, rest, parent=click.Context(cli, info_name="latentdiff"))
 
 
 @pytest.mark.parametrize("arguments", commands("make"), ids=" ".join)
