@@ -24,8 +24,8 @@ from torch import Tensor
 from latentdiff.config import ScheduleConfig
 from latentdiff.errors import ConfigError, UsageError
 
-# The smallest alphas_cumprod at which sigma_hat and log_snr are still usable numbers; diffusers takes the same.
-SMALLEST_ALPHA_CUMPROD = 2.0**-24
+# What stands for "no signal" where sigma_hat and log_snr have to be finite. diffusers takes the same.
+TRACE_OF_SIGNAL = 2.0**-24
 
 # The largest beta of the cosine schedule (Nichol & Dhariwal 2021, section 3.2).
 COSINE_MAX_BETA = 0.999
@@ -165,7 +165,7 @@ class Schedule:
     def with_finite_log_snr(self) -> Self:
         """The schedule with a trace of signal where zero-terminal-SNR rescaling left none, for solvers in log SNR."""
         finite = copy(self)
-        finite.alphas_cumprod = self.alphas_cumprod.clamp(min=SMALLEST_ALPHA_CUMPROD)
+        finite.alphas_cumprod = self.alphas_cumprod.where(self.alphas_cumprod > 0.0, TRACE_OF_SIGNAL)
         return finite
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

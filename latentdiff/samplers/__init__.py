@@ -32,13 +32,14 @@ class Sampler:
         Raises:
             UsageError: `steps` is not in 1 to T, or the spacing is unknown.
         """
-        return self.make_levels(schedule, steps, self._spacing(schedule, spacing))
+        return self.make_levels(schedule, steps, self.spacing(schedule, spacing))
 
     def start_scale(self, schedule: Schedule, spacing: str | None = None) -> float:
         """What unit normal noise is multiplied with to make the start latents."""
-        return self.make_start_scale(schedule, self._spacing(schedule, spacing))
+        return self.make_start_scale(schedule, self.spacing(schedule, spacing))
 
-    def _spacing(self, schedule: Schedule, spacing: str | None) -> str:
+    def spacing(self, schedule: Schedule, spacing: str | None = None) -> str:
+        """The spacing that applies: the one given, else that of the model's configuration, else what is customary."""
         return spacing or schedule.config.timestep_spacing or self.customary_spacing
 
 
