@@ -1,0 +1,145 @@
+"""Telling what a set of named tensors is, from names and shapes alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from latentdiff.checkpoints.keymap import Shape
+from latentdiff.errors import CheckpointError
+
+# Where the original single-file layout keeps each part.
+ORIGINAL_PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+
+# Parts of names that only other architectures have. The first that occurs decides.
+_OTHERS = (
+    ("motion_modules.", "AnimateDiff motion module"),
+    ("conditioner.embedders.1.", "SDXL"),
+    ("conditioner.embedders.0.", "SDXL refiner"),
+    ("add_embedding.linear_1.", "SDXL U-Net"),
+    ("joint_blocks.", "Stable Diffusion 3"),
+    ("double_blocks.", "Flux"),
+    ("single_transformer_blocks.", "Flux"),
+    ("double_layers.", "AuraFlow"),
+    ("clip_txt_mapper.", "Stable Cascade"),
+    (".channelwise.0.", "Stable Cascade"),
+    ("cap_embedder.", "Lumina"),
+    ("txt_in.individual_token_refiner.", "Hunyuan Video"),
+    ("adaln_single.", "PixArt diffusion transformer"),
+    ("img_mod.1.", "Qwen Image"),
+    ("blocks.0.cross_attn.", "video diffusion transformer"),
+    ("control_model.", "ControlNet"),
+    ("controlnet_cond_embedding.", "ControlNet"),
+    ("input_hint_block.", "ControlNet"),
+    ("t2i_adapter.", "T2I-Adapter"),
+    ("ip_adapter.", "IP-Adapter"),
+    ("model.diffusion_model.label_emb.", "class-conditional U-Net (upscaler, unCLIP)"),
+    ("class_embedding.", "class-conditional U-Net (upscaler, unCLIP)"),
+    ("adaLN_modulation.", "diffusion transformer"),
+)
+_LORA = re.compile(r"\.?(lora_up|lora_down|lora_A|lora_B|lora\.up|lora\.down|hada_w1_a|lokr_w1|lora_linear_layer)\b")
+_EMBEDDING = ("emb_params", "string_to_param", "clip_l", "clip_g")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a file of tensors is.
+
+    Attributes:
+        kind: "model" (an original single file), "part" (one part in the diffusers layout, or a VAE or U-Net cut
+            out of a single file), "lora", "embedding" or "other".
+        family: a name for people, "Stable Diffusion 1.x" say.
+        parts: which of unet, vae, text_encoder it holds.
+    """
+
+    kind: str
+    family: str
+    parts: tuple[str, ...] = ()
+
+
+def identify(shapes: Mapping[str, Shape]) -> Identity:
+    """Recognise a file by the names and shapes of its tensors."""
+    if any(_LORA.search(name) for name in shapes):
+        return Identity("lora", f"LoRA ({lora_dialect(shapes)} names)")
+    for marker, family in _OTHERS:
+        if any(marker in name for name in shapes):
+            return Identity("other", family)
+    parts = tuple(part for part, prefix in ORIGINAL_PREFIXES.items() if any(name.startswith(prefix) for name in shapes))
+    if parts:
+        return Identity("model", _family_of_original(shapes), parts)
+    if part := _lone_part(shapes):
+        return Identity("part", *part)
+    if 0 < len(shapes) <= 4 and any(name in _EMBEDDING or name.startswith("<") for name in shapes):
+        return Identity("embedding", "textual-inversion embedding")
+    return Identity("other", "unknown architecture")
+
+
+def require_original(source: object, identity: Identity, names: Iterable[str]) -> None:
+    """Fail unless `identity` is a whole Stable Diffusion 1.x or 2.x in the original layout.
+
+    Raises:
+        CheckpointError: says what the file is in place of that.
+    """
+    wanted = "expected a whole Stable Diffusion 1.x or 2.x"
+    if identity.kind == "lora":
+        raise CheckpointError(
+            f"{source} is a {identity.family}, which adapts a model and is none; {wanted}: load its base model"
+        )
+    if identity.kind == "embedding":
+        raise CheckpointError(f"{source} is a {identity.family}, not a model; {wanted}")
+    if identity.kind == "other":
+        first = ", ".join(list(names)[:5]) or "no tensors at all"
+        raise CheckpointError(f"{source} is another architecture ({identity.family}); {wanted}, found {first}")
+    if identity.kind == "part":
+        raise CheckpointError(f"{source} holds only a {identity.family}; {wanted}")
+    missing = [part for part in ORIGINAL_PREFIXES if part not in identity.parts]
+    if missing:
+        lacking = " and ".join(f"{part} ({ORIGINAL_PREFIXES[part]}*)" for part in missing)
+        held = ", ".join(identity.parts)
+        raise CheckpointError(f"{source} has no {lacking}, only {held}; {wanted}: use a file saved with all parts")
+
+
+def lora_dialect(shapes: Iterable[str]) -> str:
+    """Whose names a LoRA file uses: "kohya", "peft" or "diffusers"."""
+    names = list(shapes)
+    if any(name.startswith(("lora_unet_", "lora_te")) for name in names):
+        return "kohya"
+    if any(".lora_A." in name or ".lora_B." in name for name in names):
+        return "peft"
+    return "diffusers"
+
+
+def family_name(*, linear: bool, in_channels: int, width: int, context: int) -> str:
+    """A name for people: linear projections are the mark of SD 2.x; other sizes than the published are told apart."""
+    number, published = ("2.x", (320, 1024)) if linear else ("1.x", (320, 768))
+    task = {9: " inpainting", 8: " conditioned on a picture", 5: " conditioned on depth"}.get(in_channels, "")
+    size = "" if (width, context) == published else ", a size of its own"
+    return f"Stable Diffusion {number}{task}{size}"
+
+
+def _family_of_original(shapes: Mapping[str, Shape]) -> str:
+    def find(end: str, default: Shape) -> Shape:
+        return next((shape for name, shape in shapes.items() if name.endswith(end)), default)
+
+    width, in_channels, *_ = find("model.diffusion_model.input_blocks.0.0.weight", (0, 4))
+    return family_name(
+        linear=len(find(".1.proj_in.weight", (0, 0, 0, 0))) == 2,
+        in_channels=in_channels,
+        width=width,
+        context=find(".attn2.to_k.weight", (0, 0))[1],
+    )
+
+
+def _lone_part(shapes: Mapping[str, Shape]) -> tuple[str, tuple[str, ...]] | None:
+    if "down_blocks.0.resnets.0.conv1.weight" in shapes and "time_embedding.linear_1.weight" in shapes:
+        return "U-Net (diffusers layout)", ("unet",)
+    if "input_blocks.0.0.weight" in shapes and "time_embed.0.weight" in shapes:
+        return "U-Net (original layout)", ("unet",)
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" in shapes:
+        return "VAE (diffusers layout)", ("vae",)
+    if "decoder.conv_in.weight" in shapes and any(name.startswith("decoder.up.") for name in shapes):
+        return "VAE (original layout)", ("vae",)
+    if any(name.endswith("embeddings.token_embedding.weight") for name in shapes):
+        return "text encoder (CLIP)", ("text_encoder",)
+    return None

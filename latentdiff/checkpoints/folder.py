@@ -1,0 +1,253 @@
+"""The diffusers folder layout: model_index.json, and a folder of configuration and weights for every part."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from latentdiff.checkpoints.files import TensorFile, read_tensors
+from latentdiff.checkpoints.raw import PART_LABELS, PARTS, RawModel, with_usual_names
+from latentdiff.errors import CheckpointError
+
+INDEX = "model_index.json"
+EXTRAS = "original_extras.safetensors"  # what an original single file holds beyond the parts of a folder
+CONFIGS = {**{part: f"{part}/config.json" for part in PARTS}, "scheduler": "scheduler/scheduler_config.json"}
+# Parts that published folders have and that have no place in a single file and no use here.
+_IGNORED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
+_STEMS = {
+    "unet": ("diffusion_pytorch_model",),
+    "vae": ("diffusion_pytorch_model",),
+    "text_encoder": ("model", "pytorch_model"),
+}
+
+
+def weight_candidates(part: str) -> Iterator[str]:
+    """Where a part's weights may lie, best first: plain before fp16, safetensors before .bin, whole before sharded."""
+    for variant in ("", ".fp16"):
+        for suffix in (".safetensors", ".bin"):
+            for stem in _STEMS[part]:
+                yield f"{part}/{stem}{variant}{suffix}"
+                yield f"{part}/{stem}{suffix}.index{variant}.json"
+                if variant:
+                    yield f"{part}/{stem}{variant}{suffix}.index.json"
+
+
+def weight_files(folder: Path, part: str) -> list[Path]:
+    """The files that hold the weights of one part.
+
+    Raises:
+        CheckpointError: there are none, or a shard is missing.
+    """
+    for candidate in weight_candidates(part):
+        path = folder / candidate
+        if path.exists():
+            return shards(path) if path.suffix == ".json" else [path]
+    raise CheckpointError(
+        f"{folder} has no weights of the {PART_LABELS[part]}: expected {part}/{_STEMS[part][0]}.safetensors "
+        f"(or .fp16.safetensors, shards, .bin), found {listing(folder / part)}"
+    )
+
+
+def read_folder(folder: Path) -> RawModel:
+    """Read configuration and map the weights of a diffusers folder.
+
+    Raises:
+        CheckpointError: it is no such folder, of another pipeline, or a part of it is missing or damaged.
+    """
+    index = _check_index(folder)
+    configs: dict[str, dict[str, Any]] = {"model_index": index}
+    configs |= {name: _read_json(folder / path) for name, path in CONFIGS.items()}
+    tensors, names, files = {}, {}, []
+    for part in PARTS:
+        files += (part_files := weight_files(folder, part))
+        tensors[part], others = with_usual_names(part, _merge(part_files))
+        if others:
+            names[part] = others
+    extras = read_tensors(folder / EXTRAS) if (folder / EXTRAS).exists() else TensorFile(folder, {})
+    return RawModel(
+        source=folder,
+        tensors=tensors,
+        configs=configs,
+        tokenizer=_read_tokenizer(folder / "tokenizer"),
+        extras=extras.tensors,
+        names=names,
+        metadata=extras.metadata,
+        left_out=[name for name in _IGNORED_PARTS if (folder / name).is_dir()],
+        weight_files=tuple(files),
+    )
+
+
+def write_folder(raw: RawModel, folder: Path) -> None:
+    """Write a model as a diffusers folder: built beside `folder`, then renamed to it.
+
+    Raises:
+        CheckpointError: `folder` holds something else than a model.
+        LatentDiffError: it cannot be written.
+    """
+    with _replaced_folder(folder) as temporary:
+        for name, path in {**CONFIGS, "model_index": INDEX}.items():
+            _write_text(temporary / path, json.dumps(raw.configs[name], indent=2, sort_keys=True) + "\n")
+        for name, text in raw.tokenizer.items():
+            _write_text(temporary / "tokenizer" / name, text)
+        for part in PARTS:
+            stem = _STEMS[part][0]
+            others = raw.names.get(part, {})
+            save_tensors(
+                {others.get(name, name): tensor for name, tensor in raw.tensors[part].items()},
+                temporary / part / f"{stem}.safetensors",
+                {"format": "pt"},
+            )
+        if raw.extras or raw.metadata:
+            save_tensors(raw.extras, temporary / EXTRAS, raw.metadata)
+
+
+def model_index(in_channels: int) -> dict[str, Any]:
+    """The model_index.json with which diffusers opens the folder."""
+    pipeline = "StableDiffusionInpaintPipeline" if in_channels == 9 else "StableDiffusionPipeline"
+    return {
+        "_class_name": pipeline,
+        "_diffusers_version": "0.30.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; values and types stay as they are."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata))
+
+
+def _check_index(folder: Path) -> dict[str, Any]:
+    if not (folder / INDEX).exists():
+        raise CheckpointError(
+            f"{folder} is no model folder: expected {INDEX}, found {listing(folder)}; give the folder that "
+            "holds unet/, vae/, text_encoder/ and tokenizer/, or a single file"
+        )
+    index = _read_json(folder / INDEX)
+    if "text_encoder_2" in index or "transformer" in index or "prior" in index:
+        raise CheckpointError(
+            f"{folder} holds a {index.get('_class_name')}, another architecture; expected Stable Diffusion 1.x or 2.x"
+        )
+    missing = [part for part in (*PARTS, "tokenizer", "scheduler") if not (folder / part).is_dir()]
+    if missing:
+        raise CheckpointError(f"{folder} is incomplete: no {', '.join(missing)}; found {listing(folder)}")
+    return index
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; found {listing(path.parent)}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found a {type(content).__name__}")
+    return content
+
+
+def _read_tokenizer(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".txt"))
+    names = {path.name for path in files}
+    if not {"vocab.json", "merges.txt"} <= names and "tokenizer.json" not in names:
+        raise CheckpointError(
+            f"{folder} holds no CLIP tokenizer: expected vocab.json and merges.txt, or tokenizer.json, found {listing(folder)}"
+        )
+    return {path.name: path.read_text(encoding="utf-8") for path in files}
+
+
+def shard_names(index: Path) -> list[str]:
+    """The names of the files that an index of shards lists."""
+    return sorted(set(_read_json(index).get("weight_map", {}).values()))
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index of shards lists.
+
+    Raises:
+        CheckpointError: one of them is missing.
+    """
+    paths = [index.parent / name for name in shard_names(index)]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing or not paths:
+        raise CheckpointError(
+            f"{index.parent} lacks shards that {index.name} lists: {', '.join(missing) or 'all'}; download them again"
+        )
+    return paths
+
+
+def _merge(files: list[Path]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= read_tensors(file).tensors
+    return tensors
+
+
+def listing(folder: Path) -> str:
+    if not folder.is_dir():
+        return "nothing"
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return (", ".join(names[:8]) + more) or "nothing"
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _replaced_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder beside `folder` that takes its place when the block ends well."""
+    _check_replaceable(folder)
+    temporary: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        os.chmod(temporary, 0o755)
+        yield temporary
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            os.replace(folder, old)
+            os.replace(temporary, folder)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {folder}: {error.strerror or error}; free some space or choose another place"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"cannot write a model folder to {folder}: a file of that name exists")
+    known = {INDEX, EXTRAS, "tokenizer", "scheduler", *PARTS, *_IGNORED_PARTS}
+    foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in known)
+    if foreign or (any(folder.iterdir()) and not (folder / INDEX).exists()):
+        raise CheckpointError(
+            f"refusing to replace {folder}: it holds {listing(folder)}, not only a model; choose a new folder"
+        )

@@ -1,0 +1,91 @@
+"""Where a model's files are: a path, or a Hugging Face hub id, looked up in the local cache before any socket is opened."""
+
+from __future__ import annotations
+
+import os
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+from latentdiff.checkpoints.folder import CONFIGS, INDEX, shard_names, weight_candidates, weight_files
+from latentdiff.checkpoints.raw import PART_LABELS, PARTS
+from latentdiff.errors import CheckpointError
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+_TOKENIZER = ("tokenizer/*.json", "tokenizer/*.txt")
+
+
+def locate(source: str | os.PathLike[str]) -> Path:
+    """The folder or file that `source` names; a hub id is downloaded unless the cache has all of it.
+
+    Raises:
+        CheckpointError: nothing is there, or the hub cannot be reached or does not have it.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    name = os.fspath(source)
+    if not _HUB_ID.fullmatch(name) or name.endswith(_WEIGHTS):
+        raise CheckpointError(f"no model at {name}: expected a folder, a file, or a hub id such as org/name")
+    return _cached(name) or _download(name)
+
+
+def _cached(hub_id: str) -> Path | None:
+    """The cached snapshot, if every file that is needed is in it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    index = try_to_load_from_cache(hub_id, INDEX)
+    if not isinstance(index, str):
+        return None
+    folder = Path(index).parent
+    vocabulary = [folder / "tokenizer" / name for name in ("tokenizer.json", "vocab.json")]
+    if not all((folder / path).exists() for path in CONFIGS.values()) or not any(map(Path.exists, vocabulary)):
+        return None
+    try:
+        for part in PARTS:
+            weight_files(folder, part)
+    except CheckpointError:
+        return None
+    return folder
+
+
+def _download(hub_id: str) -> Path:
+    """Fetch the files that are needed, one format of the weights only."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        raise CheckpointError(
+            f"{hub_id} is not in the local cache and HF_HUB_OFFLINE forbids to download it; unset it, or give a folder"
+        )
+    try:
+        listed = set(HfApi().list_repo_files(hub_id))
+        for name in _needed(hub_id, listed):
+            path = Path(hf_hub_download(hub_id, name))
+            if name.endswith(".json") and "/" in name and ".index." in name:
+                for shard in shard_names(path):
+                    hf_hub_download(hub_id, f"{name.split('/')[0]}/{shard}")
+        return Path(hf_hub_download(hub_id, INDEX)).parent
+    except CheckpointError:
+        raise
+    except Exception as error:  # the hub's client raises errors of whichever network library it was built on
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"{hub_id} is not in the local cache and cannot be downloaded ({type(error).__name__}: {reason}); check "
+            "the name and the connection, or give a folder"
+        ) from error
+
+
+def _needed(hub_id: str, listed: set[str]) -> list[str]:
+    """Configuration, tokenizer, and for every part its best weights (or their index, if they are sharded)."""
+    if INDEX not in listed:
+        raise CheckpointError(f"{hub_id} is no model in the diffusers layout: it has no {INDEX}")
+    names = [INDEX, *(path for path in CONFIGS.values() if path in listed)]
+    names += sorted(name for name in listed if any(fnmatch(name, pattern) for pattern in _TOKENIZER))
+    for part in PARTS:
+        best = next((name for name in weight_candidates(part) if name in listed), None)
+        if best is None:
+            raise CheckpointError(f"{hub_id} has no weights of the {PART_LABELS[part]} that can be read here")
+        names.append(best)
+    return names

@@ -1,0 +1,150 @@
+"""Configuration of an original single file, read off the names and shapes of its tensors.
+
+Heads, group counts and the VAE's scale leave no trace there. They are those of the published models: 8 heads
+on every level where transformers are wrapped in convolutions (SD 1.x), 64 channels a head where they are
+wrapped in linear layers (SD 2.x), 32 groups, 0.18215.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from latentdiff.checkpoints.architecture import ORIGINAL_PREFIXES
+from latentdiff.checkpoints.keymap import Shape
+from latentdiff.config import ScheduleConfig, UNetConfig, VAEConfig
+from latentdiff.errors import CheckpointError
+
+Shapes = Mapping[str, Shape]
+_OPEN_CLIP_H_LAYERS = 24
+
+
+def infer_configs(shapes: Shapes, prediction_type: str) -> dict[str, dict[str, Any]]:
+    """The configuration files of U-Net, VAE, text encoder and scheduler, as a diffusers folder would hold them.
+
+    Args:
+        shapes: of all tensors of the file, under their names in the file.
+        prediction_type: "epsilon" or "v_prediction"; it tells the training size of SD 2.x.
+
+    Raises:
+        CheckpointError: tensors from which the sizes are read are missing.
+    """
+    by_part = {part: _below(shapes, prefix) for part, prefix in ORIGINAL_PREFIXES.items()}
+    large = prediction_type == "v_prediction"
+    try:
+        unet = infer_unet(by_part["unet"], large=large)
+        vae = infer_vae(by_part["vae"], sample_size=8 * unet.sample_size)
+        text_encoder = infer_text_encoder(by_part["text_encoder"])
+    except (KeyError, IndexError, StopIteration) as error:
+        raise CheckpointError(
+            f"the file's sizes cannot be read: the tensor {error} is missing; probably the file is incomplete"
+        ) from error
+    return {
+        "unet": unet.to_diffusers(),
+        "vae": vae.to_diffusers(),
+        "text_encoder": text_encoder,
+        "scheduler": ScheduleConfig(prediction_type=prediction_type).to_diffusers(),
+    }
+
+
+def infer_unet(shapes: Shapes, *, large: bool) -> UNetConfig:
+    """`large` U-Nets were trained at 768 pixels and compute attention in float32 (SD 2.x with v-prediction)."""
+    levels: list[list[tuple[int, bool]]] = [[]]  # per level, per ResBlock: width, followed by attention?
+    for index in range(1, _count(shapes, "input_blocks")):
+        block = f"input_blocks.{index}"
+        if f"{block}.0.op.weight" in shapes:
+            levels.append([])
+        else:
+            width = shapes[f"{block}.0.out_layers.3.weight"][0]
+            levels[-1].append((width, f"{block}.1.norm.weight" in shapes))
+    widths = tuple(level[0][0] for level in levels)
+    proj_in = next(shape for name, shape in shapes.items() if name.endswith(".1.proj_in.weight"))
+    linear = len(proj_in) == 2
+    to_k = next(shape for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight"))
+    return UNetConfig(
+        in_channels=shapes["input_blocks.0.0.weight"][1],
+        out_channels=shapes["out.2.weight"][0],
+        sample_size=96 if linear and large else 64,
+        block_out_channels=widths,
+        layers_per_block=len(levels[0]),
+        attention_levels=tuple(level[0][1] for level in levels),
+        num_heads=tuple(max(width // 64, 1) if linear else 8 for width in widths),
+        cross_attention_dim=to_k[1],
+        use_linear_projection=linear,
+        upcast_attention=linear and large,
+    )
+
+
+def infer_vae(shapes: Shapes, sample_size: int = 512) -> VAEConfig:
+    """Sizes of the KL autoencoder; `sample_size` is that of the U-Net in pixels."""
+    levels = range(_count(shapes, "encoder.down"))
+    return VAEConfig(
+        in_channels=shapes["encoder.conv_in.weight"][1],
+        out_channels=shapes["decoder.conv_out.weight"][0],
+        latent_channels=shapes["post_quant_conv.weight"][1],
+        block_out_channels=tuple(shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in levels),
+        layers_per_block=_count(shapes, "encoder.down.0.block"),
+        sample_size=sample_size,
+    )
+
+
+def infer_text_encoder(shapes: Shapes) -> dict[str, Any]:
+    """The CLIPTextConfig of the text encoder that lies below `cond_stage_model.`."""
+    if is_open_clip(shapes):
+        vocabulary, width = shapes["model.token_embedding.weight"]
+        positions = shapes["model.positional_embedding"][0]
+        intermediate = shapes["model.transformer.resblocks.0.mlp.c_fc.weight"][0]
+        layers, activation, projection = open_clip_layers(shapes), "gelu", 512
+    else:
+        body = {name.removeprefix("transformer.").removeprefix("text_model."): shapes[name] for name in shapes}
+        vocabulary, width = body["embeddings.token_embedding.weight"]
+        positions = body["embeddings.position_embedding.weight"][0]
+        intermediate = body["encoder.layers.0.mlp.fc1.weight"][0]
+        layers, activation, projection = _count(body, "encoder.layers"), "quick_gelu", width
+    return {
+        "architectures": ["CLIPTextModel"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "dropout": 0.0,
+        "eos_token_id": 2,
+        "hidden_act": activation,
+        "hidden_size": width,
+        "initializer_factor": 1.0,
+        "initializer_range": 0.02,
+        "intermediate_size": intermediate,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": positions,
+        "model_type": "clip_text_model",
+        "num_attention_heads": max(width // 64, 1),
+        "num_hidden_layers": layers,
+        "pad_token_id": 1,
+        "projection_dim": projection,
+        "vocab_size": vocabulary,
+    }
+
+
+def is_open_clip(shapes: Shapes) -> bool:
+    """Whether the text encoder is OpenCLIP's (SD 2.x), not transformers' (SD 1.x)."""
+    return "model.token_embedding.weight" in shapes
+
+
+def open_clip_layers(shapes: Shapes) -> int:
+    """How many layers of the tower are used: SD 2.x reads the last but one.
+
+    A whole tower has its projection into CLIP's space; without it the last layer was already cut off, unless
+    all 24 of ViT-H/14 are there.
+    """
+    layers = _count(shapes, "model.transformer.resblocks")
+    whole = layers == _OPEN_CLIP_H_LAYERS or "model.text_projection" in shapes
+    return layers - 1 if whole else layers
+
+
+def _below(shapes: Shapes, prefix: str) -> dict[str, Shape]:
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def _count(shapes: Shapes, prefix: str) -> int:
+    """How many entries a numbered list of modules has."""
+    number = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    return len({match[1] for name in shapes if (match := number.match(name))})

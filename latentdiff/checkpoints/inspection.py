@@ -1,0 +1,231 @@
+"""Saying what a file or folder is. Nothing in it is executed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from latentdiff.checkpoints.architecture import ORIGINAL_PREFIXES, family_name, identify, lora_dialect
+from latentdiff.checkpoints.files import PNG, SAFETENSORS, TensorFile, read_tensors, sniff
+from latentdiff.checkpoints.folder import INDEX, listing, read_folder
+from latentdiff.checkpoints.hashing import SHORT, file_hash, model_hash
+from latentdiff.checkpoints.hub import locate
+from latentdiff.checkpoints.modules import check_fits, shapes_of
+from latentdiff.checkpoints.original import has_ema, read_original
+from latentdiff.checkpoints.raw import PARTS, RawModel
+from latentdiff.errors import LatentDiffError
+
+_LABELS = {
+    "kind": "kind",
+    "family": "family",
+    "prediction_type": "predicts",
+    "ema": "EMA weights",
+    "lora": "LoRA",
+    "bytes": "bytes",
+    "sha256": "SHA-256",
+    "short_hash": "short hash",
+}
+
+
+@dataclass
+class Report:
+    """What `inspect` found. Empty fields say nothing about the thing."""
+
+    path: str
+    kind: str  # "diffusers folder", "original single file (safetensors)", "PNG image", ...
+    family: str = ""
+    parameters: dict[str, int] = field(default_factory=dict)  # part -> number of weights
+    dtypes: dict[str, int] = field(default_factory=dict)  # type -> number of weights
+    prediction_type: str = ""
+    ema: bool | None = None  # averaged weights beside the last ones
+    lora: dict[str, Any] = field(default_factory=dict)  # names, rank, layers, parts
+    bytes: int = 0
+    sha256: str = ""
+    problem: str = ""  # why it cannot be loaded
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def short_hash(self) -> str:
+        """The ten digits that web UIs show."""
+        return self.sha256[:SHORT]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON can hold them."""
+        return {**asdict(self), "short_hash": self.short_hash}
+
+    def to_json(self) -> str:
+        """The report for programs."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        """The report for people, one fact a line."""
+        lines = [self.path]
+        for name, label in _LABELS.items():
+            value = getattr(self, name)
+            if value not in ("", None, {}, 0):
+                lines.append(f"  {label + ':':<14}{_show(value)}")
+        for part, count in self.parameters.items():
+            lines.append(f"  {part.replace('_', ' ') + ':':<14}{count:,} parameters")
+        if self.dtypes:
+            total = sum(self.dtypes.values())
+            lines.append(f"  {'types:':<14}" + ", ".join(f"{n} {c / total:.0%}" for n, c in self.dtypes.items()))
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines + [f"  problem: {self.problem}"] * bool(self.problem))
+
+
+def inspect(source: str | os.PathLike[str]) -> Report:
+    """Say what a model, an adapter, a picture or any other file is: family, size, types, prediction type, hash.
+
+    Damaged and foreign files are reported (`problem`), not raised.
+
+    Args:
+        source: a file, a folder, or a hub id (which is downloaded unless it is cached).
+
+    Raises:
+        CheckpointError: there is nothing of that name.
+    """
+    path = locate(source)
+    return _inspect_folder(path) if path.is_dir() else _inspect_file(path)
+
+
+def _inspect_file(path: Path) -> Report:
+    kind = sniff(path)
+    report = Report(os.fspath(path), kind, bytes=path.stat().st_size, sha256=file_hash(path))
+    if kind == PNG:
+        _describe_picture(report, path)
+        return report
+    try:
+        file = read_tensors(path)
+    except LatentDiffError as error:
+        report.problem = str(error)
+        return report
+    _describe_tensors(report, file, "safetensors" if kind == SAFETENSORS else "pickle")
+    return report
+
+
+def _describe_tensors(report: Report, file: TensorFile, wrapping: str) -> None:
+    shapes = shapes_of(file.tensors)
+    identity = identify(shapes)
+    report.family = identity.family
+    report.dtypes = _count_types(file.tensors.values())
+    if identity.kind == "model":
+        report.kind = f"original single file ({wrapping})"
+        report.ema = has_ema(file.tensors)
+        for part in identity.parts:
+            report.parameters[part] = _count(file.tensors, ORIGINAL_PREFIXES[part])
+        try:
+            _describe_model(report, read_original(file.path))
+        except LatentDiffError as error:
+            report.problem = str(error)
+    elif identity.kind == "lora":
+        report.kind = f"LoRA ({wrapping})"
+        report.lora = _lora(file)
+    else:
+        names = {"part": "part of a model", "embedding": "textual inversion"}
+        report.kind = f"{names.get(identity.kind, 'weights')} ({wrapping})"
+        report.parameters = {"+".join(identity.parts) or "all": _count(file.tensors, "")}
+
+
+def _inspect_folder(folder: Path) -> Report:
+    report = Report(os.fspath(folder), "diffusers folder")
+    report.bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if not (folder / INDEX).exists():
+        return _describe_other_folder(report, folder)
+    try:
+        raw = read_folder(folder)
+        _describe_model(report, raw)
+        report.sha256 = model_hash(raw.weight_files)
+        for part in PARTS:
+            check_fits(raw, part)
+    except LatentDiffError as error:
+        report.problem = str(error)
+    return report
+
+
+def _describe_model(report: Report, raw: RawModel) -> None:
+    unet = raw.configs["unet"]
+    report.family = family_name(
+        linear=bool(unet.get("use_linear_projection")),
+        in_channels=unet.get("in_channels", 4),
+        width=unet.get("block_out_channels", [320])[0],
+        context=unet.get("cross_attention_dim", 0),
+    )
+    report.parameters = {part: _count(raw.tensors[part], "") for part in PARTS}
+    report.dtypes = _count_types(tensor for part in PARTS for tensor in raw.tensors[part].values())
+    report.prediction_type = raw.configs["scheduler"].get("prediction_type", "epsilon")
+    report.ema = has_ema(raw.extras) if report.ema is None else report.ema
+    report.notes += raw.warnings
+
+
+def _describe_other_folder(report: Report, folder: Path) -> Report:
+    names = {entry.name for entry in folder.iterdir()}
+    if {"vocab.json", "merges.txt"} <= names or "tokenizer.json" in names:
+        report.kind = "tokenizer folder"
+        return report
+    weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    if "config.json" in names and weights:
+        inner = _inspect_file(weights[0])
+        inner.path, inner.kind = report.path, f"folder of a {inner.kind}"
+        return inner
+    report.kind = "folder without a model"
+    report.problem = f"expected {INDEX}, found {listing(folder)}"
+    return report
+
+
+def _describe_picture(report: Report, path: Path) -> None:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            report.family = f"{image.width}x{image.height} pixels"
+            chunks = [name for name in ("latentdiff", "parameters") if name in image.info]
+    except (OSError, SyntaxError, ValueError) as error:
+        report.problem = f"the picture is damaged: {error}"
+        return
+    report.notes.append(f"recipe present ({', '.join(chunks)})" if chunks else "no recipe in it")
+
+
+def _lora(file: TensorFile) -> dict[str, Any]:
+    down = {
+        name: tensor
+        for name, tensor in file.tensors.items()
+        if any(mark in name for mark in ("lora_down", "lora_A", "lora.down", "_lora.down"))
+    }
+    parts = {"text_encoder": ("lora_te", "text_encoder", "text_model"), "unet": ("lora_unet", "unet", "down_blocks")}
+    facts: dict[str, Any] = {
+        "names": lora_dialect(file.tensors),
+        "rank": sorted({tensor.shape[0] for tensor in down.values()}),
+        "layers": len(down),
+        "parts": [part for part, marks in parts.items() if any(mark in name for name in down for mark in marks)],
+    }
+    base = file.metadata.get("ss_sd_model_name") or file.metadata.get("modelspec.architecture")
+    return facts | ({"base": base} if base else {})
+
+
+def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    return sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(prefix))
+
+
+def _count_types(tensors: Any) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for tensor in tensors:
+        counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    return dict(counts.most_common())
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_show(entry)}" for name, entry in value.items())
+    if isinstance(value, list):
+        return "+".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,260 @@
+"""The original single-file layout of Stable Diffusion 1.x and 2.x (CompVis, Stability): reading and writing it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.checkpoints import tables
+from latentdiff.checkpoints.architecture import ORIGINAL_PREFIXES, identify, require_original
+from latentdiff.checkpoints.files import TensorFile, read_tensors
+from latentdiff.checkpoints.folder import model_index, save_tensors
+from latentdiff.checkpoints.infer import infer_configs, is_open_clip
+from latentdiff.checkpoints.keymap import KeyMap, compare
+from latentdiff.checkpoints.modules import POSITION_IDS, build_module, check_fits, expected_shapes, shapes_of
+from latentdiff.checkpoints.prediction import PredictionType, probe_prediction_type, read_prediction_type
+from latentdiff.checkpoints.raw import PART_LABELS, PARTS, RawModel
+from latentdiff.checkpoints.tokenizer import clip_tokenizer_files, with_clip_vocabulary, without_clip_vocabulary
+from latentdiff.config import UNetConfig, VAEConfig
+from latentdiff.errors import CheckpointError
+from latentdiff.files import atomic_path
+
+METADATA = "latentdiff"  # the metadata entry in which `convert` keeps what the layout has no place for
+
+Tensors = dict[str, Tensor]
+
+# Tensors that are no weights of the three parts: the training schedule, averaged weights, losses, what OpenCLIP
+# needs for its pooled output, textual inversion's own embeddings, and markers.
+_EXTRAS = re.compile(
+    r"""(
+      (betas | (sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?
+       | posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2) | logvar | lvlb_weights | scale_factor
+       | v_pred | ztsnr)$
+    | (first_stage_model\.)?(model_ema|loss)\.
+    | (first_stage_model|cond_stage_model)\.(model_)?ema
+    | cond_stage_model\.(model\.|transformer\.)?(text_projection|logit_scale|attn_mask)
+    | cond_stage_model\.(model\.visual|transformer\.(vision_model|visual_projection))\.
+    | embedding_manager\.
+    )""",
+    re.VERBOSE,
+)
+
+
+@dataclass(frozen=True)
+class PartLayout:
+    """How one part lies in the file: its prefix, its table, and what is done to tensors besides renaming."""
+
+    prefix: str
+    names: KeyMap
+    to_ours: Callable[[Tensors], Tensors] = dict
+    to_theirs: Callable[[Tensors], Tensors] = dict
+
+    def theirs(self, name: str) -> str:
+        """The name in the file, or our own where several of ours share one there."""
+        renamed = self.names.to_theirs(name)
+        return name if renamed is None else self.prefix + renamed
+
+
+def layouts(configs: dict[str, dict[str, Any]], *, open_clip: bool) -> dict[str, PartLayout]:
+    """The layout of every part of a model with these configurations."""
+    layers = configs["text_encoder"].get("num_hidden_layers", 12)
+    text = (
+        PartLayout("cond_stage_model.", tables.open_clip_map(layers), tables.split_fused, tables.join_fused)
+        if open_clip
+        else PartLayout("cond_stage_model.", tables.clip_map())
+    )
+    return {
+        "unet": PartLayout(ORIGINAL_PREFIXES["unet"], tables.unet_map(UNetConfig.from_diffusers(configs["unet"]))),
+        "vae": PartLayout(
+            ORIGINAL_PREFIXES["vae"],
+            tables.vae_map(VAEConfig.from_diffusers(configs["vae"])),
+            tables.attention_to_linear,
+            tables.attention_to_convolution,
+        ),
+        "text_encoder": text,
+    }
+
+
+def read_original(path: Path, *, ema: bool = False, prediction_type: str | None = None) -> RawModel:
+    """Map an original single file, `.safetensors` or `.ckpt`.
+
+    Args:
+        path: the file.
+        ema: take the U-Net's averaged weights in place of the last ones.
+        prediction_type: "epsilon" or "v_prediction"; None reads or guesses it.
+
+    Raises:
+        CheckpointError: the file is damaged, something else, incomplete, or has no averaged weights.
+    """
+    file = read_tensors(path)
+    shapes = shapes_of(file.tensors)
+    identity = identify(shapes)
+    require_original(path, identity, shapes)
+    stored = _stored(file)
+    tensors = _with_text_model_level(file.tensors)
+    found = PredictionType(prediction_type, "the argument") if prediction_type else None
+    if not found and not stored:
+        found = read_prediction_type(file, second_family="2.x" in identity.family)
+    raw = _assemble(file, tensors, stored, found.name if found else "v_prediction", ema=ema)
+    if not found and not stored:
+        found = _probe(raw)
+        raw = _assemble(file, tensors, stored, found.name, ema=ema)
+    if found:
+        raw.configs["scheduler"]["prediction_type"] = found.name
+        if found.guessed:
+            raw.warnings.append(
+                f"guessed that {path.name} predicts {found.name}, from {found.source}; if pictures look wrong, give "
+                "the other prediction_type"
+            )
+    return raw
+
+
+def write_original(raw: RawModel, path: Path) -> None:
+    """Write a model as one safetensors file in the original layout, atomically.
+
+    What the layout has no place for (configuration, tokenizer) goes into the file's metadata.
+
+    Raises:
+        CheckpointError: the weights do not fit the configuration.
+        LatentDiffError: the file cannot be written.
+    """
+    # The original programs tell the two text encoders apart by these names, and expect OpenCLIP with SD 2.x.
+    open_clip = bool(raw.configs["unet"].get("use_linear_projection")) and (
+        raw.configs["text_encoder"].get("hidden_act") == "gelu"
+    )
+    tensors: Tensors = {}
+    for part, layout in layouts(raw.configs, open_clip=open_clip).items():
+        check_fits(raw, part)
+        tensors |= {layout.theirs(name): tensor for name, tensor in layout.to_theirs(raw.tensors[part]).items()}
+    kept = {
+        "configs": raw.configs,
+        "tokenizer": without_clip_vocabulary(raw.tokenizer),
+        "names": raw.names,
+    }
+    metadata = {"format": "pt", **raw.metadata, METADATA: json.dumps(kept)}
+    with atomic_path(path) as temporary:
+        save_tensors({**tensors, **raw.extras}, temporary, metadata)
+
+
+def has_ema(names: Iterable[str]) -> bool:
+    """Whether the file holds an averaged copy of every weight of the U-Net."""
+    names = set(names)
+    unet = [name for name in names if name.startswith(ORIGINAL_PREFIXES["unet"])]
+    return bool(unet) and all(tables.ema_name(name) in names for name in unet)
+
+
+def _assemble(file: TensorFile, tensors: Tensors, stored: dict[str, Any], prediction_type: str, *, ema: bool) -> RawModel:
+    shapes = shapes_of(tensors)
+    text_prefix = ORIGINAL_PREFIXES["text_encoder"]
+    open_clip = is_open_clip({n.removeprefix(text_prefix): s for n, s in shapes.items() if n.startswith(text_prefix)})
+    configs = json.loads(json.dumps(stored["configs"])) if stored else infer_configs(shapes, prediction_type)
+    if "ztsnr" in tensors and not stored:
+        configs["scheduler"] |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    configs.setdefault("model_index", model_index(configs["unet"]["in_channels"]))
+    if ema:
+        tensors = _with_ema(file.path, tensors)
+    parts: dict[str, Tensors] = {}
+    used: set[str] = set()
+    for part, layout in layouts(configs, open_clip=open_clip).items():
+        parts[part], names = _read_part(file.path, part, layout, tensors, configs[part])
+        used |= names
+    extras = {name: tensor for name, tensor in tensors.items() if name not in used}
+    _refuse_unknown(file.path, extras)
+    pad_token = "!" if open_clip else "<|endoftext|>"
+    return RawModel(
+        source=file.path,
+        tensors=parts,
+        configs=configs,
+        tokenizer=with_clip_vocabulary(stored["tokenizer"]) if stored else clip_tokenizer_files(pad_token),
+        extras=extras,
+        names=stored.get("names", {}),
+        metadata={name: text for name, text in file.metadata.items() if name not in (METADATA, "format")},
+        weight_files=(file.path,),
+    )
+
+
+def _read_part(path: Path, part: str, layout: PartLayout, tensors: Tensors, config: dict[str, Any]) -> tuple[Tensors, set[str]]:
+    """The tensors of one part under our names, and the names in the file that they came from."""
+    renamed: Tensors = {}
+    used: set[str] = set()
+    unknown: Tensors = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(layout.prefix):
+            continue
+        ours = layout.names.to_ours(name.removeprefix(layout.prefix))
+        if ours is not None:
+            renamed[ours] = tensor
+            used.add(name)
+        elif not _EXTRAS.match(name) and not _is_unused_layer(name, config):
+            unknown[name] = tensor
+    found = layout.to_ours(renamed)
+    weights = {layout.theirs(name): tensor for name, tensor in found.items() if name != POSITION_IDS}
+    expected = {layout.theirs(name): shape for name, shape in expected_shapes(part, config).items()}
+    compare(PART_LABELS[part], expected, shapes_of(weights | unknown)).raise_unless_fits(path)
+    return found, used
+
+
+def _is_unused_layer(name: str, config: dict[str, Any]) -> bool:
+    """The last layer of OpenCLIP's tower, whose output SD 2.x does not read."""
+    layer = re.match(r"cond_stage_model\.model\.transformer\.resblocks\.(\d+)\.", name)
+    return layer is not None and int(layer[1]) == config.get("num_hidden_layers")
+
+
+def _refuse_unknown(path: Path, extras: Tensors) -> None:
+    prefixes = tuple(ORIGINAL_PREFIXES.values())
+    unknown = {n: tuple(t.shape) for n, t in extras.items() if not _EXTRAS.match(n) and not n.startswith(prefixes)}
+    compare("content", {}, unknown).raise_unless_fits(path)
+
+
+def _with_text_model_level(tensors: Tensors) -> Tensors:
+    """Some programs save SD 1.x text encoders without the level `text_model`."""
+    short = "cond_stage_model.transformer."
+    if f"{short}embeddings.token_embedding.weight" not in tensors:
+        return tensors
+    return {
+        f"{short}text_model.{name.removeprefix(short)}" if name.startswith(short) else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _with_ema(path: Path, tensors: Tensors) -> Tensors:
+    if not has_ema(tensors):
+        raise CheckpointError(f"{path} has no EMA weights (model_ema.*); load it without ema")
+    return {
+        name: tensors[tables.ema_name(name)] if name.startswith(ORIGINAL_PREFIXES["unet"]) else tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("model_ema.")
+    }
+
+
+def _stored(file: TensorFile) -> dict[str, Any]:
+    if METADATA not in file.metadata:
+        return {}
+    try:
+        stored = json.loads(file.metadata[METADATA])
+        complete = {*PARTS, "scheduler"} <= set(stored["configs"]) and "tokenizer" in stored
+    except (ValueError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise CheckpointError(f"{file.path} has damaged {METADATA} metadata; convert it from its source again")
+    return stored
+
+
+def _probe(raw: RawModel) -> PredictionType:
+    """Run the U-Net once; half precision is widened to bfloat16, which CPUs compute at a bearable speed."""
+    half = any(tensor.dtype == torch.float16 for tensor in raw.tensors["unet"].values())
+    unet = build_module(raw, "unet", torch.bfloat16 if half else None)
+    dtype = next(unet.parameters()).dtype
+    config = UNetConfig.from_diffusers(raw.configs["unet"])
+
+    def run(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return unet(x.to(dtype), t, context.to(dtype))
+
+    return probe_prediction_type(run, config.in_channels, config.cross_attention_dim)
