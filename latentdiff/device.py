@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from latentdiff.errors import NotFiniteError, UsageError
+from latentdiff.errors import LatentDiffError, NotFiniteError, UsageError
 from latentdiff.names import PRECISIONS
 
 # Below this size a U-Net's step on a CPU is bound by overhead, not by arithmetic, and bf16 only adds conversions.
@@ -128,6 +128,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     said = ("out of memory", "can't allocate memory")
     is_named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return is_named or isinstance(error, RuntimeError) and any(words in str(error).lower() for words in said)
+
+
+@contextmanager
+def explained_out_of_memory() -> Iterator[None]:
+    """Turn running out of memory inside the `with` into an error that says what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise LatentDiffError(
+            "not enough memory for this picture; try --batch-size 1, a smaller --width and --height, "
+            "--precision bf16, or --attention sliced"
+        ) from error
 
 
 def describe_device(device: torch.device) -> str:

@@ -8,15 +8,10 @@ Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Mode
 
 from __future__ import annotations
 
-import math
 import os
-import secrets
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from functools import partial
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -25,12 +20,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from latentdiff import __version__
+from latentdiff.conditioning import TextContext, checked_model
 from latentdiff.config import ScheduleConfig
 from latentdiff.denoise import DenoiseStep, denoise
 from latentdiff.device import (
     FORMATS,
     Precision,
     describe_device,
+    explained_out_of_memory,
     finite_or_float32,
     is_out_of_memory,
     pick_device,
@@ -42,10 +39,10 @@ from latentdiff.errors import CheckpointError, LatentDiffError, UsageError
 from latentdiff.guidance import Guidance, guided_denoiser
 from latentdiff.image import to_pil
 from latentdiff.latents import NoiseStream
-from latentdiff.layers.transformer import ProjectedContext
 from latentdiff.parameterization import Denoiser, parameterization
-from latentdiff.prompt import as_list, tokenize
+from latentdiff.prompt import tokenize
 from latentdiff.recipe import Recipe
+from latentdiff.request import batches, latent_shape, make_guidance, one_per_picture, seed_of_each
 from latentdiff.samplers import get_sampler
 from latentdiff.schedule import Level, Schedule
 from latentdiff.unet import UNet
@@ -54,10 +51,10 @@ from latentdiff.vae import VAE
 if TYPE_CHECKING:
     from latentdiff.checkpoints import Components
 
+EMBEDDED_NAME = "latentdiff-embedded"  # what recipes call the embedded model
+
 # (step from 0, timestep, predicted x0 (N, C, h, w)) -> False to cancel, anything else to go on.
 Callback = Callable[[int, float, Tensor], Any]
-
-DEFAULT_BATCH_SIZE = 4
 
 
 class Cancelled(LatentDiffError):
@@ -126,6 +123,8 @@ class Pipeline:
 
         where = pick_device(device)
         found = load_components(source or embedded_model(), ema=ema, prediction_type=prediction_type)
+        if source is None:
+            found.name = EMBEDDED_NAME
         size = sum(parameter.numel() for parameter in found.unet.parameters())
         return cls.from_components(found, ema=ema).to(where, pick_precision(precision, where, size))
 
@@ -236,27 +235,27 @@ class Pipeline:
             NotFiniteError: the model gives NaN or infinity.
             Cancelled: the callback returned False.
         """
-        prompts, negatives = _one_per_picture(prompt, negative_prompt, num_images)
-        seeds = _seeds(seed, len(prompts))
-        shape = self._latent_shape(height, width, latents, len(prompts))
-        guidance = _guidance(guidance_scale, guidance_rescale, guidance_interval)
+        prompts, negatives = one_per_picture(prompt, negative_prompt, num_images)
+        seeds = seed_of_each(seed, len(prompts))
+        self._check_text_to_image()
+        shape = latent_shape((height, width), self.default_size, self.vae.config, latents, len(prompts))
+        guidance = make_guidance(guidance_scale, guidance_rescale, guidance_interval)
         method = get_sampler(sampler, eta=eta)
         levels = method.levels(self.schedule, steps, spacing)
         start_scale = method.start_scale(self.schedule, spacing)
-        batches = _batches(len(prompts), batch_size)
+        parts = batches(len(prompts), batch_size)
         if output not in ("images", "latents"):
             raise UsageError(f"expected output 'images' or 'latents', found {output!r}")
 
-        with _explained_out_of_memory(), _progress_bar(steps * len(batches), progress) as bar:
-            positive = self.encode(prompts)
-            negative = self.encode(negatives) if guidance.scale != 1.0 else None
+        with explained_out_of_memory(), _progress_bar(steps * len(parts), progress) as bar:
+            positive, negative = self.encode([*prompts, *negatives]).chunk(2)  # (N, L, C) each
             finished = []
-            for batch in batches:
-                noise = NoiseStream(seeds[batch], shape, device=self.device)
-                x = noise()
+            for part in parts:
+                noise = NoiseStream(seeds[part], shape, device=self.device)
+                x = noise()  # drawn even if it is given, so that later draws do not depend on that
                 if latents is not None:
-                    x = latents[batch].to(x)
-                denoiser = self._denoiser(positive, negative, batch, guidance, levels)
+                    x = latents[part].to(x)
+                denoiser = self._denoiser(positive[part], negative[part], guidance, levels)
                 for step in denoise(denoiser, start_scale * x, levels, method.step, noise=noise):
                     bar.update()
                     _report(step, callback)
@@ -265,9 +264,8 @@ class Pipeline:
                 return torch.cat(finished)
             images = [image for x in finished for image in to_pil(self.decode(x))]
 
-        recipe = Recipe(
-            prompt="",
-            seed=0,
+        recipe = partial(
+            Recipe,
             steps=steps,
             sampler=sampler,
             eta=eta,
@@ -275,14 +273,12 @@ class Pipeline:
             guidance_rescale=guidance_rescale,
             guidance_interval=guidance_interval,
             spacing=spacing or self.schedule.config.timestep_spacing,
-            width=images[0].width,
-            height=images[0].height,
             given_latents=latents is not None,
             **self._about(),
         )
-        for image, *own in zip(images, prompts, negatives, seeds, strict=True):
-            texts = dict(zip(("prompt", "negative_prompt", "seed"), own, strict=True))
-            image.info.update(replace(recipe, **texts).to_chunks())
+        for image, text, avoided, own in zip(images, prompts, negatives, seeds, strict=True):
+            made = recipe(prompt=text, negative_prompt=avoided, seed=own, width=image.width, height=image.height)
+            image.info.update(made.to_chunks())
         return images
 
     @torch.no_grad()
@@ -315,44 +311,23 @@ class Pipeline:
             image = finite_or_float32("the VAE's decoder", self.vae, partial(compute, tiled=True))
         return image.float()
 
-    def _denoiser(
-        self, positive: Tensor, negative: Tensor | None, batch: slice, guidance: Guidance, levels: list[Level]
-    ) -> Denoiser:
-        """The U-Net with the text of one batch, as a denoiser; each step's output is checked."""
-        step_of = {level.t: f"step {number} of {len(levels) - 1}" for number, level in enumerate(levels, 1)}
-
-        def model(x: Tensor, t: float, text: _Text) -> Tensor:
-            def compute(dtype: torch.dtype) -> Tensor:
-                return self.unet(x.to(dtype), t, text.context(dtype))
-
-            return finite_or_float32("the U-Net", self.unet, compute, where=f"at {step_of.get(t, t)}")
-
+    def _denoiser(self, positive: Tensor, negative: Tensor, guidance: Guidance, levels: list[Level]) -> Denoiser:
+        """The U-Net that follows one batch of text, as a function of latents and level."""
         return guided_denoiser(
-            model,
+            checked_model(self.unet, levels),
             parameterization(self.schedule.config.prediction_type),
-            _Text.of(self.unet, positive[batch]),
-            None if negative is None else _Text.of(self.unet, negative[batch]),
+            TextContext.of(self.unet, positive),
+            TextContext.of(self.unet, negative),
             guidance,
         )
 
-    def _latent_shape(self, height: int | None, width: int | None, latents: Tensor | None, count: int) -> tuple[int, int, int]:
-        """(C, h, w) of one picture's latents, from the size asked for, that of `latents`, or the training's."""
-        channels, factor = self.vae.config.latent_channels, self.vae.config.downscale
-        if self.unet.config.in_channels != channels:
+    def _check_text_to_image(self) -> None:
+        expected, found = self.vae.config.latent_channels, self.unet.config.in_channels
+        if found != expected:
             raise UsageError(
-                f"expected a text-to-image model with {channels} U-Net input channels, found "
-                f"{self.unet.config.in_channels}: this model is for inpainting and needs a picture and a mask"
+                f"expected a text-to-image model with {expected} U-Net input channels, found {found}: "
+                "this model is for inpainting and needs a picture and a mask"
             )
-        given = (None, None) if latents is None else tuple(factor * side for side in latents.shape[-2:])
-        choices = zip((height, width), given, self.default_size, strict=True)
-        size = [next(side for side in sides if side is not None) for sides in choices]
-        for name, side in zip(("height", "width"), size, strict=True):
-            if side <= 0 or side % factor:
-                raise UsageError(f"expected a {name} that is a positive multiple of {factor}, found {side}")
-        shape = (channels, size[0] // factor, size[1] // factor)
-        if latents is not None and latents.shape != (count, *shape):
-            raise UsageError(f"expected latents of shape {(count, *shape)}, found {tuple(latents.shape)}")
-        return shape
 
     def _about(self) -> dict[str, Any]:
         """What every recipe says about the model and where it ran."""
@@ -373,67 +348,6 @@ class Pipeline:
         }
 
 
-@dataclass(frozen=True)
-class _Text:
-    """Prompts on their way through the U-Net: embeddings (N, L, C) and what its cross-attentions make of them."""
-
-    embeddings: Tensor
-    projected: ProjectedContext
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, unet: UNet, embeddings: Tensor) -> _Text:
-        dtype = next(unet.parameters()).dtype
-        return cls(embeddings, unet.project_context(embeddings.to(dtype)), dtype)
-
-    @classmethod
-    def cat(cls, texts: list[_Text]) -> _Text:
-        projected = ProjectedContext.cat([text.projected for text in texts])
-        return cls(torch.cat([text.embeddings for text in texts]), projected, texts[0].dtype)
-
-    def context(self, dtype: torch.dtype) -> Tensor | ProjectedContext:
-        """For a U-Net in `dtype`: the projections, or the embeddings if those were made in another one."""
-        return self.projected if dtype == self.dtype else self.embeddings.to(dtype)
-
-
-def _one_per_picture(
-    prompt: str | Sequence[str], negative_prompt: str | Sequence[str], num_images: int
-) -> tuple[list[str], list[str]]:
-    prompts, negatives = as_list(prompt), as_list(negative_prompt)
-    if len(negatives) == 1:
-        negatives = negatives * len(prompts)
-    if len(negatives) != len(prompts):
-        raise UsageError(f"expected one negative prompt or {len(prompts)}, one for each prompt, found {len(negatives)}")
-    if num_images < 1:
-        raise UsageError(f"expected num_images of 1 or more, found {num_images}")
-    return tuple([text for text in texts for _ in range(num_images)] for texts in (prompts, negatives))
-
-
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-    if isinstance(seed, Integral):
-        return [int(seed) + i for i in range(count)]
-    if len(seed) != count:
-        raise UsageError(f"expected one seed or {count}, one for each picture, found {len(seed)}")
-    return [int(own) for own in seed]
-
-
-def _guidance(scale: float, rescale: float, interval: tuple[float, float] | None) -> Guidance:
-    if interval is None:
-        return Guidance(scale=scale, rescale=rescale)
-    if not all(map(math.isfinite, interval)):
-        raise UsageError(f"expected a guidance interval of two finite noise levels, found {interval}")
-    return Guidance(scale=scale, rescale=rescale, interval=tuple(interval))
-
-
-def _batches(count: int, batch_size: int | None) -> list[slice]:
-    size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
-    if size < 1:
-        raise UsageError(f"expected a batch size of 1 or more, found {size}")
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
 def _report(step: DenoiseStep, callback: Callback | None) -> None:
     if callback is not None and callback(step.index, step.level.t, step.prediction.x0) is False:
         raise Cancelled(f"cancelled by the callback after step {step.index + 1} of {step.steps}")
@@ -441,19 +355,6 @@ def _report(step: DenoiseStep, callback: Callback | None) -> None:
 
 def _progress_bar(total: int, show: bool) -> tqdm:
     return tqdm(total=total, unit="step", disable=None if show else True, leave=False)
-
-
-@contextmanager
-def _explained_out_of_memory() -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise LatentDiffError(
-            "not enough memory for this picture; try --batch-size 1, a smaller --width and --height, "
-            "--precision bf16, or --attention sliced"
-        ) from error
 
 
 def _check_fit(what: str, found: int, expected: int) -> None:

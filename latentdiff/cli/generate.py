@@ -122,14 +122,13 @@ def generate(
         raise UsageError(f"expected a folder for {len(texts) * num_images} pictures, found --out {out}")
     for place in filter(None, (out, sheet)):
         output.check_writable(place)
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-        click.echo(f"seed: {seed}", err=True)
-
     from latentdiff.attention import use_attention_backend
     from latentdiff.pipeline import Pipeline
 
     pipe = Pipeline.load(model, device=device, precision=precision, ema=ema, prediction_type=prediction_type)
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+        click.echo(f"seed: {seed}", err=True)
     seeds = [seed + i for i in range(num_images)]
     job = _Job(pipe, out, seeds, settings, skip_existing=skip_existing, metadata=not no_metadata)
     with use_attention_backend(attention) if attention else nullcontext():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ def check_writable(path: Path) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise UsageError(f"cannot write {path}: {folder} is not a folder; choose another place with --out")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"cannot write {path}: no permission in {folder}; choose another place with --out")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror} in {folder}; choose another place with --out") from error
     if path.suffix == ".png" and path.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder")
 

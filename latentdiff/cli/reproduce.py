@@ -76,12 +76,17 @@ def _load(recipe: Recipe, model: str | None, device: str, precision: str | None)
         ema=recipe.ema,
         prediction_type=recipe.prediction_type if model else None,
     )
-    if model is None and pipe.model_hash != recipe.model_hash:
+    if model is None and not _same_hash(recipe, pipe):
         raise CheckpointError(
-            f"the picture was made with the model {recipe.model!r} (hash {recipe.model_hash or 'unknown'}), "
+            f"the picture was made with the model {recipe.model!r} (hash {recipe.model_hash[:10] or 'unknown'}), "
             "which is not the one that comes with latentdiff; say where it is with --model"
         )
     return pipe
+
+
+def _same_hash(recipe: Recipe, pipe: Pipeline) -> bool:
+    """Whether `pipe` is the recipe's model; the text of the web UIs holds only the start of a hash."""
+    return bool(recipe.model_hash) and pipe.model_hash.startswith(recipe.model_hash)
 
 
 def _report(original: Image.Image, again: Image.Image, recipe: Recipe) -> int:
@@ -104,7 +109,7 @@ def _report(original: Image.Image, again: Image.Image, recipe: Recipe) -> int:
 def _reasons(then: Recipe, now: Recipe) -> list[str]:
     """What differs between the two runs and can change pixels."""
     pairs = {
-        "model hash": (then.model_hash, now.model_hash),
+        "model hash": (then.model_hash[:10], now.model_hash[:10]),
         "device": (then.device, now.device),
         "precision": (then.precision, now.precision),
         "prediction type": (then.prediction_type, now.prediction_type),
