@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,12 +47,12 @@ class DiffusionTask(Task):
         schedule: Schedule,
         settings: DiffusionStageSection,
         data: CaptionedFolder,
-        tokens: Tensor,
+        tokens: np.ndarray,
         latents: CachedLatents,
-        held_out_tokens: Tensor,
+        held_out_tokens: np.ndarray,
         held_out: CachedLatents,
         *,
-        empty: Tensor,
+        empty: np.ndarray,
         sheet: Callable[[Path], None] | None,
         seed: int,
     ) -> None:
@@ -77,21 +78,21 @@ class DiffusionTask(Task):
     def compile(self) -> None:
         self.module.unet.compile()
 
-    def batch(self, step: int, rows: range) -> dict[str, Tensor]:
+    def batch(self, step: int, rows: range) -> dict[str, np.ndarray]:
         settings, seed = self._settings, self._seed
         indices = self._order.indices(step * settings.batch_size + rows.start, len(rows))
         dropped = uniform((seed, "caption dropout", step), rows) < settings.caption_dropout  # (n,)
         noise = normal((seed, "noise", step), rows, (2, *self._latent_shape))  # of the posterior, of the diffusion
         return {
             "latents": self._latents.sample(indices, noise[:, 0]),
-            "noise": noise[:, 1].contiguous(),
+            "noise": noise[:, 1],
             "timesteps": draw_timesteps((seed, "timesteps", step), rows, settings.batch_size, self._timesteps),
-            "tokens": torch.where(dropped[:, None], self._empty, self._tokens[indices]).long(),
+            "tokens": np.where(dropped[:, None], self._empty, self._tokens[indices]),
         }
 
     def sources(self, step: int) -> list[str]:
         size = self._settings.batch_size
-        return [self._data.names[index] for index in self._order.indices(step * size, size).tolist()]
+        return [self._data.names[index] for index in self._order.indices(step * size, size)]
 
     def validate(self) -> dict[str, float]:
         """Unweighted losses with the same images, noise and timesteps every time, by band of timesteps and in the mean."""
@@ -114,13 +115,16 @@ class DiffusionTask(Task):
         device = self.module.objective.alpha.device
         noise = normal((self._seed, "validation noise"), rows, (2, *self._latent_shape))
         place = uniform((self._seed, "validation timesteps"), rows, (_BANDS,))
-        timesteps = ((place + torch.arange(_BANDS)) / _BANDS * self._timesteps).long()  # (n, _BANDS)
-        latents = self._held_out.sample(torch.tensor(rows), noise[:, 0]).to(device)
-        context = self.module.text_encoder(self._held_out_tokens[rows.start : rows.stop].long().to(device))
-        losses = []
-        for band in timesteps.T.to(device):
-            losses.append(self.module.errors(latents, noise[:, 1].to(device), band, context).sum().cpu())
-        return torch.stack(losses)
+        timesteps = ((place + np.arange(_BANDS)) / _BANDS * self._timesteps).astype(np.int64)  # (n, _BANDS)
+        arrays = (
+            self._held_out.sample(np.asarray(rows), noise[:, 0]),
+            noise[:, 1],
+            timesteps.T,
+            self._held_out_tokens[rows.start : rows.stop],
+        )
+        latents, noise, bands, tokens = (torch.tensor(array, device=device) for array in arrays)
+        context = self.module.text_encoder(tokens)
+        return torch.stack([self.module.errors(latents, noise, band, context).sum() for band in bands]).cpu()
 
 
 class DiffusionLoss(nn.Module):
@@ -143,13 +147,13 @@ class DiffusionLoss(nn.Module):
         return self.objective.errors(self.unet(noisy, timesteps, context), latents, noise, timesteps)
 
 
-def tokenize(tokenizer: Any, captions: Sequence[str]) -> tuple[Tensor, int]:
+def tokenize(tokenizer: Any, captions: Sequence[str]) -> tuple[np.ndarray, int]:
     """Token ids of captions, (n, L) int32, and how many captions were too long and have been cut."""
     length = tokenizer.model_max_length
     full = tokenizer(list(captions), verbose=False)["input_ids"]
     cut = sum(len(ids) > length for ids in full)
     rows = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length)["input_ids"]
-    return torch.tensor(rows, dtype=torch.int32), cut
+    return np.array(rows, dtype=np.int32), cut
 
 
 def load_tokenizer(folder: Path, longest: int) -> Any:

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from latentdiff.errors import NotFiniteError
@@ -23,7 +22,7 @@ from latentdiff.files import atomic_path
 from latentdiff.training.data import CaptionedFolder
 from latentdiff.training.networks import encoder_hash
 from latentdiff.training.vae_stage import to_signed
-from latentdiff.vae import VAE, LatentDistribution
+from latentdiff.vae import VAE
 
 _SHARD = 1024
 _BATCH = 32
@@ -33,15 +32,16 @@ _BATCH = 32
 class CachedLatents:
     """Distributions of the latents of n images, float16 in memory."""
 
-    mean: Tensor  # (n, C, h, w)
-    logvar: Tensor  # (n, C, h, w)
+    mean: np.ndarray  # (n, C, h, w)
+    logvar: np.ndarray  # (n, C, h, w)
 
     def __len__(self) -> int:
         return len(self.mean)
 
-    def sample(self, indices: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, indices: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """Latents (len(indices), C, h, w) float32 for standard normal noise of that shape."""
-        return LatentDistribution(self.mean[indices].float(), self.logvar[indices].float()).sample(noise)
+        deviation = np.exp(0.5 * self.logvar[indices].astype(np.float32))
+        return self.mean[indices].astype(np.float32) + deviation * noise
 
 
 def cached_latents(vae: VAE, data: CaptionedFolder, images: np.ndarray, cache: Path, accelerator: Accelerator) -> CachedLatents:
@@ -57,14 +57,14 @@ def cached_latents(vae: VAE, data: CaptionedFolder, images: np.ndarray, cache: P
     vae.to(accelerator.device).eval()
     for start in tqdm(own, desc="encode latents", unit="shard", leave=False, disable=not accelerator.is_main_process):
         shard = _encode(vae, images[start : start + _SHARD])
-        finite = torch.isfinite(shard["mean"]).flatten(1).all(1) & torch.isfinite(shard["logvar"]).flatten(1).all(1)
+        finite = np.isfinite(shard["mean"] + shard["logvar"]).all(axis=(1, 2, 3))
         if not finite.all():
-            raise NotFiniteError(f"the latents of {data.path(start + int(finite.logical_not().nonzero()[0]))} are not finite")
+            raise NotFiniteError(f"the latents of {data.path(start + int(finite.argmin()))} are not finite")
         with atomic_path(_shard(folder, start)) as temporary:
             save_file(shard, temporary)
     accelerator.wait_for_everyone()
     shards = [load_file(_shard(folder, start)) for start in starts]
-    return CachedLatents(*(torch.cat([shard[name] for shard in shards]) for name in ("mean", "logvar")))
+    return CachedLatents(*(np.concatenate([shard[name] for shard in shards]) for name in ("mean", "logvar")))
 
 
 def _shard(folder: Path, start: int) -> Path:
@@ -72,13 +72,11 @@ def _shard(folder: Path, start: int) -> Path:
 
 
 @torch.inference_mode()
-def _encode(vae: VAE, images: np.ndarray) -> dict[str, Tensor]:
+def _encode(vae: VAE, images: np.ndarray) -> dict[str, np.ndarray]:
     device = next(vae.parameters()).device
     parts = []
     for start in range(0, len(images), _BATCH):
         batch = torch.from_numpy(images[start : start + _BATCH].copy()).to(device)
         parts.append(vae.encode(to_signed(batch)))
-    return {
-        "mean": torch.cat([part.mean for part in parts]).half().cpu().contiguous(),
-        "logvar": torch.cat([part.logvar for part in parts]).half().cpu().contiguous(),
-    }
+    stacked = {"mean": torch.cat([part.mean for part in parts]), "logvar": torch.cat([part.logvar for part in parts])}
+    return {name: np.ascontiguousarray(tensor.half().cpu().numpy()) for name, tensor in stacked.items()}

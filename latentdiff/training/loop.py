@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -158,7 +159,8 @@ class Trainer:
 
         def make(key: tuple[int, int]) -> dict[str, Tensor]:
             step, first = key
-            batch = self.task.batch(step, range(first, first + self._micro_batch))
+            arrays = self.task.batch(step, range(first, first + self._micro_batch))
+            batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
             return {name: tensor.pin_memory() for name, tensor in batch.items()} if device.type == "cuda" else batch
 
         own = self.accelerator.process_index * settings.accumulation

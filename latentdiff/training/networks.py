@@ -18,7 +18,7 @@ from latentdiff.errors import CheckpointError
 from latentdiff.files import atomic_path
 from latentdiff.text_encoder import TextEncoder
 from latentdiff.training.config import TextEncoderSection
-from latentdiff.training.randomness import generator
+from latentdiff.training.randomness import torch_seed
 from latentdiff.unet import UNet
 from latentdiff.vae import VAE
 
@@ -28,7 +28,7 @@ _Network = TypeVar("_Network", bound=nn.Module)
 def seeded(make: Callable[[], _Network], *key: int | str) -> _Network:
     """Make a network whose initial weights depend on `key` alone; the global random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(*key).initial_seed())
+        torch.manual_seed(torch_seed(*key))
         return make()
 
 

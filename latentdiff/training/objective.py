@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from latentdiff.parameterization import min_snr_weight, training_target
 from latentdiff.schedule import Schedule
-from latentdiff.training.randomness import uniform
+from latentdiff.training.randomness import Key, uniform
 
 
 class DiffusionObjective(nn.Module):
@@ -51,12 +52,11 @@ class DiffusionObjective(nn.Module):
         return self.alpha[timesteps].view(shape), self.sigma[timesteps].view(shape)
 
 
-def draw_timesteps(key: tuple[int | str, ...], rows: range, batch_size: int, num_train_timesteps: int) -> Tensor:
+def draw_timesteps(key: Key, rows: range, batch_size: int, num_train_timesteps: int) -> np.ndarray:
     """Timesteps of the given rows of a batch, (len(rows),) int64; each one is uniform on 0 ... T-1.
 
     Over the batch they are spread evenly, which makes the loss less noisy (Kingma et al. 2021, "Variational Diffusion
     Models", appendix I.1).
     """
-    offset = uniform(key, range(1)).double()
-    spread = (offset + torch.tensor(rows, dtype=torch.float64) / batch_size) % 1
-    return (spread * num_train_timesteps).long()
+    spread = (uniform(key, range(1)) + np.asarray(rows) / batch_size) % 1
+    return (spread * num_train_timesteps).astype(np.int64)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from torch import Tensor, nn
+import numpy as np
+from torch import nn
 
 from latentdiff.training.optimizer import ParameterGroup
 
@@ -35,8 +36,8 @@ class Task(ABC):
         self.module.compile()
 
     @abstractmethod
-    def batch(self, step: int, rows: range) -> dict[str, Tensor]:
-        """Samples of the given rows of the global batch of `step`, on the CPU."""
+    def batch(self, step: int, rows: range) -> dict[str, np.ndarray]:
+        """Samples of the given rows of the global batch of `step`; numpy only, see `randomness`."""
 
     @abstractmethod
     def sources(self, step: int) -> list[str]:

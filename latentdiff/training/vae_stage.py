@@ -73,17 +73,17 @@ class VAETask(Task):
         self._vae.encoder.compile()
         self._vae.decoder.compile()
 
-    def batch(self, step: int, rows: range) -> dict[str, Tensor]:
+    def batch(self, step: int, rows: range) -> dict[str, np.ndarray]:
         crop = self._settings.crop
         indices = self._indices(step, rows)
         spare = self._images.shape[1] - crop + 1
-        corners = (uniform((self._seed, "crop", step), rows, (2,)) * spare).long().tolist()
+        corners = (uniform((self._seed, "crop", step), rows, (2,)) * spare).astype(int)
         crops = [
             self._images[index, top : top + crop, left : left + crop]
             for index, (top, left) in zip(indices, corners, strict=True)
         ]
         return {
-            "images": torch.from_numpy(np.stack(crops)),  # (n, crop, crop, 3) uint8
+            "images": np.stack(crops),  # (n, crop, crop, 3) uint8
             "noise": normal((self._seed, "posterior", step), rows, self._latent_shape),
         }
 
@@ -102,8 +102,8 @@ class VAETask(Task):
         with atomic_path(folder / f"step-{step:08d}.png") as temporary:
             Image.fromarray(sheet.permute(1, 2, 0).cpu().numpy()).save(temporary)
 
-    def _indices(self, step: int, rows: range) -> list[int]:
-        return self._order.indices(step * self._settings.batch_size + rows.start, len(rows)).tolist()
+    def _indices(self, step: int, rows: range) -> np.ndarray:
+        return self._order.indices(step * self._settings.batch_size + rows.start, len(rows))
 
     def _reconstructions(self, images: np.ndarray, size: int = 32):
         """Pairs of original and reconstruction from the mode of the latents, (n, 3, R, R) uint8."""
@@ -207,7 +207,7 @@ def measure_scaling_factor(vae: VAE, images: np.ndarray, seed: int) -> float:
         batch = torch.from_numpy(images[chosen[start : start + 32]]).to(device)
         distribution = vae.encode(to_signed(batch))
         noise = normal((seed, "scaling factor"), range(start, start + len(batch)), tuple(distribution.mean.shape[1:]))
-        latents = distribution.sample(noise.to(device)).double()
+        latents = distribution.sample(torch.from_numpy(noise).to(device)).double()
         count += latents.numel()
         total += latents.sum().item()
         squares += latents.square().sum().item()
