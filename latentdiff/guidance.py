@@ -62,12 +62,15 @@ class Guidance:
         return guided * (self.rescale * ratio + 1.0 - self.rescale)
 
 
+UNGUIDED = Guidance()
+
+
 def guided_denoiser(
     model: Model,
     parameterization: Parameterization,
     context: Any,
     negative_context: Any = None,
-    guidance: Guidance = Guidance(),  # noqa: B008 (frozen)
+    guidance: Guidance = UNGUIDED,
 ) -> Denoiser:
     """A denoiser that follows `context` and avoids `negative_context`.
 

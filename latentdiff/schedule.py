@@ -175,15 +175,11 @@ class Schedule:
             x0, noise: (N, C, h, w).
             timesteps: (N,), integers in [0, T-1].
         """
-        alpha, sigma = self.alpha_sigma(timesteps, x0.dtype)
-        return alpha * x0 + sigma * noise
-
-    def alpha_sigma(self, timesteps: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """alpha and sigma of a batch of integer timesteps (N,), each (N, 1, 1, 1), on the device of `timesteps`."""
+        alphas_cumprod = self.alphas_cumprod[timesteps.cpu()].view(-1, 1, 1, 1)
         # The cast comes before the move: not every device knows float64.
-        alphas = self.alphas_cumprod.sqrt().to(dtype).to(timesteps.device)
-        sigmas = (1.0 - self.alphas_cumprod).sqrt().to(dtype).to(timesteps.device)
-        return alphas[timesteps].view(-1, 1, 1, 1), sigmas[timesteps].view(-1, 1, 1, 1)
+        alpha = alphas_cumprod.sqrt().to(x0.dtype).to(x0.device)
+        sigma = (1.0 - alphas_cumprod).sqrt().to(x0.dtype).to(x0.device)
+        return alpha * x0 + sigma * noise
 
 
 def _betas(config: ScheduleConfig) -> Tensor:

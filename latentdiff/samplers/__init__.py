@@ -20,7 +20,6 @@ class Sampler:
     """A step and the levels that it walks, both as the scheduler of the same name does it in diffusers."""
 
     name: str
-    title: str
     step: Step
     make_levels: Callable[[Schedule, int, str], list[Level]]
     make_start_scale: Callable[[Schedule, str], float] = lambda schedule, spacing: 1.0
@@ -46,10 +45,10 @@ class Sampler:
 SAMPLERS: dict[str, Sampler] = {
     sampler.name: sampler
     for sampler in (
-        Sampler("ddim", "DDIM", ddim.step, Schedule.levels),
-        Sampler("ddpm", "DDPM ancestral", ddpm.step, ddpm.levels),
-        Sampler("euler", "Euler", euler.step, euler.levels, euler.start_scale, "linspace"),
-        Sampler("dpmpp-2m", "DPM-Solver++ 2M", dpmpp.step, dpmpp.levels, customary_spacing="linspace"),
+        Sampler("ddim", ddim.step, Schedule.levels),
+        Sampler("ddpm", ddpm.step, ddpm.levels),
+        Sampler("euler", euler.step, euler.levels, euler.start_scale, "linspace"),
+        Sampler("dpmpp-2m", dpmpp.step, dpmpp.levels, customary_spacing="linspace"),
     )
 }
 

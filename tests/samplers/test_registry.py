@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from latentdiff.config import ScheduleConfig
 from latentdiff.errors import UsageError
 from latentdiff.latents import NoiseStream
+from latentdiff.names import SAMPLER_NAMES
 from latentdiff.samplers import SAMPLERS, get_sampler
 from latentdiff.schedule import Schedule
 from tests import analytic
@@ -21,7 +22,7 @@ ALL = [(name, 0.0) for name in SAMPLERS] + [("ddim", 0.5), ("ddim", 1.0)]
 
 
 def test_the_names_are_these() -> None:
-    assert list(SAMPLERS) == ["ddim", "ddpm", "euler", "dpmpp-2m"]
+    assert tuple(SAMPLERS) == SAMPLER_NAMES == ("ddim", "ddpm", "euler", "dpmpp-2m")
     assert all(sampler.name == name for name, sampler in SAMPLERS.items())
 
 
