@@ -1,0 +1,224 @@
+"""The world of the embedded model: its nouns, colours and sentences, and which combinations are kept for testing.
+
+Nothing here draws; `make_scenes.py` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from random import Random
+from typing import Any
+
+# Noun -> emoji. Everyday things whose glyphs cannot be confused with one another at 30 pixels.
+NOUNS = {
+    "cat": "🐱", "dog": "🐶", "fox": "🦊", "panda": "🐼", "frog": "🐸", "pig": "🐷", "monkey": "🐒", "lion": "🦁",
+    "rabbit": "🐇", "cow": "🐄", "elephant": "🐘", "giraffe": "🦒", "penguin": "🐧", "owl": "🦉", "rooster": "🐓",
+    "duck": "🦆", "snail": "🐌", "butterfly": "🦋", "bee": "🐝", "ladybug": "🐞", "turtle": "🐢", "snake": "🐍",
+    "octopus": "🐙", "crab": "🦀", "fish": "🐠", "sheep": "🐑", "unicorn": "🦄", "dinosaur": "🦕", "horse": "🐎",
+    "apple": "🍎", "banana": "🍌", "strawberry": "🍓", "cherry": "🍒", "pineapple": "🍍", "watermelon": "🍉",
+    "carrot": "🥕", "mushroom": "🍄", "pizza": "🍕", "burger": "🍔", "cake": "🎂", "donut": "🍩", "cheese": "🧀",
+    "avocado": "🥑", "bread": "🍞", "eggplant": "🍆", "tree": "🌳", "cactus": "🌵", "sunflower": "🌻", "rose": "🌹",
+    "moon": "🌙", "sun": "☀", "star": "⭐", "rainbow": "🌈", "snowman": "⛄", "fire": "🔥", "leaf": "🍁",
+    "car": "🚗", "bus": "🚌", "bicycle": "🚲", "train": "🚂", "airplane": "✈", "helicopter": "🚁", "rocket": "🚀",
+    "boat": "⛵", "tractor": "🚜", "house": "🏠", "castle": "🏰", "guitar": "🎸", "drum": "🥁", "piano": "🎹",
+    "book": "📕", "clock": "⏰", "key": "🔑", "bulb": "💡", "umbrella": "☂", "hat": "🎩", "crown": "👑", "shoe": "👟",
+    "shirt": "👕", "dress": "👗", "camera": "📷", "robot": "🤖", "ghost": "👻", "skull": "💀", "pumpkin": "🎃",
+    "balloon": "🎈", "gift": "🎁", "ball": "⚽", "heart": "❤", "diamond": "💎", "hammer": "🔨", "backpack": "🎒",
+    "bucket": "🪣", "pencil": "✏", "envelope": "✉", "ladder": "🪜",
+}  # fmt: skip
+
+_PLURALS = {
+    "butterfly": "butterflies", "octopus": "octopuses", "fish": "fish", "sheep": "sheep", "strawberry": "strawberries",
+    "cherry": "cherries", "cactus": "cacti", "leaf": "leaves", "bus": "buses", "dress": "dresses",
+}  # fmt: skip
+
+COUNTS = {1: "one", 2: "two", 3: "three", 4: "four"}
+
+BACKGROUNDS = {
+    "white": (255, 255, 255), "black": (18, 18, 20), "gray": (128, 128, 128), "red": (214, 40, 44),
+    "orange": (245, 138, 31), "yellow": (250, 220, 60), "green": (45, 160, 70), "blue": (45, 90, 220),
+    "purple": (125, 58, 172), "pink": (250, 155, 195),
+}  # fmt: skip
+
+OBJECT_COLOURS = {
+    "red": (224, 32, 36), "orange": (250, 134, 20), "yellow": (250, 214, 30), "green": (40, 168, 62),
+    "blue": (38, 92, 230), "purple": (138, 52, 186), "pink": (250, 120, 182), "brown": (126, 76, 38),
+}  # fmt: skip
+
+# What an object's size is drawn from, as a share of the picture's side.
+SIZES = {"small": (0.28, 0.38), "big": (0.72, 0.85), None: (0.45, 0.70)}
+SIZES_BY_COUNT = {2: (0.34, 0.46), 3: (0.29, 0.38), 4: (0.28, 0.36)}
+
+RELATIONS = {
+    "left of": ("to the left of", "left of", "on the left of"),
+    "right of": ("to the right of", "right of", "on the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+}
+
+KINDS = {
+    "single": 0.20, "two": 0.16, "counting": 0.20, "colour": 0.13, "position": 0.13, "attribution": 0.12, "mixed": 0.06,
+}  # fmt: skip
+
+_PREFIXES = ("", "", "", "", "a photo of ", "a photo of ", "a picture of ", "an image of ", "there {is} ")
+_SUFFIXES = (" on {a} background", " on {a} background", " on {a} background", " in front of {a} background", ", {} background")
+
+# One combination in eight is never trained on.
+_HELD_OUT_SHARE = 8
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object as a sentence names it."""
+
+    noun: str
+    colour: str | None = None
+    size: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a scene has to show, before anything is placed."""
+
+    kind: str
+    background: str
+    things: tuple[Thing, ...]
+    relation: str | None = None  # of the first thing to the second
+    extra: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for the metadata."""
+        return {
+            "kind": self.kind,
+            "background": self.background,
+            "relation": self.relation,
+            "objects": [{key: value for key, value in asdict(thing).items() if key != "size"} for thing in self.things],
+        }
+
+
+def held_out(*combination: str) -> bool:
+    """Whether a combination is kept for testing; the same for everybody and for ever."""
+    digest = hashlib.sha256("|".join(combination).encode()).digest()
+    return digest[0] % _HELD_OUT_SHARE == 0
+
+
+def combinations_of(plan: Plan) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The combinations that a plan contains, each with the kind of scene that tests it."""
+    for thing in dict.fromkeys(plan.things):
+        yield "single", ("background", thing.noun, plan.background)
+        if thing.colour:
+            yield "colour", ("colour", thing.noun, thing.colour)
+    nouns = [thing.noun for thing in plan.things]
+    for pair in combinations(sorted(set(nouns)), 2):
+        yield "two", ("pair", *pair)
+    for noun in set(nouns):
+        if nouns.count(noun) > 1:
+            yield "counting", ("count", noun, str(nouns.count(noun)))
+
+
+_TESTED_BY = {"position": "two", "attribution": "colour", "mixed": "two"}
+
+
+def belongs_to(plan: Plan, split: str) -> bool:
+    """Training plans hold no held-out combination; test plans hold one of the sort that their kind is about."""
+    found = [(sort, held_out(*combination)) for sort, combination in combinations_of(plan)]
+    if split == "train":
+        return not any(out for _, out in found)
+    about = _TESTED_BY.get(plan.kind, plan.kind)
+    return any(out for sort, out in found if sort == about)
+
+
+def draw_plan(rng: Random, split: str, kind: str | None = None) -> Plan:
+    """A random plan of the split."""
+    kind = kind or rng.choices(list(KINDS), list(KINDS.values()))[0]
+    while True:
+        plan = _draw(rng, kind)
+        coloured_like_background = any(thing.colour == plan.background for thing in plan.things)
+        if not coloured_like_background and belongs_to(plan, split):
+            return plan
+
+
+def _draw(rng: Random, kind: str) -> Plan:
+    background = rng.choice(list(BACKGROUNDS))
+    first, second, third = (Thing(noun) for noun in rng.sample(list(NOUNS), 3))
+    colours = rng.sample(list(OBJECT_COLOURS), 2)
+    match kind:
+        case "single":
+            things = (Thing(first.noun, size=rng.choice((None, None, None, "small", "big"))),)
+        case "two":
+            things = (first, second)
+        case "counting":
+            things = (first,) * rng.choice((1, 2, 2, 3, 3, 4, 4))
+        case "colour":
+            things = (Thing(first.noun, colours[0]),)
+        case "position":
+            return Plan(kind, background, (first, second), rng.choice(list(RELATIONS)))
+        case "attribution":
+            things = (Thing(first.noun, colours[0]), Thing(second.noun, colours[1]))
+        case _:
+            things = rng.choice((
+                (first, first, second),
+                (first, second, third),
+                (first, first, second, second),
+                (Thing(first.noun, colours[0]), second),
+                (Thing(first.noun, colours[0], rng.choice(("small", "big"))),),
+            ))  # fmt: skip
+    return Plan(kind, background, things)
+
+
+def caption(plan: Plan, rng: Random) -> str:
+    """A sentence that says what the plan shows."""
+    subject = _subject(plan, rng)
+    plural = len(plan.things) > 1
+    prefix = rng.choice(_PREFIXES).format(**{"is": "are" if plural else "is"})
+    if plan.relation and prefix.startswith("there"):
+        prefix = ""
+    suffix = rng.choice(_SUFFIXES).format(plan.background, a=_article(plan.background)) if rng.random() < 0.88 else ""
+    return prefix + subject + suffix
+
+
+def prompt(plan: Plan) -> str:
+    """The one sentence by which evaluation asks for a plan, after GenEval's "a photo of"."""
+    phrases = _phrases(plan.things)
+    subject = f" {RELATIONS[plan.relation][0]} ".join(phrases) if plan.relation else _list(phrases)
+    return f"a photo of {subject} on {_article(plan.background)} background"
+
+
+def _subject(plan: Plan, rng: Random) -> str:
+    phrases = _phrases(plan.things)
+    if plan.relation:
+        first, second = phrases
+        if plan.relation in ("left of", "right of") and rng.random() < 0.15:
+            side = "left" if plan.relation == "left of" else "right"
+            return f"{second} with {first} on its {side}"
+        return f"{first} {rng.choice(RELATIONS[plan.relation])} {second}"
+    if len(phrases) == 2 and rng.random() < 0.5:
+        phrases.reverse()
+    if len(phrases) == 2 and rng.random() < 0.15:
+        return f"{phrases[0]} next to {phrases[1]}"
+    if len(plan.things) == 1 and plan.kind == "counting":
+        return phrases[0].replace("an " if phrases[0].startswith("an ") else "a ", "one ", 1)
+    return _list(phrases)
+
+
+def _phrases(things: tuple[Thing, ...]) -> list[str]:
+    return [_phrase(thing, things.count(thing)) for thing in dict.fromkeys(things)]
+
+
+def _phrase(thing: Thing, count: int) -> str:
+    noun = thing.noun if count == 1 else _PLURALS.get(thing.noun, thing.noun + "s")
+    words = " ".join(word for word in (thing.size, thing.colour, noun) if word)
+    if count > 1:
+        return f"{COUNTS[count]} {words}"
+    return _article(words)
+
+
+def _article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeio' or words.startswith('umb') else 'a'} {words}"
+
+
+def _list(phrases: list[str]) -> str:
+    return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
