@@ -103,7 +103,10 @@ def finite_or_float32(part: str, module: nn.Module, compute: Callable[[torch.dty
             result = compute(torch.float32)
         if torch.isfinite(result).all():
             return result
-    raise NotFiniteError(f"{part} gives NaN or infinity in float32; the model file is damaged, or the inputs are out of range")
+    raise NotFiniteError(
+        f"{part} gives NaN or infinity {where + ' ' if where else ''}in float32; the model file is damaged, "
+        "or the settings are extreme: try a lower guidance"
+    )
 
 
 def precision_of(unet: nn.Module) -> Precision:

@@ -1,0 +1,40 @@
+"""Tiny models in both implementations, made once for all tests that need them."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from tests import tiny
+
+FAMILIES = ("sd1", "sd2")
+
+
+@cache
+def folder(family: str) -> Path:
+    """A tiny model folder as published ones are: "sd1", "sd2" (v-prediction) or "inpaint"; do not write to it."""
+    make = {"sd1": tiny.sd1_folder, "sd2": tiny.sd2_folder, "inpaint": tiny.inpaint_folder}[family]
+    return make(Path(_scratch().name))
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="latentdiff-tests-")  # disappears with the process
+
+
+def ours(family: str):
+    """A fresh latentdiff pipeline in float32 on the CPU."""
+    from latentdiff import Pipeline
+
+    return Pipeline.load(folder(family), device="cpu", precision="fp32")
+
+
+@cache
+def theirs(family: str):
+    """The same model in diffusers."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(folder(family), safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
