@@ -74,7 +74,7 @@ def read_tensors(path: Path) -> TensorFile:
     if kind == SAFETENSORS:
         return _read_safetensors(path)
     if kind in (TORCH, OLD_TORCH):
-        return _read_pickle(path, mapped=kind == TORCH)
+        return _read_pickle(path, kind)
     raise CheckpointError(f"expected model weights, found that {path} is {_explain(path, kind)}")
 
 
@@ -113,13 +113,13 @@ def _read_safetensors(path: Path) -> TensorFile:
         raise CheckpointError(f"{path} is damaged: {_first_line(error)}; download it again") from error
 
 
-def _read_pickle(path: Path, *, mapped: bool) -> TensorFile:
+def _read_pickle(path: Path, kind: str) -> TensorFile:
     import pickle
 
-    stand_ins = _stand_ins(path) if mapped else []
+    stand_ins = _stand_ins(path) if kind == TORCH else []
     try:
         with torch.serialization.safe_globals(stand_ins):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            content = _load_pickle(path, kind)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is a pickle with more than weights in it and was not opened: {_forbidden(error)}; "
@@ -130,6 +130,14 @@ def _read_pickle(path: Path, *, mapped: bool) -> TensorFile:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
     return _unwrap(path, content)
+
+
+def _load_pickle(path: Path, kind: str) -> Any:
+    # torch maps archives only, and takes every name in .safetensors for a safetensors file, whatever is in it.
+    if kind == TORCH and path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with open(path, "rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _unwrap(path: Path, content: Mapping[Any, Any]) -> TensorFile:

@@ -63,6 +63,9 @@ def read_folder(folder: Path) -> RawModel:
         CheckpointError: it is no such folder, of another pipeline, or a part of it is missing or damaged.
     """
     index = _check_index(folder)
+    left_out = [name for name in _IGNORED_PARTS if (folder / name).is_dir()]
+    # A folder written from this must not promise parts that it does not have.
+    index |= {"requires_safety_checker": False, **{name: [None, None] for name in _IGNORED_PARTS if name in index}}
     configs: dict[str, dict[str, Any]] = {"model_index": index}
     configs |= {name: _read_json(folder / path) for name, path in CONFIGS.items()}
     tensors, names, files = {}, {}, []
@@ -80,7 +83,7 @@ def read_folder(folder: Path) -> RawModel:
         extras=extras.tensors,
         names=names,
         metadata=extras.metadata,
-        left_out=[name for name in _IGNORED_PARTS if (folder / name).is_dir()],
+        left_out=left_out,
         weight_files=tuple(files),
     )
 
@@ -132,7 +135,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata))
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata) or None)
 
 
 def _check_index(folder: Path) -> dict[str, Any]:
