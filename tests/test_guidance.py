@@ -135,15 +135,17 @@ def test_contexts_join_with_their_own_cat_once() -> None:
     assert Projected.joins == 1
 
 
-def test_low_precision_output_is_combined_in_the_precision_of_the_latents() -> None:
+def test_low_precision_output_is_used_in_the_precision_of_the_latents() -> None:
     x, (positive, negative) = randn(2, 4, 3, 5).float(), contexts()
-    denoiser = guided_denoiser(
-        lambda x, t, context: (x + context).to(torch.bfloat16), EPSILON, positive, negative, Guidance(scale=7.5)
-    )
-    low, high = ((x + context).to(torch.bfloat16).float() for context in (negative, positive))
-    prediction = denoiser(x, LEVEL)
-    assert prediction.x0.dtype == torch.float32
-    torch.testing.assert_close(prediction.raw, low + 7.5 * (high - low), rtol=1e-6, atol=1e-6)
+
+    def model(x: Tensor, t: float, context: Tensor) -> Tensor:
+        return (x + context).to(torch.bfloat16)
+
+    low, high = (model(x, 0.0, context).float() for context in (negative, positive))
+    for scale in (1.0, 7.5):
+        prediction = guided_denoiser(model, EPSILON, positive, negative, Guidance(scale=scale))(x, LEVEL)
+        expected = (x - LEVEL.sigma * (low + scale * (high - low))) / LEVEL.alpha
+        torch.testing.assert_close(prediction.x0, expected, rtol=1e-5, atol=1e-5)
 
 
 # Bad input

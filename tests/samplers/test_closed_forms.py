@@ -16,7 +16,7 @@ from latentdiff.denoise import Step
 from latentdiff.latents import NoiseStream
 from latentdiff.parameterization import Denoiser
 from latentdiff.samplers import SAMPLERS, get_sampler
-from latentdiff.schedule import NOISE_FREE, Level, Schedule
+from latentdiff.schedule import NOISE_FREE, Level, Schedule, posterior_variance
 from tests import analytic
 
 SD = Schedule(ScheduleConfig())
@@ -131,6 +131,14 @@ def test_ddim_with_eta_one_is_ddpm(schedule: Schedule, spacing: str, steps: int,
         noise = NoiseStream([seed + 1], (1, 4, 4), dtype=torch.float64)
         finals.append(analytic.sample(analytic.gaussian(0.3, 0.5), x, levels, sampler.step, noise=noise))
     torch.testing.assert_close(*finals, rtol=1e-9, atol=1e-9)
+
+
+def test_ddim_with_eta_one_survives_rounding_next_to_the_clean_end() -> None:
+    level, next_level = Level(0.0, 0.09904253123841464), Level(0.0, 1.0 - 3 * 2.0**-53)
+    assert posterior_variance(level, next_level) > next_level.sigma**2, "the case that the sampler has to survive"
+    x = torch.ones(1, dtype=torch.float64)
+    found, _ = get_sampler("ddim", eta=1.0).step(analytic.gaussian(0.3, 0.5), x, level, next_level, None, lambda: x)
+    assert torch.isfinite(found).all()
 
 
 # Euler
