@@ -199,6 +199,8 @@ class DiffusionStageSection(StageSection):
     """Share of captions replaced by the empty one, so that guidance has an unconditional model."""
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = 5.0
     """Gamma of the min-SNR loss weight (Hang et al. 2023); without it, all timesteps weigh the same."""
+    attention: Literal["sdpa", "xformers", "plain"] = "sdpa"
+    """Attention back end. PyTorch's fused kernels (`sdpa`) save memory; on a CPU, `plain` is faster for latents this small."""
     text_encoder_lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the text encoder where it differs from `lr`."""
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from latentdiff.attention import use_attention_backend
 from latentdiff.errors import ConfigError
 from latentdiff.schedule import Schedule
 from latentdiff.training.config import DiffusionStageSection
@@ -57,7 +58,11 @@ class DiffusionTask(Task):
         seed: int,
     ) -> None:
         self.fingerprint = data.fingerprint
-        self.module = DiffusionLoss(unet, text_encoder, DiffusionObjective(schedule, settings.min_snr_gamma))
+        self.module = DiffusionLoss(
+            unet, text_encoder, DiffusionObjective(schedule, settings.min_snr_gamma), settings.attention
+        )
+        if settings.attention == "plain":
+            text_encoder.text_model.config._attn_implementation = "eager"  # what transformers calls it
         self._settings, self._data, self._seed, self._sheet = settings, data, seed, sheet
         self._tokens, self._latents, self._empty = tokens, latents, empty
         self._held_out_tokens = held_out_tokens[: settings.validation_images]
@@ -128,11 +133,12 @@ class DiffusionTask(Task):
 
 
 class DiffusionLoss(nn.Module):
-    """U-Net and text encoder with their training loss."""
+    """U-Net and text encoder with their training loss; `attention` names the U-Net's back end."""
 
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module, objective: DiffusionObjective) -> None:
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module, objective: DiffusionObjective, attention: str) -> None:
         super().__init__()
         self.unet, self.text_encoder, self.objective = unet, text_encoder, objective
+        self._attention = attention
 
     def forward(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Weighted loss and plain mean squared error for latents and noise (n, C, h, w), timesteps (n,), tokens (n, L)."""
@@ -144,7 +150,9 @@ class DiffusionLoss(nn.Module):
     def errors(self, latents: Tensor, noise: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """Squared error of each sample, (n,)."""
         noisy = self.objective.noisy(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        return self.objective.errors(self.unet(noisy, timesteps, context), latents, noise, timesteps)
+        with use_attention_backend(self._attention):
+            prediction = self.unet(noisy, timesteps, context)
+        return self.objective.errors(prediction, latents, noise, timesteps)
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str]) -> tuple[np.ndarray, int]:

@@ -188,10 +188,8 @@ class Trainer:
         """Run something with the averaged weights in place, on the main process while the others wait."""
         result = {}
         if self.accelerator.is_main_process:
-            self.task.module.eval()
             with self.ema.swapped_in(), torch.inference_mode():
                 result = action()
-            self.task.module.train()
         self.accelerator.wait_for_everyone()
         return result
 

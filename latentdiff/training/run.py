@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from latentdiff.checkpoints import Components, save_folder
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.files import atomic_path
 from latentdiff.schedule import Schedule
+from latentdiff.text_encoder import TextEncoder
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
 from latentdiff.training.config import StageSection, TrainingConfig, VAEStageSection, dump_config
 from latentdiff.training.data import CaptionedFolder, decoded_images, read_folder
@@ -25,12 +27,13 @@ from latentdiff.training.latent_cache import cached_latents
 from latentdiff.training.loop import Trainer
 from latentdiff.training.networks import load_vae, new_text_encoder, new_unet, save_vae, seeded
 from latentdiff.training.vae_stage import VAETask, measure_scaling_factor
+from latentdiff.unet import UNet
 from latentdiff.vae import VAE
 
 STAGES = ("vae", "decoder", "diffusion")
 
 # Writes a sheet of pictures that the given components make; training knows nothing of the pipeline behind it.
-Preview = Callable[["Components", Path], None]  # noqa: F821
+Preview = Callable[[Components, Path], None]
 
 
 def train(config: TrainingConfig, stages: Sequence[str] = STAGES, preview: Preview | None = None) -> Path | None:
@@ -60,8 +63,6 @@ def export(config: TrainingConfig, folder: Path) -> Path:
     Raises:
         CheckpointError: the VAE is not finished, or the diffusion stage has no checkpoint yet.
     """
-    from latentdiff.checkpoints import save_folder
-
     path, _ = newest_checkpoint(config.run / "diffusion" / "checkpoints")
     if path is None:
         raise CheckpointError(f"{config.run / 'diffusion'} has no checkpoint yet; run the stage diffusion first")
@@ -133,16 +134,14 @@ def _diffusion_stage(config: TrainingConfig, preview: Preview | None) -> None:
     Trainer(task, settings, config.run / "diffusion", accelerator).fit()
 
 
-def _new_networks(config: TrainingConfig) -> tuple[Any, Any, Any]:
+def _new_networks(config: TrainingConfig) -> tuple[Any, UNet, TextEncoder]:
     """Tokenizer, U-Net and text encoder."""
     section = config.model.text_encoder
     tokenizer = load_tokenizer(config.model.tokenizer, section.max_position_embeddings)
     return tokenizer, new_unet(config.model.unet, config.seed), new_text_encoder(section, tokenizer, config.seed)
 
 
-def _components(config: TrainingConfig, tokenizer: Any, text_encoder: Any, unet: Any, vae: VAE) -> Any:
-    from latentdiff.checkpoints import Components
-
+def _components(config: TrainingConfig, tokenizer: Any, text_encoder: TextEncoder, unet: UNet, vae: VAE) -> Components:
     return Components(
         tokenizer=tokenizer, text_encoder=text_encoder, unet=unet, vae=vae, schedule_config=config.model.schedule,
         name=config.run.name, hash="",
