@@ -121,7 +121,7 @@ def test_inpainting_model_has_nine_channels(tmp_path: Path):
 
 def predicted(path: Path, **options: str) -> str:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # none of these is a guess
+        warnings.simplefilter("error", UserWarning)  # none of these is a guess
         return load_components(path, **options).schedule_config.prediction_type
 
 
@@ -191,6 +191,11 @@ def test_probe_tells_noise_from_velocity():
     for channels in (4, 9):
         assert probe_prediction_type(lambda x, t, c: noise(x, t, c)[:, :4], channels, 8).name == "epsilon"
         assert probe_prediction_type(lambda x, t, c: velocity(x, t, c)[:, :4], channels, 8).name == "v_prediction"
+
+
+def test_probe_that_fails_falls_back_to_what_most_files_predict():
+    found = probe_prediction_type(lambda x, t, context: x * float("nan"), 4, 8)
+    assert found.name == "v_prediction" and found.guessed and "NaN" in found.source
 
 
 # --- Refusals ---
