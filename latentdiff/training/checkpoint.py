@@ -3,7 +3,7 @@
     STAGE/checkpoints/step-00001000/
         weights.safetensors   what is trained
         ema.safetensors       its averages
-        optimizer.pt          moments
+        optimizer.safetensors moments, as "WEIGHT/MOMENT"
         state.json            step, settings, data
         manifest.json         sizes of the files above; written last
 
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,7 +37,7 @@ class Checkpoint:
     step: int
     weights: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
-    optimizer: Mapping[str, Any]
+    optimizer: Mapping[str, Tensor]
     state: Mapping[str, Any]
 
 
@@ -52,9 +51,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     temporary = folder / f".writing-{final.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        for killed in folder.glob(".writing-*"):
+            shutil.rmtree(killed)
         temporary.mkdir()
-        check_space(folder, 2 * _bytes(checkpoint.weights) + _bytes(checkpoint.ema) + _bytes(checkpoint.optimizer))
+        check_space(folder, sum(map(_bytes, (checkpoint.weights, checkpoint.ema, checkpoint.optimizer))))
         _write(temporary, checkpoint)
         if final.exists():
             shutil.rmtree(final)
@@ -94,7 +94,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         step=state["step"],
         weights=load_file(path / "weights.safetensors"),
         ema=load_file(path / "ema.safetensors"),
-        optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
+        optimizer=load_file(path / "optimizer.safetensors"),
         state=state,
     )
 
@@ -107,15 +107,13 @@ def check_space(folder: Path, needed: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < needed * 1.1:
-        raise DataError(
-            f"{folder} needs {needed / 1e6:.0f} MB free for a checkpoint, found {free / 1e6:.0f} MB; free some space"
-        )
+        raise DataError(f"{folder} needs {needed / 1e6:.0f} MB free, found {free / 1e6:.0f} MB; free some space")
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     save_file(_contiguous(checkpoint.weights), folder / "weights.safetensors")
     save_file(_contiguous(checkpoint.ema), folder / "ema.safetensors")
-    torch.save(checkpoint.optimizer, folder / "optimizer.pt")
+    save_file(_contiguous(checkpoint.optimizer), folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps({**checkpoint.state, "step": checkpoint.step}, indent=1))
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     for name in sizes:
@@ -146,12 +144,8 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
 
 
-def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, Mapping):
-        return sum(_bytes(entry) for entry in value.values())
-    return 0
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _flush(path: Path) -> None:

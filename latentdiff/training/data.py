@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from latentdiff.errors import DataError
 from latentdiff.files import atomic_path
+from latentdiff.training.checkpoint import check_space
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 METADATA = "metadata.jsonl"
@@ -126,6 +128,8 @@ def decoded_images(data: CaptionedFolder, resolution: int, cache: Path, *, worke
     if not path.is_file():
         with atomic_path(path) as temporary:
             shape = (len(data), resolution, resolution, 3)
+            # A full disk would kill the process while it writes to mapped memory.
+            check_space(cache, math.prod(shape))
             array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
             with ThreadPoolExecutor(workers) as pool:
                 images = pool.map(lambda index: load_image(data.path(index), resolution), range(len(data)))

@@ -57,7 +57,7 @@ class DiffusionTask(Task):
         sheet: Callable[[Path], None] | None,
         seed: int,
     ) -> None:
-        self.fingerprint = data.fingerprint
+        self.fingerprint = f"{data.fingerprint} shuffled by seed {seed}"
         self.module = DiffusionLoss(
             unet, text_encoder, DiffusionObjective(schedule, settings.min_snr_gamma), settings.attention
         )

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import signal
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.errors import CheckpointError, ConfigError, DataError, LatentDiffError, NotFiniteError
-from latentdiff.files import atomic_path
 from latentdiff.training.checkpoint import Checkpoint, check_space, load_checkpoint, newest_checkpoint, save_checkpoint
 from latentdiff.training.config import StageSection
 from latentdiff.training.data import Prefetch
 from latentdiff.training.ema import EMA
-from latentdiff.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from latentdiff.training.journal import Journal, Window
+from latentdiff.training.optimizer import learning_rate, make_optimizer, moments, restore_moments, set_learning_rate
+from latentdiff.training.signals import StopSignals
 from latentdiff.training.task import Task
 
 
@@ -76,32 +74,30 @@ class Trainer:
         """
         self._prepare_folder()
         self.resume()
-        log = _Log(self.folder / "log.jsonl", self.step, enabled=self.accelerator.is_main_process)
+        log = Journal(self.folder / "log.jsonl", self.step, enabled=self.accelerator.is_main_process)
         bar = tqdm(
             total=self.settings.max_steps, initial=self.step, desc=self.folder.name, unit="step", smoothing=0.02,
             disable=not self.accelerator.is_main_process, mininterval=2.0,
         )  # fmt: skip
-        saved = self.step
-        with _StopSignals() as stop, bar, contextlib.closing(self._batches()) as batches:
-            window = _Window(self)
+        with StopSignals() as stop, bar, contextlib.closing(self._batches()) as batches:
+            window = Window()
             while self.step < self.settings.max_steps:
                 window.add(self._train_step(batches))
                 self.step += 1
                 bar.update()
                 last = self.step == self.settings.max_steps
-                stopping = self._agree(stop.received) if self._due(self.settings.log_every) or stop.received else False
+                stopping = self._agree(stop.received)
+                if last or stopping or self._due(self.settings.checkpoint_every):
+                    self._check_finite(window)
+                    self.save()
                 if last or stopping or self._due(self.settings.log_every):
-                    entry = window.close()
+                    self._check_finite(window)
+                    entry = self._entry(window)
                     log.write(entry)
                     bar.set_postfix(loss=f"{entry['loss']:.4g}", img_s=f"{entry['images_per_second']:.4g}")
-                if last or stopping or self._due(self.settings.checkpoint_every):
-                    window.check_finite()
-                    self.save()
-                    saved = self.step
                 if stopping:
-                    raise TrainingStopped(
-                        f"stopped at step {saved} of {self.settings.max_steps} and saved; the same command goes on from there"
-                    )
+                    place = f"step {self.step} of {self.settings.max_steps}"
+                    raise TrainingStopped(f"stopped and saved at {place}; the same command goes on from there")
                 with window.paused():
                     if last or self._due(self.settings.validate_every):
                         log.write({"step": self.step, **self._on_main(self._validate)})
@@ -118,7 +114,7 @@ class Trainer:
         checkpoint = load_checkpoint(path)
         _copy_into(self.parameters, checkpoint.weights, path)
         _copy_into(self.ema.average, checkpoint.ema, path)
-        self.optimizer.load_state_dict(dict(checkpoint.optimizer))
+        restore_moments(self.optimizer, self.parameters, checkpoint.optimizer)
         self.step = checkpoint.step
         self.accelerator.print(f"resumed {path}")
         now = self._state()
@@ -129,7 +125,8 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this step."""
         if self.accelerator.is_main_process:
-            checkpoint = Checkpoint(self.step, self.parameters, self.ema.average, self.optimizer.state_dict(), self._state())
+            kept = moments(self.optimizer, self.parameters)
+            checkpoint = Checkpoint(self.step, self.parameters, self.ema.average, kept, self._state())
             save_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.settings.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
@@ -171,6 +168,29 @@ class Trainer:
         )
         return iter(Prefetch(make, keys))
 
+    def _entry(self, window: Window) -> dict[str, float]:
+        means, rate = window.close()
+        if self.accelerator.num_processes > 1:
+            means = self.accelerator.reduce(means, "mean")
+        return {
+            "step": self.step,
+            **{name: float(f"{value.item():.5g}") for name, value in means.items()},
+            "lr": learning_rate(self.step - 1, self.settings),
+            "images_per_second": round(rate * self.settings.batch_size, 2),
+        }
+
+    def _check_finite(self, window: Window) -> None:
+        if (place := window.first_not_finite()) is None:
+            return
+        step = self.step - len(window) + place
+        files = self.task.sources(step)
+        kept, _ = newest_checkpoint(self.folder / "checkpoints")
+        raise NotFiniteError(
+            f"the loss or the gradient of step {step} is not finite; its batch of {len(files)} begins with"
+            f" {', '.join(files[:4])}; {f'{kept} is from before' if kept else 'there is no checkpoint yet'};"
+            " try a lower lr, or mixed_precision: no"
+        )
+
     def _state(self) -> dict[str, object]:
         return {"data": self.task.fingerprint, **self.settings.model_dump(mode="json")}
 
@@ -178,18 +198,20 @@ class Trainer:
         return self.step % every == 0
 
     def _agree(self, received: bool) -> bool:
-        """Whether any process got a signal."""
+        """Whether any process got a signal; several processes ask one another only when they log."""
         if self.accelerator.num_processes == 1:
             return received
+        if not self._due(self.settings.log_every):
+            return False
         flag = torch.tensor([float(received)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum").item())
 
-    def _on_main(self, action):
+    def _on_main(self, action: Callable[[], dict[str, float] | None]) -> dict[str, float]:
         """Run something with the averaged weights in place, on the main process while the others wait."""
         result = {}
         if self.accelerator.is_main_process:
             with self.ema.swapped_in(), torch.inference_mode():
-                result = action()
+                result = action() or {}
         self.accelerator.wait_for_everyone()
         return result
 
@@ -207,100 +229,7 @@ class Trainer:
         check_space(self.folder, 4 * 4 * sum(p.numel() for p in self.parameters.values()))
 
 
-class _Window:
-    """Losses since the last log entry, kept on the device: reading them waits for it, so that happens once per entry."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._parts: list[dict[str, Tensor]] = []
-        self._started = time.perf_counter()
-        self._pauses = 0.0
-
-    def add(self, parts: dict[str, Tensor]) -> None:
-        self._parts.append(parts)
-
-    def check_finite(self) -> None:
-        """Raise NotFiniteError with the first step whose loss is NaN or infinite."""
-        if not self._parts:
-            return
-        losses = torch.stack([parts["loss"] for parts in self._parts]).isfinite().tolist()
-        if all(losses):
-            return
-        step = self._trainer.step - len(losses) + losses.index(False)
-        files = self._trainer.task.sources(step)
-        kept, _ = newest_checkpoint(self._trainer.folder / "checkpoints")
-        raise NotFiniteError(
-            f"the loss of step {step} is not finite; its batch: {', '.join(files[:4])}{', ...' if len(files) > 4 else ''};"
-            f" {f'the checkpoint {kept} is from before' if kept else 'there is no checkpoint yet'};"
-            " try a lower lr or mixed_precision: no"
-        )
-
-    def close(self) -> dict[str, float]:
-        """The log entry of the window, which starts anew."""
-        self.check_finite()
-        trainer, steps = self._trainer, len(self._parts)
-        names = list(self._parts[-1])
-        # A part may begin to exist within the window (adversarial terms); it is averaged over the steps that have it.
-        means = {name: torch.stack([parts[name].float() for parts in self._parts if name in parts]).mean() for name in names}
-        if trainer.accelerator.num_processes > 1:
-            means = trainer.accelerator.reduce(means, "mean")
-        seconds = time.perf_counter() - self._started - self._pauses
-        self._parts, self._started, self._pauses = [], time.perf_counter(), 0.0
-        return {
-            "step": trainer.step,
-            **{name: float(f"{value.item():.5g}") for name, value in means.items()},
-            "lr": learning_rate(trainer.step - 1, trainer.settings),
-            "images_per_second": round(steps * trainer.settings.batch_size / seconds, 2),
-        }
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time inside does not count as training."""
-        before = time.perf_counter()
-        yield
-        self._pauses += time.perf_counter() - before
-
-
-class _Log:
-    """`log.jsonl`: one JSON object per line. Lines beyond the resumed step belong to a lost continuation and go."""
-
-    def __init__(self, path: Path, step: int, *, enabled: bool) -> None:
-        self._path, self._enabled = path, enabled
-        if enabled and path.is_file():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-            with atomic_path(path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in lines))
-
-    def write(self, entry: dict[str, float]) -> None:
-        if self._enabled:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-
-
-class _StopSignals:
-    """Takes note of Ctrl-C and SIGTERM instead of dying; a second one is obeyed at once."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> _StopSignals:
-        # Handlers can be set from the main thread only; elsewhere the program around us deals with signals.
-        with contextlib.suppress(ValueError):
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        self.received = True
-        signal.signal(number, self._before[number])
-
-
-def _copy_into(live: dict[str, Tensor], saved, path: Path) -> None:
+def _copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Path) -> None:
     if differing := sorted(set(live) ^ set(saved)):
         raise CheckpointError(
             f"{path} holds other weights than this configuration trains, first {differing[0]}; choose another `run`"

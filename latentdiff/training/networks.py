@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
+from latentdiff.checkpoints.files import read_tensors
 from latentdiff.config import UNetConfig, VAEConfig
 from latentdiff.errors import CheckpointError
 from latentdiff.files import atomic_path
@@ -71,11 +72,11 @@ def load_vae(folder: Path) -> VAE:
     Raises:
         CheckpointError: it is not there or not whole.
     """
-    try:
-        vae = VAE(VAEConfig.from_diffusers(json.loads((folder / "config.json").read_text())))
-        vae.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
-    except Exception as error:  # safetensors and torch raise their own kinds for damaged files
-        raise CheckpointError(f"expected a trained VAE in {folder}: {' '.join(str(error).split())[:200]}") from error
+    config = folder / "config.json"
+    if not config.is_file():
+        raise CheckpointError(f"expected a trained VAE in {folder}, found none; run the stage vae first")
+    vae = VAE(VAEConfig.from_diffusers(json.loads(config.read_text())))
+    vae.load_state_dict(read_tensors(folder / "diffusion_pytorch_model.safetensors").tensors)
     return vae
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from latentdiff.training.config import StageSection
@@ -48,6 +50,27 @@ def learning_rate(step: int, settings: StageSection) -> float:
     start = settings.warmup_steps if settings.decay_steps is None else settings.max_steps - settings.decay_steps
     done = max(0.0, (step - start) / max(1, settings.max_steps - start))
     return settings.lr * (1 - done if settings.decay == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+def moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
+    """What the optimizer remembers, by "name of the parameter/name of the moment"."""
+    return {
+        f"{name}/{kind}": value
+        for name, parameter in parameters.items()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter], saved: Mapping[str, Tensor]) -> None:
+    """Give back what `moments` gave; learning rates and decays stay as they are."""
+    for key, value in saved.items():
+        name, kind = key.rsplit("/", 1)
+        parameter = parameters[name]
+        # Fused kernels walk through memory, so a moment must lie there in the order of its parameter.
+        memory = (
+            torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value, device=parameter.device)
+        )
+        optimizer.state[parameter][kind] = memory.detach().copy_(value)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 
 from latentdiff.checkpoints import Components, save_folder
 from latentdiff.errors import CheckpointError, UsageError
@@ -54,7 +54,8 @@ def train(config: TrainingConfig, stages: Sequence[str] = STAGES, preview: Previ
         _diffusion_stage(config, preview)
     if not _finished(config):
         return None
-    return export(config, config.run / "model")
+    folder = config.run / "model"
+    return export(config, folder) if PartialState().is_main_process else folder
 
 
 def export(config: TrainingConfig, folder: Path) -> Path:
@@ -165,7 +166,10 @@ def _diffusion_finished(config: TrainingConfig) -> bool:
 
 
 def _accelerator(settings: StageSection) -> Accelerator:
-    return Accelerator(mixed_precision=settings.mixed_precision)
+    # Before its start, the discriminator takes no part in the loss.
+    late_parameters = bool(getattr(settings, "adversarial_weight", 0.0))
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=late_parameters)
+    return Accelerator(mixed_precision=settings.mixed_precision, kwargs_handlers=[ddp])
 
 
 def _images(

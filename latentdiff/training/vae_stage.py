@@ -51,7 +51,7 @@ class VAETask(Task):
         seed: int,
         decoder_only: bool = False,
     ) -> None:
-        self.fingerprint = data.fingerprint
+        self.fingerprint = f"{data.fingerprint} shuffled by seed {seed}"
         self.module = VAELoss(vae, settings, decoder_only=decoder_only)
         self._vae, self._settings, self._data, self._images = vae, settings, data, images
         self._held_out = held_out[: settings.validation_images]
