@@ -11,6 +11,8 @@ from torch import Tensor
 
 from latentdiff.errors import UsageError
 
+END_OF_WORD = "</w>"  # how CLIP's vocabulary marks a word's last token
+
 
 class PromptWarning(UserWarning):
     """A prompt is longer than the text encoder reads; the message names the words that are dropped."""
@@ -41,10 +43,11 @@ def dropped_text(tokenizer: Any, prompt: str) -> str:
         return ""
     if not tokenizer.is_fast:
         return tokenizer.decode(encoded["input_ids"][room:-1]).strip()
-    cut = encoded["offset_mapping"][room][0]
-    while 0 < cut and not prompt[cut - 1].isspace() and not prompt[cut].isspace():
-        cut -= 1
-    return prompt[cut:].strip()
+    tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+    first = room
+    while first > 1 and not tokens[first - 1].endswith(END_OF_WORD):
+        first -= 1
+    return prompt[encoded["offset_mapping"][first][0] :].strip()
 
 
 def as_list(prompt: str | Sequence[str]) -> list[str]:

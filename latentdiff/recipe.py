@@ -154,7 +154,8 @@ def read_recipe(info: Mapping[str, Any]) -> Recipe:
 
 
 def _quote(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value
+    is_plain = value == value.strip() and not re.search(r'[,:\n"]', value)
+    return value if is_plain else json.dumps(value, ensure_ascii=False)
 
 
 def _unquote(value: str) -> str:

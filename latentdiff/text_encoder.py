@@ -40,16 +40,14 @@ class TextEncoder(nn.Module):
         kind = config.get("model_type", "clip_text_model")
         if kind not in ("clip_text_model", "clip"):
             raise ConfigError(
-                f"expected the configuration of a CLIP text encoder, found model_type {kind!r}; "
-                "use an SD 1.x or 2.x model"
+                f"expected the configuration of a CLIP text encoder, found model_type {kind!r}; use an SD 1.x or 2.x model"
             )
         self.config = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **config}
         try:
             model = CLIPTextModel(CLIPTextConfig(**_architecture(config)))
-        except (TypeError, ValueError, KeyError) as error:
-            raise ConfigError(
-                f"the text encoder's configuration is not valid: {_first_line(error)}"
-            ) from error
+        except Exception as error:  # transformers has no common base for what it says about configurations
+            said = " ".join(str(error).split())
+            raise ConfigError(f"the text encoder's configuration is not valid: {said}") from error
         # transformers has an inner `.text_model` before 5.6 and none since; under this name both have the
         # keys on disk.
         self.text_model = getattr(model, "text_model", model)
@@ -95,9 +93,7 @@ class OpenCLIPTextEncoder(nn.Module):
 
         model_config = open_clip.get_model_config(architecture)
         if model_config is None or "layers" not in model_config.get("text_cfg", {}):
-            raise ConfigError(
-                f"open_clip has no CLIP text transformer called {architecture!r}; SD 2.x uses 'ViT-H-14'"
-            )
+            raise ConfigError(f"open_clip has no CLIP text transformer called {architecture!r}; SD 2.x uses 'ViT-H-14'")
         text = model_config["text_cfg"]
         tower = TextTransformer(
             context_length=text.get("context_length", 77),
@@ -170,12 +166,8 @@ def _drop_unused_open_clip(module: nn.Module, state: dict[str, Tensor], prefix: 
     layers = len(module.transformer.resblocks)
     for name in list(state):
         parts = name[len(prefix) :].split(".")
-        later_layer = (
-            parts[:2] == ["transformer", "resblocks"] and layers <= int(parts[2]) < layers + module.skip_last
-        )
-        if name.startswith(prefix) and (
-            later_layer or parts[0] in ("text_projection", "logit_scale", "attn_mask")
-        ):
+        later_layer = parts[:2] == ["transformer", "resblocks"] and layers <= int(parts[2]) < layers + module.skip_last
+        if name.startswith(prefix) and (later_layer or parts[0] in ("text_projection", "logit_scale", "attn_mask")):
             del state[name]
 
 
@@ -193,10 +185,6 @@ def _check_length(token_ids: Tensor, longest: int) -> None:
     if token_ids.dim() != 2 or token_ids.shape[1] > longest:
         shape = tuple(token_ids.shape)
         raise UsageError(f"expected token ids (N, L) with L at most {longest}, found shape {shape}")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _import_open_clip() -> Any:

@@ -1,0 +1,60 @@
+"""What is loaded when: heavy libraries only where they are used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import latentdiff
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "transformers", "numpy", "PIL", "accelerate", "huggingface_hub", "pydantic", "yaml", "tqdm")
+
+
+def loaded_after(code: str) -> set[str]:
+    """Which of the heavy libraries a fresh interpreter has loaded after `code`."""
+    report = f"import sys\n{code}\nprint('LOADED', *(name for name in {HEAVY!r} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, cwd=ROOT, check=True)
+    return set(done.stdout.split("LOADED")[1].split())
+
+
+def test_import_is_light():
+    assert loaded_after("import latentdiff; latentdiff.__version__") == set()
+
+
+@pytest.mark.parametrize("command", ["", "generate", "reproduce", "inspect", "convert", "train", "evaluate"])
+def test_help_is_light(command):
+    arguments = [*command.split(), "--help"]
+    assert loaded_after(f"from latentdiff.cli import run; assert run({arguments}) == 0") == set()
+
+
+def test_wrong_usage_is_light():
+    assert loaded_after("from latentdiff.cli import run; assert run(['generate', '--sampler', 'x', 'cat']) == 2") == set()
+
+
+def test_pipeline_is_there_when_asked_for():
+    assert "torch" in loaded_after("import latentdiff; latentdiff.Pipeline")
+    assert {"Pipeline", "LatentDiffError", "__version__"} <= set(dir(latentdiff))
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        latentdiff.Nothing  # noqa: B018
+
+
+def test_version_is_that_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert latentdiff.__version__ == project["version"]
+
+
+def test_names_agree_with_what_they_name():
+    from latentdiff.attention import ATTENTION_BACKENDS
+    from latentdiff.device import FORMATS
+    from latentdiff.names import ATTENTION_NAMES, PRECISIONS, SAMPLER_NAMES
+    from latentdiff.recipe import SAMPLER_TITLES
+    from latentdiff.samplers import SAMPLERS
+
+    assert tuple(SAMPLERS) == SAMPLER_NAMES == tuple(SAMPLER_TITLES)
+    assert tuple(ATTENTION_BACKENDS) == ATTENTION_NAMES
+    assert ("auto", *FORMATS) == PRECISIONS

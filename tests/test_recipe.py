@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentdiff.errors import DataError
+from latentdiff.names import SAMPLER_NAMES
+from latentdiff.recipe import Recipe, read_recipe
+
+# How AUTOMATIC1111's web UI splits the last line of its text (its format, in our words).
+WEB_UI_SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+text = st.text(st.characters(codec="utf-8"))
+recipes = st.builds(
+    Recipe,
+    prompt=text,
+    negative_prompt=text,
+    seed=st.integers(0, 2**64 - 1),
+    steps=st.integers(1, 1000),
+    sampler=st.sampled_from(SAMPLER_NAMES),
+    eta=st.floats(0, 1),
+    guidance_scale=finite,
+    guidance_rescale=st.floats(0, 1),
+    guidance_interval=st.none() | st.tuples(finite, finite),
+    spacing=st.none() | st.sampled_from(["leading", "trailing", "linspace"]),
+    width=st.integers(8, 4096),
+    height=st.integers(8, 4096),
+    model=text,
+    model_hash=st.text("0123456789abcdef", min_size=64, max_size=64),
+    prediction_type=st.none() | st.just("v_prediction"),
+    ema=st.booleans(),
+    given_latents=st.booleans(),
+    precision=st.sampled_from(["fp32", "bf16"]),
+    device=text,
+    versions=st.dictionaries(text, text, max_size=3),
+)
+
+FOX = Recipe(
+    prompt="a fox, 狐\nin the snow", negative_prompt="blurry", seed=7, steps=30, sampler="dpmpp-2m", guidance_scale=7.5,
+    width=512, height=768, model="a, b", model_hash="0123456789abcdef", versions={"latentdiff": "0.1.0"},
+)  # fmt: skip
+
+
+@given(recipes)
+def test_json_reads_what_it_writes(recipe):
+    written = recipe.to_json()
+    assert written.isascii()
+    assert Recipe.from_json(written) == recipe
+    assert read_recipe(recipe.to_chunks()) == recipe
+
+
+def test_parameters_are_those_of_the_web_uis():
+    assert FOX.to_parameters() == (
+        "a fox, 狐\nin the snow\nNegative prompt: blurry\n"
+        "Steps: 30, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 7, Size: 512x768, Model hash: 0123456789, "
+        'Model: "a, b", Version: latentdiff 0.1.0'
+    )
+
+
+def is_plain(recipe):
+    """Whether the text of the web UIs, which has no escapes for prompts, can hold it."""
+    prompts = (recipe.prompt, recipe.negative_prompt)
+    return all(p == p.strip() and "Negative prompt:" not in p for p in prompts)
+
+
+@given(recipes.filter(is_plain))
+def test_parameters_read_what_they_write(recipe):
+    again = Recipe.from_parameters(recipe.to_parameters())
+    for name in (
+        "prompt", "negative_prompt", "seed", "steps", "sampler", "eta", "guidance_scale", "guidance_rescale",
+        "guidance_interval", "spacing", "width", "height", "model",
+    ):  # fmt: skip
+        assert getattr(again, name) == getattr(recipe, name), name
+    assert again.model_hash == recipe.model_hash[:10]
+
+
+@given(recipes)
+def test_web_uis_read_the_settings(recipe):
+    settings = dict(WEB_UI_SETTING.findall(recipe.to_parameters().split("\n")[-1]))
+    assert settings["Steps"] == str(recipe.steps)
+    assert settings["Seed"] == str(recipe.seed)
+    assert settings["Size"] == f"{recipe.width}x{recipe.height}"
+    assert float(settings["CFG scale"]) == recipe.guidance_scale
+
+
+def test_text_of_another_program():
+    recipe = read_recipe(
+        {
+            "parameters": "a castle\nat dusk\nNegative prompt: people,\nfog\nSteps: 20, Sampler: Euler, "
+            "Schedule type: Automatic, CFG scale: 7, Seed: 965400086, Size: 512x512, Model hash: 6ce0161689, "
+            'Model: v1-5, Lora hashes: "a: 1, b: 2"'
+        }
+    )
+    assert (recipe.prompt, recipe.negative_prompt) == ("a castle\nat dusk", "people,\nfog")
+    assert (recipe.sampler, recipe.steps, recipe.guidance_scale, recipe.seed) == ("euler", 20, 7.0, 965400086)
+    assert (recipe.model, recipe.model_hash, recipe.spacing) == ("v1-5", "6ce0161689", None)
+
+
+@given(text)
+def test_hostile_text_is_a_data_error_or_a_recipe(content):
+    for read in (Recipe.from_json, Recipe.from_parameters):
+        try:
+            assert isinstance(read(content), Recipe)
+        except DataError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid at JSON"),
+        ("[" * 100_000, "not valid at JSON"),
+        ("[]", "should be an object"),
+        ("{}", "not valid at prompt: Field required"),
+        (FOX.to_json().replace('"steps": 30', '"steps": "30"'), "not valid at steps"),
+        (FOX.to_json().replace('"seed": 7', '"seed": true'), "not valid at seed"),
+        (FOX.to_json().replace('"seed": 7', '"seed": 7, "code": "x"'), "not valid at code: Unexpected"),
+        (FOX.to_json().replace('"schema": 1', '"schema": 2'), "written by a newer latentdiff"),
+    ],
+)
+def test_bad_json(content, message):
+    with pytest.raises(DataError, match=message):
+        Recipe.from_json(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "only a prompt",
+        "cat\nSteps: 20",
+        "cat\nSteps: 20, Sampler: UniPC, CFG scale: 7, Seed: 1, Size: 64x64",
+        "cat\nSteps: 20, Sampler: DDIM, CFG scale: 7, Seed: 1, Size: 64",
+        "cat\nSteps: x, Sampler: DDIM, CFG scale: 7, Seed: 1, Size: 64x64",
+    ],
+)
+def test_bad_parameters(content):
+    with pytest.raises(DataError, match="lacks or has an unknown value"):
+        Recipe.from_parameters(content)
+
+
+@pytest.mark.parametrize("info", [{}, {"parameters": 3}, {"latentdiff": b"{}", "dpi": (72, 72)}])
+def test_no_recipe(info):
+    with pytest.raises(DataError, match="carries no recipe"):
+        read_recipe(info)

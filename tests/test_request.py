@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentdiff.errors import UsageError
+from latentdiff.request import batches, one_per_picture, seed_of_each
+
+
+@given(st.integers(1, 200), st.none() | st.integers(1, 250))
+def test_batches_cut_all_pictures_into_parts(count, batch_size):
+    parts = batches(count, batch_size)
+    assert [i for part in parts for i in range(count)[part]] == list(range(count))
+    assert all(1 <= part.stop - part.start <= (batch_size or 4) for part in parts)
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=5), st.integers(1, 4))
+def test_one_per_picture(prompts, num_images):
+    ours, negatives = one_per_picture(prompts, "no", num_images)
+    assert ours[::num_images] == prompts and len(ours) == len(negatives) == num_images * len(prompts)
+    assert set(negatives) == {"no"}
+
+
+def test_seeds():
+    assert seed_of_each(7, 3) == [7, 8, 9]
+    assert seed_of_each(np.int64(0), 2) == [0, 1]
+    assert seed_of_each([5, 5], 2) == [5, 5]
+    drawn = seed_of_each(None, 2)
+    assert drawn[1] == drawn[0] + 1 and 0 <= drawn[0] < 2**32
+    with pytest.raises(UsageError, match="expected one seed or 3, one for each picture, found 2"):
+        seed_of_each([1, 2], 3)

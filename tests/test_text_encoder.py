@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from latentdiff.errors import ConfigError, MissingDependencyError, UsageError
+from latentdiff.text_encoder import OpenCLIPTextEncoder, TextEncoder, disk_names
+from tests import tiny
+
+IDS = torch.randint(0, 500, (2, 77), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=["sd1", "sd2"])
+def peer(request):
+    return {"sd1": tiny.text_encoder, "sd2": tiny.sd2_text_encoder}[request.param]()
+
+
+@torch.no_grad()
+def test_same_embeddings_as_transformers(peer):
+    encoder = TextEncoder(peer.config.to_dict())
+    encoder.load_state_dict(peer.state_dict())
+    torch.testing.assert_close(encoder(IDS), peer(IDS).last_hidden_state, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(encoder(IDS[:, :20]), peer(IDS[:, :20]).last_hidden_state, rtol=1e-5, atol=1e-6)
+
+
+def test_names_are_those_on_disk(peer):
+    names = TextEncoder(peer.config.to_dict()).state_dict().keys()
+    assert {"text_model.embeddings.token_embedding.weight", "text_model.final_layer_norm.bias"} <= names
+    assert names == disk_names(peer.state_dict()).keys()
+
+
+class OlderCLIPTextModel(nn.Module):
+    """The same model as transformers before 5.6 built it, with a `text_model` level of its own."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.text_model = _new_clip_text_model(config)
+
+
+_new_clip_text_model = transformers.CLIPTextModel
+
+
+@torch.no_grad()
+def test_older_transformers_have_one_more_level(peer, monkeypatch):
+    newer = TextEncoder(peer.config.to_dict())
+    if hasattr(peer, "text_model"):
+        pytest.skip("this transformers is an older one: the other tests are about it")
+    monkeypatch.setattr(transformers, "CLIPTextModel", OlderCLIPTextModel)
+    older = TextEncoder(peer.config.to_dict())
+    assert older.state_dict().keys() == newer.state_dict().keys()
+    older.load_state_dict(newer.state_dict())
+    assert torch.equal(older(IDS), newer(IDS))
+
+
+@torch.no_grad()
+def test_built_on_meta_and_loaded_without_a_copy(peer):
+    with torch.device("meta"):
+        encoder = TextEncoder(peer.config.to_dict())
+    assert all(parameter.is_meta for parameter in encoder.parameters())
+    state = disk_names(peer.state_dict())
+    encoder.load_state_dict(state, assign=True)
+    encoder.to(torch.float64).float()  # nothing is left on meta
+    assert torch.equal(encoder(IDS), peer(IDS).last_hidden_state)
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_position_ids_and_the_missing_level_are_no_fault(peer, prefix):
+    plain = {name.removeprefix("text_model."): value for name, value in peer.state_dict().items()}
+    state = {prefix + name: value for name, value in plain.items()}
+    state[prefix + "embeddings.position_ids"] = torch.arange(77)[None]
+    names = list(state)
+    TextEncoder(peer.config.to_dict()).load_state_dict(state)
+    assert list(state) == names  # the caller's dictionary stays as it is
+
+
+def test_missing_and_unexpected_keys_are_errors(peer):
+    encoder, state = TextEncoder(peer.config.to_dict()), disk_names(peer.state_dict())
+    with pytest.raises(RuntimeError, match="Missing key.*final_layer_norm"):
+        encoder.load_state_dict({name: value for name, value in state.items() if "final" not in name})
+    with pytest.raises(RuntimeError, match="Unexpected key.*text_model.extra"):
+        encoder.load_state_dict(state | {"extra": torch.zeros(1)})
+
+
+def test_is_found_as_part_of_a_larger_module(peer):
+    both = nn.ModuleDict({"text_encoder": TextEncoder(peer.config.to_dict()), "other": nn.Linear(2, 2)})
+    both.load_state_dict(both.state_dict())
+
+
+def test_is_trainable_from_nothing():
+    torch.manual_seed(0)
+    encoder = TextEncoder({"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+                           "num_attention_heads": 2, "max_position_embeddings": 12})  # fmt: skip
+    assert encoder.context_length == 12 and encoder.embedding_width == 16
+    assert 0.015 < encoder.text_model.embeddings.token_embedding.weight.std() < 0.025  # CLIP's initialisation
+    encoder(torch.randint(0, 50, (3, 12))).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+
+
+def test_a_token_does_not_see_later_ones(peer):
+    encoder = TextEncoder(peer.config.to_dict())
+    changed = IDS.clone()
+    changed[:, 10:] = 3
+    with torch.no_grad():
+        assert torch.allclose(encoder(IDS)[:, :10], encoder(changed)[:, :10], atol=1e-6)
+        assert not torch.allclose(encoder(IDS)[:, 10:], encoder(changed)[:, 10:], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "config", [{"model_type": "t5"}, {"hidden_size": 10, "num_attention_heads": 3}, {"hidden_act": "nope"}]
+)
+def test_bad_configuration(config):
+    with pytest.raises(ConfigError):
+        TextEncoder({"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, **config})
+
+
+@pytest.mark.parametrize("shape", [(77,), (1, 78)])
+def test_bad_token_ids(peer, shape):
+    with pytest.raises(UsageError, match="L at most 77"):
+        TextEncoder(peer.config.to_dict())(torch.zeros(shape, dtype=torch.long))
+
+
+# --- OpenCLIP -------------------------------------------------------------------------------------
+
+
+def test_open_clip_missing_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'latentdiff\[openclip\]'"):
+        OpenCLIPTextEncoder()
+
+
+@pytest.fixture
+def open_clip(monkeypatch):
+    """open_clip with a tiny architecture called "tiny"."""
+    module = pytest.importorskip("open_clip", reason="needs the extra openclip")
+    text = {"context_length": 77, "vocab_size": 600, "width": 32, "heads": 2, "layers": 3}
+    vision = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16}
+    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
+    known = module.get_model_config
+    monkeypatch.setattr(module, "get_model_config", lambda name: config if name == "tiny" else known(name))
+    return module
+
+
+@torch.no_grad()
+def test_open_clip_penultimate_layer(open_clip):
+    full = open_clip.model.CLIP(**open_clip.get_model_config("tiny"))
+    encoder = OpenCLIPTextEncoder("tiny")
+    encoder.load_state_dict({name: value for name, value in full.state_dict().items() if not name.startswith("visual.")})
+    x = full.token_embedding(IDS) + full.positional_embedding
+    for block in full.transformer.resblocks[:-1]:
+        x = block(x, attn_mask=full.attn_mask)
+    torch.testing.assert_close(encoder(IDS), full.ln_final(x), rtol=1e-5, atol=1e-6)
+    assert encoder.context_length == 77 and encoder.embedding_width == 32
+
+
+def test_open_clip_strict_and_unknown(open_clip):
+    encoder = OpenCLIPTextEncoder("tiny")
+    with pytest.raises(RuntimeError, match="Unexpected key.*resblocks.9"):
+        encoder.load_state_dict(encoder.state_dict() | {"transformer.resblocks.9.ln_1.weight": torch.zeros(32)})
+    with pytest.raises(ConfigError, match="no CLIP text transformer called 'no-such'"):
+        OpenCLIPTextEncoder("no-such")
