@@ -72,17 +72,22 @@ def read_folder(folder: Path, *, limit: int | None = None) -> CaptionedFolder:
 
 def _from_metadata(folder: Path) -> Iterator[tuple[str, str]]:
     path = folder / METADATA
-    number = 0
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            name, caption = row["file_name"], row["text"]
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise DataError(f'{path} line {number}: expected {{"file_name": ..., "text": ...}}, found {line[:60]!r}') from error
-        if not isinstance(name, str) or not isinstance(caption, str):
-            raise DataError(f"{path} line {number}: file_name and text must be strings, found {line[:60]!r}")
-        yield name, caption
-    if number == 0:
+    found = False
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            found = True
+            try:
+                row = json.loads(line)
+                name, caption = row["file_name"], row["text"]
+            except (json.JSONDecodeError, TypeError, KeyError) as error:
+                expected = '{"file_name": ..., "text": ...}'
+                raise DataError(f"{path} line {number}: expected {expected}, found {line[:60]!r}") from error
+            if not isinstance(name, str) or not isinstance(caption, str):
+                raise DataError(f"{path} line {number}: file_name and text must be strings, found {line[:60]!r}")
+            yield name, caption
+    if not found:
         raise DataError(f"{path} is empty; expected one line per image")
 
 
