@@ -6,6 +6,9 @@ from pathlib import Path
 
 from latentdiff.errors import CheckpointError
 
+MODEL_INDEX = "model_index.json"
+JUDGE = "judge"  # folder of the judge of `latentdiff evaluate`, beside the model's parts
+
 
 def embedded_model() -> Path:
     """The folder of the model that latentdiff brings along.
@@ -13,8 +16,24 @@ def embedded_model() -> Path:
     Raises:
         CheckpointError: this installation has none.
     """
-    package = Path(__file__).resolve().parent
-    for folder in (package / "weights", package.parent / "weights"):
-        if (folder / "model_index.json").is_file():
+    for folder in _places():
+        if (folder / MODEL_INDEX).is_file():
             return folder
-    raise CheckpointError(f"expected the embedded model in {package / 'weights'}, found none; give a model with --model")
+    raise CheckpointError(f"expected the embedded model in {_places()[0]}, found none; give a model with --model")
+
+
+def embedded_judge() -> Path:
+    """The folder of the judge that latentdiff brings along.
+
+    Raises:
+        CheckpointError: this installation has none.
+    """
+    for folder in _places():
+        if (folder / JUDGE).is_dir():
+            return folder / JUDGE
+    raise CheckpointError(f"expected the judge in {_places()[0] / JUDGE}, found none; install latentdiff again")
+
+
+def _places() -> tuple[Path, Path]:
+    package = Path(__file__).resolve().parent
+    return package / "weights", package.parent / "weights"

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from latentdiff import embedded
-from latentdiff.embedded import embedded_model
+from latentdiff.embedded import embedded_judge, embedded_model
 from latentdiff.errors import CheckpointError
 
 
@@ -34,3 +34,14 @@ def test_missing(package):
     (package / "weights").mkdir()
     with pytest.raises(CheckpointError, match="expected the embedded model in .*weights, found none"):
         embedded_model()
+
+
+def test_the_judge_lies_beside_the_model(package):
+    (package.parent / "weights" / "judge").mkdir(parents=True)
+    assert embedded_judge() == package.parent / "weights" / "judge"
+
+
+def test_missing_judge(package):
+    (package / "weights").mkdir()
+    with pytest.raises(CheckpointError, match="expected the judge in .*judge, found none"):
+        embedded_judge()
