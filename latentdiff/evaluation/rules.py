@@ -8,6 +8,7 @@ not part of GenEval and are scored apart.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import copysign, hypot
 
 from latentdiff.evaluation.judge import Seen, Verdict
 from latentdiff.evaluation.prompts import EvaluationPrompt, Requirement
@@ -66,13 +67,15 @@ def relations(a: Box, b: Box) -> set[str]:
     The offset of the centres is shortened on each axis by a tenth of the two objects' size there; what is left along an axis
     must exceed half of the whole distance.
     """
-    dx, dy = ((a[axis] + a[axis + 2] - b[axis] - b[axis + 2]) / 2 for axis in (0, 1))
-    distance = (dx**2 + dy**2) ** 0.5
+    dx, dy = (((a[axis] + a[axis + 2]) - (b[axis] + b[axis + 2])) / 2 for axis in (0, 1))
+    distance = hypot(dx, dy)
     if distance == 0:
         return set()
-    across, down = (
-        max(abs(offset) - TOLERANCE * (a[axis + 2] - a[axis] + b[axis + 2] - b[axis]), 0) * (1 if offset > 0 else -1) / distance
-        for axis, offset in ((0, dx), (1, dy))
-    )
+    across, down = (copysign(_shortened(a, b, axis, offset), offset) / distance for axis, offset in ((0, dx), (1, dy)))
     held = {"left of": -across, "right of": across, "above": -down, "below": down}
     return {name for name, part in held.items() if part > CLEAR}
+
+
+def _shortened(a: Box, b: Box, axis: int, offset: float) -> float:
+    sizes = (a[axis + 2] - a[axis]) + (b[axis + 2] - b[axis])
+    return max(abs(offset) - TOLERANCE * sizes, 0.0)
