@@ -1,7 +1,7 @@
 """Model configurations: frozen dataclasses that say what they mean, read from and written to diffusers' `config.json` files.
 
-diffusers' files hold dozens of keys that Stable Diffusion 1.x and 2.x never vary. Those are listed here once, with the values that
-mean "not used"; anything else is refused, because a model built while ignoring a key would run and draw nonsense.
+diffusers' files hold dozens of keys that Stable Diffusion 1.x and 2.x never vary. Those are listed here once, with the values
+that mean "not used"; anything else is refused, because a model built while ignoring a key would run and draw nonsense.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ class ScheduleConfig:
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> Self:
-        """Read a `scheduler_config.json`, whichever scheduler class wrote it; keys that belong to a single sampler are not ours.
+        """Read a `scheduler_config.json`, whichever scheduler class wrote it; keys of a single sampler are not ours.
 
         Raises:
             ConfigError: the noise schedule is one that cannot be reproduced here.
@@ -267,10 +267,13 @@ def _refuse_other_architecture(
             values = value if isinstance(value, (list, tuple)) else (value,)
             if any(entry not in fixed[key] for entry in values):
                 raise ConfigError(
-                    f"{part} with {key}={value!r} is another architecture than Stable Diffusion 1.x/2.x (expected {fixed[key][0]!r})"
+                    f"{part} with {key}={value!r} is another architecture than Stable Diffusion 1.x/2.x"
+                    f" (expected {fixed[key][0]!r})"
                 )
         elif key not in fields and not key.startswith("_") and value not in (None, False):
-            raise ConfigError(f"{part} has the unknown key {key}={value!r}; this version of latentdiff cannot tell what it changes")
+            raise ConfigError(
+                f"{part} has the unknown key {key}={value!r}; latentdiff cannot tell what it changes"
+            )
 
 
 def _known(cls: type, config: Mapping[str, Any], silent: Mapping[str, Any]) -> dict[str, Any]:

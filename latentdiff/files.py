@@ -35,7 +35,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        raise LatentDiffError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place") from error
+        reason = error.strerror or error
+        raise LatentDiffError(f"cannot write {path}: {reason}; free some space or choose another place") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -36,7 +36,7 @@ class LatentDistribution:
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:
-        """Kullback-Leibler divergence from the standard normal in nats per entry, (N, C, h, w) (Kingma & Welling, appendix B)."""
+        """Kullback-Leibler divergence from the standard normal in nats per entry, (N, C, h, w) (Kingma & Welling, app. B)."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)
 
 

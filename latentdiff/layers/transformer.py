@@ -1,4 +1,4 @@
-"""The spatial transformer: self-attention over the pixels of a feature map, cross-attention to the text (Rombach et al. 2022)."""
+"""The spatial transformer: attention among the pixels of a feature map and to the text (Rombach et al. 2022)."""
 
 from __future__ import annotations
 
