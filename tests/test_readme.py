@@ -57,7 +57,9 @@ def test_make_targets_exist(arguments: list[str]) -> None:
 @pytest.mark.parametrize("arguments", [a for a in commands("python") if a[0].endswith(".py")], ids=" ".join)
 def test_tools_know_their_options(arguments: list[str]) -> None:
     tool, *rest = arguments
-    shown = subprocess.run([sys.executable, tool, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, tool, "--help"]
+    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     for option in (word.split("=")[0] for word in rest if word.startswith("-")):
         assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", shown), f"{tool} has no option {option}"
 
