@@ -23,8 +23,17 @@ import click
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scene_language import (
-    BACKGROUNDS, NOUNS, OBJECT_COLOURS, SIZES, SIZES_BY_COUNT, Plan, Thing, caption, draw_plan, prompt,
-)  # fmt: skip
+    BACKGROUNDS,
+    NOUNS,
+    OBJECT_COLOURS,
+    SIZES,
+    SIZES_BY_COUNT,
+    Plan,
+    Thing,
+    caption,
+    draw_plan,
+    prompt,
+)
 from tqdm import tqdm
 
 from latentdiff.errors import LatentDiffError, MissingDependencyError
