@@ -12,7 +12,7 @@ from latentdiff.checkpoints.conversion import convert, read_model
 from latentdiff.checkpoints.folder import model_index, write_folder
 from latentdiff.checkpoints.hashing import model_hash
 from latentdiff.checkpoints.inspection import Report, inspect
-from latentdiff.checkpoints.modules import build_module
+from latentdiff.checkpoints.modules import build_module, parse_config
 from latentdiff.checkpoints.raw import PARTS, RawModel
 from latentdiff.checkpoints.tokenizer import open_tokenizer, tokenizer_files
 from latentdiff.config import ScheduleConfig
@@ -70,7 +70,7 @@ def load_components(
     return Components(
         tokenizer=open_tokenizer(raw.tokenizer),
         **modules,
-        schedule_config=ScheduleConfig.from_diffusers(raw.configs["scheduler"]),
+        schedule_config=parse_config("scheduler", raw.configs["scheduler"]),
         name=_name(source, raw),
         hash=model_hash(raw.weight_files),
     )

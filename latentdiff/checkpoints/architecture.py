@@ -35,6 +35,8 @@ _OTHERS = (
     ("t2i_adapter.", "T2I-Adapter"),
     ("ip_adapter.", "IP-Adapter"),
     ("model.diffusion_model.label_emb.", "class-conditional U-Net (upscaler, unCLIP)"),
+    ("depth_model.", "depth-conditioned Stable Diffusion"),
+    ("noise_augmentor.", "unCLIP"),
     ("class_embedding.", "class-conditional U-Net (upscaler, unCLIP)"),
     ("adaLN_modulation.", "diffusion transformer"),
 )

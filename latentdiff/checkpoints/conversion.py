@@ -9,6 +9,7 @@ from latentdiff.checkpoints.folder import read_folder, write_folder
 from latentdiff.checkpoints.hub import locate
 from latentdiff.checkpoints.original import read_original, write_original
 from latentdiff.checkpoints.raw import RawModel
+from latentdiff.config import PREDICTION_TYPES
 from latentdiff.errors import CheckpointError, UsageError
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -23,8 +24,11 @@ def read_model(source: str | os.PathLike[str], *, ema: bool = False, prediction_
         prediction_type: what the U-Net predicts, where the model does not say or says it wrong.
 
     Raises:
+        UsageError: `prediction_type` is none of the three.
         CheckpointError: nothing is there, or it is damaged, something else, or has no averaged weights.
     """
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise UsageError(f"unknown prediction type {prediction_type!r}; choose from {', '.join(PREDICTION_TYPES)}")
     path = locate(source)
     if path.is_file():
         return read_original(path, ema=ema, prediction_type=prediction_type)

@@ -172,7 +172,7 @@ def forbidden_globals(path: Path) -> list[str]:
         raise CheckpointError(f"{path} is damaged: {_first_line(error)}; download it again") from error
 
 
-def _stand_ins(path: Path) -> list[tuple[Any, str]]:
+def _stand_ins(path: Path) -> list[type]:
     """Stand-ins for everything that the restricted unpickler would refuse, if all of it is known to be harmless.
 
     Raises:
@@ -186,7 +186,7 @@ def _stand_ins(path: Path) -> list[tuple[Any, str]]:
             f"{path} is a pickle that asks for {shown}, which could run code, and was not opened; expected "
             "tensors only. Ask its author for a safetensors file"
         )
-    return [(type("Leftover", (_Leftover,), {}), name) for name in names]
+    return [type(name.rpartition(".")[2], (_Leftover,), {"__module__": name.rpartition(".")[0]}) for name in names]
 
 
 def _is_torch_archive(path: Path) -> bool:

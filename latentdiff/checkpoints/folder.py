@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from latentdiff.checkpoints.files import TensorFile, read_tensors
 from latentdiff.checkpoints.raw import PART_LABELS, PARTS, RawModel, with_usual_names
-from latentdiff.errors import CheckpointError
+from latentdiff.errors import CheckpointError, LatentDiffError
+from latentdiff.files import atomic_path
 
 INDEX = "model_index.json"
 EXTRAS = "original_extras.safetensors"  # what an original single file holds beyond the parts of a folder
@@ -131,11 +131,16 @@ def model_index(in_channels: int) -> dict[str, Any]:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; values and types stay as they are."""
+    """Write a safetensors file, atomically; values and types stay as they are."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata) or None)
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(contiguous, temporary, metadata=dict(metadata) or None)
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(str(error)) from error
 
 
 def _check_index(folder: Path) -> dict[str, Any]:
@@ -213,34 +218,31 @@ def listing(folder: Path) -> str:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def _replaced_folder(folder: Path) -> Iterator[Path]:
     """Give an empty folder beside `folder` that takes its place when the block ends well."""
     _check_replaceable(folder)
-    temporary: Path | None = None
+    mark = secrets.token_hex(4)
+    temporary, old = folder.with_name(f".{folder.name}-{mark}"), folder.with_name(f".{folder.name}-{mark}-old")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        os.chmod(temporary, 0o755)
+        temporary.mkdir(parents=True)
         yield temporary
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.replace(folder, old)
-            os.replace(temporary, folder)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(temporary, folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {folder}: {error.strerror or error}; free some space or choose another place"
-        ) from error
+            folder.rename(old)
+        temporary.rename(folder)
+    except (OSError, LatentDiffError) as error:
+        if old.exists():
+            old.rename(folder)
+        cause = error.__cause__ or error
+        reason = getattr(cause, "strerror", None) or str(cause).replace(str(temporary), str(folder))
+        raise CheckpointError(f"cannot write {folder}: {reason}; free some space or choose another place") from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -27,15 +27,22 @@ def locate(source: str | os.PathLike[str]) -> Path:
         return path
     name = os.fspath(source)
     if not _HUB_ID.fullmatch(name) or name.endswith(_WEIGHTS):
-        raise CheckpointError(f"no model at {name}: expected a folder, a file, or a hub id such as org/name")
+        raise _nothing_at(name)
     return _cached(name) or _download(name)
+
+
+def _nothing_at(name: str) -> CheckpointError:
+    return CheckpointError(f"no model at {name}: expected a folder, a file, or a hub id such as org/name")
 
 
 def _cached(hub_id: str) -> Path | None:
     """The cached snapshot, if every file that is needed is in it."""
     from huggingface_hub import try_to_load_from_cache
 
-    index = try_to_load_from_cache(hub_id, INDEX)
+    try:
+        index = try_to_load_from_cache(hub_id, INDEX)
+    except ValueError as error:  # two dots, a hyphen at the end: the hub has rules of its own
+        raise _nothing_at(hub_id) from error
     if not isinstance(index, str):
         return None
     folder = Path(index).parent

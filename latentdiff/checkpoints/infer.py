@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from latentdiff.checkpoints.architecture import ORIGINAL_PREFIXES
+from latentdiff.checkpoints.folder import model_index
 from latentdiff.checkpoints.keymap import Shape
 from latentdiff.config import ScheduleConfig, UNetConfig, VAEConfig
 from latentdiff.errors import CheckpointError
@@ -21,7 +22,7 @@ _OPEN_CLIP_H_LAYERS = 24
 
 
 def infer_configs(shapes: Shapes, prediction_type: str) -> dict[str, dict[str, Any]]:
-    """The configuration files of U-Net, VAE, text encoder and scheduler, as a diffusers folder would hold them.
+    """The JSON files that a diffusers folder would hold: of U-Net, VAE, text encoder, scheduler and the whole.
 
     Args:
         shapes: of all tensors of the file, under their names in the file.
@@ -45,6 +46,7 @@ def infer_configs(shapes: Shapes, prediction_type: str) -> dict[str, dict[str, A
         "vae": vae.to_diffusers(),
         "text_encoder": text_encoder,
         "scheduler": ScheduleConfig(prediction_type=prediction_type).to_diffusers(),
+        "model_index": model_index(unet.in_channels),
     }
 
 
@@ -101,7 +103,8 @@ def infer_text_encoder(shapes: Shapes) -> dict[str, Any]:
         vocabulary, width = body["embeddings.token_embedding.weight"]
         positions = body["embeddings.position_embedding.weight"][0]
         intermediate = body["encoder.layers.0.mlp.fc1.weight"][0]
-        layers, activation, projection = _count(body, "encoder.layers"), "quick_gelu", width
+        # OpenAI's encoders are the smaller ones; ViT-H/14 under transformers' names is OpenCLIP's.
+        layers, activation, projection = _count(body, "encoder.layers"), "quick_gelu" if width <= 768 else "gelu", width
     return {
         "architectures": ["CLIPTextModel"],
         "attention_dropout": 0.0,

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from latentdiff.checkpoints.architecture import ORIGINAL_PREFIXES, family_name, identify, lora_dialect
 from latentdiff.checkpoints.files import PNG, SAFETENSORS, TensorFile, read_tensors, sniff
-from latentdiff.checkpoints.folder import INDEX, listing, read_folder
+from latentdiff.checkpoints.folder import EXTRAS, INDEX, listing, read_folder
 from latentdiff.checkpoints.hashing import SHORT, file_hash, model_hash
 from latentdiff.checkpoints.hub import locate
-from latentdiff.checkpoints.modules import check_fits, shapes_of
+from latentdiff.checkpoints.modules import check_fits, parse_config, shapes_of
 from latentdiff.checkpoints.original import has_ema, read_original
 from latentdiff.checkpoints.raw import PARTS, RawModel
 from latentdiff.errors import LatentDiffError
@@ -142,6 +142,8 @@ def _inspect_folder(folder: Path) -> Report:
         raw = read_folder(folder)
         _describe_model(report, raw)
         report.sha256 = model_hash(raw.weight_files)
+        if any(name.startswith("model_ema.") for name in raw.extras):
+            report.notes.append(f"averaged weights are kept in {EXTRAS}; convert back to a single file to use them")
         for part in PARTS:
             check_fits(raw, part)
     except LatentDiffError as error:
@@ -150,17 +152,16 @@ def _inspect_folder(folder: Path) -> Report:
 
 
 def _describe_model(report: Report, raw: RawModel) -> None:
-    unet = raw.configs["unet"]
+    unet = parse_config("unet", raw.configs["unet"])
     report.family = family_name(
-        linear=bool(unet.get("use_linear_projection")),
-        in_channels=unet.get("in_channels", 4),
-        width=unet.get("block_out_channels", [320])[0],
-        context=unet.get("cross_attention_dim", 0),
+        linear=unet.use_linear_projection,
+        in_channels=unet.in_channels,
+        width=unet.block_out_channels[0],
+        context=unet.cross_attention_dim,
     )
     report.parameters = {part: _count(raw.tensors[part], "") for part in PARTS}
     report.dtypes = _count_types(tensor for part in PARTS for tensor in raw.tensors[part].values())
-    report.prediction_type = raw.configs["scheduler"].get("prediction_type", "epsilon")
-    report.ema = has_ema(raw.extras) if report.ema is None else report.ema
+    report.prediction_type = parse_config("scheduler", raw.configs["scheduler"]).prediction_type
     report.notes += raw.warnings
 
 
@@ -211,7 +212,8 @@ def _lora(file: TensorFile) -> dict[str, Any]:
 
 
 def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    return sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(prefix))
+    floating = (tensor for name, tensor in tensors.items() if name.startswith(prefix) and tensor.is_floating_point())
+    return sum(tensor.numel() for tensor in floating)
 
 
 def _count_types(tensors: Any) -> dict[str, int]:

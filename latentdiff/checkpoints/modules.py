@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,31 +11,57 @@ from torch import Tensor, nn
 
 from latentdiff.checkpoints.keymap import Shape, compare
 from latentdiff.checkpoints.raw import PART_LABELS, RawModel
-from latentdiff.config import UNetConfig, VAEConfig
-from latentdiff.errors import CheckpointError
+from latentdiff.config import ScheduleConfig, UNetConfig, VAEConfig
+from latentdiff.errors import CheckpointError, ConfigError, LatentDiffError
 from latentdiff.text_encoder import TextEncoder
 from latentdiff.unet import UNet
 from latentdiff.vae import VAE
 
+_CONFIGS = {"unet": UNetConfig, "vae": VAEConfig, "scheduler": ScheduleConfig}
+
 # A table of 0, 1, 2, ... that older transformers saved with the weights.
 POSITION_IDS = "text_model.embeddings.position_ids"
+
+
+def parse_config(part: str, config: dict[str, Any]) -> UNetConfig | VAEConfig | ScheduleConfig:
+    """Read the configuration of "unet", "vae" or "scheduler".
+
+    Raises:
+        ConfigError: it is not one of Stable Diffusion 1.x or 2.x, or makes no sense.
+    """
+    with _sensible(part):
+        return _CONFIGS[part].from_diffusers(config)
 
 
 def empty_module(part: str, config: dict[str, Any]) -> nn.Module:
     """Build a part on the meta device, where it has shapes and no memory.
 
     Raises:
-        ConfigError: the configuration is not one of Stable Diffusion 1.x or 2.x.
+        ConfigError: the configuration is not one of Stable Diffusion 1.x or 2.x, or makes no sense.
     """
-    with torch.device("meta"):
-        if part == "unet":
-            return UNet(UNetConfig.from_diffusers(config))
-        if part == "vae":
-            return VAE(VAEConfig.from_diffusers(config))
-        return TextEncoder(config)
+    if part == "text_encoder":
+        build, config_of_part = TextEncoder, config
+    else:
+        build, config_of_part = (UNet if part == "unet" else VAE), parse_config(part, config)
+    with _sensible(part), torch.device("meta"):
+        return build(config_of_part)
 
 
-def shapes_of(tensors: dict[str, Tensor]) -> dict[str, Shape]:
+@contextmanager
+def _sensible(part: str) -> Iterator[None]:
+    """A value of the wrong type fails somewhere inside a constructor; say whose configuration it came from."""
+    try:
+        yield
+    except LatentDiffError:
+        raise
+    except Exception as error:  # transformers' validators have exceptions of their own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"the configuration of the {PART_LABELS.get(part, part)} makes no sense: {reason}; download it again"
+        ) from error
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     """Name -> shape."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
@@ -43,14 +71,14 @@ def expected_shapes(part: str, config: dict[str, Any]) -> dict[str, Shape]:
     return shapes_of(empty_module(part, config).state_dict())
 
 
-def check_fits(raw: RawModel, part: str) -> None:
-    """Compare a part's tensors with its configuration.
+def check_fits(raw: RawModel, part: str, expected: Mapping[str, Shape] | None = None) -> None:
+    """Compare a part's tensors with its configuration, or with the shapes that it gives.
 
     Raises:
         CheckpointError: names, shapes or types do not fit.
     """
-    tensors = {name: tensor for name, tensor in raw.tensors[part].items() if name != POSITION_IDS}
-    expected = expected_shapes(part, raw.configs[part])
+    tensors = _weights(raw, part)
+    expected = expected_shapes(part, raw.configs[part]) if expected is None else expected
     compare(PART_LABELS[part], expected, shapes_of(tensors)).raise_unless_fits(raw.source)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
@@ -66,10 +94,14 @@ def build_module(raw: RawModel, part: str, dtype: torch.dtype | None = None) -> 
     Raises:
         CheckpointError: names, shapes or types do not fit the configuration.
     """
-    check_fits(raw, part)
     module = empty_module(part, raw.configs[part])
-    tensors = {name: tensor for name, tensor in raw.tensors[part].items() if name != POSITION_IDS}
+    check_fits(raw, part, shapes_of(module.state_dict()))
+    tensors = _weights(raw, part)
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     module.load_state_dict(tensors, assign=True)
     return module.eval()
+
+
+def _weights(raw: RawModel, part: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in raw.tensors[part].items() if name != POSITION_IDS}

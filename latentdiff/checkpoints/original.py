@@ -15,16 +15,14 @@ from torch import Tensor
 from latentdiff.checkpoints import tables
 from latentdiff.checkpoints.architecture import ORIGINAL_PREFIXES, identify, require_original
 from latentdiff.checkpoints.files import TensorFile, read_tensors
-from latentdiff.checkpoints.folder import model_index, save_tensors
+from latentdiff.checkpoints.folder import save_tensors
 from latentdiff.checkpoints.infer import infer_configs, is_open_clip
 from latentdiff.checkpoints.keymap import KeyMap, compare
-from latentdiff.checkpoints.modules import POSITION_IDS, build_module, check_fits, expected_shapes, shapes_of
+from latentdiff.checkpoints.modules import POSITION_IDS, build_module, check_fits, expected_shapes, parse_config, shapes_of
 from latentdiff.checkpoints.prediction import PredictionType, probe_prediction_type, read_prediction_type
 from latentdiff.checkpoints.raw import PART_LABELS, PARTS, RawModel
 from latentdiff.checkpoints.tokenizer import clip_tokenizer_files, with_clip_vocabulary, without_clip_vocabulary
-from latentdiff.config import UNetConfig, VAEConfig
 from latentdiff.errors import CheckpointError
-from latentdiff.files import atomic_path
 
 METADATA = "latentdiff"  # the metadata entry in which `convert` keeps what the layout has no place for
 
@@ -71,10 +69,10 @@ def layouts(configs: dict[str, dict[str, Any]], *, open_clip: bool) -> dict[str,
         else PartLayout("cond_stage_model.", tables.clip_map())
     )
     return {
-        "unet": PartLayout(ORIGINAL_PREFIXES["unet"], tables.unet_map(UNetConfig.from_diffusers(configs["unet"]))),
+        "unet": PartLayout(ORIGINAL_PREFIXES["unet"], tables.unet_map(parse_config("unet", configs["unet"]))),
         "vae": PartLayout(
             ORIGINAL_PREFIXES["vae"],
-            tables.vae_map(VAEConfig.from_diffusers(configs["vae"])),
+            tables.vae_map(parse_config("vae", configs["vae"])),
             tables.attention_to_linear,
             tables.attention_to_convolution,
         ),
@@ -139,8 +137,7 @@ def write_original(raw: RawModel, path: Path) -> None:
         "names": raw.names,
     }
     metadata = {"format": "pt", **raw.metadata, METADATA: json.dumps(kept)}
-    with atomic_path(path) as temporary:
-        save_tensors({**tensors, **raw.extras}, temporary, metadata)
+    save_tensors({**tensors, **raw.extras}, path, metadata)
 
 
 def has_ema(names: Iterable[str]) -> bool:
@@ -154,10 +151,9 @@ def _assemble(file: TensorFile, tensors: Tensors, stored: dict[str, Any], predic
     shapes = shapes_of(tensors)
     text_prefix = ORIGINAL_PREFIXES["text_encoder"]
     open_clip = is_open_clip({n.removeprefix(text_prefix): s for n, s in shapes.items() if n.startswith(text_prefix)})
-    configs = json.loads(json.dumps(stored["configs"])) if stored else infer_configs(shapes, prediction_type)
+    configs = stored.get("configs") or infer_configs(shapes, prediction_type)
     if "ztsnr" in tensors and not stored:
         configs["scheduler"] |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    configs.setdefault("model_index", model_index(configs["unet"]["in_channels"]))
     if ema:
         tensors = _with_ema(file.path, tensors)
     parts: dict[str, Tensors] = {}
@@ -235,14 +231,21 @@ def _with_ema(path: Path, tensors: Tensors) -> Tensors:
 
 
 def _stored(file: TensorFile) -> dict[str, Any]:
+    """What `convert` wrote into the metadata; empty for files of others.
+
+    Raises:
+        CheckpointError: it is damaged, or names tokenizer files outside their folder.
+    """
     if METADATA not in file.metadata:
         return {}
     try:
         stored = json.loads(file.metadata[METADATA])
-        complete = {*PARTS, "scheduler"} <= set(stored["configs"]) and "tokenizer" in stored
-    except (ValueError, KeyError, TypeError):
-        complete = False
-    if not complete:
+        sound = all(isinstance(stored["configs"][name], dict) for name in (*PARTS, "scheduler", "model_index"))
+        sound = sound and all(isinstance(text, str) and Path(name).name == name for name, text in stored["tokenizer"].items())
+        sound = sound and all(isinstance(names, dict) for names in stored["names"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
         raise CheckpointError(f"{file.path} has damaged {METADATA} metadata; convert it from its source again")
     return stored
 
@@ -252,7 +255,7 @@ def _probe(raw: RawModel) -> PredictionType:
     half = any(tensor.dtype == torch.float16 for tensor in raw.tensors["unet"].values())
     unet = build_module(raw, "unet", torch.bfloat16 if half else None)
     dtype = next(unet.parameters()).dtype
-    config = UNetConfig.from_diffusers(raw.configs["unet"])
+    config = parse_config("unet", raw.configs["unet"])
 
     def run(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return unet(x.to(dtype), t, context.to(dtype))

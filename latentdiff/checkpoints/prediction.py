@@ -8,6 +8,7 @@ steps of the published SD 2.0 base; and at last a guess, by asking the network i
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ def probe_prediction_type(unet: Callable[[Tensor, Tensor, Tensor], Tensor], chan
         out = unet(x, torch.tensor([999]), context).float()
     seen = x[:, : out.shape[1]]
     slope = float((out * seen).sum() / (seen * seen).sum())
+    if not math.isfinite(slope):
+        return PredictionType("v_prediction", "its family alone, as most SD 2.x do (a trial run gave NaN)", guessed=True)
     name = "epsilon" if slope > 0.5 else "v_prediction"
     return PredictionType(name, f"a trial run of the U-Net (slope {slope:.2f} on noise)", guessed=True)
 

@@ -82,7 +82,7 @@ def test_no_connection_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["no/such/folder", "model.safetensors", "./here", "org/model.ckpt"])
+@pytest.mark.parametrize("name", ["no/such/folder", "model.safetensors", "./here", "org/model.ckpt", "a..b/c"])
 def test_what_is_neither_there_nor_an_id(cache: Path, name: str):
     with pytest.raises(CheckpointError, match="no model at .*expected a folder, a file, or a hub id"):
         load_components(name)

@@ -28,7 +28,7 @@ def check(report, **expected: object) -> None:
 def test_folder(tmp_path: Path):
     folder = tiny.sd2_folder(tmp_path)
     report = inspect(folder)
-    check(report, kind="diffusers folder", prediction_type="v_prediction", ema=False, problem="")
+    check(report, kind="diffusers folder", prediction_type="v_prediction", ema=None, problem="")
     assert report.family.startswith("Stable Diffusion 2.x")
     assert report.parameters["unet"] == sum(p.numel() for p in load_components(folder).unet.parameters())
     assert report.dtypes == {"float32": sum(report.parameters.values())}
@@ -45,6 +45,18 @@ def test_single_file_has_the_hash_that_web_uis_show(tmp_path: Path):
     check(report, kind="original single file (safetensors)", ema=True, prediction_type="epsilon", problem="")
     check(report, sha256=digest, short_hash=digest[:10], bytes=path.stat().st_size)
     assert "1.x inpainting" in report.family and report.dtypes.keys() == {"float16"}
+
+
+def test_averaged_weights_of_a_converted_folder_are_mentioned(tmp_path: Path):
+    save_file(compvis.tensors(compvis.with_ema(compvis.tiny_sd1())), tmp_path / "model.safetensors")
+    convert(tmp_path / "model.safetensors", tmp_path / "folder")
+    assert "averaged weights" in inspect(tmp_path / "folder").notes[0]
+
+
+def test_folder_with_a_senseless_configuration_has_a_problem(tmp_path: Path):
+    folder = tiny.sd1_folder(tmp_path)
+    (folder / "unet/config.json").write_text('{"block_out_channels": 7}')
+    assert "makes no sense" in inspect(folder).problem
 
 
 def test_published_sizes_have_their_plain_names():

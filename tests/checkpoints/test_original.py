@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from latentdiff.checkpoints import convert, load_components
 from latentdiff.checkpoints.files import read_tensors
 from latentdiff.checkpoints.original import read_original
 from latentdiff.checkpoints.prediction import probe_prediction_type
-from latentdiff.errors import CheckpointError
+from latentdiff.errors import CheckpointError, UsageError
 from tests import tiny
 from tests.checkpoints import compvis
 
@@ -171,6 +172,11 @@ def test_prediction_type_given_by_hand_wins(tmp_path: Path):
     assert predicted(tiny.sd1_folder(tmp_path), prediction_type="v_prediction") == "v_prediction"
 
 
+def test_unknown_prediction_type_is_refused(tmp_path: Path):
+    with pytest.raises(UsageError, match="unknown prediction type 'noise'; choose from epsilon, v_prediction, sample"):
+        load_components(tmp_path, prediction_type="noise")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_guess_is_warned_of(tmp_path: Path, dtype: torch.dtype):
     path = save(tmp_path / "model.safetensors", compvis.tensors(compvis.tiny_sd2(), dtype=dtype))
@@ -283,6 +289,15 @@ def test_metadata_of_another_model_is_not_believed(tmp_path: Path):
     assert "of the wrong shape: model.diffusion_model.input_blocks.0.0" in refusal(path)
     damaged = save(tmp_path / "three.safetensors", load_file(path), latentdiff="{")
     assert "damaged latentdiff metadata" in refusal(damaged)
+
+
+def test_metadata_cannot_write_outside_the_tokenizer_folder(tmp_path: Path):
+    convert(tiny.sd1_folder(tmp_path), tmp_path / "one.safetensors")
+    file = read_tensors(tmp_path / "one.safetensors")
+    stored = json.loads(file.metadata["latentdiff"])
+    stored["tokenizer"]["../../escaped.txt"] = "x"
+    path = save(tmp_path / "two.safetensors", file.tensors, latentdiff=json.dumps(stored))
+    assert "damaged latentdiff metadata" in refusal(path)
 
 
 def test_open_clip_tower_is_cut_before_its_last_layer(tmp_path: Path):
