@@ -123,42 +123,7 @@ def test_bad_token_ids(peer, shape):
         TextEncoder(peer.config.to_dict())(torch.zeros(shape, dtype=torch.long))
 
 
-# --- OpenCLIP -------------------------------------------------------------------------------------
-
-
 def test_open_clip_missing_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'latentdiff\[openclip\]'"):
         OpenCLIPTextEncoder()
-
-
-@pytest.fixture
-def open_clip(monkeypatch):
-    """open_clip with a tiny architecture called "tiny"."""
-    module = pytest.importorskip("open_clip", reason="needs the extra openclip")
-    text = {"context_length": 77, "vocab_size": 600, "width": 32, "heads": 2, "layers": 3}
-    vision = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16}
-    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
-    known = module.get_model_config
-    monkeypatch.setattr(module, "get_model_config", lambda name: config if name == "tiny" else known(name))
-    return module
-
-
-@torch.no_grad()
-def test_open_clip_penultimate_layer(open_clip):
-    full = open_clip.model.CLIP(**open_clip.get_model_config("tiny"))
-    encoder = OpenCLIPTextEncoder("tiny")
-    encoder.load_state_dict({name: value for name, value in full.state_dict().items() if not name.startswith("visual.")})
-    x = full.token_embedding(IDS) + full.positional_embedding
-    for block in full.transformer.resblocks[:-1]:
-        x = block(x, attn_mask=full.attn_mask)
-    torch.testing.assert_close(encoder(IDS), full.ln_final(x), rtol=1e-5, atol=1e-6)
-    assert encoder.context_length == 77 and encoder.embedding_width == 32
-
-
-def test_open_clip_strict_and_unknown(open_clip):
-    encoder = OpenCLIPTextEncoder("tiny")
-    with pytest.raises(RuntimeError, match="Unexpected key.*resblocks.9"):
-        encoder.load_state_dict(encoder.state_dict() | {"transformer.resblocks.9.ln_1.weight": torch.zeros(32)})
-    with pytest.raises(ConfigError, match="no CLIP text transformer called 'no-such'"):
-        OpenCLIPTextEncoder("no-such")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,7 +19,6 @@ from latentdiff.cli.train import train
 from latentdiff.errors import LatentDiffError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells expect
-PIPE_CLOSED = 141  # 128 + SIGPIPE
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -42,13 +40,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; errors become one line on stderr.
 
     Returns:
-        0, or 2 for wrong usage, 130 after Ctrl-C, 141 if the reader of the output left, 1 for any other error.
+        0, or 2 for wrong usage, 130 after Ctrl-C, 1 for any other error. If the reader of the output leaves, click
+        ends the program without a word.
     """
     try:
         with warnings.catch_warnings():
             _show_own_warnings()
             code = cli.main(arguments, prog_name="latentdiff", standalone_mode=False)
-            sys.stdout.flush()
             return code or 0
     except LatentDiffError as error:
         return _fail(str(error), error.exit_code)
@@ -57,10 +55,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error.format_message()} (see {command} --help)", error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PIPE_CLOSED
 
 
 def _fail(message: str, code: int) -> int:

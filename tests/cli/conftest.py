@@ -1,0 +1,53 @@
+"""The command line run in this process, from an empty folder, on a tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from latentdiff.cli import run
+from tests import peers
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("error:")]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def command(workplace, capfd):
+    """Run `latentdiff` with these arguments; an exception that it does not handle fails the test."""
+
+    def call(*arguments: object) -> Done:
+        capfd.readouterr()
+        code = run([str(argument) for argument in arguments])
+        return Done(code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def sd1(monkeypatch) -> Path:
+    """A tiny model, loaded once for all commands of the tests."""
+    return peers.folder("sd1")
+
+
+def files(folder: Path) -> list[str]:
+    """Everything below `folder`, hidden files too."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,131 @@
+"""`inspect`, `convert`, `train`, `evaluate`, and what all commands share."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import latentdiff
+from latentdiff import Pipeline
+from tests import peers
+from tests.cli.conftest import files
+
+COMMANDS = ("generate", "reproduce", "inspect", "convert", "train", "evaluate")
+
+
+def test_version(command):
+    assert command("--version").out == f"latentdiff, version {latentdiff.__version__}\n"
+
+
+def test_help_lists_the_commands(command):
+    done = command("--help")
+    assert done.code == 0 and all(f"\n  {name} " in done.out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command(command, name):
+    for flag in ("--help", "-h"):
+        done = command(name, flag)
+        assert done.code == 0 and done.out.startswith(f"Usage: latentdiff {name}")
+
+
+def test_help_shows_choices_and_defaults(command):
+    out = " ".join(command("generate", "--help").out.split())
+    for said in ("[ddim|ddpm|euler|dpmpp-2m]", "[default: ddim]", "[default: 25]", "[auto|fp32|bf16|fp16]", "multiple of 8"):
+        assert said in out
+
+
+@pytest.mark.parametrize("arguments", [["paint"], [], ["inspect"], ["convert", "a"], ["train"]])
+def test_wrong_usage(command, arguments):
+    done = command(*arguments)
+    assert done.code == 2 and "Traceback" not in done.err
+
+
+def test_inspect(command):
+    done = command("inspect", peers.folder("sd2"))
+    assert done.code == 0 and "v_prediction" in done.out and "Stable Diffusion 2" in done.out
+
+
+def test_inspect_what_is_no_model(command, workplace):
+    (workplace / "page.safetensors").write_text("<!DOCTYPE html><html>")
+    for source in ("page.safetensors", "nothing"):
+        done = command("inspect", source)
+        assert "Traceback" not in done.err and (done.code == 1 or "HTML" in done.out)
+
+
+def test_convert_there_and_back(command, sd1, workplace):
+    assert command("convert", sd1, "model.safetensors").out == "model.safetensors\n"
+    assert command("convert", "model.safetensors", "again").out == "again\n"
+    pictures = [
+        np.asarray(Pipeline.load(source, device="cpu")("cat", steps=2, seed=0, progress=False)[0]).astype(int)
+        for source in (sd1, "model.safetensors", "again")
+    ]
+    # The weights are the same bits, but lie elsewhere in memory, and some kernels round differently there.
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1 and np.abs(pictures[0] - pictures[2]).max() <= 1
+
+
+def test_convert_failures_leave_nothing(command, sd1, workplace):
+    (workplace / "bad.safetensors").write_bytes(b"\x00" * 100)
+    assert command("convert", "bad.safetensors", "out").code == 1
+    assert command("convert", sd1, "bad.safetensors/x").code == 2
+    assert files(workplace) == ["bad.safetensors"] and not (workplace / "out").exists()
+
+
+def test_train_hands_over_and_draws_previews(command, workplace, monkeypatch):
+    import latentdiff.training.config
+    import latentdiff.training.data
+    import latentdiff.training.run
+
+    seen = {}
+    settings = types.SimpleNamespace(data=types.SimpleNamespace(validation="held-out"), seed=3)
+
+    def load_config(path, overrides):
+        seen["config"] = (path, overrides)
+        return settings
+
+    def train(config, stages, preview):
+        components = types.SimpleNamespace(**{
+            **vars(peers.ours("sd1")), "schedule_config": peers.ours("sd1").schedule.config, "hash": "",
+        })  # fmt: skip
+        components.unet.train()
+        preview(components, workplace / "preview.png")
+        assert components.unet.training and not components.vae.training
+        seen["train"] = (config, stages)
+        return Path("runs/x/model")
+
+    monkeypatch.setattr(latentdiff.training.config, "load_config", load_config)
+    monkeypatch.setattr(latentdiff.training.run, "train", train)
+    monkeypatch.setattr(
+        latentdiff.training.data, "read_folder", lambda folder, limit: types.SimpleNamespace(captions=["cat", "dog"])
+    )
+    done = command("train", "a.yaml", "--set", "seed=3", "--out", "runs/y", "--stage", "vae")
+    assert (done.code, done.out) == (0, "runs/x/model\n")
+    assert seen["config"] == (Path("a.yaml"), ["seed=3", "run=runs/y"])
+    assert seen["train"] == (settings, ("vae",))
+    assert files(workplace) == ["preview.png"]
+
+
+def test_train_with_a_bad_configuration(command, workplace):
+    (workplace / "bad.yaml").write_text("run: x\nsteps: 5\n")
+    for config in ("bad.yaml", "none.yaml"):
+        done = command("train", config)
+        assert done.code == 1 and len(done.errors) == 1
+    assert files(workplace) == ["bad.yaml"]
+
+
+def test_evaluate_hands_over(command, monkeypatch):
+    seen = {}
+    module = types.ModuleType("latentdiff.evaluation")
+    module.run = lambda **options: seen.update(options) or "the scores"
+    monkeypatch.setitem(sys.modules, "latentdiff.evaluation", module)
+    monkeypatch.setattr(latentdiff, "evaluation", module, raising=False)
+    done = command("evaluate", "--model", "m", "--limit", 3, "--seeds", 2, "--steps", 9, "--guidance", 4, "--sampler", "euler")
+    assert (done.code, done.out) == (0, "the scores\n")
+    assert seen == {
+        "model": "m", "out": Path("evaluation"), "limit": 3, "seeds": 2, "steps": 9, "guidance": 4.0, "sampler": "euler",
+        "scenes": None, "device": "auto",
+    }  # fmt: skip
