@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from random import Random
 from typing import Any
@@ -87,7 +87,6 @@ class Plan:
     background: str
     things: tuple[Thing, ...]
     relation: str | None = None  # of the first thing to the second
-    extra: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for the metadata."""
