@@ -18,5 +18,6 @@ def convert(source: str, target: Path) -> None:
     check_writable(target)
     from latentdiff import checkpoints
 
-    checkpoints.convert(source, target)
+    for note in checkpoints.convert(source, target):
+        click.echo(f"note: {note}", err=True)
     click.echo(target)
