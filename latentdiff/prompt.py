@@ -41,13 +41,13 @@ def dropped_text(tokenizer: Any, prompt: str) -> str:
     encoded = tokenizer(prompt, truncation=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
     if len(encoded["input_ids"]) <= room + 1:
         return ""
-    if not tokenizer.is_fast:
-        return tokenizer.decode(encoded["input_ids"][room:-1]).strip()
     tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
     first = room
     while first > 1 and not tokens[first - 1].endswith(END_OF_WORD):
         first -= 1
-    return prompt[encoded["offset_mapping"][first][0] :].strip()
+    if tokenizer.is_fast:
+        return prompt[encoded["offset_mapping"][first][0] :].strip()
+    return tokenizer.decode(encoded["input_ids"][first:-1]).strip()  # transformers 4 may have no offsets
 
 
 def as_list(prompt: str | Sequence[str]) -> list[str]:

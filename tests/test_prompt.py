@@ -43,14 +43,23 @@ def test_same_ids_as_transformers(tokenizer):
     ],
 )
 def test_dropped_words_are_named(short, prompt, dropped):
-    assert dropped_text(short, prompt) == dropped
+    assert same_words(dropped_text(short, prompt), dropped)
+    if short.is_fast:
+        assert dropped_text(short, prompt) == dropped
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ids = tokenize(short, [prompt])
     assert ids.shape == (1, 8)
-    assert [str(w.message) for w in caught if w.category is PromptWarning] == (
-        [f"the prompt has more than the 6 tokens that the model reads; dropped: {dropped!r}"] if dropped else []
-    )
+    said = [str(w.message) for w in caught if w.category is PromptWarning]
+    assert len(said) == bool(dropped)
+    if said:
+        assert said[0].startswith("the prompt has more than the 6 tokens that the model reads; dropped: ")
+        assert same_words(said[0].split("dropped: ")[1], repr(dropped))
+
+
+def same_words(one: str, other: str) -> bool:
+    """Tokenizers of transformers 4 give back words, but not their case and the spaces between them."""
+    return one.lower().replace(" ", "") == other.lower().replace(" ", "")
 
 
 def test_tokenizers_without_offsets(short):
@@ -60,6 +69,7 @@ def test_tokenizers_without_offsets(short):
         is_fast = False
         model_max_length = short.model_max_length
         decode = short.decode
+        convert_ids_to_tokens = short.convert_ids_to_tokens
 
         def __call__(self, text, return_offsets_mapping=False, **options):
             assert not return_offsets_mapping
