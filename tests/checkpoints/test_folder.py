@@ -95,7 +95,7 @@ def test_half_precision_is_saved_as_it_is(sd1: Path, tmp_path: Path):
 def test_published_file_names_are_written(sd1: Path, tmp_path: Path):
     save_folder(load_components(sd1), tmp_path / "saved")
     written = {str(path.relative_to(tmp_path / "saved")) for path in (tmp_path / "saved").rglob("*") if path.is_file()}
-    assert written == {
+    assert written - {"tokenizer/special_tokens_map.json"} == {  # transformers 4 writes one file more
         "model_index.json",
         "scheduler/scheduler_config.json",
         "text_encoder/config.json",
