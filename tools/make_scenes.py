@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Iterable
 from functools import cache, partial
+from itertools import combinations
 from multiprocessing import Pool
 from pathlib import Path
 from random import Random
@@ -29,7 +30,6 @@ from scene_language import (
     SIZES,
     SIZES_BY_COUNT,
     Plan,
-    Thing,
     caption,
     draw_plan,
     prompt,
@@ -43,7 +43,10 @@ FONT_NAME = "NotoColorEmoji.ttf"
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts")
 FONT_SIZE = 109  # the only size of the font's bitmaps
 
-GAP = 0.04  # smallest distance between objects, as a share of the picture's side
+# Cells stand on a grid of this many pixels, the size of a latent: an object then looks the same in the latent space wherever it
+# stands, which lets a small model learn it from few examples.
+GRID = 8
+MARGIN = 2  # pixels between an object and the border of its cell, so that objects never touch
 MIN_CONTRAST = 55.0  # smallest mean distance in RGB between an object and the background
 PER_FOLDER = 1000
 
@@ -104,35 +107,28 @@ def contrast(image: Image.Image, background: tuple[int, int, int]) -> float:
 
 def compose(plan: Plan, rng: Random, size: int, font: Path) -> tuple[Image.Image, list[Box]] | None:
     """Draw a plan; None where the objects cannot be told from the background or found no place."""
-    ground = tuple(min(255, max(0, value + rng.randint(-6, 6))) for value in BACKGROUNDS[plan.background])
+    ground = tuple(min(255, max(0, value + rng.randint(-4, 4))) for value in BACKGROUNDS[plan.background])
     glyphs = [glyph(thing.noun, thing.colour, font) for thing in plan.things]
     if any(contrast(image, ground) < MIN_CONTRAST for image in set_of(glyphs)):
         return None
-    common = rng.uniform(*SIZES_BY_COUNT.get(len(plan.things), (0, 0)))
-    for _ in range(20):
-        sides = [size * _share(plan, thing, common, rng) for thing in plan.things]
-        resized = [_fit(image, side) for image, side in zip(glyphs, sides, strict=True)]
-        boxes = _place([image.size for image in resized], plan.relation, rng, size)
-        if boxes is not None:
-            picture = Image.new("RGB", (size, size), ground)
-            for image, box in zip(resized, boxes, strict=True):
-                picture.paste(image.convert("RGBA"), box[:2], image.convert("RGBA"))
-            return picture, boxes
-    return None
+    alone = len(plan.things) == 1
+    share = rng.choice(SIZES[plan.things[0].size] if alone else SIZES_BY_COUNT[len(plan.things)])
+    side = round(share * size / GRID) * GRID
+    cells = _place(len(plan.things), side, plan.relation, rng, size)
+    if cells is None:
+        return None
+    picture, boxes = Image.new("RGB", (size, size), ground), []
+    for image, (left, top) in zip(glyphs, cells, strict=True):
+        fitted = _fit(image, side - 2 * MARGIN).convert("RGBA")
+        left, top = left + (side - fitted.width) // 2, top + (side - fitted.height) // 2
+        picture.paste(fitted, (left, top), fitted)
+        boxes.append((left, top, left + fitted.width, top + fitted.height))
+    return picture, boxes
 
 
 def set_of(images: Iterable[Image.Image]) -> list[Image.Image]:
     """Different images only; copies of a noun share one."""
     return list({id(image): image for image in images}.values())
-
-
-def _share(plan: Plan, thing: Thing, common: float, rng: Random) -> float:
-    """An object's larger side as a share of the picture's."""
-    if len(plan.things) == 1:
-        return rng.uniform(*SIZES[thing.size])
-    low, high = SIZES_BY_COUNT[len(plan.things)]
-    # Copies of one noun are about equal in size, different things need not be.
-    return min(high, max(low, common * rng.uniform(0.95, 1.05))) if plan.kind == "counting" else rng.uniform(low, high)
 
 
 def _fit(image: Image.Image, side: float) -> Image.Image:
@@ -141,24 +137,15 @@ def _fit(image: Image.Image, side: float) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _place(sizes: list[tuple[int, int]], relation: str | None, rng: Random, size: int) -> list[Box] | None:
-    """Boxes inside the picture that keep their distance and stand in the relation, by rejection."""
-    gap, border = round(GAP * size), 1
-    for _ in range(60):
-        boxes: list[Box] = []
-        for width, height in sizes:
-            left, top = rng.randint(border, size - border - width), rng.randint(border, size - border - height)
-            box = (left, top, left + width, top + height)
-            if any(_closer(box, other, gap) for other in boxes):
-                break
-            boxes.append(box)
-        if len(boxes) == len(sizes) and (relation is None or relation_holds(relation, *boxes)):
-            return boxes
+def _place(count: int, side: int, relation: str | None, rng: Random, size: int) -> list[tuple[int, int]] | None:
+    """Left top corners of cells that lie inside the picture, apart, and in the relation, by rejection."""
+    for _ in range(400):
+        corners = [tuple(GRID * rng.randint(0, (size - side) // GRID) for _ in "xy") for _ in range(count)]
+        apart = all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= side for a, b in combinations(corners, 2))
+        boxes = [(left, top, left + side, top + side) for left, top in corners]
+        if apart and (relation is None or relation_holds(relation, *boxes)):
+            return corners
     return None
-
-
-def _closer(a: Box, b: Box, gap: int) -> bool:
-    return a[0] < b[2] + gap and b[0] < a[2] + gap and a[1] < b[3] + gap and b[1] < a[3] + gap
 
 
 def relation_holds(relation: str, a: Box, b: Box) -> bool:

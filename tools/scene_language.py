@@ -48,9 +48,10 @@ OBJECT_COLOURS = {
     "blue": (38, 92, 230), "purple": (138, 52, 186), "pink": (250, 120, 182), "brown": (126, 76, 38),
 }  # fmt: skip
 
-# What an object's size is drawn from, as a share of the picture's side.
-SIZES = {"small": (0.28, 0.38), "big": (0.72, 0.85), None: (0.45, 0.70)}
-SIZES_BY_COUNT = {2: (0.34, 0.46), 3: (0.29, 0.38), 4: (0.28, 0.36)}
+# Sides of the square cells that objects are drawn in, as shares of the picture's side: of an object alone, by the word that
+# says its size, and of each of several objects, by their number.
+SIZES = {"small": (5 / 12,), None: (7 / 12, 8 / 12), "big": (10 / 12,)}
+SIZES_BY_COUNT = {2: (5 / 12, 6 / 12), 3: (5 / 12,), 4: (5 / 12,)}
 
 RELATIONS = {
     "left of": ("to the left of", "left of", "on the left of"),

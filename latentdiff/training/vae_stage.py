@@ -76,8 +76,10 @@ class VAETask(Task):
     def batch(self, step: int, rows: range) -> dict[str, np.ndarray]:
         crop = self._settings.crop
         indices = self._indices(step, rows)
-        spare = self._images.shape[1] - crop + 1
-        corners = (uniform((self._seed, "crop", step), rows, (2,)) * spare).astype(int)
+        # On the grid of the latents, where whole pictures are encoded too.
+        grid = self._vae.config.downscale
+        places = (self._images.shape[1] - crop) // grid + 1
+        corners = (uniform((self._seed, "crop", step), rows, (2,)) * places).astype(int) * grid
         crops = [
             self._images[index, top : top + crop, left : left + crop]
             for index, (top, left) in zip(indices, corners, strict=True)
@@ -190,8 +192,7 @@ class _Features(nn.Module):
         self.network = network.eval().requires_grad_(False)
 
     def forward(self, made: Tensor, images: Tensor) -> Tensor:
-        pairs = zip(self._states(made), self._states(images), strict=True)
-        return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean() for a, b in pairs)
+        return sum(_cosine_distance(a, b) for a, b in zip(self._states(made), self._states(images), strict=True))
 
     def _states(self, images: Tensor) -> tuple[Tensor, ...]:
         return self.network(pixel_values=images, output_hidden_states=True).hidden_states
@@ -222,6 +223,12 @@ def to_signed(images: Tensor) -> Tensor:
 def to_bytes(images: Tensor) -> Tensor:
     """Images of any layout in [-1, 1] -> uint8."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference of unit feature vectors, of maps (N, C, h, w) or tokens (N, L, C)."""
+    channels = 1 if a.ndim == 4 else -1
+    return (F.normalize(a, dim=channels) - F.normalize(b, dim=channels)).square().sum(channels).mean()
 
 
 def _edges(error: Tensor) -> Tensor:
