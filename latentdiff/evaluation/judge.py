@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentdiff.errors import CheckpointError
+from latentdiff.errors import CheckpointError, ConfigError
 from latentdiff.evaluation.network import STRIDE, JudgeConfig, JudgeNetwork, JudgeOutput
 from latentdiff.files import atomic_path
 from latentdiff.image import to_tensor
@@ -73,7 +73,7 @@ class Judge:
             weights = load_file(folder / WEIGHTS_NAME)
         except FileNotFoundError as error:
             raise CheckpointError(f"expected the judge in {folder}, found no {Path(error.filename or '').name}") from error
-        except (json.JSONDecodeError, SafetensorError) as error:
+        except (ValueError, SafetensorError, ConfigError) as error:
             raise CheckpointError(f"the judge in {folder} is damaged: {error}") from error
         network = JudgeNetwork(config)
         try:

@@ -87,7 +87,8 @@ class Result:
         present = {task: found for task, found in by_task.items() if found}
         tasks = {task: Score.of(one.correct for one in found) for task, found in present.items()}
         low, high = bootstrap_interval([_share_of_each_prompt(found) for found in present.values()])
-        mean = Score(sum(score.value for score in tasks.values()) / len(tasks), low, high, len(outcomes))
+        value = sum(score.value for score in tasks.values()) / len(tasks)
+        mean = Score(value, min(low, value), max(high, value), len(outcomes))  # apart by rounding where all prompts agree
         return cls(tasks, mean, Score.of(one.background for one in outcomes), tuple(outcomes))
 
     def scores(self) -> dict[str, Any]:

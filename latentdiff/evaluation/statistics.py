@@ -22,7 +22,8 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     share, weight = correct / total, Z_95**2 / total
     middle = share + weight / 2
     spread = sqrt(share * (1 - share) * weight + weight**2 / 4)
-    return max(0.0, (middle - spread) / (1 + weight)), min(1.0, (middle + spread) / (1 + weight))
+    # At 0 and 1 rounding would put the share itself outside by one bit.
+    return max(0.0, min(share, (middle - spread) / (1 + weight))), min(1.0, max(share, (middle + spread) / (1 + weight)))
 
 
 def bootstrap_interval(groups: Sequence[Sequence[float]], *, seed: int = 0) -> tuple[float, float]:

@@ -1,0 +1,133 @@
+"""`latentdiff evaluate` from end to end, with a tiny random model and with one that draws real scenes."""
+
+from __future__ import annotations
+
+import json
+import re
+from random import Random
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from latentdiff.cli.evaluate import evaluate as command
+from latentdiff.errors import DataError, UsageError
+from latentdiff.evaluation import run
+from latentdiff.evaluation.judge import Judge
+from latentdiff.evaluation.prompts import TASKS, EvaluationPrompt, read_prompts
+from latentdiff.evaluation.protocol import evaluate
+from latentdiff.recipe import read_recipe
+from tests import peers
+from tests.scenes import JUDGE, font, make_scenes, scene_language
+
+SCORE = {"value", "low", "high", "pictures"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return str(peers.folder("sd1"))
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    font()
+    made = CliRunner().invoke(make_scenes.main, [str(folder), "--count", "30", "--split", "test", "--workers", "1"])
+    assert made.exit_code == 0, made.output
+    return folder
+
+
+def check_scores(values):
+    assert set(values) >= {"tasks", "mean", "background"}
+    for score in [*values["tasks"].values(), values["mean"], values["background"]]:
+        assert set(score) == SCORE
+        assert 0 <= score["low"] <= score["value"] <= score["high"] <= 1 and score["pictures"] > 0
+
+
+def test_everything_is_written(model, scenes, tmp_path):
+    out = tmp_path / "out"
+    report = run(model, out=out, limit=1, seeds=2, steps=1, scenes=scenes, device="cpu", progress=False)
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert results == json.loads(json.dumps(report.to_json()))
+    check_scores(results)
+    assert set(results["tasks"]) == set(TASKS)
+    assert results["settings"] == {"seeds_per_prompt": 2, "steps": 1, "guidance_scale": 5.0, "sampler": "ddim"}
+    assert len(results["pictures"]) == 12 and results["model_hash"]
+    references = results["references"]
+    for name in ("real_scenes", "reconstructions", "wrong_captions"):
+        check_scores(references[name])
+    assert references["real_scenes"]["mean"]["value"] >= 0.9 > 0.2 >= references["wrong_captions"]["mean"]["value"]
+    assert 0 < references["psnr"] < 60
+
+    table = str(report)
+    assert all(label in table for label in [*TASKS.values(), "mean of tasks", "background", "real scenes"])
+    assert "shares no weights with the model" in table
+
+
+def test_pictures_lie_in_the_layout_of_geneval(model, tmp_path):
+    run(model, out=tmp_path, limit=1, seeds=2, steps=1, device="cpu", progress=False)
+    for prompt in read_prompts(limit=1):
+        folder = tmp_path / f"{prompt.number:05d}"
+        (line,) = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        assert EvaluationPrompt.from_json(json.loads(line), prompt.number) == prompt
+        assert sorted(path.name for path in (folder / "samples").iterdir()) == ["0000.png", "0001.png"]
+        with Image.open(folder / "samples" / "0001.png") as image:
+            recipe = read_recipe(image.info)
+        assert (recipe.prompt, recipe.seed, recipe.steps) == (prompt.text, 1000 * prompt.number + 1, 1)
+
+
+def test_the_command_says_how_to_make_scenes(model, tmp_path):
+    options = ["--model", model, "--out", str(tmp_path), "--limit", "1", "--seeds", "1", "--steps", "1", "--device", "cpu"]
+    result = CliRunner().invoke(command, options, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert re.search(r"mean of tasks +0\.\d{3} \[0\.\d{3}, \d\.\d{3}\]", result.output)
+    assert "tools/make_scenes.py" in result.output and "real scenes" not in result.output
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert results["references"] == {} and "make_scenes.py" in results["notes"][0]
+
+
+def test_wrong_use_is_found_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="expected a folder for --out"):
+        run("no such model", out=tmp_path / "file")
+    with pytest.raises(DataError, match="expected scenes in .* make them with tools/make_scenes.py"):
+        run("no such model", out=tmp_path / "out", scenes=tmp_path)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a cat"}\n')
+    with pytest.raises(DataError, match="metadata.jsonl line 1: expected a scene"):
+        run("no such model", out=tmp_path / "out", scenes=tmp_path)
+
+
+class Painter:
+    """A model that draws real scenes of the prompts; `skew` makes it draw those of later prompts."""
+
+    def __init__(self, prompts, skew=0):
+        self.of_text = {prompt.text: prompts[(index + skew) % len(prompts)] for index, prompt in enumerate(prompts)}
+
+    def __call__(self, texts, *, seed, **options):
+        return [self.paint(self.of_text[text], seed) for text, seed in zip(texts, seed, strict=True)]
+
+    @staticmethod
+    def paint(prompt, seed):
+        things = [scene_language.Thing(need.noun, need.colour) for need in prompt.include for _ in range(need.count)]
+        relation = None
+        if prompt.task == "position":
+            things.reverse()
+            relation = prompt.include[1].position[0]
+        kind = make_scenes.TASKS[prompt.task]
+        plan = scene_language.Plan(kind, prompt.background, tuple(things), relation)
+        rng = Random(seed)
+        while (drawn := make_scenes.compose(plan, rng, 96, font())) is None:
+            pass
+        return drawn[0]
+
+
+def test_a_model_that_draws_what_is_asked():
+    prompts = read_prompts(limit=8)
+    result = evaluate(Painter(prompts), prompts, judge=Judge.load(JUDGE), seeds_per_prompt=2, progress=False)
+    assert result.mean.value >= 0.97 and result.background.value >= 0.97
+
+
+def test_a_model_that_draws_something_else():
+    prompts = read_prompts(limit=8)
+    result = evaluate(Painter(prompts, skew=9), prompts, judge=Judge.load(JUDGE), seeds_per_prompt=2, progress=False)
+    assert result.mean.value <= 0.05
