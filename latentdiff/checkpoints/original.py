@@ -22,7 +22,7 @@ from latentdiff.checkpoints.modules import POSITION_IDS, build_module, check_fit
 from latentdiff.checkpoints.prediction import PredictionType, probe_prediction_type, read_prediction_type
 from latentdiff.checkpoints.raw import PART_LABELS, PARTS, RawModel
 from latentdiff.checkpoints.tokenizer import clip_tokenizer_files, with_clip_vocabulary, without_clip_vocabulary
-from latentdiff.errors import CheckpointError
+from latentdiff.errors import CheckpointError, ConfigError
 
 METADATA = "latentdiff"  # the metadata entry in which `convert` keeps what the layout has no place for
 
@@ -63,6 +63,8 @@ class PartLayout:
 def layouts(configs: dict[str, dict[str, Any]], *, open_clip: bool) -> dict[str, PartLayout]:
     """The layout of every part of a model with these configurations."""
     layers = configs["text_encoder"].get("num_hidden_layers", 12)
+    if not isinstance(layers, int):
+        raise ConfigError(f"the text encoder's num_hidden_layers must be a number, found {layers!r}")
     text = (
         PartLayout("cond_stage_model.", tables.open_clip_map(layers), tables.split_fused, tables.join_fused)
         if open_clip

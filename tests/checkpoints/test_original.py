@@ -15,7 +15,7 @@ from latentdiff.checkpoints import convert, load_components
 from latentdiff.checkpoints.files import read_tensors
 from latentdiff.checkpoints.original import read_original
 from latentdiff.checkpoints.prediction import probe_prediction_type
-from latentdiff.errors import CheckpointError, UsageError
+from latentdiff.errors import CheckpointError, ConfigError, UsageError
 from tests import tiny
 from tests.checkpoints import compvis
 
@@ -298,6 +298,16 @@ def test_metadata_cannot_write_outside_the_tokenizer_folder(tmp_path: Path):
     stored["tokenizer"]["../../escaped.txt"] = "x"
     path = save(tmp_path / "two.safetensors", file.tensors, latentdiff=json.dumps(stored))
     assert "damaged latentdiff metadata" in refusal(path)
+
+
+def test_senseless_configuration_in_the_metadata_is_refused(tmp_path: Path):
+    convert(tiny.sd2_folder(tmp_path), tmp_path / "one.safetensors")
+    file = read_tensors(tmp_path / "one.safetensors")
+    stored = json.loads(file.metadata["latentdiff"])
+    stored["configs"]["text_encoder"]["num_hidden_layers"] = "two"
+    path = save(tmp_path / "two.safetensors", file.tensors, latentdiff=json.dumps(stored))
+    with pytest.raises(ConfigError, match="num_hidden_layers must be a number, found 'two'"):
+        load_components(path)
 
 
 def test_open_clip_tower_is_cut_before_its_last_layer(tmp_path: Path):
