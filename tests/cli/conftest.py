@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from latentdiff import Pipeline
 from latentdiff.cli import run
 from tests import peers
 
@@ -30,9 +32,19 @@ def workplace(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@cache
+def load_once(source: object, options: frozenset) -> Pipeline:
+    """Commands leave the models that they load as they are, so the tests can share them."""
+    return load(source, **dict(options))
+
+
+load = Pipeline.load
+
+
 @pytest.fixture
-def command(workplace, capfd):
+def command(workplace, capfd, monkeypatch):
     """Run `latentdiff` with these arguments; an exception that it does not handle fails the test."""
+    monkeypatch.setattr(Pipeline, "load", lambda source, **options: load_once(source, frozenset(options.items())))
 
     def call(*arguments: object) -> Done:
         capfd.readouterr()

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentdiff import Pipeline
 from latentdiff.image import open_image, save_png
 from latentdiff.latents import start_noise
 from tests import peers
-from tests.cli.conftest import files
+from tests.cli.conftest import files, load
 
 
 @pytest.fixture
@@ -62,11 +63,13 @@ def test_from_the_text_of_the_web_uis(command, picture, sd1):
 
 
 def test_embedded_model_is_found_by_its_hash(command, picture, sd1, monkeypatch):
+    monkeypatch.setattr(Pipeline, "load", load)
     monkeypatch.setattr("latentdiff.pipeline.embedded_model", lambda: sd1)
     assert command("reproduce", picture).out == "identical: every pixel is the same\n"
 
 
 def test_another_model_is_asked_for(command, picture, monkeypatch):
+    monkeypatch.setattr(Pipeline, "load", load)
     monkeypatch.setattr("latentdiff.pipeline.embedded_model", lambda: peers.folder("sd2"))
     done = command("reproduce", picture)
     assert done.code == 1
