@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from latentdiff.cli.options import ANY_PATH, DEVICE, MODEL
+from latentdiff.cli.output import check_writable
 from latentdiff.names import SAMPLER_NAMES
 
 
@@ -43,6 +44,7 @@ def evaluate(
     Pictures of held-out prompts are judged by a classifier that shares no weights with the model: single object, two
     objects, counting, colours, position, colour attribution.
     """
+    check_writable(out)
     from latentdiff import evaluation
 
     report = evaluation.run(

@@ -324,6 +324,6 @@ def test_ctrl_c_as_a_signal(workplace, sd1):
     ) as running:  # fmt: skip
         assert running.stderr.readline().startswith("seed: ")  # it is at work now
         running.send_signal(signal.SIGINT)
-        out, err = running.communicate(timeout=120)
+        out, err = running.communicate(timeout=600)
     assert (running.returncode, out, err.strip()) == (130, "", "error: interrupted")
     assert files(workplace) == []
