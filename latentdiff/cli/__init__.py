@@ -53,6 +53,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "latentdiff")
         return _fail(f"{error.format_message()} (see {command} --help)", error.exit_code)
+    except OSError as error:  # a file that cannot be read, a disk that fails
+        return _fail(str(error), LatentDiffError.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", INTERRUPTED)
 

@@ -162,7 +162,7 @@ class _Job:
                 if len(prompts) == 1:
                     raise
                 failed += 1
-                click.echo(f"error: {prompt!r}: {error}", err=True)
+                click.echo(f"error: {prompt!r}: {' '.join(str(error).split())}", err=True)
         if failed:
             click.echo(f"error: {failed} of {len(prompts)} prompts failed", err=True)
         return 1 if failed else 0
@@ -202,7 +202,12 @@ class _Job:
         height, width = self.pipe.default_size
         silent = {"height": height, "width": width, "spacing": self.pipe.schedule.config.timestep_spacing}
         asked = {name: silent.get(name) if value is None else value for name, value in settings.items()}
-        return {"prompt": prompt, "seed": seed, "model_hash": self.pipe.model_hash, **asked}
+        model = {
+            "model_hash": self.pipe.model_hash,
+            "ema": self.pipe.ema,
+            "prediction_type": self.pipe.schedule.config.prediction_type,
+        }
+        return {"prompt": prompt, "seed": seed, **model, **asked}
 
 
 def _read_prompts(file: TextIO | None) -> list[str]:

@@ -66,6 +66,7 @@ def test_prediction_type_changes_the_picture(generate):
     for name, options in {"a": (), "b": ("--prediction-type", "sample")}.items():
         assert generate("cat", "--seed", 0, *options, "--out", f"{name}.png").code == 0
     assert not np.array_equal(pixels("a.png"), pixels("b.png"))
+    assert generate("cat", "--seed", 0, "--out", "b.png").code == 2  # which holds another picture
 
 
 def test_pictures_of_several_prompts(generate, workplace):
@@ -173,7 +174,7 @@ def test_one_failing_prompt_does_not_end_the_job(generate, monkeypatch):
 
     def call(self, prompt, **settings):
         if prompt == "dog":
-            raise RuntimeError("something odd")
+            raise RuntimeError("something\n  odd")
         return whole(self, prompt, **settings)
 
     monkeypatch.setattr(Pipeline, "__call__", call)

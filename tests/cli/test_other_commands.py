@@ -45,6 +45,15 @@ def test_wrong_usage(command, arguments):
     assert done.code == 2 and "Traceback" not in done.err
 
 
+def test_unreadable_file_is_one_line(command, monkeypatch):
+    def fail(source):
+        raise PermissionError(13, "Permission denied", source)
+
+    monkeypatch.setattr("latentdiff.checkpoints.inspect", fail)
+    done = command("inspect", "model.ckpt")
+    assert (done.code, done.err) == (1, "error: [Errno 13] Permission denied: 'model.ckpt'\n")
+
+
 def test_inspect(command):
     done = command("inspect", peers.folder("sd2"))
     assert done.code == 0 and "v_prediction" in done.out and "Stable Diffusion 2" in done.out
