@@ -179,7 +179,7 @@ class VAEStageSection(StageSection):
     perceptual_weight: NotNegative = 0.0
     """Distance in the features of `perceptual_network`."""
     perceptual_network: Path | None = None
-    """Folder of a transformers vision model whose hidden states are the features."""
+    """Folder of a transformers vision model whose hidden states are the features; it gets pixels in [-1, 1]."""
     adversarial_weight: NotNegative = 0.0
     """Weight of a patch discriminator's verdict."""
     adversarial_start: Annotated[int, Field(ge=0)] = 2000

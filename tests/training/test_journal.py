@@ -1,0 +1,43 @@
+import json
+
+import pytest
+import torch
+
+from latentdiff.training.journal import Journal, Window
+
+
+def test_lines_after_the_resumed_step_are_dropped(tmp_path):
+    path = tmp_path / "log.jsonl"
+    journal = Journal(path, 0, enabled=True)
+    for step in (10, 20, 30):
+        journal.write({"step": step, "loss": 0.5})
+    with open(path, "a") as file:
+        file.write('{"step": 40, "lo')  # killed while writing
+    Journal(path, 20, enabled=True).write({"step": 30, "loss": 0.25})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 10, "loss": 0.5}, {"step": 20, "loss": 0.5}, {"step": 30, "loss": 0.25},
+    ]  # fmt: skip
+
+
+def test_only_the_main_process_writes(tmp_path):
+    Journal(tmp_path / "log.jsonl", 0, enabled=False).write({"step": 1})
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_window_means_and_late_parts():
+    window = Window()
+    window.add({"loss": torch.tensor(1.0)})
+    window.add({"loss": torch.tensor(3.0), "adversarial": torch.tensor(5.0)})
+    means, rate = window.close()
+    assert {name: value.item() for name, value in means.items()} == {"loss": 2.0, "adversarial": 5.0}
+    assert rate > 0 and len(window) == 0
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "grad_norm_vae"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_first_step_that_is_not_finite_is_found(name, value):
+    window = Window()
+    assert window.first_not_finite() is None
+    for number in (1.0, 2.0, value, value):
+        window.add({"loss": torch.tensor(0.5), name: torch.tensor(number), "kl": torch.tensor(0.0)})
+    assert window.first_not_finite() == 2
