@@ -1,6 +1,6 @@
 """Train the judge of `latentdiff evaluate` on renders, from nothing.
 
-    python tools/make_scenes.py data/scenes --count 60000 --split train --seed 0
+    python tools/make_scenes.py data/scenes --count 40000 --split train --seed 0
     python tools/make_scenes.py data/scenes-held-out --count 30000 --split test --seed 2
     python tools/train_judge.py data/scenes data/scenes-held-out weights/judge --steps 4500 --seed 0
 
@@ -40,6 +40,7 @@ LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.02
 WARMUP = 200  # steps
 SAVE_EVERY = 250  # steps
+CENTRE = 0.75  # cells; a cell whose middle is nearer to an object's centre holds it, so one to four cells do
 SMALLEST_VISIBLE_SHARE = 0.7  # of an object that a shift pushes over the edge and that still counts
 
 
@@ -149,7 +150,7 @@ def _areas(boxes: np.ndarray) -> np.ndarray:
 class Targets:
     """What the network should say about a batch; P positive cells, at an object's centre and around it."""
 
-    heat: Tensor  # (N, h, w) 1 at centres, falling off around them
+    heat: Tensor  # (N, h, w) 1 where a centre is near, falling off around
     cells: tuple[Tensor, Tensor, Tensor]  # picture, row, column (P,)
     weight: Tensor  # (P,)
     noun: Tensor  # (P,)
@@ -159,7 +160,7 @@ class Targets:
 
 
 def make_targets(scenes: Sequence[Scene], size: int) -> Targets:
-    """Heat and positive cells of a batch; where two objects claim a cell, both teach it, by their closeness."""
+    """Heat and positive cells of a batch; cells beside those that hold a centre learn its names and box with less weight."""
     side = size // STRIDE
     grid = np.arange(side)
     heat = np.zeros((len(scenes), side, side), dtype=np.float32)
@@ -168,13 +169,13 @@ def make_targets(scenes: Sequence[Scene], size: int) -> Targets:
     x, y = (left + right) / 2, (top + bottom) / 2
     column, row = (np.minimum(centre.astype(int), side - 1) for centre in (x, y))
     spread = np.maximum(0.7, np.hypot(right - left, bottom - top) / 14)
-    fall_x, fall_y = (np.exp(-(((grid - cell[:, None]) / spread[:, None]) ** 2) / 2) for cell in (column, row))  # (K, side)
-    np.maximum.at(heat, picture, (fall_y[:, :, None] * fall_x[:, None, :]).astype(np.float32))
-    heat[picture, row, column] = 1.0
+    distance = np.hypot(grid + 0.5 - x[:, None, None], grid[:, None] + 0.5 - y[:, None, None])  # (K, side, side)
+    bumps = np.where(distance < CENTRE, 1.0, np.exp(-((distance / spread[:, None, None]) ** 2) / 2))
+    np.maximum.at(heat, picture, bumps.astype(np.float32))
 
     down, across = (offset.reshape(-1, 1) for offset in np.mgrid[-1:2, -1:2])  # (9, 1)
     rows, columns = row + down, column + across  # (9, K)
-    weight = np.where((down == 0) & (across == 0), 1.0, 0.3)  # (9, 1)
+    weight = np.where(np.hypot(x - columns - 0.5, y - rows - 0.5) < CENTRE, 1.0, 0.3)  # (9, K)
     width, height = ((length / side + 0 * rows) for length in (right - left, bottom - top))
     box = np.stack([(x - columns - 0.5) / side, (y - rows - 0.5) / side, width, height], axis=-1)  # (9, K, 4)
     inside = (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
@@ -197,7 +198,7 @@ def make_targets(scenes: Sequence[Scene], size: int) -> Targets:
 def loss_of(output: JudgeOutput, target: Targets) -> Tensor:
     """Focal loss of the centres (Zhou et al. 2019, eq. 1), cross-entropies of the names, L1 of the boxes."""
     probability, logit = output.centre.sigmoid(), output.centre
-    centre = target.heat == 1
+    centre = target.heat == 1  # (N, h, w)
     hit = (1 - probability) ** 2 * F.logsigmoid(logit)
     miss = (1 - target.heat) ** 4 * probability**2 * F.logsigmoid(-logit)
     centres = -torch.where(centre, hit, miss).sum() / centre.sum().clamp(min=1)

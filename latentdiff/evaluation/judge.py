@@ -99,12 +99,12 @@ class Judge:
 
 def read_output(output: JudgeOutput, config: JudgeConfig) -> list[Verdict]:
     """Turn raw outputs into objects: at each peak of the centres' map the likeliest noun and colour."""
-    centre = output.centre.sigmoid()  # (N, h, w)
-    peak = centre == F.max_pool2d(centre, NEIGHBOURHOOD, stride=1, padding=NEIGHBOURHOOD // 2)
+    # Logits, for probabilities next to one another may round to the same 1.
+    peak = output.centre == F.max_pool2d(output.centre, NEIGHBOURHOOD, stride=1, padding=NEIGHBOURHOOD // 2)  # (N, h, w)
     certainty, noun = output.noun.softmax(1).max(1)  # (N, h, w) each
-    score = centre * certainty
+    score = output.centre.sigmoid() * certainty
     colour = output.colour.argmax(1)
-    found: list[list[Seen]] = [[] for _ in centre]
+    found: list[list[Seen]] = [[] for _ in score]
     colours = (*config.colours, None)
     for picture, row, column in (peak & (score > config.threshold)).nonzero().tolist():
         box = _corners(output.box[picture, :, row, column], row, column, config.size // STRIDE)

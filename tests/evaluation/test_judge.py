@@ -88,6 +88,14 @@ def put(raw, row, column, noun, colour, box, logit=9.0):
     raw.box[0, :, row, column] = torch.tensor(box)
 
 
+def test_a_centre_so_sure_that_probabilities_round_to_one_is_one_object():
+    raw = output()
+    for column, logit in ((10, 40.0), (11, 41.0), (12, 40.0)):
+        put(raw, 10, column, noun=0, colour=0, box=(0.0, 0.0, 0.2, 0.2), logit=logit)
+    (verdict,) = read_output(raw, TINY)
+    assert len(verdict.objects) == 1
+
+
 def test_reading_an_output_by_hand():
     raw = output()
     put(raw, 5, 17, noun=1, colour=0, box=(0.01, -0.01, 0.2, 0.4))

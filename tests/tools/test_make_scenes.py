@@ -29,8 +29,7 @@ def test_objects_are_inside_apart_and_related(rng, kind, split):
     assert picture.size == (96, 96) and len(boxes) == len(plan.things)
     for left, top, right, bottom in boxes:
         assert 0 < left < right < 96 and 0 < top < bottom < 96
-    gap = round(make_scenes.GAP * 96)
-    assert all(distance(a, b) >= gap for index, a in enumerate(boxes) for b in boxes[:index])
+    assert all(distance(a, b) >= 2 * make_scenes.MARGIN for index, a in enumerate(boxes) for b in boxes[:index])
     if plan.relation:
         assert plan.relation in relations(*boxes)  # true by GenEval's rule, too
 

@@ -47,11 +47,18 @@ def test_targets_of_a_square():
     target = train_judge.make_targets([square(20, 40, 40, 70, noun=3, colour=2)], 96)
     # Centre (30, 55) lies in column 7, row 13 of cells of four pixels.
     assert (target.heat[0] == 1).nonzero().tolist() == [[13, 7]]
-    assert target.heat[0, 13, 6] == target.heat[0, 13, 8] == target.heat[0, 12, 7] < 1
+    assert target.heat[0, 12, 7] < target.heat[0, 13, 6] == target.heat[0, 13, 8] < 1  # further and nearer
     assert len(target.noun) == 9 and set(target.noun.tolist()) == {3} and set(target.colour.tolist()) == {2}
     (middle,) = (target.weight == 1).nonzero().flatten().tolist()
     expected = ((7.5 - 7.5) / 24, (13.75 - 13.5) / 24, 20 / 96, 30 / 96)
     assert target.box[middle].tolist() == pytest.approx(expected)
+
+
+def test_a_centre_between_cells_is_in_each_of_them():
+    target = train_judge.make_targets([square(20, 40, 36, 72)], 96)  # centre (28, 56): the corner of four cells
+    assert (target.heat[0] == 1).nonzero().tolist() == [[13, 6], [13, 7], [14, 6], [14, 7]]
+    assert (target.weight == 1).sum() == 4
+    assert target.box[target.weight == 1, :2].abs().unique().tolist() == pytest.approx([0.5 / 24])
 
 
 def test_an_output_equal_to_the_targets_is_read_as_the_scene():
@@ -59,7 +66,7 @@ def test_an_output_equal_to_the_targets_is_read_as_the_scene():
     target = train_judge.make_targets(scenes, 96)
     side = 96 // STRIDE
     raw = JudgeOutput(
-        torch.logit(target.heat, eps=1e-3),
+        torch.logit(target.heat, eps=1e-3) + 1e-3 * torch.rand(target.heat.shape),  # no two cells are equal
         torch.zeros(8, len(CONFIG.nouns), side, side),
         torch.zeros(8, OWN_COLOURS + 1, side, side),
         torch.zeros(8, 4, side, side),
