@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from hypothesis import settings
 
@@ -12,3 +13,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Shared machines are slow at random: a time limit per example would fail honest tests.
 settings.register_profile("latentdiff", deadline=None)
 settings.load_profile("latentdiff")
+
+# A command that a shell starts in the background ignores Ctrl-C, and so do its children; tests of Ctrl-C need the default.
+signal.signal(signal.SIGINT, signal.default_int_handler)
