@@ -169,7 +169,9 @@ def _accelerator(settings: StageSection) -> Accelerator:
     # Before its start, the discriminator takes no part in the loss.
     late_parameters = bool(getattr(settings, "adversarial_weight", 0.0))
     ddp = DistributedDataParallelKwargs(find_unused_parameters=late_parameters)
-    return Accelerator(mixed_precision=settings.mixed_precision, kwargs_handlers=[ddp])
+    # Without being told, several processes on a machine without a GPU would each train alone and overwrite one another.
+    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return Accelerator(cpu=cpu, mixed_precision=settings.mixed_precision, kwargs_handlers=[ddp])
 
 
 def _images(
