@@ -251,6 +251,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
     Raises:
         ConfigError: no such file, no YAML, an unknown key, or a value outside its domain.
     """
+    values = read_yaml(path)
+    for override in overrides:
+        _override(values, override)
+    return validate_config(values, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        ConfigError: no such file, no YAML, or something else than a mapping.
+    """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -259,22 +271,24 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values, found {type(values).__name__}")
-    for override in overrides:
-        _override(values, override)
-    return validate_config(values, str(path))
+    return numbers(values)
 
 
 def validate_config(values: Mapping[str, Any], source: str) -> TrainingConfig:
     """Make a configuration from plain values; `source` names them in messages."""
     try:
-        return TrainingConfig.model_validate(_numbers(values))
+        return TrainingConfig.model_validate(numbers(values))
     except ValidationError as error:
-        first, more = error.errors()[0], error.error_count() - 1
-        place = ".".join(str(part) for part in first["loc"]) or "configuration"
-        found = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"
-        message = first["msg"].removeprefix("Value error, ")
-        rest = f" (and {more} more)" if more else ""
-        raise ConfigError(f"{source}: {place}: {message}{found}{rest}") from error
+        raise ConfigError(f"{source}: {first_fault(error)}") from error
+
+
+def first_fault(error: ValidationError) -> str:
+    """One line about the first of what pydantic complains about."""
+    first, more = error.errors()[0], error.error_count() - 1
+    place = ".".join(str(part) for part in first["loc"]) or "configuration"
+    found = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}{found}" + (f" (and {more} more)" if more else "")
 
 
 def dump_config(config: BaseModel) -> str:
@@ -297,10 +311,10 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r}: {text!r} is not a YAML value") from error
 
 
-def _numbers(value: Any) -> Any:
+def numbers(value: Any) -> Any:
     """YAML 1.1 reads 1e-3 (no dot) as text; everybody means the number."""
     if isinstance(value, Mapping):
-        return {key: _numbers(entry) for key, entry in value.items()}
+        return {key: numbers(entry) for key, entry in value.items()}
     if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
         try:
             return float(value)
