@@ -41,11 +41,19 @@ class TextContext:
         return self.projected if dtype == self.dtype else self.embeddings.to(dtype)
 
 
-def checked_model(unet: UNet, levels: Sequence[Level]) -> Model:
-    """The U-Net as a function (x, t, TextContext) -> raw output that is finite, or an error that names the step."""
+def checked_model(unet: UNet, levels: Sequence[Level], *, extra_channels: Tensor | None = None) -> Model:
+    """The U-Net as a function (x, t, TextContext) -> raw output that is finite, or an error that names the step.
+
+    Args:
+        extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents; the same for all parts of a guided batch.
+    """
     names = {level.t: f"at step {number} of {len(levels) - 1}" for number, level in enumerate(levels[:-1], 1)}
 
     def model(x: Tensor, t: float, text: TextContext) -> Tensor:
+        if extra_channels is not None:
+            repeats = len(x) // len(extra_channels)
+            x = torch.cat([x, extra_channels.to(x).repeat(repeats, 1, 1, 1)], dim=1)
+
         def compute(dtype: torch.dtype) -> Tensor:
             return unet(x.to(dtype), t, text.for_unet_in(dtype))
 

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from latentdiff import __version__
 from latentdiff.conditioning import TextContext, checked_model
 from latentdiff.config import ScheduleConfig
-from latentdiff.denoise import DenoiseStep, denoise
+from latentdiff.denoise import denoise
 from latentdiff.device import (
     FORMATS,
     Precision,
@@ -35,30 +33,24 @@ from latentdiff.device import (
     precision_of,
 )
 from latentdiff.embedded import embedded_model
-from latentdiff.errors import CheckpointError, LatentDiffError, UsageError
+from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.guidance import Guidance, guided_denoiser
 from latentdiff.image import to_pil
 from latentdiff.latents import NoiseStream
 from latentdiff.parameterization import Denoiser, parameterization
+from latentdiff.progress import Callback, progress_bar, report
 from latentdiff.prompt import tokenize
-from latentdiff.recipe import Recipe
+from latentdiff.recipe import Recipe, library_versions
 from latentdiff.request import batches, latent_shape, make_guidance, one_per_picture, seed_of_each
 from latentdiff.samplers import get_sampler
 from latentdiff.schedule import Level, Schedule
 from latentdiff.unet import UNet
-from latentdiff.vae import VAE
+from latentdiff.vae import VAE, LatentDistribution
 
 if TYPE_CHECKING:
     from latentdiff.checkpoints import Components
 
 EMBEDDED_NAME = "latentdiff-embedded"  # what recipes call the embedded model
-
-# (step from 0, timestep, predicted x0 (N, C, h, w)) -> False to cancel, anything else to go on.
-Callback = Callable[[int, float, Tensor], Any]
-
-
-class Cancelled(LatentDiffError):
-    """The callback returned False; no picture was made."""
 
 
 class Pipeline:
@@ -94,6 +86,7 @@ class Pipeline:
         self.precision = precision_of(unet)
         _check_fit("text embeddings", text_encoder.embedding_width, unet.config.cross_attention_dim)
         _check_fit("latent channels", vae.config.latent_channels, unet.config.out_channels)
+        _check_inputs(unet.config.in_channels, vae.config.latent_channels)
 
     @classmethod
     def load(
@@ -247,7 +240,7 @@ class Pipeline:
         if output not in ("images", "latents"):
             raise UsageError(f"expected output 'images' or 'latents', found {output!r}")
 
-        with explained_out_of_memory(), _progress_bar(steps * len(parts), progress) as bar:
+        with explained_out_of_memory(), progress_bar(steps * len(parts), progress) as bar:
             positive, negative = self.encode([*prompts, *negatives]).chunk(2)  # (N, L, C) each
             finished = []
             for part in parts:
@@ -255,17 +248,17 @@ class Pipeline:
                 x = noise()  # drawn even if it is given, so that later draws do not depend on that
                 if latents is not None:
                     x = latents[part].to(x)
-                denoiser = self._denoiser(positive[part], negative[part], guidance, levels)
+                denoiser = self.denoiser(positive[part], negative[part], guidance, levels)
                 for step in denoise(denoiser, start_scale * x, levels, method.step, noise=noise):
                     bar.update()
-                    _report(step, callback)
+                    report(step, callback)
                 finished.append(step.x)
             if output == "latents":
                 return torch.cat(finished)
             images = [image for x in finished for image in to_pil(self.decode(x))]
 
         recipe = partial(
-            Recipe,
+            self.recipe,
             steps=steps,
             sampler=sampler,
             eta=eta,
@@ -274,7 +267,6 @@ class Pipeline:
             guidance_interval=guidance_interval,
             spacing=spacing or self.schedule.config.timestep_spacing,
             given_latents=latents is not None,
-            **self._about(),
         )
         for image, text, avoided, own in zip(images, prompts, negatives, seeds, strict=True):
             made = recipe(prompt=text, negative_prompt=avoided, seed=own, width=image.width, height=image.height)
@@ -311,52 +303,77 @@ class Pipeline:
             image = finite_or_float32("the VAE's decoder", self.vae, partial(compute, tiled=True))
         return image.float()
 
-    def _denoiser(self, positive: Tensor, negative: Tensor, guidance: Guidance, levels: list[Level]) -> Denoiser:
-        """The U-Net that follows one batch of text, as a function of latents and level."""
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> LatentDistribution:
+        """Latents of pictures (N, 3, H, W) in [-1, 1], float32; H and W are multiples of the VAE's factor."""
+        encoded = torch.cat([self._encode_image(image) for image in images.split(1)])
+        return LatentDistribution(*encoded.chunk(2, dim=1))
+
+    def _encode_image(self, image: Tensor) -> Tensor:
+        def compute(dtype: torch.dtype) -> Tensor:
+            found = self.vae.encode(image.to(self.device, dtype))
+            return torch.cat([found.mean, found.logvar], dim=1)  # (1, 2 C, h, w)
+
+        return finite_or_float32("the VAE's encoder", self.vae, compute).float()
+
+    def denoiser(
+        self,
+        positive: Tensor,
+        negative: Tensor,
+        guidance: Guidance,
+        levels: Sequence[Level],
+        *,
+        extra_channels: Tensor | None = None,
+    ) -> Denoiser:
+        """The U-Net that follows one batch of text, as a function of latents and level.
+
+        Args:
+            positive, negative: embeddings (N, L, C) of the prompts and of what to avoid.
+            levels: what will be walked; errors name the step by it.
+            extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
+        """
         return guided_denoiser(
-            checked_model(self.unet, levels),
+            checked_model(self.unet, levels, extra_channels=extra_channels),
             parameterization(self.schedule.config.prediction_type),
             TextContext.of(self.unet, positive),
             TextContext.of(self.unet, negative),
             guidance,
         )
 
+    def recipe(self, **fields: Any) -> Recipe:
+        """A recipe with these fields, and what is to be said about the model and where it runs."""
+        return Recipe(
+            model=self.name,
+            model_hash=self.model_hash,
+            ema=self.ema,
+            prediction_type=self.schedule.config.prediction_type,
+            precision=self.precision.name,
+            device=describe_device(self.device),
+            versions=library_versions(),
+            **fields,
+        )
+
+    @property
+    def is_for_inpainting(self) -> bool:
+        """Whether the U-Net sees, after the latents, a mask and the latents of the picture under it."""
+        return self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1
+
     def _check_text_to_image(self) -> None:
-        expected, found = self.vae.config.latent_channels, self.unet.config.in_channels
-        if found != expected:
+        if self.is_for_inpainting:
             raise UsageError(
-                f"expected a text-to-image model with {expected} U-Net input channels, found {found}: "
-                "this model is for inpainting and needs a picture and a mask"
+                f"expected a text-to-image model with {self.vae.config.latent_channels} U-Net input channels, "
+                f"found {self.unet.config.in_channels}: this model is for inpainting and needs a picture and a mask"
             )
-
-    def _about(self) -> dict[str, Any]:
-        """What every recipe says about the model and where it ran."""
-        import transformers
-
-        return {
-            "model": self.name,
-            "model_hash": self.model_hash,
-            "ema": self.ema,
-            "prediction_type": self.schedule.config.prediction_type,
-            "precision": self.precision.name,
-            "device": describe_device(self.device),
-            "versions": {
-                "latentdiff": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        }
-
-
-def _report(step: DenoiseStep, callback: Callback | None) -> None:
-    if callback is not None and callback(step.index, step.level.t, step.prediction.x0) is False:
-        raise Cancelled(f"cancelled by the callback after step {step.index + 1} of {step.steps}")
-
-
-def _progress_bar(total: int, show: bool) -> tqdm:
-    return tqdm(total=total, unit="step", disable=None if show else True, leave=False)
 
 
 def _check_fit(what: str, found: int, expected: int) -> None:
     if found != expected:
         raise CheckpointError(f"the model's parts do not fit: the U-Net expects {expected} {what}, found {found}")
+
+
+def _check_inputs(found: int, latent: int) -> None:
+    if found not in (latent, 2 * latent + 1):
+        raise CheckpointError(
+            f"expected a U-Net with {latent} input channels, or {2 * latent + 1} for inpainting (latents, mask and masked "
+            f"latents), found {found}: models that take other inputs are not supported"
+        )

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from latentdiff import __version__
 from latentdiff.errors import DataError
 
 JSON_CHUNK = "latentdiff"
@@ -25,7 +26,13 @@ SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How one picture was made. Sizes are in pixels, `guidance_interval` in sigma/alpha, `seed` is of this picture."""
+    """How one picture was made. Sizes are in pixels, `guidance_interval` in sigma/alpha, `seed` is of this picture.
+
+    task: "generate", or what was done to which pictures.
+    task_settings: JSON values, what that task needs besides the other fields to be done again.
+    sources: role ("image", "mask", ...) -> {"file": name, "sha256": of the file, or of the pixels if there was none}.
+    loras: in the order of loading, {"file": name, "sha256": ..., "scale": ...}.
+    """
 
     prompt: str
     negative_prompt: str = ""
@@ -47,6 +54,10 @@ class Recipe:
     precision: str = ""
     device: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    task: str = "generate"
+    task_settings: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
+    loras: list[dict[str, Any]] = field(default_factory=list)
     schema: Literal[1] = 1
 
     __pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
@@ -98,6 +109,8 @@ class Recipe:
             "Guidance rescale": self.guidance_rescale,
             "Guidance interval": " to ".join(map(str, self.guidance_interval or ())),
             "Spacing": self.spacing,
+            "Denoising strength": self.task_settings.get("strength"),
+            "Task": self.task if self.task != "generate" else "",
             "Version": f"latentdiff {self.versions['latentdiff']}" if "latentdiff" in self.versions else "",
         }
         always = ("Steps", "Sampler", "CFG scale", "Seed", "Size")
@@ -131,6 +144,7 @@ class Recipe:
                 guidance_rescale=float(settings.get("Guidance rescale", 0)),
                 guidance_interval=(float(low_high[0]), float(low_high[1])) if len(low_high) == 2 else None,
                 spacing=settings.get("Spacing"),
+                task=settings.get("Task", "generate"),
                 width=int(width),
                 height=int(height),
                 model=settings.get("Model", ""),
@@ -138,6 +152,14 @@ class Recipe:
             )
         except (KeyError, ValueError) as error:
             raise DataError(f"the picture's parameters text lacks or has an unknown value of: {error}") from error
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of what decides the pixels of a picture."""
+    import torch
+    import transformers
+
+    return {"latentdiff": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def read_recipe(info: Mapping[str, Any]) -> Recipe:

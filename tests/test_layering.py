@@ -15,7 +15,7 @@ FLOORS: list[list[set[str]]] = [
     [{"__init__"}, {"errors"}, {"names"}],
     [{"config"}, {"files"}, {"attention"}, {"embedded"}, {"recipe"}],
     [MATHEMATICS, {"layers"}, {"device"}, {"image"}, {"prompt"}, {"taps"}, {"data"}],
-    [{"unet"}, {"vae"}, {"text_encoder"}, {"request"}],
+    [{"unet"}, {"vae"}, {"text_encoder"}, {"request"}, {"progress"}],
     [{"conditioning"}, {"checkpoints"}, {"lora"}],
     [{"pipeline"}, {"training"}],
     [{"evaluation"}, {"tasks"}, {"finetuning"}],

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -18,7 +19,7 @@ from latentdiff.errors import CheckpointError, LatentDiffError, NotFiniteError, 
 from latentdiff.image import to_pil, to_tensor
 from latentdiff.latents import start_noise
 from latentdiff.names import SAMPLER_NAMES
-from latentdiff.pipeline import Cancelled
+from latentdiff.progress import Cancelled
 from latentdiff.recipe import read_recipe
 from tests import peers
 
@@ -184,7 +185,8 @@ def test_recipe_of_a_picture(shared):
         "prompt": "cat", "negative_prompt": "dog", "seed": 11, "steps": 2, "sampler": "ddim", "eta": 0.3,
         "guidance_scale": 3.5, "guidance_rescale": 0.2, "guidance_interval": [0.5, 5.0], "spacing": "trailing",
         "width": 64, "height": 64, "model": "sd1", "model_hash": 0, "prediction_type": "epsilon", "ema": False,
-        "given_latents": False, "precision": "fp32", "device": "cpu", "versions": 0, "schema": 1,
+        "given_latents": False, "precision": "fp32", "device": "cpu", "versions": 0, "task": "generate", "task_settings": {},
+        "sources": {}, "loras": [], "schema": 1,
     }  # fmt: skip
     assert recipe["versions"].keys() == {"latentdiff", "torch", "transformers"}
     assert len(recipe["model_hash"]) == 64
@@ -236,6 +238,24 @@ def test_parts_that_do_not_fit_are_refused(shared):
     other.unet.config = type(other.unet.config)(cross_attention_dim=96)
     with pytest.raises(CheckpointError, match="U-Net expects 96 text embeddings, found 32"):
         Pipeline(shared.tokenizer, shared.text_encoder, other.unet, shared.vae, shared.schedule.config)
+
+
+@pytest.mark.parametrize("channels", [5, 8, 12])
+def test_unets_that_take_other_inputs_are_refused(shared, channels):
+    other = peers.ours("sd1")
+    other.unet.config = replace(other.unet.config, in_channels=channels)
+    with pytest.raises(CheckpointError, match=f"4 input channels, or 9 for inpainting .* found {channels}"):
+        Pipeline(shared.tokenizer, shared.text_encoder, other.unet, shared.vae, shared.schedule.config)
+
+
+def test_pictures_are_encoded_one_by_one_in_float32(shared):
+    images = torch.rand(3, 3, 64, 48) * 2 - 1
+    with calls(shared.vae, "encode") as encoded:
+        found = shared.encode_images(images)
+    assert [len(args[0]) for args in encoded] == [1, 1, 1]
+    expected = peers.theirs("sd1").vae.encode(images).latent_dist
+    torch.testing.assert_close(found.mean, expected.mean * 0.18215, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((0.5 * found.logvar).exp(), expected.std * 0.18215, rtol=1e-4, atol=1e-5)
 
 
 # --- Work that is not done twice ------------------------------------------------------------------
@@ -320,7 +340,7 @@ def test_progress_bar_counts_all_steps(shared, monkeypatch):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr("latentdiff.pipeline.tqdm", Bar)
+    monkeypatch.setattr("latentdiff.progress.tqdm", Bar)
     shared("cat", steps=3, num_images=3, batch_size=2, seed=0)
     shared("cat", steps=1, seed=0, progress=False)
     assert bars[0].count == bars[0].options["total"] == 6

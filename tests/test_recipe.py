@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -37,6 +38,9 @@ recipes = st.builds(
     precision=st.sampled_from(["fp32", "bf16"]),
     device=text,
     versions=st.dictionaries(text, text, max_size=3),
+    task=st.sampled_from(["generate", "edit"]),
+    task_settings=st.dictionaries(text, st.none() | finite | text | st.lists(st.integers(), max_size=2), max_size=3),
+    sources=st.dictionaries(text, st.dictionaries(text, text, max_size=2), max_size=2),
 )
 
 FOX = Recipe(
@@ -76,6 +80,13 @@ def test_parameters_read_what_they_write(recipe):
     ):  # fmt: skip
         assert getattr(again, name) == getattr(recipe, name), name
     assert again.model_hash == recipe.model_hash[:10]
+
+
+def test_recipes_without_the_newer_fields_are_read():
+    old = json.loads(FOX.to_json())
+    for name in ("task", "task_settings", "sources", "loras"):
+        del old[name]
+    assert Recipe.from_json(json.dumps(old)) == FOX
 
 
 @given(recipes)
