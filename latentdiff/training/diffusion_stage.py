@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.attention import use_attention_backend
+from latentdiff.data.randomness import SampleOrder, normal, uniform
 from latentdiff.errors import ConfigError
 from latentdiff.schedule import Schedule
 from latentdiff.training.config import DiffusionStageSection
@@ -18,7 +19,6 @@ from latentdiff.training.data import CaptionedFolder
 from latentdiff.training.latent_cache import CachedLatents
 from latentdiff.training.objective import DiffusionObjective, draw_timesteps
 from latentdiff.training.optimizer import ParameterGroup
-from latentdiff.training.randomness import SampleOrder, normal, uniform
 from latentdiff.training.task import Task
 
 _VALIDATION_BATCH = 64

@@ -15,11 +15,11 @@ from torch import nn
 
 from latentdiff.checkpoints.files import read_tensors
 from latentdiff.config import UNetConfig, VAEConfig
+from latentdiff.data.randomness import torch_seed
 from latentdiff.errors import CheckpointError
 from latentdiff.files import atomic_path
 from latentdiff.text_encoder import TextEncoder
 from latentdiff.training.config import TextEncoderSection
-from latentdiff.training.randomness import torch_seed
 from latentdiff.unet import UNet
 from latentdiff.vae import VAE
 

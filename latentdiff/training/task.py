@@ -23,6 +23,12 @@ class Task(ABC):
     fingerprint: str
     """Names the data; a resumed run says if it has changed."""
 
+    loader_threads: int = 2
+    """Background threads that make batches."""
+
+    resume_hint: str = "the same command goes on from there"
+    """What a run that was stopped says to its user."""
+
     @abstractmethod
     def parameter_groups(self) -> list[ParameterGroup]:
         """What is trained, by names unique in the task."""
@@ -37,7 +43,7 @@ class Task(ABC):
 
     @abstractmethod
     def batch(self, step: int, rows: range) -> dict[str, np.ndarray]:
-        """Samples of the given rows of the global batch of `step`; numpy only, see `randomness`."""
+        """Samples of the given rows of the global batch of `step`; numpy only, see `data.randomness`."""
 
     @abstractmethod
     def sources(self, step: int) -> list[str]:
@@ -50,3 +56,6 @@ class Task(ABC):
     @abstractmethod
     def preview(self, folder: Path, step: int) -> None:
         """Write a sheet of pictures; called with the averaged weights in place."""
+
+    def preview_live(self, folder: Path, step: int) -> None:
+        """As `preview`, with the live weights in place; writes nothing unless overridden."""

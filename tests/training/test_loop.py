@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from latentdiff.data.randomness import normal
 from latentdiff.errors import CheckpointError, ConfigError, DataError, NotFiniteError
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
 from latentdiff.training.config import StageSection
 from latentdiff.training.loop import Trainer, TrainingStopped
 from latentdiff.training.optimizer import ParameterGroup
-from latentdiff.training.randomness import normal
 from latentdiff.training.task import Task
 
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentdiff.training.randomness import SampleOrder, generator, normal, torch_seed, uniform
+from latentdiff.data.randomness import SampleOrder, generator, normal, torch_seed, uniform
 
 KEY = (0, "noise", 7)
 
