@@ -14,7 +14,7 @@ MATHEMATICS = {"schedule", "parameterization", "guidance", "denoise", "latents",
 FLOORS: list[list[set[str]]] = [
     [{"__init__"}, {"errors"}, {"names"}],
     [{"config"}, {"files"}, {"attention"}, {"embedded"}, {"recipe"}],
-    [MATHEMATICS, {"layers"}, {"device"}, {"image"}, {"prompt"}, {"taps"}, {"data"}],
+    [MATHEMATICS, {"layers"}, {"device"}, {"image"}, {"prompt"}, {"taps"}],
     [{"unet"}, {"vae"}, {"text_encoder"}, {"request"}, {"progress"}],
     [{"conditioning"}, {"checkpoints"}, {"lora"}],
     [{"pipeline"}, {"training"}],
