@@ -15,7 +15,7 @@ FLOORS: list[list[set[str]]] = [
     [{"__init__"}, {"errors"}, {"names"}],
     [{"config"}, {"files"}, {"attention"}, {"embedded"}, {"recipe"}],
     [MATHEMATICS, {"layers"}, {"device"}, {"image"}, {"prompt"}, {"taps"}],
-    [{"unet"}, {"vae"}, {"text_encoder"}, {"request"}, {"progress"}],
+    [{"unet"}, {"vae"}, {"text_encoder"}, {"request"}, {"progress"}, {"data"}],
     [{"conditioning"}, {"checkpoints"}, {"lora"}],
     [{"pipeline"}, {"training"}],
     [{"evaluation"}, {"tasks"}, {"finetuning"}],
