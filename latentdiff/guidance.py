@@ -98,3 +98,32 @@ def guided_denoiser(
         return parameterization(raw, x, level, guided=guided)
 
     return denoise
+
+
+def blended_denoiser(
+    model: Model,
+    parameterization: Parameterization,
+    context: Any,
+    empty_context: Any,
+    negative_context: Any,
+    guidance: Guidance,
+    share_of_empty: Callable[[Level], float],
+) -> Denoiser:
+    """Like `guided_denoiser`, but guided away from a blend: of the empty prompt, as far as `share_of_empty` says, and the negative.
+
+    Tumanyan et al. 2023 edit with it: the negative prompt says what the source shows, and acts more and more towards the end.
+    The three go through the model as one batch of 3N where guidance acts.
+    """
+    three = getattr(type(context), "cat", torch.cat)([empty_context, negative_context, context])
+
+    def denoise(x: Tensor, level: Level) -> Prediction:
+        guided = guidance.acts_at(level)
+        if guided:
+            empty, negative, positive = model(torch.cat([x, x, x]), level.t, three).to(x.dtype).chunk(3)
+            share = share_of_empty(level)
+            raw = guidance.combine(share * empty + (1.0 - share) * negative, positive)
+        else:
+            raw = model(x, level.t, context).to(x.dtype)
+        return parameterization(raw, x, level, guided=guided)
+
+    return denoise

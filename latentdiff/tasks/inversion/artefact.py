@@ -1,0 +1,161 @@
+"""What an inversion leaves behind: a file that every editor takes in place of the picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latentdiff.errors import CheckpointError, DataError, UsageError
+from latentdiff.files import atomic_path
+from latentdiff.schedule import Level
+
+FORMAT = "latentdiff.inversion"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inversion:
+    """The way of one picture through the noise levels.
+
+    latents: (S + 1, C, h, w), float32: the trajectory, noisiest first; the last are those of the picture.
+    levels: of the latents, in the same order.
+    embeddings: (1, L, C) of the prompt that was followed.
+    nulls: (S, L, C), the null embedding of each step, where null-text inversion found them.
+    partner: (C, h, w), the second one of EDICT's pair at the noisiest level.
+    size: (width, height) of the picture in pixels.
+    settings: how it was made, as JSON values.
+    reconstruction_db, floor_db: PSNR against the picture of what sampling leads back to, and of what the VAE alone keeps.
+    source: {"file": name, "sha256": ...} of the picture.
+    """
+
+    latents: Tensor
+    levels: tuple[Level, ...]
+    embeddings: Tensor
+    prompt: str
+    method: str
+    model: str
+    model_hash: str
+    size: tuple[int, int]
+    nulls: Tensor | None = None
+    partner: Tensor | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    reconstruction_db: float | None = None
+    floor_db: float | None = None
+    source: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        return len(self.levels) - 1
+
+    def thinned(self, steps: int) -> Inversion:
+        """The same trajectory in fewer steps: levels at equal distances of index, both ends included.
+
+        Raises:
+            UsageError: more steps than were stored, or an artefact that holds for its own steps only.
+        """
+        if steps == self.steps:
+            return self
+        if not 1 <= steps <= self.steps:
+            raise UsageError(f"expected 1 to {self.steps} steps, as many as the inversion has, found {steps}")
+        if self.partner is not None:
+            raise UsageError(f"an EDICT inversion is exact in its own {self.steps} steps only, found {steps}; leave --steps away")
+        kept = [round(index * self.steps / steps) for index in range(steps + 1)]
+        return replace(self, latents=self.latents[kept], levels=tuple(self.levels[i] for i in kept), nulls=None)
+
+    def noise_statistics(self) -> dict[str, float]:
+        """Mean, standard deviation and correlation of neighbours of the noisiest latents; 0, 1 and 0 for what models start from."""
+        x = self.latents[0].double()
+        x_c = x - x.mean()
+        neighbours = ((x_c[..., 1:] * x_c[..., :-1]).mean() + (x_c[..., 1:, :] * x_c[..., :-1, :]).mean()) / 2
+        return {"mean": x.mean().item(), "std": x.std().item(), "autocorrelation": (neighbours / x_c.square().mean()).item()}
+
+    def check_model(self, model_hash: str) -> None:
+        """Make sure that the model about to edit is the one that inverted.
+
+        Raises:
+            CheckpointError: it is another one.
+        """
+        if model_hash != self.model_hash:
+            raise CheckpointError(
+                f"the inversion was made with the model {self.model!r} (hash {self.model_hash[:10] or 'unknown'}), this one has the "
+                f"hash {model_hash[:10] or 'unknown'}; name that model with --model, or invert the picture anew"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as one safetensors file with its settings in the metadata."""
+        tensors = {"latents": self.latents, "embeddings": self.embeddings, "nulls": self.nulls, "partner": self.partner}
+        plain = {
+            key: value for key, value in vars(self).items() if key not in tensors
+        } | {"levels": [asdict(level) for level in self.levels]}
+        metadata = {"format": FORMAT, "schema": str(SCHEMA), "inversion": json.dumps(plain)}
+        kept = {key: value.float().cpu().contiguous() for key, value in tensors.items() if value is not None}
+        with atomic_path(path) as temporary:
+            save_file(kept, temporary, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Inversion:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: there is no such file, it is damaged, no inversion, or comes from a newer latentdiff.
+        """
+        name = os.fspath(path)
+        try:
+            with safe_open(name, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except FileNotFoundError as error:
+            raise DataError(f"no inversion at {name}") from error
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"cannot read {name} as an inversion, a safetensors file of `latentdiff invert`: {error}") from error
+        if metadata.get("format") != FORMAT:
+            raise DataError(f"expected an inversion made by `latentdiff invert`, found another safetensors file: {name}")
+        if metadata.get("schema") != str(SCHEMA):
+            raise DataError(f"{name} was written by a newer latentdiff; update latentdiff to read it")
+        try:
+            plain = json.loads(metadata["inversion"])
+            plain["levels"] = tuple(Level(**level) for level in plain["levels"])
+            plain["size"] = tuple(plain["size"])
+            found = cls(**tensors, **plain)
+            _check_whole(found)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{name} is a damaged inversion: {error}; invert the picture anew") from error
+        return found
+
+
+def is_inversion(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` holds an inversion rather than a picture, by its first bytes."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4096)
+    except OSError:
+        return False
+    return head[8:9] == b"{" and FORMAT.encode() in head
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of two pictures in [-1, 1], each (…, H, W); infinite if they are equal."""
+    error = (a.double() - b.double()).square().mean().item()
+    return math.inf if error == 0.0 else 10.0 * math.log10(4.0 / error)
+
+
+def _check_whole(found: Inversion) -> None:
+    expected: Sequence[tuple[str, Tensor | None, int]] = [
+        ("latents", found.latents, found.steps + 1),
+        ("embeddings", found.embeddings, 1),
+        ("nulls", found.nulls, found.steps),
+    ]
+    for name, tensor, count in expected:
+        if tensor is not None and len(tensor) != count:
+            raise ValueError(f"expected {count} {name}, found {len(tensor)}")
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} are not finite")
