@@ -15,12 +15,13 @@ class EMA:
 
     Args:
         parameters: the live ones, by name.
-        decay: share of the old average that one step keeps.
+        decay: share of the old average that one step keeps; 0 keeps no averages, and what is said of them holds for the live
+            weights.
         every: steps between updates; one update then keeps `decay ** every`.
     """
 
     def __init__(self, parameters: Mapping[str, Parameter], decay: float, every: int = 1) -> None:
-        self._live = dict(parameters)
+        self._live = dict(parameters) if decay else {}
         self._decay, self._every = decay, every
         self.average = {name: parameter.detach().clone() for name, parameter in self._live.items()}
 
@@ -31,7 +32,7 @@ class EMA:
         Early averages forget faster, as if over the last tenth of the steps: decay min(decay, (1 + n) / (10 + n)).
         """
         done = step + 1
-        if done % self._every:
+        if done % self._every or not self._live:
             return
         keep = min(self._decay, (1 + done) / (10 + done)) ** self._every
         torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self._live.values()], 1 - keep)

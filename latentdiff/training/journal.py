@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,18 @@ class Journal:
             ) from error
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most memory in bytes that this process has used, on the GPU if it computes there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
 class Window:
     """Losses since the last log entry, kept on the device: reading them waits for it, so that happens once per entry."""
 
@@ -52,12 +65,12 @@ class Window:
         """Take in the loss of a step, its parts, and gradient norms; all scalars, the same names at every step or new ones."""
         self._steps.append(parts)
 
-    def first_not_finite(self) -> int | None:
-        """Number, within the window, of the first step whose loss or gradient is NaN or infinite."""
+    def first_not_finite(self, watched: tuple[str, ...] = ("loss", "grad_norm")) -> int | None:
+        """Number, within the window, of the first step with a NaN or an infinity in what begins with `watched`."""
         if not self._steps:
             return None
-        watched = [[value for name, value in parts.items() if name.startswith(("loss", "grad_norm"))] for parts in self._steps]
-        finite = torch.stack([sum(values) for values in watched]).isfinite().tolist()
+        values = [[value for name, value in parts.items() if name.startswith(watched)] for parts in self._steps]
+        finite = torch.stack([sum(of_step) for of_step in values]).isfinite().tolist()
         return None if all(finite) else finite.index(False)
 
     def close(self) -> tuple[dict[str, Tensor], float]:

@@ -18,7 +18,7 @@ from latentdiff.training.checkpoint import Checkpoint, check_space, load_checkpo
 from latentdiff.training.config import StageSection
 from latentdiff.training.data import Prefetch
 from latentdiff.training.ema import EMA
-from latentdiff.training.journal import Journal, Window
+from latentdiff.training.journal import Journal, Window, peak_memory
 from latentdiff.training.optimizer import learning_rate, make_optimizer, moments, restore_moments, set_learning_rate
 from latentdiff.training.signals import StopSignals
 from latentdiff.training.task import Task
@@ -59,6 +59,7 @@ class Trainer:
             settings.ema_every,
         )
         self.optimizer = make_optimizer(self._groups, settings)
+        self.scaler: torch.amp.GradScaler | None = getattr(accelerator, "scaler", None)
         self.step = 0
         if settings.compile:
             task.compile()
@@ -94,15 +95,17 @@ class Trainer:
                     self._check_finite(window)
                     entry = self._entry(window)
                     log.write(entry)
-                    bar.set_postfix(loss=f"{entry['loss']:.4g}", img_s=f"{entry['images_per_second']:.4g}")
+                    peak = f"{peak_memory(self.accelerator.device) / 2**30:.3g}G"
+                    bar.set_postfix(loss=f"{entry['loss']:.4g}", img_s=f"{entry['images_per_second']:.4g}", peak=peak)
                 if stopping:
                     place = f"step {self.step} of {self.settings.max_steps}"
-                    raise TrainingStopped(f"stopped and saved at {place}; the same command goes on from there")
+                    raise TrainingStopped(f"stopped and saved at {place}; {self.task.resume_hint}")
                 with window.paused():
                     if last or self._due(self.settings.validate_every):
                         log.write({"step": self.step, **self._on_main(self._validate)})
                     if last or self._due(self.settings.preview_every):
                         self._on_main(lambda: self.task.preview(self.folder / "previews", self.step))
+                        self._on_main(lambda: self.task.preview_live(self.folder / "previews", self.step), averaged=False)
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one, and say so."""
@@ -115,6 +118,8 @@ class Trainer:
         _copy_into(self.parameters, checkpoint.weights, path)
         _copy_into(self.ema.average, checkpoint.ema, path)
         restore_moments(self.optimizer, self.parameters, checkpoint.optimizer)
+        if self.scaler and "gradient_scale" in checkpoint.state:
+            self.scaler.load_state_dict(checkpoint.state["gradient_scale"])
         self.step = checkpoint.step
         self.accelerator.print(f"resumed {path}")
         now = self._state()
@@ -126,7 +131,8 @@ class Trainer:
         """Write a checkpoint of this step."""
         if self.accelerator.is_main_process:
             kept = moments(self.optimizer, self.parameters)
-            checkpoint = Checkpoint(self.step, self.parameters, self.ema.average, kept, self._state())
+            state = self._state() | ({"gradient_scale": self.scaler.state_dict()} if self.scaler else {})
+            checkpoint = Checkpoint(self.step, self.parameters, self.ema.average, kept, state)
             save_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.settings.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
@@ -139,13 +145,20 @@ class Trainer:
             is_last = micro == self.settings.accumulation - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self._wrapped):
                 losses = self._wrapped(batch, self.step)
-                (losses["loss"] / self.settings.accumulation).backward()
+                loss = losses["loss"] / self.settings.accumulation
+                (self.scaler.scale(loss) if self.scaler else loss).backward()
             for name, loss in losses.items():
                 parts[name] = parts.get(name, 0) + loss.detach() / self.settings.accumulation
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
         for group in self._groups:
             norm = torch.nn.utils.clip_grad_norm_(group.parameters.values(), self.settings.grad_clip)
             parts[f"grad_norm_{group.name}" if len(self._groups) > 1 else "grad_norm"] = norm
-        self.optimizer.step()
+        if self.scaler:
+            self.scaler.step(self.optimizer)  # leaves out a step whose scaled gradients overflow, and then scales less
+            self.scaler.update()
+        else:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.step)
         return parts
@@ -166,7 +179,7 @@ class Trainer:
             for step in range(self.step, settings.max_steps)
             for micro in range(settings.accumulation)
         )
-        return iter(Prefetch(make, keys))
+        return iter(Prefetch(make, keys, workers=self.task.loader_threads, depth=max(4, 2 * self.task.loader_threads)))
 
     def _entry(self, window: Window) -> dict[str, float]:
         means, rate = window.close()
@@ -180,7 +193,8 @@ class Trainer:
         }
 
     def _check_finite(self, window: Window) -> None:
-        if (place := window.first_not_finite()) is None:
+        # With scaled gradients, overflow is how the right scale is found.
+        if (place := window.first_not_finite(("loss",) if self.scaler else ("loss", "grad_norm"))) is None:
             return
         step = self.step - len(window) + place
         files = self.task.sources(step)
@@ -206,11 +220,11 @@ class Trainer:
         flag = torch.tensor([float(received)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum").item())
 
-    def _on_main(self, action: Callable[[], dict[str, float] | None]) -> dict[str, float]:
+    def _on_main(self, action: Callable[[], dict[str, float] | None], *, averaged: bool = True) -> dict[str, float]:
         """Run something with the averaged weights in place, on the main process while the others wait."""
         result = {}
         if self.accelerator.is_main_process:
-            with self.ema.swapped_in(), torch.inference_mode():
+            with self.ema.swapped_in() if averaged else contextlib.nullcontext(), torch.inference_mode():
                 result = action() or {}
         self.accelerator.wait_for_everyone()
         return result
