@@ -1,20 +1,22 @@
 """Low-rank adapters (Hu et al. 2021): W x becomes W x + alpha / rank · up(down(x)), beside a model that stays as it is.
 
-The model does not know of them. While a LoRA is attached, a forward hook on every adapted layer adds its part to the
-output; detaching removes the hooks, and as no weight was touched, the outputs are the old ones bit for bit.
+The model does not know of them. While a LoRA is attached, a tap on every adapted layer adds its part to the output;
+detaching removes the taps, and as no weight was touched, the outputs are the old ones bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from latentdiff.lora.names import kohya_name
-from latentdiff.lora.spec import LoRASpec
+from latentdiff.lora.spec import LoRASpec, adaptable
+from latentdiff.taps import Tap
 from latentdiff.unet import UNet
 
 
@@ -70,15 +72,21 @@ class LoRA(nn.Module):
 
     Args:
         layers: adapters by the full names of what they adapt (`unet.…`, `text_encoder.…`).
-        targets: the adapted layers by the same names.
+        unet, text_encoder: the model.
         metadata: text that goes into the file with the weights.
     """
 
     def __init__(
-        self, layers: Mapping[str, LoRALayer], targets: Mapping[str, nn.Module], metadata: Mapping[str, str] | None = None
+        self,
+        layers: Mapping[str, LoRALayer],
+        unet: UNet,
+        text_encoder: nn.Module | None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.metadata = dict(metadata or {})
+        targets = dict(adaptable(unet, text_encoder))
+        self._model = _Others({"unet": unet, "text_encoder": text_encoder})
         self._targets = _Others({name: targets[name] for name in layers})
         for name, layer in layers.items():
             self.add_module(kohya_name(name), layer)
@@ -100,7 +108,7 @@ class LoRA(nn.Module):
         layers = {name: LoRALayer(target, spec.rank, spec.strength) for name, target in targets.items()}
         for layer in layers.values():
             layer.reset(generator)
-        return cls(layers, targets).to(unet.conv_in.weight.device)
+        return cls(layers, unet, text_encoder).to(unet.conv_in.weight.device)
 
     @property
     def layers(self) -> dict[str, LoRALayer]:
@@ -117,12 +125,13 @@ class LoRA(nn.Module):
         Args:
             scale: strength of the adaptation; 0 is none, 1 is as trained.
         """
-        hooks = [self._targets[name].register_forward_hook(_adding(layer, scale)) for name, layer in self.layers.items()]
-        try:
+        layers = self.layers
+        with ExitStack() as taps:
+            for part, root in self._model.items():
+                paths = [name.removeprefix(f"{part}.") for name in layers if name.startswith(f"{part}.")]
+                if paths:
+                    taps.enter_context(Tap(root, paths, output=partial(_added, layers, part, scale)))
             yield self
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def merge(self, scale: float = 1.0) -> None:
         """Put the adaptation into the model's weights for good; see `merge`."""
@@ -148,15 +157,14 @@ def merge(loras: Sequence[tuple[LoRA, float]]) -> None:
         target.weight.data = (target.weight.float() + change.to(target.weight.device)).to(target.weight.dtype)
 
 
-def _adding(layer: LoRALayer, scale: float) -> Any:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + layer(inputs[0], scale).to(output.dtype)
+def _added(
+    layers: Mapping[str, LoRALayer], part: str, scale: float, path: str, inputs: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    return output + layers[f"{part}.{path}"](inputs[0], scale).to(output.dtype)
 
-    return hook
 
-
-class _Others(dict[str, nn.Module]):
-    """Layers that belong to somebody else: copies of their holder refer to the same ones."""
+class _Others(dict[str, Any]):
+    """Modules that belong to somebody else: copies of their holder refer to the same ones."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self

@@ -75,7 +75,8 @@ def adaptable(unet: nn.Module, text_encoder: nn.Module | None) -> Iterator[tuple
     """Every linear layer and convolution that a LoRA can adapt, by full name."""
     for part, module in (("unet", unet), ("text_encoder", text_encoder)):
         for name, layer in module.named_modules() if module is not None else ():
-            if isinstance(layer, nn.Linear | nn.Conv2d):
+            # Not their subclasses: torch's fused attention holds one whose forward is never called.
+            if type(layer) in (nn.Linear, nn.Conv2d):
                 yield f"{part}.{name}", layer
 
 
