@@ -94,11 +94,11 @@ def check_copies(
         save_png(small, run / FOLDER / f"{number:02d}.png", metadata=False)
         nearest.append(
             Nearest(
-                str(path.relative_to(run)), names[index], f"{FOLDER}/{number:02d}.png", round(distance, 4), mirrored,
+                str(path.relative_to(run)), names[index], f"{FOLDER}/{number:02d}.png", round(distance, 3), mirrored,
                 distance < threshold,
             )
         )  # fmt: skip
-    check = CopyCheck(tuple(nearest), round(usual, 4), round(threshold, 4), len(images), len(names))
+    check = CopyCheck(tuple(nearest), round(usual, 3), round(threshold, 3), len(images), len(names))
     with atomic_path(run / FOLDER / "copying.json") as temporary:
         temporary.write_text(json.dumps(asdict(check), indent=1) + "\n", encoding="utf-8")
     return check

@@ -190,6 +190,7 @@ class Trainer:
             **{name: float(f"{value.item():.5g}") for name, value in means.items()},
             "lr": learning_rate(self.step - 1, self.settings),
             "images_per_second": round(rate * self.settings.batch_size, 2),
+            "peak_memory_mb": round(peak_memory(self.accelerator.device) / 1e6),
         }
 
     def _check_finite(self, window: Window) -> None:
