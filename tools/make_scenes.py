@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scene_language import (
     BACKGROUNDS,
+    NEW_NOUNS,
     NOUNS,
     OBJECT_COLOURS,
     SIZES,
@@ -82,7 +83,7 @@ def glyph(noun: str, colour: str | None, font: Path) -> Image.Image:
         face = ImageFont.truetype(str(font), FONT_SIZE)
     except OSError as error:
         raise MissingDependencyError(f"{font} is not a usable colour emoji font: {error}") from error
-    ImageDraw.Draw(canvas).text((20, 20), NOUNS[noun], font=face, embedded_color=True)
+    ImageDraw.Draw(canvas).text((20, 20), (NOUNS | NEW_NOUNS)[noun], font=face, embedded_color=True)
     image = canvas.crop(canvas.getbbox())
     return (tinted(image, OBJECT_COLOURS[colour]) if colour else image).convert("RGBa")
 
@@ -203,7 +204,8 @@ def _geneval_line(task: str, plan: Plan) -> dict[str, Any]:
     return line
 
 
-def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
@@ -225,7 +227,7 @@ def main(
     try:
         font = font or find_font()
         if prompts:
-            _write_lines(prompts, evaluation_prompts(per_task, seed, font))
+            write_lines(prompts, evaluation_prompts(per_task, seed, font))
         elif out is None:
             raise click.UsageError("name the folder to write to")
         else:
@@ -233,7 +235,7 @@ def main(
             with Pool(workers) as pool:
                 lines = list(tqdm(pool.imap(work, range(count), chunksize=50), total=count, unit="scene", mininterval=1.0))
             # Last, so that a folder without it is known to be unfinished.
-            _write_lines(out / "metadata.jsonl", lines)
+            write_lines(out / "metadata.jsonl", lines)
     except (LatentDiffError, OSError) as error:
         sys.exit(f"error: {error}")
 

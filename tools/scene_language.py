@@ -30,6 +30,9 @@ NOUNS = {
     "bucket": "🪣", "pencil": "✏", "envelope": "✉", "ladder": "🪜",
 }  # fmt: skip
 
+# Things that the embedded model has never seen, for examples of fine-tuning; no random plan holds one.
+NEW_NOUNS = {"teapot": "🫖"}
+
 _PLURALS = {
     "butterfly": "butterflies", "octopus": "octopuses", "fish": "fish", "sheep": "sheep", "strawberry": "strawberries",
     "cherry": "cherries", "cactus": "cacti", "leaf": "leaves", "bus": "buses", "dress": "dresses",

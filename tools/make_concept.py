@@ -1,0 +1,139 @@
+"""Write a small data set for fine-tuning: 24 captioned pictures of something that the embedded model does not know.
+
+    python tools/make_concept.py object data/teapot     # a new thing, "a teapot on a pink background"
+    python tools/make_concept.py style data/sketch      # a new style, "a cat in sketch style"
+
+The folder gets `train/` (what to fine-tune on), `test/` (real pictures of what was held out) and `prompts.jsonl` (held-out
+prompts), which `score_concept.py` scores. Held out are, for the object, three backgrounds and a third of its companions, and
+for the style, a third of the things drawn in it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import click
+import numpy as np
+from make_scenes import compose, find_font, write_lines
+from PIL import Image
+from scene_language import BACKGROUNDS, NEW_NOUNS, NOUNS, Plan, Thing, caption, prompt
+
+from latentdiff.errors import LatentDiffError
+
+OBJECT = next(iter(NEW_NOUNS))
+STYLE = "sketch"
+PAPER = (250, 244, 228)
+INK = (38, 44, 96)
+SIZE = 96  # pixels per side
+
+PICTURES = 24
+TEST_PICTURES = 200
+PROMPTS = 30
+HELD_OUT_BACKGROUNDS = ("black", "blue", "yellow")
+TRAINED_BACKGROUNDS = tuple(name for name in BACKGROUNDS if name not in (*HELD_OUT_BACKGROUNDS, "red"))  # the teapot is red
+HELD_OUT_NOUNS = sorted(NOUNS)[::3]
+
+Drawn = tuple[Plan, Image.Image, list[tuple[int, int, int, int]]]
+
+
+def object_plans(rng: Random, split: str) -> Iterator[Plan]:
+    """Endless plans with the new object: two alone, then one with a companion. Held-out ones are on held-out backgrounds."""
+    held_out = split == "test"
+    backgrounds = HELD_OUT_BACKGROUNDS if held_out else TRAINED_BACKGROUNDS
+    companions = [noun for noun in sorted(NOUNS) if (noun in HELD_OUT_NOUNS) == held_out]
+    while True:
+        for _ in range(2):
+            size = rng.choice((None, None, "small", "big"))
+            yield Plan("single", rng.choice(backgrounds), (Thing(OBJECT, size=size),))
+        yield Plan("two", rng.choice(backgrounds), (Thing(OBJECT), Thing(rng.choice(companions))))
+
+
+def style_plans(rng: Random, split: str) -> Iterator[Plan]:
+    """Endless plans with one thing that the embedded model knows; held-out ones are of held-out things."""
+    nouns = [noun for noun in sorted(NOUNS) if (noun in HELD_OUT_NOUNS) == (split == "test")]
+    while True:
+        for noun in rng.sample(nouns, len(nouns)):
+            yield Plan("single", rng.choice(list(BACKGROUNDS)), (Thing(noun),))
+
+
+def drawn(
+    plans: Iterable[Plan], rng: Random, font: Path, finish: Callable[[Image.Image], Image.Image] | None
+) -> Iterator[Drawn]:
+    """Pictures of those plans that can be drawn with clear contrast; `finish` is the style."""
+    for plan in plans:
+        if (scene := compose(plan, rng, SIZE, font)) is not None:
+            yield plan, finish(scene[0]) if finish else scene[0], scene[1]
+
+
+def sketched(picture: Image.Image) -> Image.Image:
+    """A drawing of the outlines in one ink on paper."""
+    values = np.asarray(picture.convert("RGB"), dtype=np.float64) / 255.0  # (h, w, 3)
+    down, across = np.gradient(values, axis=(0, 1))
+    strength = np.sqrt(down**2 + across**2).max(-1, keepdims=True)  # (h, w, 1)
+    ink = np.clip((strength - 0.04) * 6.0, 0.0, 1.0)
+    return Image.fromarray((ink * INK + (1 - ink) * PAPER).round().astype(np.uint8))
+
+
+def style_caption(plan: Plan) -> str:
+    """A sentence for a picture in the style; its background is the paper, which nobody mentions."""
+    return f"{prompt(plan).removeprefix('a photo of ').rsplit(' on ', 1)[0]} in {STYLE} style"
+
+
+def write_concept(kind: str, out: Path, seed: int, font: Path) -> None:
+    """Write the three parts of a data set; `kind` is "object" or "style"."""
+    plans, finish = (object_plans, None) if kind == "object" else (style_plans, sketched)
+    for split, count in (("train", PICTURES), ("test", TEST_PICTURES)):
+        rng = Random(f"{seed}/{kind}/{split}")
+        lines = []
+        for number, scene in enumerate(islice(drawn(plans(rng, split), rng, font, finish), count)):
+            text = caption(scene[0], rng) if kind == "object" else style_caption(scene[0])
+            lines.append(_write_picture(out / split, number, scene, text))
+        write_lines(out / split / "metadata.jsonl", lines)
+    rng = Random(f"{seed}/{kind}/prompts")
+    by_prompt: dict[str, dict[str, Any]] = {}
+    for plan, _, _ in drawn(plans(rng, "test"), rng, font, finish):
+        line = _prompt_line(kind, plan, rng)
+        by_prompt.setdefault(line["prompt"], line)
+        if len(by_prompt) == PROMPTS:
+            break
+    write_lines(out / "prompts.jsonl", by_prompt.values())
+
+
+def _write_picture(folder: Path, number: int, scene: Drawn, text: str) -> dict[str, Any]:
+    plan, picture, boxes = scene
+    folder.mkdir(parents=True, exist_ok=True)
+    picture.save(folder / f"{number:03d}.png")
+    entry = plan.as_json()
+    for thing, box in zip(entry["objects"], boxes, strict=True):
+        thing["box"] = list(box)
+    return {"file_name": f"{number:03d}.png", "text": text, "scene": entry}
+
+
+def _prompt_line(kind: str, plan: Plan, rng: Random) -> dict[str, Any]:
+    """A line in GenEval's schema, with the style as one more key."""
+    tag = "single_object" if len(plan.things) == 1 else "two_object"
+    line: dict[str, Any] = {"tag": tag, "include": [{"class": thing.noun, "count": 1} for thing in plan.things]}
+    if kind == "style":
+        return line | {"style": STYLE, "prompt": style_caption(plan)}
+    return line | {"background": plan.background, "prompt": caption(plan, rng)}
+
+
+@click.command(help=__doc__.split("\n\n")[0])
+@click.argument("kind", type=click.Choice(["object", "style"]))
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--font", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Path of NotoColorEmoji.ttf.")
+def main(kind: str, out: Path, seed: int, font: Path | None) -> None:
+    try:
+        write_concept(kind, out, seed, font or find_font())
+    except (LatentDiffError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
