@@ -44,8 +44,8 @@ def assign(
 ) -> list[Size | None]:
     """The bucket of each image: that of the nearest aspect ratio.
 
-    An image that is smaller than its bucket gets a smaller one, its own size rounded down to multiples of `step`, so that nothing
-    is enlarged; None where even one step is larger than the image. With `upscale` it is enlarged instead.
+    An image that is smaller than its bucket gets a smaller one, its own size rounded down to multiples of `step`, so that
+    nothing is enlarged; None where even one step is larger than the image. With `upscale` it is enlarged instead.
 
     Args:
         sizes: of the images.
@@ -81,10 +81,10 @@ def kept_share(size: Size, bucket: Size) -> float:
 class BatchPlan:
     """Which images make up which batch, as a pure function of the step.
 
-    Every image of a bucket is seen once (times its repeats) in each of its epochs, in an order that depends on (seed, bucket, epoch)
-    alone. What does not fill the last batch of a bucket waits for the next epoch and comes first then: no batch is smaller,
-    nothing is left out, and in the long run every image is seen equally often. A bucket with fewer images than a batch thus
-    has a batch only every few epochs, and may hold an image twice.
+    Every image of a bucket is seen once (times its repeats) in each of its epochs, in an order that depends on
+    (seed, bucket, epoch) alone. What does not fill the last batch of a bucket waits for the next epoch and comes first then:
+    no batch is smaller, nothing is left out, and in the long run every image is seen equally often. A bucket with fewer
+    images than a batch thus has a batch only every few epochs, and may hold an image twice.
 
     Args:
         bucket_of: the bucket of each image; None leaves it out.

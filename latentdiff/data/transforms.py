@@ -49,4 +49,4 @@ def prepare(
         image = image.resize(bucket, Image.Resampling.LANCZOS, box=box)
     if flip and rng is not None and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(image)
+    return np.array(image)
