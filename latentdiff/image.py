@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from latentdiff.errors import DataError
@@ -56,6 +56,34 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
         raise DataError(f"no picture at {os.fspath(path)}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read {os.fspath(path)} as a picture: {error}") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture as the model sees it: upright (EXIF), 8-bit RGB, transparency laid over white."""
+    image = as_8_bit(ImageOps.exif_transpose(image))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def as_8_bit(image: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits or more with 8, where Pillow would clip; others as they are."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.float64)  # (H, W)
+        largest = 65535.0 if image.mode.startswith("I;16") or values.max() > 255.0 else 255.0
+        return Image.fromarray((values * (255.0 / largest)).round().clip(0, 255).astype(np.uint8))
+    return image
+
+
+def side_by_side(pictures: Mapping[str, Image.Image]) -> Image.Image:
+    """Pictures in one row, each above its name; smaller ones stand at the top left of a white area of the largest size."""
+    size = tuple(max(sides) for sides in zip(*(picture.size for picture in pictures.values()), strict=True))
+    cells = []
+    for picture in pictures.values():
+        cell = Image.new("RGB", size, "white")
+        cell.paste(as_rgb(picture))
+        cells.append(cell)
+    return contact_sheet(cells, list(pictures), columns=len(cells))
 
 
 def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 4) -> Image.Image:

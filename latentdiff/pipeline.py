@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -37,20 +38,30 @@ from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.guidance import Guidance, guided_denoiser
 from latentdiff.image import to_pil
 from latentdiff.latents import NoiseStream
+from latentdiff.lora.loaded import LoadedLoRAs
 from latentdiff.parameterization import Denoiser, parameterization
 from latentdiff.progress import Callback, progress_bar, report
 from latentdiff.prompt import tokenize
 from latentdiff.recipe import Recipe, library_versions
-from latentdiff.request import batches, latent_shape, make_guidance, one_per_picture, seed_of_each
-from latentdiff.samplers import get_sampler
+from latentdiff.request import Plan, Sampling, latent_shape
 from latentdiff.schedule import Level, Schedule
 from latentdiff.unet import UNet
 from latentdiff.vae import VAE, LatentDistribution
 
 if TYPE_CHECKING:
     from latentdiff.checkpoints import Components
+    from latentdiff.lora.loading import LoadReport
 
 EMBEDDED_NAME = "latentdiff-embedded"  # what recipes call the embedded model
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a batch of pictures begins, and what else its walk needs."""
+
+    x: Tensor  # (N, C, h, w), at the first level
+    after_step: Callable[[Tensor, Level], Tensor] | None = None  # see `denoise`
+    extra_channels: Tensor | None = None  # see `Pipeline.denoiser`
 
 
 class Pipeline:
@@ -84,6 +95,7 @@ class Pipeline:
         self.schedule = Schedule(schedule_config)
         self.name, self.model_hash, self.ema = name, model_hash, ema
         self.precision = precision_of(unet)
+        self._loras = LoadedLoRAs(unet, text_encoder)
         _check_fit("text embeddings", text_encoder.embedding_width, unet.config.cross_attention_dim)
         _check_fit("latent channels", vae.config.latent_channels, unet.config.out_channels)
         _check_inputs(unet.config.in_channels, vae.config.latent_channels)
@@ -156,7 +168,36 @@ class Pipeline:
             self.precision = FORMATS[precision] if isinstance(precision, str) else precision
         for part in ("text_encoder", "unet", "vae"):
             getattr(self, part).to(device, getattr(self.precision, part))
+        self._loras.to(device, self.precision)
         return self
+
+    def load_lora(
+        self,
+        path: str | os.PathLike[str],
+        scale: float = 1.0,
+        name: str | None = None,
+        *,
+        allow_partial: bool = False,
+    ) -> LoadReport:
+        """Adapt the model by a LoRA file; several act at once. The model's own weights stay as they are.
+
+        Args:
+            path: in the dialect of kohya's tools, of PEFT or of diffusers; or a folder that the last two wrote.
+            scale: strength; 1 is as trained.
+            name: what `unload_lora` calls it; None is the file's name without suffix.
+            allow_partial: leave out what does not fit, as long as something does.
+
+        Returns:
+            A report that says "matched 264 of 264 layers".
+
+        Raises:
+            CheckpointError: there is no such file, it is damaged, no LoRA, or one for another model.
+        """
+        return self._loras.load(path, scale, name, allow_partial, self.precision)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take a LoRA off again, or all of them: pictures are as before, bit for bit."""
+        self._loras.unload(name)
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -228,50 +269,76 @@ class Pipeline:
             NotFiniteError: the model gives NaN or infinity.
             Cancelled: the callback returned False.
         """
-        prompts, negatives = one_per_picture(prompt, negative_prompt, num_images)
-        seeds = seed_of_each(seed, len(prompts))
-        self._check_text_to_image()
-        shape = latent_shape((height, width), self.default_size, self.vae.config, latents, len(prompts))
-        guidance = make_guidance(guidance_scale, guidance_rescale, guidance_interval)
-        method = get_sampler(sampler, eta=eta)
-        levels = method.levels(self.schedule, steps, spacing)
-        start_scale = method.start_scale(self.schedule, spacing)
-        parts = batches(len(prompts), batch_size)
-        if output not in ("images", "latents"):
-            raise UsageError(f"expected output 'images' or 'latents', found {output!r}")
-
-        with explained_out_of_memory(), progress_bar(steps * len(parts), progress) as bar:
-            positive, negative = self.encode([*prompts, *negatives]).chunk(2)  # (N, L, C) each
-            finished = []
-            for part in parts:
-                noise = NoiseStream(seeds[part], shape, device=self.device)
-                x = noise()  # drawn even if it is given, so that later draws do not depend on that
-                if latents is not None:
-                    x = latents[part].to(x)
-                denoiser = self.denoiser(positive[part], negative[part], guidance, levels)
-                for step in denoise(denoiser, start_scale * x, levels, method.step, noise=noise):
-                    bar.update()
-                    report(step, callback)
-                finished.append(step.x)
-            if output == "latents":
-                return torch.cat(finished)
-            images = [image for x in finished for image in to_pil(self.decode(x))]
-
-        recipe = partial(
-            self.recipe,
+        options = Sampling(
+            negative_prompt=negative_prompt,
             steps=steps,
-            sampler=sampler,
-            eta=eta,
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
             guidance_interval=guidance_interval,
-            spacing=spacing or self.schedule.config.timestep_spacing,
-            given_latents=latents is not None,
+            sampler=sampler,
+            eta=eta,
+            seed=seed,
+            num_images=num_images,
+            batch_size=batch_size,
+            spacing=spacing,
+            callback=callback,
+            progress=progress,
         )
-        for image, text, avoided, own in zip(images, prompts, negatives, seeds, strict=True):
-            made = recipe(prompt=text, negative_prompt=avoided, seed=own, width=image.width, height=image.height)
-            image.info.update(made.to_chunks())
+        plan = options.plan(prompt, self.schedule)
+        self.check_text_to_image()
+        shape = latent_shape((height, width), self.default_size, self.vae.config, latents, len(plan.prompts))
+        if output not in ("images", "latents"):
+            raise UsageError(f"expected output 'images' or 'latents', found {output!r}")
+
+        def start(part: slice, noise: NoiseStream) -> Start:
+            x = noise()  # drawn even if it is given, so that later draws do not depend on that
+            return Start(plan.start_scale * (x if latents is None else latents[part].to(x)))
+
+        made = self.sample(plan, shape, start)
+        if output == "latents":
+            return made
+        images = to_pil(self.decode(made))
+        for image, fields in zip(images, plan.recipe_fields(), strict=True):
+            own = self.recipe(**fields, width=image.width, height=image.height, given_latents=latents is not None)
+            image.info.update(own.to_chunks())
         return images
+
+    @torch.no_grad()
+    @explained_out_of_memory()
+    def sample(
+        self,
+        plan: Plan,
+        shape: tuple[int, int, int],
+        start: Callable[[slice, NoiseStream], Start],
+        *,
+        text: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Walk the pictures of a plan, batch by batch, from where `start` puts them down to clean latents (N, C, h, w).
+
+        Args:
+            shape: (C, h, w), of the noise of one picture.
+            start: (pictures of the batch, their noise) -> where they begin, at the first level of the plan.
+            text: embeddings (N, L, C) to follow and to avoid, in place of those of the plan's prompts.
+
+        Raises:
+            NotFiniteError: the model gives NaN or infinity.
+            Cancelled: the callback returned False.
+        """
+        positive, negative = text or self.encode([*plan.prompts, *plan.negatives]).chunk(2)
+        finished = []
+        with progress_bar(plan.steps * len(plan.parts), plan.options.progress) as bar:
+            for part in plan.parts:
+                noise = NoiseStream(plan.seeds[part], shape, device=self.device)
+                begun = start(part, noise)
+                denoiser = self.denoiser(
+                    positive[part], negative[part], plan.guidance, plan.levels, extra_channels=begun.extra_channels
+                )
+                steps = denoise(denoiser, begun.x, plan.levels, plan.sampler.step, noise=noise, after_step=begun.after_step)
+                for step in steps:
+                    bar.update()
+                    report(step, plan.options.callback)
+                finished.append(step.x)
+        return torch.cat(finished)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -286,6 +353,7 @@ class Pipeline:
         ).float()
 
     @torch.no_grad()
+    @explained_out_of_memory()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (N, C, h, w) to pictures (N, 3, H, W), about in [-1, 1], float32, one at a time."""
         return torch.cat([self._decode_one(latent) for latent in latents.split(1)])
@@ -304,6 +372,7 @@ class Pipeline:
         return image.float()
 
     @torch.no_grad()
+    @explained_out_of_memory()
     def encode_images(self, images: Tensor) -> LatentDistribution:
         """Latents of pictures (N, 3, H, W) in [-1, 1], float32; H and W are multiples of the VAE's factor."""
         encoded = torch.cat([self._encode_image(image) for image in images.split(1)])
@@ -350,6 +419,7 @@ class Pipeline:
             precision=self.precision.name,
             device=describe_device(self.device),
             versions=library_versions(),
+            loras=self._loras.describe(),
             **fields,
         )
 
@@ -358,7 +428,8 @@ class Pipeline:
         """Whether the U-Net sees, after the latents, a mask and the latents of the picture under it."""
         return self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1
 
-    def _check_text_to_image(self) -> None:
+    def check_text_to_image(self) -> None:
+        """Raise a UsageError if the model cannot do without a picture and a mask."""
         if self.is_for_inpainting:
             raise UsageError(
                 f"expected a text-to-image model with {self.vae.config.latent_channels} U-Net input channels, "

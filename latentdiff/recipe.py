@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from latentdiff import __version__
 from latentdiff.errors import DataError
@@ -22,6 +22,8 @@ SAMPLER_TITLES = {"ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "dpmpp-2m": 
 NEGATIVE = "Negative prompt:"
 # One "Key: value" of the last line; a value that contains a comma, a colon or a line break is a JSON string.
 SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,32 @@ class Recipe:
     schema: Literal[1] = 1
 
     __pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+
+    def sampling(self) -> dict[str, Any]:
+        """The options of `Sampling` that make this picture."""
+        names = (
+            "negative_prompt", "steps", "guidance_scale", "guidance_rescale", "guidance_interval", "sampler", "eta", "seed",
+            "spacing",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    def settings_as(self, kind: type[Settings]) -> Settings:
+        """The settings of the task as an instance of its dataclass.
+
+        Raises:
+            DataError: one is missing, unknown, or of the wrong type.
+        """
+        from pydantic import TypeAdapter, ValidationError
+
+        unknown = self.task_settings.keys() - {field.name for field in dataclasses.fields(kind)}
+        if unknown:
+            raise DataError(f"the picture's recipe has settings that the task {self.task!r} does not know: {sorted(unknown)}")
+        try:
+            return TypeAdapter(kind).validate_json(json.dumps(self.task_settings), strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, ("task_settings", *first["loc"])))
+        raise DataError(f"the picture's recipe is not valid at {place}: {first['msg']}")
 
     def to_chunks(self) -> dict[str, str]:
         """The two text chunks by name, for `PIL.Image.Image.info`."""

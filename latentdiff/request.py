@@ -4,17 +4,98 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 from torch import Tensor
 
 from latentdiff.config import VAEConfig
 from latentdiff.errors import UsageError
 from latentdiff.guidance import Guidance
+from latentdiff.progress import Callback
 from latentdiff.prompt import as_list
+from latentdiff.samplers import Sampler, get_sampler
+from latentdiff.schedule import Level, Schedule
 
 DEFAULT_BATCH_SIZE = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The options that making pictures has whatever the task; `Pipeline.__call__` says what each means."""
+
+    negative_prompt: str | Sequence[str] = ""
+    steps: int = 25
+    guidance_scale: float = 5.0
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
+    sampler: str = "ddim"
+    eta: float = 0.0
+    seed: int | Sequence[int] | None = None
+    num_images: int = 1
+    batch_size: int | None = None
+    spacing: str | None = None
+    callback: Callback | None = None
+    progress: bool = True
+
+    def plan(self, prompt: str | Sequence[str], schedule: Schedule) -> Plan:
+        """What these options mean for a prompt, or several, and the noise schedule of a model.
+
+        Raises:
+            UsageError: an option outside its domain.
+        """
+        prompts, negatives = one_per_picture(prompt, self.negative_prompt, self.num_images)
+        method = get_sampler(self.sampler, eta=self.eta)
+        return Plan(
+            options=self,
+            prompts=prompts,
+            negatives=negatives,
+            seeds=seed_of_each(self.seed, len(prompts)),
+            guidance=make_guidance(self.guidance_scale, self.guidance_rescale, self.guidance_interval),
+            sampler=method,
+            levels=method.levels(schedule, self.steps, self.spacing),
+            start_scale=method.start_scale(schedule, self.spacing),
+            parts=batches(len(prompts), self.batch_size),
+            spacing=self.spacing or schedule.config.timestep_spacing,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is going to be done, checked, with one prompt, negative prompt and seed per picture."""
+
+    options: Sampling
+    prompts: list[str]
+    negatives: list[str]
+    seeds: list[int]
+    guidance: Guidance
+    sampler: Sampler
+    levels: list[Level]  # from where the walk begins to the clean end
+    start_scale: float  # of unit normal noise at the noisiest level
+    parts: list[slice]  # the batches
+    spacing: str | None
+
+    @property
+    def steps(self) -> int:
+        """How many steps each picture takes."""
+        return len(self.levels) - 1
+
+    def recipe_fields(self) -> Iterator[dict[str, Any]]:
+        """For each picture, the fields of its recipe that the plan decides."""
+        own = self.options
+        same = {
+            "steps": own.steps,
+            "sampler": own.sampler,
+            "eta": own.eta,
+            "guidance_scale": own.guidance_scale,
+            "guidance_rescale": own.guidance_rescale,
+            "guidance_interval": own.guidance_interval,
+            "spacing": self.spacing,
+        }
+        for prompt, negative, seed in zip(self.prompts, self.negatives, self.seeds, strict=True):
+            yield {"prompt": prompt, "negative_prompt": negative, "seed": seed, **same}
 
 
 def one_per_picture(

@@ -1,0 +1,128 @@
+"""Interpolation: a way of pictures from one prompt to the next, through start noise and text embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentdiff.errors import UsageError
+from latentdiff.image import to_pil
+from latentdiff.latents import NoiseStream, start_noise
+from latentdiff.pipeline import Pipeline, Start
+from latentdiff.recipe import Recipe
+from latentdiff.request import Sampling, latent_shape, seed_of_each
+
+TASK = "interpolate"
+NEARLY_PARALLEL = 1e-4  # radians; below, the arc is a line
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpolateSettings:
+    """What a recipe holds of a frame besides the sampling: the way, and the place on it."""
+
+    prompts: list[str]
+    seeds: list[int]  # one per prompt
+    frames: int
+    frame: int  # from 0
+
+
+def interpolate(
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    *,
+    frames: int = 24,
+    same_noise: bool = False,
+    width: int | None = None,
+    height: int | None = None,
+    **options: Any,
+) -> list[Image.Image]:
+    """Pictures on the way from the first prompt over all others to the last.
+
+    The embeddings of neighbouring prompts are mixed linearly, and their start noise on the sphere, which keeps its norm.
+    Each frame depends on its place alone, so frames agree whatever the batch size.
+
+    Args:
+        prompts: two or more; the first and the last frame are those of the first and the last prompt.
+        frames: pictures in all, 2 or more, at equal distances.
+        same_noise: give all prompts the start noise of the first, so that only the text changes.
+        width, height: in pixels, multiples of the VAE's factor (8); None is the size of the training.
+        options: of `Sampling`; prompt i has seed + i, or the i-th of a list of seeds. `num_images` is 1.
+
+    Returns:
+        The frames in order, with their recipe in `image.info`.
+
+    Raises:
+        UsageError: an argument outside its domain.
+        NotFiniteError: the model gives NaN or infinity.
+        Cancelled: the callback returned False.
+    """
+    if isinstance(prompts, str) or len(prompts) < 2:
+        raise UsageError(f"expected two prompts or more to go between, found {1 if isinstance(prompts, str) else len(prompts)}")
+    if frames < 2:
+        raise UsageError(f"expected 2 frames or more, found {frames}")
+    sampling = Sampling(**options)
+    if sampling.num_images != 1:
+        raise UsageError(f"expected num_images 1, found {sampling.num_images}: an interpolation makes one picture per frame")
+    seeds = seed_of_each(sampling.seed, len(prompts))
+    seeds = [seeds[0]] * len(seeds) if same_noise else seeds
+    ways = [InterpolateSettings(prompts=list(prompts), seeds=seeds, frames=frames, frame=i) for i in range(frames)]
+    return _frames(pipe, ways, sampling, (height, width))
+
+
+def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.Image:
+    """The frame of a recipe once more.
+
+    Raises:
+        UsageError: the place is not on the way.
+    """
+    way = recipe.settings_as(InterpolateSettings)
+    if not (0 <= way.frame < way.frames and 2 <= len(way.prompts) == len(way.seeds)):
+        raise UsageError(f"expected a frame on the way between prompts with their seeds, found {way}")
+    return _frames(pipe, [way], Sampling(**recipe.sampling()), (recipe.height, recipe.width))[0]
+
+
+def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """Spherical interpolation of tensors of one shape (Shoemake 1985): `share` 0 is the first, 1 the second.
+
+    Between independent normal noise, lengths stay those of normal noise, where a linear mix would shorten them.
+    """
+    a, b = first.double(), second.double()
+    cosine = (a * b).sum() / (a.norm() * b.norm())
+    angle = torch.acos(cosine.clamp(-1.0, 1.0))
+    if angle < NEARLY_PARALLEL:
+        return torch.lerp(first, second, share)
+    mixed = (torch.sin((1.0 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+    return mixed.to(first.dtype)
+
+
+@torch.no_grad()
+def _frames(
+    pipe: Pipeline, ways: list[InterpolateSettings], sampling: Sampling, size: tuple[int | None, int | None]
+) -> list[Image.Image]:
+    """Frames of one way."""
+    pipe.check_text_to_image()
+    prompts, seeds = ways[0].prompts, ways[0].seeds
+    plan = replace(sampling, seed=[seeds[0]] * len(ways)).plan([" -> ".join(prompts)] * len(ways), pipe.schedule)
+    shape = latent_shape(size, pipe.default_size, pipe.vae.config, None, len(ways))
+    places = [way.frame / (way.frames - 1) * (len(prompts) - 1) for way in ways]
+    legs = [(min(int(place), len(prompts) - 2), place) for place in places]
+    noises, texts = start_noise(seeds, shape), pipe.encode(prompts)
+    x = torch.stack([slerp(noises[leg], noises[leg + 1], place - leg) for leg, place in legs]).to(pipe.device)  # (N, C, h, w)
+    positive = torch.stack([torch.lerp(texts[leg], texts[leg + 1], place - leg) for leg, place in legs])  # (N, L, C)
+
+    def start(part: slice, noise: NoiseStream) -> Start:
+        noise()  # what stochastic steps draw comes after the start noise, as everywhere
+        return Start(plan.start_scale * x[part])
+
+    latents = pipe.sample(plan, shape, start, text=(positive, pipe.encode(plan.negatives)))
+    images = to_pil(pipe.decode(latents))
+    for image, fields, way in zip(images, plan.recipe_fields(), ways, strict=True):
+        recipe = pipe.recipe(**fields, width=image.width, height=image.height, task=TASK, task_settings=asdict(way))
+        image.info = dict(recipe.to_chunks())
+    return images

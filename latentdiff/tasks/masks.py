@@ -1,0 +1,95 @@
+"""Masks of inpainting: grey pictures, white where to paint, black where to keep, grey in between."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentdiff.errors import UsageError
+from latentdiff.image import as_8_bit
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
+
+def prepared_mask(image: Image.Image, size: tuple[int, int], *, grow: int, blur: float) -> Image.Image:
+    """A grey mask of (width, height) `size`: upright, then grown, then blurred. Its transparent parts are black.
+
+    Args:
+        grow: pixels by which the painted area is widened on all sides.
+        blur: standard deviation in pixels of the Gaussian that softens its edge.
+
+    Raises:
+        UsageError: another size than that of the picture, nothing to paint, or a negative growth or blur.
+    """
+    from PIL import ImageOps
+
+    if grow < 0:
+        raise UsageError(f"expected a mask growth of 0 or more pixels, found {grow}")
+    if not (math.isfinite(blur) and blur >= 0):
+        raise UsageError(f"expected a mask blur of 0 or more pixels, found {blur}")
+    mask = _grey(ImageOps.exif_transpose(image))
+    if mask.size != size:
+        raise UsageError(
+            f"expected a mask of the picture's size, {size[0]} x {size[1]} pixels, found {mask.width} x {mask.height}"
+        )
+    if mask.getbbox() is None:
+        raise UsageError("the mask is empty: expected white where to paint and black where to keep, found only black")
+    if grow:
+        mask = _grown(mask, grow)
+    return mask.filter(ImageFilter.GaussianBlur(blur)) if blur else mask
+
+
+def latent_mask(mask: Image.Image, factor: int) -> Tensor:
+    """The mask for latents, (1, 1, h, w) in [0, 1]: each cell takes the largest value of its pixels.
+
+    So a cell that holds any pixel to be painted is painted, and nothing of what is to go is left at the rim. Cells that reach
+    beyond the picture count what lies inside.
+    """
+    values = torch.from_numpy(np.array(mask, dtype=np.float32) / 255.0)[None, None]  # (1, 1, H, W)
+    right, bottom = -mask.width % factor, -mask.height % factor
+    return F.max_pool2d(F.pad(values, (0, right, 0, bottom)), factor)
+
+
+def composed(picture: Image.Image, painted: Image.Image, mask: Image.Image) -> Image.Image:
+    """`painted` where the mask is white and `picture` where it is black, to the last bit; the weighted mean in between."""
+    weight = np.asarray(mask, dtype=np.float64)[..., None] / 255.0  # (H, W, 1)
+    mixed = weight * np.asarray(painted) + (1.0 - weight) * np.asarray(picture)
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def surroundings(mask: Image.Image, padding: int) -> Box:
+    """The painted area with `padding` pixels around it, widened to a square as far as the picture allows."""
+    left, top, right, bottom = mask.getbbox()
+    left, top = max(0, left - padding), max(0, top - padding)
+    right, bottom = min(mask.width, right + padding), min(mask.height, bottom + padding)
+    side = max(right - left, bottom - top)
+    left, right = _widened(left, right, side, mask.width)
+    top, bottom = _widened(top, bottom, side, mask.height)
+    return left, top, right, bottom
+
+
+def _widened(first: int, last: int, length: int, limit: int) -> tuple[int, int]:
+    """An interval of up to `length` around the one from `first` to `last`, shifted to lie between 0 and `limit`."""
+    length = min(length, limit)
+    first = min(max(0, first - (length - (last - first)) // 2), limit - length)
+    return first, first + length
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    image = as_8_bit(image)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+    return image.convert("L")
+
+
+def _grown(mask: Image.Image, pixels: int) -> Image.Image:
+    values = torch.from_numpy(np.array(mask, dtype=np.float32))[None]  # (1, H, W)
+    window = 2 * pixels + 1
+    values = F.max_pool2d(values, (window, 1), stride=1, padding=(pixels, 0))
+    values = F.max_pool2d(values, (1, window), stride=1, padding=(0, pixels))
+    return Image.fromarray(values[0].numpy().astype(np.uint8))
