@@ -1,0 +1,135 @@
+"""What a degradation is: y = A x + n, with a picture x, a measurement y and noise n of known size.
+
+Pictures are (N, 3, H, W) in [-1, 1]. The noise level is a standard deviation in that range: 0.1 is 12.75 of 255 grey levels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from latentdiff.errors import UsageError
+
+Shape = tuple[int, int, int]  # (channels, height, width) of one picture or measurement
+
+# Conjugate gradients end here: relative residual, and steps. The systems are (AᵀA + rho I), and rho bounds their condition.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+MAX_ITERATIONS = 100
+
+
+class Operator(ABC):
+    """A linear map A from pictures to measurements, with what restoration needs of it.
+
+    A member says how it maps (`apply`) and between which shapes. Adjoint, pseudo-inverse and proximal map then follow by
+    autograd and conjugate gradients; members with a closed form replace them.
+
+    Attributes:
+        noise_std: standard deviation of the noise n, in [-1, 1] units; 0 is an exact measurement.
+        border: what lies beyond the border of the picture: "periodic", "reflect", or None where no neighbours are touched.
+        copies_pixels: whether measurements are pixels of the picture themselves, so that they can be put back.
+    """
+
+    border: str | None = None
+    copies_pixels: bool = False
+
+    def __init__(self, *, noise_std: float = 0.0) -> None:
+        if not 0.0 <= noise_std < float("inf"):
+            raise UsageError(f"expected a noise level of 0 or more, found {noise_std}")
+        self.noise_std = float(noise_std)
+
+    @abstractmethod
+    def apply(self, x: Tensor) -> Tensor:
+        """A x: pictures (N, 3, H, W) -> measurements (N, c, h, w), differentiable in x."""
+
+    @abstractmethod
+    def measurement_shape(self, picture: Shape) -> Shape:
+        """The shape of a measurement of one picture.
+
+        Raises:
+            UsageError: the operator does not fit a picture of that shape.
+        """
+
+    @abstractmethod
+    def picture_shape(self, measurement: Shape) -> Shape:
+        """The shape of the picture that one measurement is of.
+
+        Raises:
+            UsageError: the operator does not give measurements of that shape.
+        """
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Aᵀ y: (N, c, h, w) -> (N, 3, H, W), with <A x, y> = <x, Aᵀ y> exactly."""
+        zero = y.new_zeros(y.shape[0], *self.picture_shape(y.shape[1:]))
+        _, pull = torch.func.vjp(self.apply, zero)
+        return pull(y)[0].detach()
+
+    def pinv(self, y: Tensor) -> Tensor:
+        """A⁺ y: the shortest of all pictures (N, 3, H, W) whose measurements come nearest to y."""
+        start = y.new_zeros(y.shape[0], *self.picture_shape(y.shape[1:]))
+        return conjugate_gradient(lambda x: self.adjoint(self.apply(x)), self.adjoint(y), start, iterations=10 * MAX_ITERATIONS)
+
+    def project(self, y: Tensor, z: Tensor) -> Tensor:
+        """The picture nearest to z among those whose measurements come nearest to y: z + A⁺ (y - A z)."""
+        return z + self.pinv(y - self.apply(z))
+
+    def prox(self, y: Tensor, z: Tensor, rho: float) -> Tensor:
+        """The minimum over x of |y - A x|² + rho |x - z|²; y (N, c, h, w), z and x (N, 3, H, W), rho > 0."""
+        right = self.adjoint(y) + rho * z
+        return conjugate_gradient(lambda x: self.adjoint(self.apply(x)) + rho * x, right, z)
+
+    def observed(self, picture: Shape) -> Tensor:
+        """Which entries of a measurement say something, (c, h, w) of 1 and 0; all of them, unless a mask hides some."""
+        return torch.ones(self.measurement_shape(picture))
+
+    def check(self, picture: Shape, y: Tensor) -> None:
+        """Make sure that y (N, c, h, w) can be a measurement of pictures of that shape.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        expected = self.measurement_shape(picture)
+        if tuple(y.shape[1:]) != expected:
+            raise UsageError(f"expected measurements of shape {expected} for pictures {picture}, found {tuple(y.shape[1:])}")
+
+
+def residual(operator: Operator, y: Tensor, x: Tensor) -> Tensor:
+    """How far pictures x miss the measurements y: the root mean square of y - A x over what was observed, (N,)."""
+    count = operator.observed(tuple(x.shape[1:])).sum().clamp(min=1.0).item()
+    return (per_image_norm(y - operator.apply(x)).square() / count).sqrt()
+
+
+def per_image_norm(x: Tensor) -> Tensor:
+    """The Euclidean norm of each image of a batch, (N,)."""
+    return x.flatten(1).norm(dim=1)
+
+
+def conjugate_gradient(
+    matrix: Callable[[Tensor], Tensor], right: Tensor, start: Tensor, *, iterations: int = MAX_ITERATIONS
+) -> Tensor:
+    """Solve `matrix(x) = right` for a symmetric positive (semi)definite matrix (Hestenes & Stiefel 1952); all (N, C, H, W).
+
+    Every image of the batch is its own system: the others change nothing for it.
+    """
+    tolerance = TOLERANCE[right.dtype]
+
+    def inner(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(dim=(1, 2, 3), keepdim=True)
+
+    x, missing = start, right - matrix(start)
+    direction, size = missing, inner(missing, missing)  # (N, 1, 1, 1)
+    enough = tolerance**2 * inner(right, right)
+    for _ in range(iterations):
+        active = size > enough
+        if not active.any():
+            break
+        image = matrix(direction)
+        length = torch.where(active, size / inner(direction, image).clamp(min=torch.finfo(x.dtype).tiny), 0.0)
+        x = x + length * direction
+        missing = missing - length * image
+        new_size = inner(missing, missing)
+        direction = torch.where(active, missing + new_size / size.clamp(min=torch.finfo(x.dtype).tiny) * direction, direction)
+        size = torch.where(active, new_size, size)
+    return x
