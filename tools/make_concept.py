@@ -1,7 +1,7 @@
 """Write a small data set for fine-tuning: 24 captioned pictures of something that the embedded model does not know.
 
     python tools/make_concept.py object data/teapot     # a new thing, "a teapot on a pink background"
-    python tools/make_concept.py style data/sketch      # a new style, "a cat in sketch style"
+    python tools/make_concept.py style data/sepia       # a new style, "a cat in sepia style"
 
 The folder gets `train/` (what to fine-tune on), `test/` (real pictures of what was held out) and `prompts.jsonl` (held-out
 prompts), which `score_concept.py` scores. Held out are, for the object, three backgrounds and a third of its companions, and
@@ -26,9 +26,10 @@ from scene_language import BACKGROUNDS, NEW_NOUNS, NOUNS, Plan, Thing, caption, 
 from latentdiff.errors import LatentDiffError
 
 OBJECT = next(iter(NEW_NOUNS))
-STYLE = "sketch"
-PAPER = (250, 244, 228)
-INK = (38, 44, 96)
+STYLE = "sepia"
+PAPER = (226, 203, 160)
+INK = (58, 34, 14)
+LIGHT = (186, 152, 104)  # the lightest shade of a thing
 SIZE = 96  # pixels per side
 
 PICTURES = 24
@@ -70,13 +71,13 @@ def drawn(
             yield plan, finish(scene[0]) if finish else scene[0], scene[1]
 
 
-def sketched(picture: Image.Image) -> Image.Image:
-    """A drawing of the outlines in one ink on paper."""
-    values = np.asarray(picture.convert("RGB"), dtype=np.float64) / 255.0  # (h, w, 3)
-    down, across = np.gradient(values, axis=(0, 1))
-    strength = np.sqrt(down**2 + across**2).max(-1, keepdims=True)  # (h, w, 1)
-    ink = np.clip((strength - 0.04) * 6.0, 0.0, 1.0)
-    return Image.fromarray((ink * INK + (1 - ink) * PAPER).round().astype(np.uint8))
+def in_sepia(picture: Image.Image) -> Image.Image:
+    """The picture in shades of one brown on tan paper, whatever its plain background was."""
+    values = np.asarray(picture.convert("RGB"), dtype=np.float64)  # (h, w, 3)
+    luminance = values @ (0.299, 0.587, 0.114) / 255.0  # (h, w)
+    mask = np.clip(np.abs(values - values[0, 0]).max(-1) / 40.0, 0.0, 1.0)[..., None]  # the corner is never covered
+    tones = INK + luminance[..., None] * (np.array(LIGHT) - INK)
+    return Image.fromarray((mask * tones + (1 - mask) * PAPER).round().astype(np.uint8))
 
 
 def style_caption(plan: Plan) -> str:
@@ -86,7 +87,7 @@ def style_caption(plan: Plan) -> str:
 
 def write_concept(kind: str, out: Path, seed: int, font: Path) -> None:
     """Write the three parts of a data set; `kind` is "object" or "style"."""
-    plans, finish = (object_plans, None) if kind == "object" else (style_plans, sketched)
+    plans, finish = (object_plans, None) if kind == "object" else (style_plans, in_sepia)
     for split, count in (("train", PICTURES), ("test", TEST_PICTURES)):
         rng = Random(f"{seed}/{kind}/{split}")
         lines = []

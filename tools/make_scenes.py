@@ -77,13 +77,13 @@ def find_font() -> Path:
 
 @cache
 def glyph(noun: str, colour: str | None, font: Path) -> Image.Image:
-    """The noun's emoji, cut to its outline, in its own colours or in shades of one; premultiplied RGBa."""
+    """A noun's emoji, or an emoji itself, cut to its outline, in its own colours or in shades of one; premultiplied RGBa."""
     canvas = Image.new("RGBA", (2 * FONT_SIZE, 2 * FONT_SIZE))
     try:
         face = ImageFont.truetype(str(font), FONT_SIZE)
     except OSError as error:
         raise MissingDependencyError(f"{font} is not a usable colour emoji font: {error}") from error
-    ImageDraw.Draw(canvas).text((20, 20), (NOUNS | NEW_NOUNS)[noun], font=face, embedded_color=True)
+    ImageDraw.Draw(canvas).text((20, 20), (NOUNS | NEW_NOUNS).get(noun, noun), font=face, embedded_color=True)
     image = canvas.crop(canvas.getbbox())
     return (tinted(image, OBJECT_COLOURS[colour]) if colour else image).convert("RGBa")
 

@@ -1,0 +1,125 @@
+"""A judge that also knows the new thing and the new style of `make_concept.py`.
+
+It is the judge of `latentdiff evaluate`, further trained on renders alone: of the known world, of the new thing, of things that
+neither knows (so that strange is not enough to be called new), and of sepia pictures. It never sees a generated picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from make_concept import OBJECT, PAPER, drawn, in_sepia, style_plans
+from PIL import Image
+from scene_language import BACKGROUNDS, NOUNS, Plan, Thing, draw_plan
+from tqdm import tqdm
+from train_judge import Scene, batch_of, loss_of, make_targets
+
+from latentdiff.evaluation.judge import Judge, save_judge
+from latentdiff.evaluation.network import JudgeConfig, JudgeNetwork
+
+OTHER = "something else"
+SEPIA = "sepia"  # stands among the backgrounds: it is what the whole picture looks like
+
+# Things that nobody knows: the judge learns some as "something else", and is tested with the others.
+STRANGE = ("☕", "🏺", "🛵", "⚓", "🎻", "🥾", "🪑", "🍐", "🧦", "🪴", "🦜", "🧸", "🛶", "🔭", "🧲", "🎺")
+STRANGE_TEST = ("🍵", "🦔", "🪁", "🫙", "🍇", "🚪", "🪶")
+
+STEPS = 600
+LEARNING_RATE = 1e-3
+WARMUP = 50
+_SCENES = 6000
+
+
+def load_concept_judge(folder: Path, base: Judge, font: Path, *, steps: int = STEPS, scenes: int = _SCENES) -> Judge:
+    """Read the judge in a folder, or train it there (minutes on one core)."""
+    if not (folder / "config.json").is_file():
+        save_judge(train(extended(base), scenes, steps, font), folder)
+    return Judge.load(folder)
+
+
+def extended(base: Judge) -> JudgeNetwork:
+    """The judge's network with outputs for the new thing, for strange things and for the style; the rest is as it was."""
+    old = base.config
+    config = replace(old, nouns=(*old.nouns, OBJECT, OTHER), backgrounds=(*old.backgrounds, SEPIA))
+    network = JudgeNetwork(config)
+    weights = dict(base.network.state_dict())
+    new = network.state_dict()
+    after_nouns = 1 + len(old.nouns)
+    for name in ("cell.weight", "cell.bias"):
+        at_nouns = new[name][after_nouns : after_nouns + 2]
+        weights[name] = torch.cat([weights[name][:after_nouns], at_nouns, weights[name][after_nouns:]])
+    for name in ("background.weight", "background.bias"):
+        weights[name] = torch.cat([weights[name], new[name][-1:]])
+    network.load_state_dict(weights)
+    return network
+
+
+def train(network: JudgeNetwork, count: int, steps: int, font: Path) -> JudgeNetwork:
+    """Train on renders in memory, always the same ones."""
+    scenes = [one for _, one in zip(range(count), endless_scenes(network.config, Random("concept judge"), font), strict=False)]
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    network.train()
+    for step in tqdm(range(steps), desc="judge of the new concepts", unit="step", mininterval=2.0):
+        rate = min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
+        batch = batch_of(scenes, step, seed=0)
+        pixels = torch.from_numpy(np.stack([scene.pixels for scene in batch]))
+        output = network(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        loss_of(output, make_targets(batch, network.config.size)).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return network.eval()
+
+
+def endless_scenes(config: JudgeConfig, rng: Random, font: Path) -> Iterator[Scene]:
+    """In turn: the known world, the new thing, strange things, sepia pictures; and on tinted paper others, which are none."""
+    in_style = style_plans_of_all(rng)
+    while True:
+        yield from _scenes([draw_plan(rng, rng.choice(("train", "test"))) for _ in range(3)], config, rng, font)
+        yield from _scenes([_with(OBJECT, rng), _with(OBJECT, rng)], config, rng, font)
+        yield from _scenes([_with(rng.choice(STRANGE), rng)], config, rng, font)
+        yield from _scenes([next(in_style), next(in_style)], config, rng, font, sepia=True)
+        tinted = replace(draw_plan(rng, "train"), background="white")
+        for scene in _scenes([tinted], config, rng, font):
+            paper = (scene.pixels * (np.array(PAPER) / 255.0)).astype(np.uint8)
+            yield replace(scene, pixels=paper)
+
+
+def style_plans_of_all(rng: Random) -> Iterator[Plan]:
+    """The judge has to know the held-out things in sepia, too, or it would fail right pictures of them."""
+    pairs = zip(style_plans(rng, "train"), style_plans(rng, "test"), strict=False)
+    return (plan for pair in pairs for plan in pair)
+
+
+def _with(noun: str, rng: Random) -> Plan:
+    """A plan with a new or strange thing, alone or with a known one."""
+    background = rng.choice(list(BACKGROUNDS))
+    if rng.random() < 0.5:
+        return Plan("single", background, (Thing(noun, size=rng.choice((None, "small", "big"))),))
+    return Plan("two", background, (Thing(noun), Thing(rng.choice(list(NOUNS)))))
+
+
+def _scenes(plans: Sequence[Plan], config: JudgeConfig, rng: Random, font: Path, *, sepia: bool = False) -> Iterator[Scene]:
+    for plan, picture, boxes in drawn(plans, rng, font, in_sepia if sepia else None):
+        names = [thing.noun if thing.noun in config.nouns else OTHER for thing in plan.things]
+        own = len(config.colours)
+        yield Scene(
+            np.asarray(picture),
+            config.backgrounds.index(SEPIA if sepia else plan.background),
+            np.array([config.nouns.index(name) for name in names]),
+            np.array([config.colours.index(thing.colour) if thing.colour else own for thing in plan.things]),
+            np.array(boxes, dtype=np.float32),
+        )
+
+
+def strange_pictures(count: int, font: Path) -> list[Image.Image]:
+    """Scenes of things that the judge was never shown, in which it must not see the new thing."""
+    rng = Random("strange pictures")
+    plans = (_with(rng.choice(STRANGE_TEST), rng) for _ in range(10 * count))
+    return [picture for _, (_, picture, _) in zip(range(count), drawn(plans, rng, font, None), strict=False)]

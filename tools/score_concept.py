@@ -1,0 +1,150 @@
+"""Score a fine-tuned model on what it should have learned, and on what it knew before.
+
+    python tools/score_concept.py data/teapot --lora runs/teapot/lora.safetensors
+    python tools/score_concept.py data/sepia --model runs/sepia/model
+
+Pictures of the held-out prompts, before and after, are shown to a judge that knows the new thing and the new style
+(`concept_judge.py`: trained on renders only, it shares no weights with the model). Beside the share of right pictures stand the
+judge's own score on real held-out pictures, on their reconstructions by the VAE, and how often it sees the new where it is not.
+Then both models take `latentdiff evaluate`'s old tasks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from concept_judge import SEPIA, load_concept_judge, strange_pictures
+from make_concept import OBJECT
+from make_scenes import find_font
+from PIL import Image
+from tqdm import tqdm
+
+from latentdiff.embedded import embedded_judge
+from latentdiff.errors import DataError, LatentDiffError
+from latentdiff.evaluation.judge import Judge, Verdict
+from latentdiff.evaluation.prompts import read_prompts
+from latentdiff.evaluation.protocol import SEEDS_APART, Score, evaluate
+from latentdiff.files import atomic_path
+from latentdiff.image import contact_sheet, open_image, save_png, to_pil, to_tensor
+from latentdiff.pipeline import Pipeline
+
+_SHOWN = 8  # pictures of each sheet
+_KNOWN = 200  # scenes of the known world in which the new must not be seen
+
+Rule = Callable[[Verdict], bool]
+
+
+def has_object(seen: Verdict) -> bool:
+    return any(thing.noun == OBJECT for thing in seen.objects)
+
+
+def has_style(seen: Verdict) -> bool:
+    return seen.background == SEPIA
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON lines file.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    if not path.is_file():
+        raise DataError(f"expected a folder of tools/make_concept.py, found no {path}")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def share(judge: Judge, pictures: Sequence[Image.Image], rule: Rule) -> Score:
+    """Share of the pictures for which the rule holds, with its 95 % interval."""
+    return Score.of(rule(seen) for seen in judge(pictures))
+
+
+def pictures_of(pipe: Pipeline, prompts: Sequence[str], seeds: int, steps: int, guidance: float) -> list[Image.Image]:
+    """Pictures of each prompt in turn; picture j of prompt i has seed 1000 i + j."""
+    made: list[Image.Image] = []
+    for number, prompt in enumerate(tqdm(prompts, unit="prompt", leave=False)):
+        own = [SEEDS_APART * number + offset for offset in range(seeds)]
+        made += pipe([prompt] * seeds, seed=own, steps=steps, guidance_scale=guidance, progress=False)
+    return made
+
+
+def references(judge: Judge, pipe: Pipeline, data: Path, rule: Rule, font: Path) -> dict[str, Score]:
+    """What the judge says of real pictures: with the new thing or style, and without it."""
+    real = [open_image(data / "test" / line["file_name"]) for line in read_lines(data / "test" / "metadata.jsonl")]
+    back = [to_pil(pipe.decode(pipe.encode_images(to_tensor([picture])).mode()))[0] for picture in real]
+    return {
+        "real held-out pictures": share(judge, real, rule),
+        "reconstructions by the VAE": share(judge, back, rule),
+        "seen in scenes of strange things": share(judge, strange_pictures(_KNOWN, font), rule),
+    }
+
+
+def old_tasks(pipe: Pipeline, per_task: int, seeds: int, steps: int, guidance: float) -> Score:
+    """The mean of the old tasks, by the judge of `latentdiff evaluate`."""
+    prompts = read_prompts(limit=per_task)
+    return evaluate(pipe, prompts, seeds_per_prompt=seeds, steps=steps, guidance_scale=guidance).mean
+
+
+def table(scores: dict[str, Score]) -> str:
+    rows = [f"{name:44} {one.value:.3f} [{one.low:.3f}, {one.high:.3f}]  n = {one.pictures}" for name, one in scores.items()]
+    return "\n".join(rows)
+
+
+@click.command(help=__doc__.split("\n\n")[0])
+@click.argument("data", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--lora", help="LoRA file of the fine-tuned model, or FILE:SCALE.")
+@click.option("--model", help="Fine-tuned model, as `latentdiff generate --model` takes it.")
+@click.option("--base", help="Model before fine-tuning.  [default: the embedded model]")
+@click.option("--judge", "judge_folder", type=click.Path(path_type=Path), default=Path("data/concept-judge"), show_default=True,
+              help="Folder of the judge; it is trained there if there is none.")  # fmt: skip
+@click.option("--seeds", type=click.IntRange(1), default=4, show_default=True, help="Pictures of each prompt.")
+@click.option("--steps", type=click.IntRange(1), default=25, show_default=True)
+@click.option("--guidance", type=float, default=5.0, show_default=True)
+@click.option(
+    "--old-prompts", type=click.IntRange(0), default=50, show_default=True, help="Of each old task; 0 leaves them out."
+)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for scores and sheets of pictures.")
+def main(
+    data: Path, lora: str | None, model: str | None, base: str | None, judge_folder: Path, seeds: int, steps: int,
+    guidance: float, old_prompts: int, out: Path | None,
+) -> None:  # fmt: skip
+    if (lora is None) == (model is None):
+        raise click.UsageError("name the fine-tuned model by either --lora or --model")
+    try:
+        font = find_font()
+        judge = load_concept_judge(judge_folder, Judge.load(embedded_judge()), font)
+        lines = read_lines(data / "prompts.jsonl")
+        rule = has_style if "style" in lines[0] else has_object
+        prompts = [line["prompt"] for line in lines]
+        before = Pipeline.load(base)
+        after = Pipeline.load(model or base)
+        if lora:
+            path, _, scale = lora.rpartition(":") if lora.rpartition(":")[2].replace(".", "").isdecimal() else (lora, "", "1")
+            after.load_lora(path, scale=float(scale))
+        scores: dict[str, Score] = references(judge, before, data, rule, font)
+        for name, pipe in (("before", before), ("after", after)):
+            made = pictures_of(pipe, prompts, seeds, steps, guidance)
+            scores[f"held-out prompts, {name}"] = share(judge, made, rule)
+            if out:
+                shown = np.linspace(0, len(prompts) - 1, min(_SHOWN, len(prompts))).astype(int)
+                sheet = contact_sheet([made[seeds * index] for index in shown], [prompts[index] for index in shown])
+                save_png(sheet, out / f"{name}.png", metadata=False)
+        if old_prompts:
+            for name, pipe in (("before", before), ("after", after)):
+                scores[f"old tasks, {name}"] = old_tasks(pipe, old_prompts, seeds, steps, guidance)
+        if out:
+            with atomic_path(out / "scores.json") as temporary:
+                temporary.write_text(json.dumps({name: asdict(one) for name, one in scores.items()}, indent=1) + "\n")
+    except (LatentDiffError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(table(scores))
+
+
+if __name__ == "__main__":
+    main()
