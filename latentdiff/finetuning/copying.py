@@ -155,9 +155,9 @@ def _chunks(load: Callable[[int], Image.Image], images: Sequence[int]) -> Iterat
 
 
 def features(picture: Image.Image) -> np.ndarray:
-    """The vector by which pictures are compared, (3 * 32 * 32,) float32; a picture of one colour gives zeros."""
+    """The vector by which pictures are compared, (3 * 32 * 32,) float64; a picture of one colour gives zeros."""
     small = picture.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX)
-    values = np.asarray(small, dtype=np.float32).ravel() / 255.0
+    values = np.asarray(small, dtype=np.float64).ravel() / 255.0
     values = values - values.mean()
     # Nearly uniform pictures must not have their noise blown up to full length.
     return values / max(float(np.linalg.norm(values)), 1.0)
