@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -98,6 +98,17 @@ class Dataset:
         except OSError as error:
             raise DataError(f"cannot read the image {entry.name}: {error.strerror or error}") from error
         return read_image(source, entry.name, background=self.background)
+
+    def leave_out(self, problems: Mapping[int, Problem]) -> None:
+        """Move images, by index, to the problems; the others get new indices."""
+        keep = [index for index in range(len(self)) if index not in problems]
+        self.problems += problems.values()
+        self.entries = [self.entries[index] for index in keep]
+        self.sizes = [self.sizes[index] for index in keep]
+        self.repeats = [self.repeats[index] for index in keep]
+        self.weights = [self.weights[index] for index in keep]
+        for name in ("names", "captions", "fingerprint"):
+            self.__dict__.pop(name, None)  # made from the entries when they were first asked for
 
     @cached_property
     def fingerprint(self) -> str:
@@ -204,18 +215,18 @@ def _measure(data: Dataset, verify: bool) -> None:
         entry = data.entries[index]
         try:
             return data.load(index).size if verify else image_size(entry.origin.source(), entry.name)
-        except DataError as error:
-            return Problem(entry.name, str(error).removeprefix(f"cannot read the image {entry.name}: "))
-        except OSError as error:
-            return Problem(entry.name, error.strerror or str(error))
+        except (DataError, OSError) as error:
+            return problem(entry, error)
 
     measured = each(measure, len(data), "read images")
-    keep = [index for index, found in enumerate(measured) if not isinstance(found, Problem)]
-    data.problems += [found for found in measured if isinstance(found, Problem)]
-    data.sizes = [found for found in measured if not isinstance(found, Problem)]
-    data.entries = [data.entries[index] for index in keep]
-    data.repeats = [data.repeats[index] for index in keep]
-    data.weights = [data.weights[index] for index in keep]
+    data.sizes = [(0, 0) if isinstance(found, Problem) else found for found in measured]
+    data.leave_out({index: found for index, found in enumerate(measured) if isinstance(found, Problem)})
+
+
+def problem(entry: Entry, error: DataError | OSError) -> Problem:
+    """What is wrong with an image that could not be read."""
+    said = getattr(error, "strerror", None) or str(error)
+    return Problem(entry.name, said.removeprefix(f"cannot read the image {entry.name}: "))
 
 
 def each(work: Callable[[int], Result], count: int, label: str) -> list[Result]:
