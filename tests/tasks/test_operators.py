@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import scipy.ndimage
 import torch
 from PIL import Image
 
-from latentdiff.errors import UsageError
+from latentdiff.errors import DataError, UsageError
 from latentdiff.tasks import operators as ops
 from latentdiff.tasks.operators import gaussian_blur, motion_blur
 
@@ -231,7 +233,6 @@ def test_nonlinear_prox_of_a_linear_function_is_the_linear_one():
         lambda: ops.Deblur(torch.ones(9, 9), border="periodic").measurement_shape((3, 8, 8)),
         lambda: ops.Composition(),
         lambda: ops.Composition(ops.Nonlinear(torch.tanh, (3, 8, 8))),
-        lambda: ops.Denoise().check((3, 8, 8), torch.zeros(1, 3, 8, 9)),
         lambda: gaussian_blur(0.0),
         lambda: motion_blur(0.5),
         lambda: ops.Inside(ops.Denoise(), (9, 8), (8, 8)),
@@ -240,3 +241,25 @@ def test_nonlinear_prox_of_a_linear_function_is_the_linear_one():
 def test_what_does_not_fit_is_refused(make):
     with pytest.raises(UsageError):
         make()
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "function"])
+def test_a_description_says_everything(name):
+    operator = OPERATORS[name].with_noise(0.05)
+    again = ops.from_description(json.loads(json.dumps(ops.describe(operator))))
+    x = normal(1, 3, *SIZE)
+    assert torch.equal(again.apply(x), operator.apply(x))
+    assert ops.describe(again) == ops.describe(operator)
+    if name != "inside":  # which takes the noise of what it holds
+        assert again.noise_std == 0.05
+
+
+def test_own_functions_and_foreign_names_are_not_described():
+    for values in (
+        ops.describe(OPERATORS["function"]),
+        {"name": "magic"},
+        {"name": "inpaint"},
+        {"name": "deblur", "kernel": 3},
+    ):
+        with pytest.raises(DataError):
+            ops.from_description(values)

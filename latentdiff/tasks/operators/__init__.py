@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from latentdiff.tasks.operators.composition import Composition, Function, Inside, Nonlinear
 from latentdiff.tasks.operators.convolution import BORDERS, RESAMPLING_KERNELS, Convolution, Deblur, SuperResolution
+from latentdiff.tasks.operators.description import describe, from_description
 from latentdiff.tasks.operators.kernels import gaussian_blur, motion_blur
 from latentdiff.tasks.operators.operator import Operator, residual
 from latentdiff.tasks.operators.pointwise import Colourise, Denoise, Inpaint
@@ -25,6 +26,8 @@ __all__ = [
     "Nonlinear",
     "Operator",
     "SuperResolution",
+    "describe",
+    "from_description",
     "gaussian_blur",
     "motion_blur",
     "residual",

@@ -58,6 +58,10 @@ class Composition(Operator):
             y = operator.adjoint(y)
         return y
 
+    def read(self, damaged: Tensor) -> Tensor:
+        """As the last operator reads it."""
+        return self.operators[-1].read(damaged)
+
     def observed(self, picture: Shape) -> Tensor:
         """What the last operator lets through."""
         for operator in self.operators[:-1]:
@@ -114,6 +118,10 @@ class Inside(Operator):
         """The proximal map on the part, z beside it."""
         part = self.crop(z)
         return z + self._embed(self.operator.prox(y, part, rho) - part)
+
+    def read(self, damaged: Tensor) -> Tensor:
+        """As the operator reads it."""
+        return self.operator.read(damaged)
 
     def observed(self, picture: Shape) -> Tensor:
         """What the operator observes of the part."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -84,15 +86,15 @@ class Operator(ABC):
         """Which entries of a measurement say something, (c, h, w) of 1 and 0; all of them, unless a mask hides some."""
         return torch.ones(self.measurement_shape(picture))
 
-    def check(self, picture: Shape, y: Tensor) -> None:
-        """Make sure that y (N, c, h, w) can be a measurement of pictures of that shape.
+    def read(self, damaged: Tensor) -> Tensor:
+        """The measurement (N, c, h, w) that damaged pictures (N, 3, h, w) hold; for most operators they are the measurement."""
+        return damaged
 
-        Raises:
-            UsageError: it cannot.
-        """
-        expected = self.measurement_shape(picture)
-        if tuple(y.shape[1:]) != expected:
-            raise UsageError(f"expected measurements of shape {expected} for pictures {picture}, found {tuple(y.shape[1:])}")
+    def with_noise(self, noise_std: float) -> Self:
+        """The same operator with another noise level."""
+        other = copy(self)
+        Operator.__init__(other, noise_std=noise_std)
+        return other
 
 
 def residual(operator: Operator, y: Tensor, x: Tensor) -> Tensor:

@@ -90,6 +90,10 @@ class Inpaint(Operator):
         known = self.known.to(z)
         return (known * y + rho * z) / (known + rho)
 
+    def read(self, damaged: Tensor) -> Tensor:
+        """The known pixels."""
+        return self.apply(damaged)
+
     def observed(self, picture: Shape) -> Tensor:
         """M."""
         return self.known.float().expand(self.measurement_shape(picture))
@@ -125,6 +129,10 @@ class Colourise(Operator):
     def prox(self, y: Tensor, z: Tensor, rho: float) -> Tensor:
         """z + Aᵀ (y - A z) / (A Aᵀ + rho)."""
         return z + self.adjoint(y - self.apply(z)) / (_SQUARES + rho)
+
+    def read(self, damaged: Tensor) -> Tensor:
+        """The luminance of a grey picture that is stored as a coloured one."""
+        return self.apply(damaged)
 
     @staticmethod
     def _weights(like: Tensor) -> Tensor:
