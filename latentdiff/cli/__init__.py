@@ -11,9 +11,15 @@ import click
 
 from latentdiff import __version__
 from latentdiff.cli.convert import convert
+from latentdiff.cli.data import data
+from latentdiff.cli.edit import edit
 from latentdiff.cli.evaluate import evaluate
+from latentdiff.cli.finetune import finetune
 from latentdiff.cli.generate import generate
+from latentdiff.cli.inpaint import inpaint
 from latentdiff.cli.inspect import inspect
+from latentdiff.cli.interpolate import interpolate
+from latentdiff.cli.lora import lora
 from latentdiff.cli.reproduce import reproduce
 from latentdiff.cli.train import train
 from latentdiff.errors import LatentDiffError
@@ -27,7 +33,7 @@ def cli() -> None:
     """Text to image with latent diffusion: generate, inspect, convert, reproduce, train and evaluate."""
 
 
-for command in (generate, reproduce, inspect, convert, train, evaluate):
+for command in (generate, edit, inpaint, interpolate, reproduce, inspect, convert, lora, data, train, finetune, evaluate):
     cli.add_command(command)
 
 

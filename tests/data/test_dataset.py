@@ -48,11 +48,11 @@ def test_csv(tmp_path):
 
 def test_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    from pyarrow import parquet
 
     folder = rows_folder(tmp_path / "x", ROWS)
     table = pyarrow.table({"file_name": [row["file_name"] for row in ROWS], "prompt": [["second", "2"], ["first"]]})
-    pyarrow.parquet.write_table(table, folder / "metadata.parquet")
+    parquet.write_table(table, folder / "metadata.parquet")
     assert read_dataset([folder]).captions == (("second", "2"), ("first",))
 
 
