@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -11,10 +9,23 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from latentdiff.cli import output
-from latentdiff.cli.options import ANY_PATH, DEVICE, MODEL, PRECISION
-from latentdiff.config import PREDICTION_TYPES, TIMESTEP_SPACINGS
+from latentdiff.cli.model import drawn_seed, loaded_model
+from latentdiff.cli.options import (
+    ANY_PATH,
+    BATCH_SIZE,
+    GUIDANCE_OPTIONS,
+    HEIGHT,
+    MODEL_OPTIONS,
+    NEGATIVE,
+    NO_METADATA,
+    NUM_IMAGES,
+    OUT,
+    SAMPLER_OPTIONS,
+    SEED,
+    STEPS,
+    WIDTH,
+)
 from latentdiff.errors import LatentDiffError, UsageError
-from latentdiff.names import ATTENTION_NAMES, SAMPLER_NAMES
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
@@ -29,74 +40,20 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Read prompts from FILE, one a line; - is stdin. Blank lines and lines that begin with # are skipped.",
 )
-@click.option("--negative", "negative_prompt", default="", metavar="TEXT", help="What to avoid in the picture.")
-@click.option(
-    "-n", "num_images", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Pictures of each prompt."
-)
-@click.option(
-    "--out",
-    type=ANY_PATH,
-    default="pictures",
-    show_default=True,
-    metavar="FOLDER|FILE.png",
-    help="Where to write. In a folder the file is named after prompt and seed. A file that holds another "
-    "picture is never overwritten: the new one gets a number.",
-)
+@NEGATIVE
+@NUM_IMAGES
+@OUT
 @click.option("--skip-existing", is_flag=True, help="Do not make pictures again that lie in the folder already.")
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**64 - 1),
-    metavar="N",
-    help="Seed of a prompt's first picture; the next ones have seed + 1, ...  Drawn and printed if not given.",
-)
-@click.option("--steps", type=int, default=25, show_default=True, metavar="N", help="Denoising steps, 1 to 1000.")
-@click.option(
-    "--guidance",
-    "guidance_scale",
-    type=float,
-    default=5.0,
-    show_default=True,
-    metavar="X",
-    help="How strongly to follow the prompt; 1 is no guidance.",
-)
-@click.option(
-    "--guidance-rescale",
-    type=float,
-    default=0.0,
-    show_default=True,
-    metavar="X",
-    help="0 to 1: how far to undo the contrast that guidance adds.",
-)
-@click.option(
-    "--guidance-interval",
-    type=float,
-    nargs=2,
-    metavar="LOW HIGH",
-    help="Guide only at these noise levels (sigma/alpha, 0 to about 15).  [default: all]",
-)
-@click.option("--sampler", type=click.Choice(SAMPLER_NAMES), default="ddim", show_default=True)
-@click.option(
-    "--eta", type=float, default=0.0, show_default=True, metavar="X", help="0 to 1: share of fresh noise in ddim's steps."
-)
-@click.option("--spacing", type=click.Choice(TIMESTEP_SPACINGS), help="Of the timesteps.  [default: the model's]")
-@click.option("--width", type=int, metavar="PIXELS", help="A multiple of 8.  [default: that of the training]")
-@click.option("--height", type=int, metavar="PIXELS", help="A multiple of 8.  [default: that of the training]")
-@MODEL
-@click.option("--ema", is_flag=True, help="Take the averaged weights of a .ckpt that holds both.")
-@click.option(
-    "--prediction-type", type=click.Choice(PREDICTION_TYPES), help="What the model predicts, if its file says it wrong."
-)
-@DEVICE
-@PRECISION
-@click.option("--attention", type=click.Choice(ATTENTION_NAMES), help="Attention back end.  [default: sdpa]")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Pictures made at once: memory against speed; the pictures stay the same.  [default: 4]",
-)
+@SEED
+@STEPS
+@GUIDANCE_OPTIONS
+@SAMPLER_OPTIONS
+@WIDTH
+@HEIGHT
+@MODEL_OPTIONS
+@BATCH_SIZE
 @click.option("--sheet", type=ANY_PATH, metavar="FILE.png", help="Also write all pictures on one sheet with their prompts.")
-@click.option("--no-metadata", is_flag=True, help="Leave the recipe out of the file.")
+@NO_METADATA
 def generate(
     prompts: tuple[str, ...],
     prompt_file: Any,
@@ -104,12 +61,6 @@ def generate(
     seed: int | None,
     num_images: int,
     skip_existing: bool,
-    model: str | None,
-    ema: bool,
-    prediction_type: str | None,
-    device: str,
-    precision: str,
-    attention: str | None,
     no_metadata: bool,
     sheet: Path | None,
     **settings: Any,
@@ -122,16 +73,10 @@ def generate(
         raise UsageError(f"expected a folder for {len(texts) * num_images} pictures, found --out {out}")
     for place in filter(None, (out, sheet)):
         output.check_writable(place)
-    from latentdiff.attention import use_attention_backend
-    from latentdiff.pipeline import Pipeline
-
-    pipe = Pipeline.load(model, device=device, precision=precision, ema=ema, prediction_type=prediction_type)
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-        click.echo(f"seed: {seed}", err=True)
-    seeds = [seed + i for i in range(num_images)]
-    job = _Job(pipe, out, seeds, settings, skip_existing=skip_existing, metadata=not no_metadata)
-    with use_attention_backend(attention) if attention else nullcontext():
+    with loaded_model(settings) as pipe:
+        first = drawn_seed(seed)
+        seeds = [first + i for i in range(num_images)]
+        job = _Job(pipe, out, seeds, settings, skip_existing=skip_existing, metadata=not no_metadata)
         code = job.run(texts)
     if sheet:
         job.write_sheet(sheet)
@@ -206,6 +151,7 @@ class _Job:
             "model_hash": self.pipe.model_hash,
             "ema": self.pipe.ema,
             "prediction_type": self.pipe.schedule.config.prediction_type,
+            "loras": self.pipe.loras.describe(),
         }
         return {"prompt": prompt, "seed": seed, **model, **asked}
 

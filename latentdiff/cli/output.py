@@ -6,12 +6,17 @@ import itertools
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from latentdiff.errors import DataError, UsageError
 from latentdiff.recipe import read_recipe
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 LONGEST_SLUG = 100  # bytes; file systems take 255 for the whole name
 
@@ -53,6 +58,48 @@ def picture_path(out: Path, wanted: Mapping[str, Any]) -> tuple[Path, bool]:
         if _holds(path, wanted):
             return path, True
     raise AssertionError("unreachable: there are more names than files")
+
+
+def save_results(
+    images: Sequence[Image.Image], out: Path, before: Mapping[str, Image.Image], *, compare: Path | None, metadata: bool
+) -> None:
+    """Write the pictures that a task made, under names that are free, and print where they lie.
+
+    Args:
+        before: what went in, by its name: {"source": ..., "mask": ...}; of any modes and sizes.
+        compare: a file for all of it side by side.
+    """
+    from latentdiff.image import save_png, side_by_side
+
+    for image in images:
+        recipe = read_recipe(image.info)
+        path = out if out.suffix == ".png" else _free(out, recipe.prompt, recipe.seed)
+        save_png(image, path, metadata=metadata)
+        click.echo(path)
+    if compare:
+        results = {f"seed {read_recipe(image.info).seed}": image for image in images}
+        save_png(side_by_side({**before, **(results if len(images) > 1 else {"result": images[0]})}), compare)
+        click.echo(compare)
+
+
+def check_results(out: Path, compare: Path | None, count: int) -> None:
+    """Make sure, before any work is done, that `save_results` will be able to write `count` pictures.
+
+    Raises:
+        UsageError: it will not, or a file of that name is there already.
+    """
+    if out.suffix == ".png" and count > 1:
+        raise UsageError(f"expected a folder for {count} pictures, found --out {out}")
+    if compare and compare.suffix != ".png":
+        raise UsageError(f"expected --compare FILE.png, found {compare}")
+    for place in filter(None, (out, compare)):
+        check_writable(place)
+    if out.suffix == ".png" and out.exists():
+        raise UsageError(f"{out} is there already; remove it or choose another name with --out")
+
+
+def _free(folder: Path, prompt: str, seed: int) -> Path:
+    return next(path for path in (folder / name for name in _names(prompt, seed)) if not path.exists())
 
 
 def _names(prompt: str, seed: int) -> Iterator[str]:

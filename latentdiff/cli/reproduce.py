@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from latentdiff.cli.loras import loras_of, with_loras
 from latentdiff.cli.options import ANY_PATH, DEVICE
-from latentdiff.errors import CheckpointError, DataError
+from latentdiff.errors import CheckpointError, DataError, UsageError
 from latentdiff.names import PRECISIONS
 from latentdiff.recipe import Recipe, read_recipe
 
@@ -28,11 +29,21 @@ ROUNDING = 2
     metavar="FOLDER|HUB_ID|FILE",
     help="The model of the recipe; not needed for the one that comes with latentdiff.",
 )
+@click.option(
+    "--source",
+    multiple=True,
+    metavar="ROLE=FILE",
+    help="Where a picture lies that the recipe starts from: image=photo.png. Repeat it for several.  [default: beside PICTURE]",
+)
 @DEVICE
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Number format.  [default: the recipe's]")
 @click.option("--out", type=ANY_PATH, metavar="FILE.png", help="Write the new picture there.")
-def reproduce(picture: Path, model: str | None, device: str, precision: str | None, out: Path | None) -> int:
+def reproduce(
+    picture: Path, model: str | None, source: tuple[str, ...], device: str, precision: str | None, out: Path | None
+) -> int:
     """Make PICTURE again from its recipe, report the pixel difference and why there is one.
+
+    What an edited picture was made from is looked for beside it, and where --source says.
 
     The exit code is 0 if the pictures agree up to rounding (2 of 255 grey levels), else 1.
     """
@@ -45,25 +56,56 @@ def reproduce(picture: Path, model: str | None, device: str, precision: str | No
     recipe = read_recipe(original.info)
     if recipe.given_latents:
         raise DataError(f"{picture} was made from given start noise, which a recipe does not hold")
+    sources = _sources(recipe, picture, source)
     pipe = _load(recipe, model, device, precision)
-    again = pipe(
-        recipe.prompt,
-        negative_prompt=recipe.negative_prompt,
-        steps=recipe.steps,
-        guidance_scale=recipe.guidance_scale,
-        guidance_rescale=recipe.guidance_rescale,
-        guidance_interval=recipe.guidance_interval,
-        sampler=recipe.sampler,
-        eta=recipe.eta,
-        seed=recipe.seed,
-        width=recipe.width,
-        height=recipe.height,
-        spacing=recipe.spacing,
-    )[0]
+    again = _make(pipe, recipe, sources)
     if out:
         save_png(again, out)
         click.echo(out)
     return _report(original, again, recipe)
+
+
+def _make(pipe: Pipeline, recipe: Recipe, sources: dict[str, Path]) -> Image.Image:
+    if recipe.task == "generate":
+        return pipe(recipe.prompt, width=recipe.width, height=recipe.height, **recipe.sampling())[0]
+    from latentdiff.tasks import TASKS
+
+    if recipe.task not in TASKS:
+        raise DataError(f"the picture was made by the task {recipe.task!r}; this latentdiff knows {', '.join(TASKS)}")
+    return TASKS[recipe.task](pipe, recipe, sources)
+
+
+def _sources(recipe: Recipe, picture: Path, given: tuple[str, ...]) -> dict[str, Path]:
+    """The files that the recipe starts from, by role, each the right one by its hash.
+
+    Raises:
+        UsageError: a `given` that is not ROLE=FILE, or whose role the recipe does not have.
+        DataError: a file is not there, or is another one.
+    """
+    places = dict(_role_and_file(text, recipe) for text in given)
+    if not recipe.sources:
+        return {}
+    from latentdiff.tasks.sources import is_the_one
+
+    found = {}
+    for role, entry in recipe.sources.items():
+        name = Path(entry.get("file", "")).name  # never a path: the recipe may come from anywhere
+        path = places.get(role, picture.parent / name)
+        hint = f"say where it is with --source {role}=FILE"
+        if not path.is_file():
+            raise DataError(f"the recipe starts from the {role} {name or '(without a name)'}, which is not at {path}; {hint}")
+        if not is_the_one(path, entry.get("sha256", "")):
+            raise DataError(f"{path} is not the {role} that the picture was made from: its SHA-256 differs; {hint}")
+        found[role] = path
+    return found
+
+
+def _role_and_file(text: str, recipe: Recipe) -> tuple[str, Path]:
+    role, equals, file = text.partition("=")
+    if not equals or role not in recipe.sources:
+        roles = ", ".join(recipe.sources) or "none"
+        raise UsageError(f"expected --source ROLE=FILE with a role of the recipe ({roles}), found {text!r}")
+    return role, Path(file)
 
 
 def _load(recipe: Recipe, model: str | None, device: str, precision: str | None) -> Pipeline:

@@ -1,0 +1,64 @@
+"""`latentdiff inpaint`: paint a part of a picture, or beyond its border."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from latentdiff.cli.model import drawn_seed, loaded_model
+from latentdiff.cli.options import ANY_PATH, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS
+from latentdiff.cli.output import check_results, save_results
+
+
+@click.command()
+@click.argument("picture", type=ANY_PATH)
+@click.argument("prompt")
+@click.option("--mask", type=ANY_PATH, metavar="FILE", help="A picture of the same size, white where to paint.")
+@click.option(
+    "--strength",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="X",
+    help="0 to 1: less than 1 keeps something of what was there.",
+)
+@click.option("--grow", type=int, default=0, show_default=True, metavar="PIXELS", help="Widen the mask by this much.")
+@click.option("--blur", type=float, default=0.0, show_default=True, metavar="PIXELS", help="Soften its edge by this much.")
+@click.option("--only-masked", is_flag=True, help="Cut the masked part out and paint it at the model's full resolution.")
+@click.option(
+    "--padding", type=int, default=32, show_default=True, metavar="PIXELS", help="What --only-masked shows around the mask."
+)
+@click.option(
+    "--extend",
+    type=int,
+    nargs=4,
+    default=(0, 0, 0, 0),
+    metavar="LEFT TOP RIGHT BOTTOM",
+    help="Outpainting: pixels to add on each side; a mask is not needed then.",
+)
+@SAMPLING_OPTIONS
+@MODEL_OPTIONS
+@RESULT_OPTIONS
+def inpaint(
+    picture: Path,
+    prompt: str,
+    mask: Path | None,
+    out: Path,
+    compare: Path | None,
+    no_metadata: bool,
+    seed: int | None,
+    **settings: Any,
+) -> None:
+    """Paint PROMPT where the mask of PICTURE is white; where it is black, no pixel changes."""
+    check_results(out, compare, settings["num_images"])
+    from latentdiff import tasks
+    from latentdiff.image import as_rgb, open_image
+
+    before = {"source": as_rgb(open_image(picture))}
+    if mask:
+        before["mask"] = open_image(mask)
+    with loaded_model(settings) as pipe:
+        images = tasks.inpaint(pipe, picture, mask, prompt, seed=drawn_seed(seed), **settings)
+    save_results(images, out, before, compare=compare, metadata=not no_metadata)

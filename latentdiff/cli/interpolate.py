@@ -1,0 +1,99 @@
+"""`latentdiff interpolate`: from one prompt to the next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from latentdiff.cli.model import drawn_seed, loaded_model
+from latentdiff.cli.options import (
+    ANY_PATH,
+    BATCH_SIZE,
+    GUIDANCE_OPTIONS,
+    HEIGHT,
+    MODEL_OPTIONS,
+    NEGATIVE,
+    NO_METADATA,
+    SAMPLER_OPTIONS,
+    STEPS,
+    WIDTH,
+)
+from latentdiff.cli.output import check_writable
+from latentdiff.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@click.command()
+@click.argument("prompts", nargs=-1, metavar="PROMPT PROMPT...")
+@click.option("--frames", type=click.IntRange(2), default=24, show_default=True, metavar="N", help="Pictures in all.")
+@click.option("--fps", type=click.FloatRange(0.1, 50), default=12.0, show_default=True, metavar="X", help="Speed of a GIF.")
+@click.option("--same-noise", is_flag=True, help="Give all prompts the start noise of the first: only the text changes.")
+@click.option(
+    "--out",
+    type=ANY_PATH,
+    default="frames",
+    show_default=True,
+    metavar="FOLDER|FILE.gif",
+    help="A new or empty folder for frame-000.png, ..., or an animation; only frames can be reproduced.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
+    metavar="N",
+    help="Seed of the first prompt; the next ones have seed + 1, ...  Drawn and printed if not given.",
+)
+@NEGATIVE
+@STEPS
+@GUIDANCE_OPTIONS
+@SAMPLER_OPTIONS
+@WIDTH
+@HEIGHT
+@BATCH_SIZE
+@MODEL_OPTIONS
+@NO_METADATA
+def interpolate(prompts: tuple[str, ...], fps: float, out: Path, seed: int | None, no_metadata: bool, **settings: Any) -> None:
+    """Make a way of pictures from the first PROMPT over all others to the last, as frames or as a GIF."""
+    if len(prompts) < 2:
+        raise UsageError(f"expected two prompts or more to go between, found {len(prompts)}")
+    _check_place(out)
+    from latentdiff import tasks
+    from latentdiff.image import save_png
+
+    with loaded_model(settings) as pipe:
+        frames = tasks.interpolate(pipe, prompts, seed=drawn_seed(seed), **settings)
+    if out.suffix == ".gif":
+        _save_gif(frames, out, fps, metadata=not no_metadata)
+    else:
+        digits = max(3, len(str(len(frames) - 1)))
+        for number, frame in enumerate(frames):
+            save_png(frame, out / f"frame-{number:0{digits}}.png", metadata=not no_metadata)
+    click.echo(out)
+
+
+def _check_place(out: Path) -> None:
+    check_writable(out.parent if out.suffix == ".gif" else out)
+    is_taken = out.is_file() or out.is_dir() and (out.suffix == ".gif" or any(out.iterdir()))
+    if is_taken:
+        raise UsageError(f"{out} is there already; remove it or choose another place with --out")
+
+
+def _save_gif(frames: list[Image.Image], path: Path, fps: float, *, metadata: bool) -> None:
+    """Write an endless animation; its comment says how the first frame was made."""
+    from latentdiff.files import atomic_path
+    from latentdiff.recipe import read_recipe
+
+    comment = read_recipe(frames[0].info).to_json().encode() if metadata else b""
+    with atomic_path(path) as temporary:
+        frames[0].save(
+            temporary,
+            format="GIF",
+            save_all=True,
+            append_images=frames[1:],
+            duration=round(1000 / fps),
+            loop=0,
+            comment=comment,
+        )

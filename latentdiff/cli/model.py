@@ -1,0 +1,41 @@
+"""The model that a command works with, as `options.MODEL_OPTIONS` name it, and its seeds."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from latentdiff.cli.loras import with_loras
+
+if TYPE_CHECKING:
+    from latentdiff.pipeline import Pipeline
+
+NAMES = ("model", "ema", "prediction_type", "loras", "device", "precision", "attention")
+
+
+@contextmanager
+def loaded_model(settings: dict[str, Any]) -> Iterator[Pipeline]:
+    """The model that a command's options name, which are taken out of `settings`.
+
+    Inside the `with`, it has the LoRAs and the attention back end that were asked for.
+    """
+    from latentdiff.attention import use_attention_backend
+    from latentdiff.pipeline import Pipeline
+
+    chosen = {name: settings.pop(name) for name in NAMES}
+    attention, loras = chosen.pop("attention"), chosen.pop("loras")
+    pipe = Pipeline.load(chosen.pop("model"), **chosen)
+    with with_loras(pipe, loras), use_attention_backend(attention) if attention else nullcontext():
+        yield pipe
+
+
+def drawn_seed(seed: int | None) -> int:
+    """The seed given, or one that is drawn and printed."""
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+        click.echo(f"seed: {seed}", err=True)
+    return seed
