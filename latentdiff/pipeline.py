@@ -95,7 +95,7 @@ class Pipeline:
         self.schedule = Schedule(schedule_config)
         self.name, self.model_hash, self.ema = name, model_hash, ema
         self.precision = precision_of(unet)
-        self._loras = LoadedLoRAs(unet, text_encoder)
+        self.loras = LoadedLoRAs(unet, text_encoder)
         _check_fit("text embeddings", text_encoder.embedding_width, unet.config.cross_attention_dim)
         _check_fit("latent channels", vae.config.latent_channels, unet.config.out_channels)
         _check_inputs(unet.config.in_channels, vae.config.latent_channels)
@@ -168,7 +168,7 @@ class Pipeline:
             self.precision = FORMATS[precision] if isinstance(precision, str) else precision
         for part in ("text_encoder", "unet", "vae"):
             getattr(self, part).to(device, getattr(self.precision, part))
-        self._loras.to(device, self.precision)
+        self.loras.to(device, self.precision)
         return self
 
     def load_lora(
@@ -184,7 +184,7 @@ class Pipeline:
         Args:
             path: in the dialect of kohya's tools, of PEFT or of diffusers; or a folder that the last two wrote.
             scale: strength; 1 is as trained.
-            name: what `unload_lora` calls it; None is the file's name without suffix.
+            name: what `unload_lora` calls it; None is the path as it is given here.
             allow_partial: leave out what does not fit, as long as something does.
 
         Returns:
@@ -193,11 +193,11 @@ class Pipeline:
         Raises:
             CheckpointError: there is no such file, it is damaged, no LoRA, or one for another model.
         """
-        return self._loras.load(path, scale, name, allow_partial, self.precision)
+        return self.loras.load(path, scale, name, allow_partial, self.precision)
 
     def unload_lora(self, name: str | None = None) -> None:
         """Take a LoRA off again, or all of them: pictures are as before, bit for bit."""
-        self._loras.unload(name)
+        self.loras.unload(name)
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -419,7 +419,7 @@ class Pipeline:
             precision=self.precision.name,
             device=describe_device(self.device),
             versions=library_versions(),
-            loras=self._loras.describe(),
+            loras=self.loras.describe(),
             **fields,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -62,22 +62,26 @@ def loras_of(recipe: Recipe, folders: Iterable[Path]) -> list[ScaledFile]:
     """The files of a recipe's LoRAs, found by their names or contents in these folders.
 
     Raises:
-        DataError: one is not there.
+        DataError: one is not there, or the recipe does not say which it is.
     """
     folders = list(folders)
-    return [(str(_find(lora, folders)), lora["scale"]) for lora in recipe.loras]
+    try:
+        return [(str(_find(entry["file"], entry["sha256"], folders)), float(entry["scale"])) for entry in recipe.loras]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"the picture's recipe does not say which LoRAs it was made with: {error}") from error
 
 
-def _find(lora: dict[str, Any], folders: list[Path]) -> Path:
+def _find(file: str, sha256: str, folders: list[Path]) -> Path:
     from latentdiff.checkpoints.hashing import file_hash
 
-    named = [folder / lora["file"] for folder in folders]
+    name = Path(file).name  # never a path: the recipe may come from anywhere
+    named = [folder / name for folder in folders]
     others = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES]
     for path in [*named, *others]:
-        if path.is_file() and file_hash(path) == lora["sha256"]:
+        if path.is_file() and file_hash(path) == sha256:
             return path
     places = ", ".join(map(str, folders))
     raise DataError(
-        f"the picture was made with the LoRA {lora['file']} (SHA-256 {lora['sha256'][:10]}...), which is not in {places}; "
+        f"the picture was made with the LoRA {name} (SHA-256 {sha256[:10]}...), which is not in {places}; "
         "say which folder it is in with --lora-dir"
     )

@@ -38,8 +38,17 @@ ROUNDING = 2
 @DEVICE
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Number format.  [default: the recipe's]")
 @click.option("--out", type=ANY_PATH, metavar="FILE.png", help="Write the new picture there.")
+@click.option(
+    "--lora-dir", type=ANY_PATH, metavar="FOLDER", help="Where the recipe's LoRAs lie.  [default: here or beside PICTURE]"
+)
 def reproduce(
-    picture: Path, model: str | None, source: tuple[str, ...], device: str, precision: str | None, out: Path | None
+    picture: Path,
+    model: str | None,
+    source: tuple[str, ...],
+    device: str,
+    precision: str | None,
+    out: Path | None,
+    lora_dir: Path | None,
 ) -> int:
     """Make PICTURE again from its recipe, report the pixel difference and why there is one.
 
@@ -57,8 +66,10 @@ def reproduce(
     if recipe.given_latents:
         raise DataError(f"{picture} was made from given start noise, which a recipe does not hold")
     sources = _sources(recipe, picture, source)
+    loras = loras_of(recipe, [lora_dir] if lora_dir else [picture.parent, Path()])
     pipe = _load(recipe, model, device, precision)
-    again = _make(pipe, recipe, sources)
+    with with_loras(pipe, loras):
+        again = _make(pipe, recipe, sources)
     if out:
         save_png(again, out)
         click.echo(out)

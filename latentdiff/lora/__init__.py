@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from latentdiff.lora.adapter import LoRA, merge
+from latentdiff.lora.adapter import LoRA, LoRALayer, merge
+from latentdiff.lora.loading import LoadReport, LoRAFile, load_lora, made_for, read_lora
 from latentdiff.lora.metadata import lora_metadata
-from latentdiff.lora.saving import DIALECTS, save_lora
+from latentdiff.lora.saving import save_lora
 from latentdiff.lora.spec import TARGET_GROUPS, LoRASpec
 
-__all__ = ["DIALECTS", "TARGET_GROUPS", "LoRA", "LoRASpec", "lora_metadata", "merge", "save_lora"]
+__all__ = [
+    "TARGET_GROUPS",
+    "LoRA",
+    "LoRAFile",
+    "LoRALayer",
+    "LoRASpec",
+    "LoadReport",
+    "load_lora",
+    "lora_metadata",
+    "made_for",
+    "merge",
+    "read_lora",
+    "save_lora",
+]

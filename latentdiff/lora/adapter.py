@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from latentdiff.lora.names import kohya_name
 from latentdiff.lora.spec import LoRASpec, adaptable
@@ -55,10 +56,8 @@ class LoRALayer(nn.Module):
         return self.alpha / self.rank
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        """Input of the layer -> what is added to its output, in the adapter's own precision or that of autocast."""
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lora_down.weight.dtype)
-        return self.lora_up(self.lora_down(x)) * (self.factor * scale)
+        """Input of the layer -> what is added to its output, in the precision of the input or that of autocast."""
+        return _in_precision_of(x, self.lora_up, _in_precision_of(x, self.lora_down, x)) * (self.factor * scale)
 
     def change(self) -> Tensor:
         """The change of the layer's weight, in its shape, in float32."""
@@ -157,10 +156,16 @@ def merge(loras: Sequence[tuple[LoRA, float]]) -> None:
         target.weight.data = (target.weight.float() + change.to(target.weight.device)).to(target.weight.dtype)
 
 
+def _in_precision_of(x: Tensor, layer: nn.Module, argument: Tensor) -> Tensor:
+    if layer.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+        return layer(argument)
+    return functional_call(layer, {"weight": layer.weight.to(x.dtype)}, (argument,))
+
+
 def _added(
     layers: Mapping[str, LoRALayer], part: str, scale: float, path: str, inputs: tuple[Tensor, ...], output: Tensor
 ) -> Tensor:
-    return output + layers[f"{part}.{path}"](inputs[0], scale).to(output.dtype)
+    return output + layers[f"{part}.{path}"](inputs[0], scale)
 
 
 class _Others(dict[str, Any]):

@@ -14,8 +14,7 @@ from latentdiff.checkpoints.folder import save_tensors
 from latentdiff.errors import UsageError
 from latentdiff.lora.adapter import LoRA
 from latentdiff.lora.names import kohya_name
-
-DIALECTS = ("kohya", "peft")
+from latentdiff.names import LORA_DIALECTS
 
 
 def save_lora(
@@ -35,8 +34,8 @@ def save_lora(
         UsageError: another dialect, or another kind of file.
         LatentDiffError: the file cannot be written.
     """
-    if dialect not in DIALECTS:
-        raise UsageError(f"unknown LoRA dialect {dialect!r}; choose from {', '.join(DIALECTS)}")
+    if dialect not in LORA_DIALECTS:
+        raise UsageError(f"unknown LoRA dialect {dialect!r}; choose from {', '.join(LORA_DIALECTS)}")
     if Path(path).suffix != ".safetensors":
         raise UsageError(f"expected a name that ends in .safetensors for the LoRA, found {path}")
     about = dict(lora.metadata if metadata is None else metadata)

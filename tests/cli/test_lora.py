@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from latentdiff.image import open_image
+from latentdiff.lora import lora_metadata, save_lora
+from latentdiff.recipe import read_recipe
+from tests import peers
+from tests.cli.conftest import files
+from tests.lora.conftest import make, our_outputs
+
+
+@pytest.fixture
+def loras(workplace):
+    """Two LoRA files for the tiny model, and a wrong one."""
+    pipe = peers.ours("sd1")
+    about = lora_metadata(pipe.unet.config, "epsilon", model="tiny", model_hash="ab" * 32, training={"images": 24})
+    save_lora(make(pipe), workplace / "a.safetensors", about)
+    save_lora(make(pipe, ("attention",), seed=2), workplace / "b.safetensors")
+    save_lora(make(peers.ours("sd2"), ("projections",)), workplace / "wrong.safetensors")
+    return workplace
+
+
+@pytest.fixture
+def generate(command, sd1, loras):
+    return lambda *more: command("generate", "--model", sd1, "cat", "--steps", 2, "--seed", 3, *more)
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(open_image(path)).astype(int)
+
+
+def test_generate_with_loras(generate):
+    done = generate("--lora", "a.safetensors:0.5", "--lora", "b.safetensors", "--out", "x.png")
+    assert done.code == 0 and "a.safetensors: matched 28" in done.err and "b.safetensors: matched 128 of 128" in done.err
+    assert [(x["file"], x["scale"]) for x in read_recipe(open_image("x.png").info).loras] == [
+        ("a.safetensors", 0.5),
+        ("b.safetensors", 1.0),
+    ]
+    pipe = peers.ours("sd1")
+    pipe.load_lora("a.safetensors", 0.5)
+    pipe.load_lora("b.safetensors")
+    (image,) = pipe("cat", steps=2, seed=3, progress=False)
+    assert np.array_equal(pixels("x.png"), np.asarray(image))
+
+
+def test_loras_are_not_left_in_the_model(generate):
+    generate("--out", "1.png")
+    generate("--lora", "a.safetensors", "--out", "2.png")
+    generate("--out", "3.png")
+    assert np.array_equal(pixels("1.png"), pixels("3.png")) and not np.array_equal(pixels("1.png"), pixels("2.png"))
+
+
+def test_skip_existing_knows_loras(generate):
+    assert generate().out == "pictures/cat-3.png\n"
+    assert generate("--skip-existing", "--lora", "a.safetensors").out == "pictures/cat-3-2.png\n"
+    assert generate("--skip-existing", "--lora", "a.safetensors").out == ""
+    assert generate("--skip-existing", "--lora", "a.safetensors:2").out == "pictures/cat-3-3.png\n"
+
+
+@pytest.mark.parametrize(
+    ("lora", "code", "message"),
+    [
+        ("none.safetensors", 1, "there is no LoRA file none.safetensors"),
+        ("wrong.safetensors", 1, "matched 0 of 32 layers"),
+        ("a.safetensors:inf", 2, "finite LoRA scale"),
+    ],
+)
+def test_wrong_loras(generate, loras, lora, code, message):
+    before = files(loras)
+    done = generate("--lora", lora)
+    assert done.code == code and len(done.errors) == 1 and message in done.errors[0]
+    assert files(loras) == before
+
+
+def test_merge(command, sd1, loras):
+    done = command("lora", "merge", "a.safetensors:0.5", "b.safetensors", "--model", sd1, "--out", "merged")
+    assert done.code == 0 and done.out == "merged\n"
+    pipe = peers.ours("sd1")
+    pipe.load_lora("a.safetensors", 0.5)
+    pipe.load_lora("b.safetensors")
+
+    from diffusers import StableDiffusionPipeline
+
+    from tests.lora.conftest import their_outputs
+
+    merged = StableDiffusionPipeline.from_pretrained("merged", safety_checker=None)
+    for a, b in zip(our_outputs(pipe), their_outputs(merged), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_convert_there_and_back(command, sd1, loras):
+    assert command("lora", "convert", "a.safetensors", "p.safetensors", "--to", "peft", "--model", sd1).code == 0
+    assert command("lora", "convert", "p.safetensors", "k.safetensors", "--model", sd1).code == 0
+    assert "unet.conv_in.lora_A.weight" in load_file("p.safetensors")
+    a, k = load_file("a.safetensors"), load_file("k.safetensors")
+    assert a.keys() == k.keys()
+    pipe = peers.ours("sd1")
+    for name in ("a", "p", "k"):
+        pipe.load_lora(f"{name}.safetensors")
+        outputs = our_outputs(pipe)
+        pipe.unload_lora()
+        if name == "a":
+            expected = outputs
+        for x, y in zip(outputs, expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_inspect(command, loras):
+    done = command("lora", "inspect", "a.safetensors")
+    assert done.code == 0
+    lines = {line.split(":")[0].strip(): line.partition(":")[2].strip() for line in done.out.splitlines()}
+    assert lines["names"] == "kohya" and lines["rank"] == "4" and lines["alpha"] == "2"
+    assert "128 attention" in lines["layers"] and "18 text encoder" in lines["layers"]
+    assert lines["model"] == "tiny" and lines["images"] == "24" and lines["prediction_type"] == "epsilon"
+
+
+def test_inspect_agrees_with_the_general_command(command, loras):
+    done = command("inspect", "a.safetensors")
+    assert "LoRA (safetensors)" in done.out and "kohya" in done.out and "tiny" in done.out
+
+
+def test_inspect_of_another_thing(command, sd1, loras):
+    done = command("lora", "inspect", sd1 / "vae/diffusion_pytorch_model.safetensors")
+    assert done.code == 1 and "expected a LoRA" in done.errors[0]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["merge"], ["convert", "a.safetensors"], ["convert", "a.safetensors", "b.pt"], ["inspect"]]
+)
+def test_wrong_usage(command, sd1, loras, arguments):
+    more = ["--model", sd1] if arguments[0] == "convert" else []
+    done = command("lora", *arguments, *more)
+    assert done.code == 2 and len(done.errors) == 1
+
+
+def test_reproduce_finds_loras(command, generate, sd1, loras):
+    generate("--lora", "a.safetensors:0.5", "--out", "x/x.png")
+    assert command("reproduce", "x/x.png", "--model", sd1).out.splitlines()[-1].startswith("identical")
+    (loras / "elsewhere").mkdir()
+    (loras / "a.safetensors").rename(loras / "elsewhere/renamed.safetensors")
+    done = command("reproduce", "x/x.png", "--model", sd1)
+    assert done.code == 1 and "made with the LoRA a.safetensors" in done.errors[0] and "--lora-dir" in done.errors[0]
+    done = command("reproduce", "x/x.png", "--model", sd1, "--lora-dir", "elsewhere")
+    assert done.out.splitlines()[-1].startswith("identical")
+    assert json.loads(open_image("x/x.png").info["latentdiff"])["loras"][0]["scale"] == 0.5
