@@ -21,6 +21,7 @@ from latentdiff.cli.inspect import inspect
 from latentdiff.cli.interpolate import interpolate
 from latentdiff.cli.lora import lora
 from latentdiff.cli.reproduce import reproduce
+from latentdiff.cli.restore import restore
 from latentdiff.cli.train import train
 from latentdiff.errors import LatentDiffError
 
@@ -33,7 +34,8 @@ def cli() -> None:
     """Text to image with latent diffusion: generate, inspect, convert, reproduce, train and evaluate."""
 
 
-for command in (generate, edit, inpaint, interpolate, reproduce, inspect, convert, lora, data, train, finetune, evaluate):
+MAKING = (generate, edit, inpaint, interpolate, restore, reproduce)
+for command in (*MAKING, inspect, convert, lora, data, train, finetune, evaluate):
     cli.add_command(command)
 
 

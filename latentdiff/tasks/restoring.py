@@ -132,11 +132,12 @@ def restore(
         operator = operator.with_noise(noise_std)
     measured, sources = _measurement(image, operator)
     fitted = _fitted(operator, measured, pipe)
+    steps = STEPS[method] if steps is None else steps
     if guidance_scale is None:
         guidance_scale = GUIDANCE_WITH_PROMPT if prompt else 1.0
-    sampling = Sampling(steps=steps or STEPS[method], guidance_scale=guidance_scale, num_images=samples, **options)
+    sampling = Sampling(steps=steps, guidance_scale=guidance_scale, num_images=samples, **options)
     plan = sampling.plan(prompt, pipe.schedule)
-    levels = way.levels(pipe.schedule, plan.options.steps)
+    levels = way.levels(pipe.schedule, steps)
     problem = Problem(fitted, measured.to(pipe.device), autoencoder_of(pipe))
     plan = replace(plan, levels=levels, sampler=replace(plan.sampler, step=_batch_step(way, problem, levels)))
     pictures, residuals = _walk(pipe, plan, way, problem, keep_measurement)

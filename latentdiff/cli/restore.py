@@ -1,0 +1,216 @@
+"""`latentdiff restore`: repair a picture whose damage is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from latentdiff.cli.model import drawn_seed, loaded_model
+from latentdiff.cli.options import ANY_PATH, BATCH_SIZE, MODEL_OPTIONS, NEGATIVE, RESULT_OPTIONS, SEED
+from latentdiff.cli.output import check_results, check_writable, save_results
+from latentdiff.errors import DataError, UsageError
+from latentdiff.names import BORDER_NAMES, OPERATOR_NAMES, RESTORATION_NAMES
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from latentdiff.tasks.operators import Operator
+
+# Which options belong to which operators.
+OWNERS = {"mask": ("inpaint",), "factor": ("super-resolution",), "kernel": ("deblur", "super-resolution")}
+OWNERS["border"] = OWNERS["kernel"]
+
+
+@click.command()
+@click.argument("picture", type=ANY_PATH)
+@click.option("--operator", "name", type=click.Choice(OPERATOR_NAMES), required=True, help="What happened to the picture.")
+@click.option("--mask", type=ANY_PATH, metavar="FILE", help="inpaint: white where the picture is missing.")
+@click.option("--factor", type=int, metavar="N", help="super-resolution: how many times larger to make the picture.")
+@click.option(
+    "--kernel",
+    metavar="K",
+    help="deblur: gaussian:STD, motion:LENGTH[:ANGLE] in pixels and degrees, or a file, .npy or a grey picture. "
+    "super-resolution: bicubic (the default), box or gaussian.",
+)
+@click.option(
+    "--border",
+    type=click.Choice(BORDER_NAMES),
+    help="deblur, super-resolution: what lies beyond the picture's border.  [default: reflect]",
+)
+@click.option(
+    "--sigma",
+    type=float,
+    default=0.0,
+    show_default=True,
+    metavar="X",
+    help="Standard deviation of the picture's noise, where black is -1 and white 1; 0.1 is 13 of 255 grey levels.",
+)
+@click.option("--prompt", default="", metavar="TEXT", help="What the picture shows, if known.")
+@NEGATIVE
+@click.option("--method", type=click.Choice(RESTORATION_NAMES), default="diffpir", show_default=True)
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the method, such as zeta=1 of diffpir."
+)
+@click.option("--steps", type=int, metavar="N", help="Denoising steps.  [default: 50 for diffpir; see the documentation]")
+@click.option(
+    "--guidance",
+    "guidance_scale",
+    type=float,
+    metavar="X",
+    help="How strongly to follow the prompt.  [default: 3 with a prompt, 1 without]",
+)
+@click.option("-n", "samples", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Pictures to make.")
+@SEED
+@BATCH_SIZE
+@click.option("--mean", type=ANY_PATH, metavar="FILE.png", help="Also write the mean of the pictures.")
+@click.option("--uncertainty", type=ANY_PATH, metavar="FILE.png", help="Also write how far they differ at each pixel.")
+@MODEL_OPTIONS
+@RESULT_OPTIONS
+def restore(
+    picture: Path,
+    name: str,
+    mask: Path | None,
+    factor: int | None,
+    kernel: str | None,
+    border: str | None,
+    sigma: float,
+    settings: tuple[str, ...],
+    seed: int | None,
+    mean: Path | None,
+    uncertainty: Path | None,
+    out: Path,
+    compare: Path | None,
+    no_metadata: bool,
+    **options: Any,
+) -> None:
+    """Repair PICTURE, whose damage is known: pixels missing, too small, blurred, noisy or without colour.
+
+    Prints how far each result misses the damaged picture once damaged again, which should be about --sigma.
+    """
+    _check_owners(name, {"mask": mask, "factor": factor, "kernel": kernel, "border": border})
+    _check_places(mean, uncertainty, options["samples"])
+    check_results(out, compare, options["samples"])
+    own = dict(map(_setting, settings))
+    from latentdiff.image import as_rgb, open_image, save_png
+    from latentdiff.tasks import restore as run
+
+    damaged = as_rgb(open_image(picture))
+    operator = make_operator(name, damaged, mask, factor, kernel, border, sigma)
+    with loaded_model(options) as pipe:
+        found = run(pipe, picture, operator, settings=own, seed=drawn_seed(seed), **options)
+    save_results(found.images, out, {"damaged": damaged}, compare=compare, metadata=not no_metadata)
+    if mean:
+        save_png(found.mean, mean, metadata=not no_metadata)
+        click.echo(mean)
+    if uncertainty:
+        save_png(found.uncertainty_image(), uncertainty)
+        click.echo(uncertainty)
+    misses = ", ".join(f"{value:.4f}" for value in found.residuals)
+    click.echo(f"misses the measurement by {misses} (noise {found.noise_std:g})", err=True)
+
+
+def make_operator(
+    name: str,
+    damaged: Image.Image,
+    mask: Path | None,
+    factor: int | None,
+    kernel: str | None,
+    border: str | None,
+    sigma: float,
+) -> Operator:
+    """The operator that the options name, for a damaged picture.
+
+    Raises:
+        UsageError: an option is missing or outside its domain.
+        DataError: a file is missing or cannot be read.
+    """
+    from latentdiff.tasks import operators
+
+    edges = {"border": border or "reflect", "noise_std": sigma}
+    match name:
+        case "inpaint":
+            return operators.Inpaint(_missing(_needed("--mask", mask), damaged.size), noise_std=sigma)
+        case "super-resolution":
+            return operators.SuperResolution(_needed("--factor", factor), kernel=kernel or "bicubic", **edges)
+        case "deblur":
+            return operators.Deblur(_blur(_needed("--kernel", kernel)), **edges)
+        case "denoise":
+            if sigma == 0.0:
+                raise UsageError("expected the noise level to remove with --sigma, above 0; found 0")
+            return operators.Denoise(noise_std=sigma)
+    return operators.Colourise(noise_std=sigma)
+
+
+def _missing(path: Path, size: tuple[int, int]) -> Tensor:
+    """The pixels to be filled, (H, W)."""
+    import numpy as np
+    import torch
+
+    from latentdiff.image import open_image
+    from latentdiff.tasks.masks import prepared_mask
+
+    mask = prepared_mask(open_image(path), size, grow=0, blur=0.0)
+    return torch.from_numpy(np.asarray(mask) > 127)
+
+
+def _blur(text: str) -> Tensor:
+    """The kernel that `gaussian:STD`, `motion:LENGTH[:ANGLE]` or a file describes, (kh, kw)."""
+    import numpy as np
+    import torch
+
+    from latentdiff.image import as_8_bit, open_image
+    from latentdiff.tasks.operators import gaussian_blur, motion_blur
+
+    shape, *numbers = text.split(":")
+    if shape in ("gaussian", "motion") and numbers:
+        try:
+            values = [float(number) for number in numbers]
+        except ValueError:
+            values = []
+        if len(values) == 1 or (len(values) == 2 and shape == "motion"):
+            return (gaussian_blur if shape == "gaussian" else motion_blur)(*values)
+        raise UsageError(f"expected a kernel gaussian:STD or motion:LENGTH:ANGLE, found {text!r}")
+    if not text.endswith(".npy"):
+        return torch.from_numpy(np.asarray(as_8_bit(open_image(text)).convert("L"), dtype=np.float64))
+    try:
+        return torch.from_numpy(np.load(text, allow_pickle=False).astype(np.float64))
+    except FileNotFoundError as error:
+        raise DataError(f"no kernel at {text}") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"cannot read {text} as a kernel of numbers: {error}") from error
+
+
+def _check_owners(name: str, given: dict[str, Any]) -> None:
+    for option, value in given.items():
+        if value is not None and name not in OWNERS[option]:
+            raise UsageError(f"--{option} belongs to the operator {' or '.join(OWNERS[option])}, found it with {name}")
+
+
+def _check_places(mean: Path | None, uncertainty: Path | None, samples: int) -> None:
+    for option, place in (("--mean", mean), ("--uncertainty", uncertainty)):
+        if place is None:
+            continue
+        if place.suffix != ".png":
+            raise UsageError(f"expected {option} FILE.png, found {place}")
+        if samples == 1:
+            raise UsageError(f"{option} needs 2 or more pictures; ask for them with -n")
+        check_writable(place)
+
+
+def _needed(option: str, value: Any) -> Any:
+    if value is None:
+        raise UsageError(f"this operator needs {option}")
+    return value
+
+
+def _setting(text: str) -> tuple[str, float | bool]:
+    name, _, value = text.partition("=")
+    if value in ("true", "false"):
+        return name, value == "true"
+    try:
+        return name, float(value)
+    except ValueError as error:
+        raise UsageError(f"expected --set NAME=VALUE with a number, true or false, found {text!r}") from error
