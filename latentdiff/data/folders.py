@@ -39,7 +39,7 @@ def list_folder(folder: Path, column: str | None) -> Listing:
     listing = _from_metadata(folder, metadata, images, column) if metadata else _from_sidecars(folder, images, paths)
     if not any(entry.captions for entry in listing.entries):
         raise DataError(
-            f"no captions in {folder}: looked for {' or '.join(METADATA)}, and for {' and '.join(SIDECARS)} files named"
+            f"no captions in {folder}: looked for {', '.join(METADATA)}, and for {' and '.join(SIDECARS)} files named"
             f" as the images; found {_there(paths)}{_guess(paths, images)}"
         )
     if folder != whole:

@@ -20,6 +20,8 @@ from latentdiff.errors import DataError
 CAPTION_FIELDS = ("txt", "caption")
 IMAGE_FIELDS = tuple(sorted(suffix[1:] for suffix in SUFFIXES))
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MEMBER = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)$")
+_NOTE = re.compile(r"__[^/]*__($|/)")
 
 
 def find_shards(source: str | Path) -> list[Path]:
@@ -79,17 +81,20 @@ def members_of(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """
     try:
         with tarfile.open(shard, "r:") as tar:
-            for key, members in groupby((member for member in tar if member.isfile()), lambda member: split_name(member)[0]):
-                yield key, {split_name(member)[1]: member for member in members}
+            members = ((name, member) for member in tar if member.isreg() and (name := split_name(member.name)))
+            for key, group in groupby(members, lambda item: item[0][0]):
+                yield key, {field: member for (_, field), member in group}
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"cannot read the shard {shard}: {error}; make or fetch it again") from error
 
 
-def split_name(member: tarfile.TarInfo) -> tuple[str, str]:
-    """Key and field of a member: the folder and the name up to its first dot, and what follows, in lower case."""
-    folder, _, name = member.name.rpartition("/")
-    stem, _, suffix = name.partition(".")
-    return f"{folder}/{stem}" if folder else stem, suffix.lower()
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and field of a member: the name up to the first dot behind its folder, and what follows, in lower case.
+
+    None for what the webdataset library skips: names without a field, and its own notes such as `__index__`.
+    """
+    found = _MEMBER.match(name)
+    return (found[1], found[2].lower()) if found and not _NOTE.match(name) else None
 
 
 def sample_captions(fields: Mapping[str, Any], column: str | None, name: str) -> tuple[str, ...]:

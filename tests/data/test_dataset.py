@@ -193,7 +193,7 @@ def make_unreadable(folder):
         (lambda folder: None, "found nothing"),
         (make_file, "found the file"),
         (make_empty, r"no images in .*: looked for metadata.jsonl, .*; found nothing"),
-        (make_uncaptioned, r"no captions in .*found 1 \.png, 1 metadata.json1; metadata.json1 is not one of these names"),
+        (make_uncaptioned, r"no captions in .*found 1 metadata.json1, 1 \.png; metadata.json1 is not one of these names"),
         (make_unmatched, r"no captions in .*found 1 \.png, 1 \.txt; y.txt belongs to no image, the first image is x.png"),
         (make_half_captioned, r"1 of 2 images .* have no caption, the first is x.png"),
         (make_only_captions, r"no images in .*found 1 \.txt"),
