@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentdiff.errors import LatentDiffError as LatentDiffError
+    from latentdiff.finetuning.run import finetune as finetune
     from latentdiff.pipeline import Pipeline as Pipeline
 
 __version__ = "0.1.0"
 
-_HOMES = {"Pipeline": "latentdiff.pipeline", "LatentDiffError": "latentdiff.errors"}
-__all__ = ["LatentDiffError", "Pipeline", "__version__"]  # noqa: F822 (two of them by __getattr__)
+_HOMES = {
+    "Pipeline": "latentdiff.pipeline",
+    "LatentDiffError": "latentdiff.errors",
+    "finetune": "latentdiff.finetuning.run",
+}
+__all__ = ["LatentDiffError", "Pipeline", "__version__", "finetune"]  # noqa: F822 (three of them by __getattr__)
 
 
 def __getattr__(name: str) -> Any:

@@ -67,8 +67,8 @@ class FinetuneConfig(StageSection):
 
     # --- what is trained
     method: Literal["lora", "full", "textual_inversion"] = "lora"
-    """lora: small matrices beside the weights, a small file. full: all weights of the U-Net. textual_inversion: the embedding of
-    one new word."""
+    """lora: small matrices beside the weights, a small file. full: all weights of the U-Net. textual_inversion: the embedding
+    of one new word."""
     model: str | None = None
     """Folder, file or hub id of the model to start from; without it, the one that comes with latentdiff."""
     out: Path = Path("runs/finetune")
@@ -100,9 +100,13 @@ class FinetuneConfig(StageSection):
     caption_column: str | None = None
     """Column of the metadata that holds the captions, where it is not `text`."""
     strict: bool = False
-    """Stop at the first image that cannot be read, in place of skipping it."""
+    """Stop if an image cannot be read, in place of leaving it out."""
+    allow_missing: bool = False
+    """Take images without a caption, with the empty one."""
+    background: str = "white"
+    """Colour under transparent images."""
     resolution: PositiveInt | None = None
-    """Side of the training images in pixels; with `buckets`, images have about the area of its square. Without it, the model's."""
+    """Side of the training images in pixels; with `buckets`, they have about the area of its square. Default: the model's."""
     buckets: bool = True
     """Keep the images' aspect ratios, and batch images of like ones; otherwise all are cropped to squares."""
     bucket_step: PositiveInt | None = None
@@ -134,7 +138,7 @@ class FinetuneConfig(StageSection):
     attention: Literal["auto", "sdpa", "xformers", "plain"] = "auto"
     """Attention back end; auto is plain for small latents on a CPU, where it is faster, and PyTorch's kernels elsewhere."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Precision of forward and backward passes; trained weights stay float32. auto is bf16 on a GPU that has it, otherwise no."""
+    """Precision of forward and backward passes; trained weights stay float32. auto is bf16 on a GPU that has it, else no."""
     base_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision in which frozen weights are kept (lora, textual_inversion); halves their memory."""
     device: Literal["auto", "cpu"] = "auto"
@@ -145,6 +149,8 @@ class FinetuneConfig(StageSection):
     """Encode the captions once and keep the embeddings on disk; does nothing where the text encoder is trained."""
     cache: Path | None = None
     """Folder of the caches, which runs may share; without it, `cache` in the run."""
+    cache_precision: Literal["fp16", "fp32"] = "fp16"
+    """Precision of the cached numbers."""
 
     # --- what is written
     result_precision: Literal["model", "fp32", "fp16", "bf16"] = "model"

@@ -94,7 +94,7 @@ class Trainer:
                 if last or stopping or self._due(self.settings.log_every):
                     self._check_finite(window)
                     entry = self._entry(window)
-                    log.write(entry)
+                    self._write(log, entry)
                     peak = f"{peak_memory(self.accelerator.device) / 2**30:.3g}G"
                     bar.set_postfix(loss=f"{entry['loss']:.4g}", img_s=f"{entry['images_per_second']:.4g}", peak=peak)
                 if stopping:
@@ -102,7 +102,7 @@ class Trainer:
                     raise TrainingStopped(f"stopped and saved at {place}; {self.task.resume_hint}")
                 with window.paused():
                     if last or self._due(self.settings.validate_every):
-                        log.write({"step": self.step, **self._on_main(self._validate)})
+                        self._write(log, {"step": self.step, **self._on_main(self._validate)})
                     if last or self._due(self.settings.preview_every):
                         self._on_main(lambda: self.task.preview(self.folder / "previews", self.step))
                         self._on_main(lambda: self.task.preview_live(self.folder / "previews", self.step), averaged=False)
@@ -180,6 +180,11 @@ class Trainer:
             for micro in range(settings.accumulation)
         )
         return iter(Prefetch(make, keys, workers=self.task.loader_threads, depth=max(4, 2 * self.task.loader_threads)))
+
+    def _write(self, log: Journal, entry: dict[str, float]) -> None:
+        if len(entry) > 1 and self.accelerator.is_main_process:
+            log.write(entry)
+            self.task.logged(entry)
 
     def _entry(self, window: Window) -> dict[str, float]:
         means, rate = window.close()

@@ -1,0 +1,99 @@
+"""`latentdiff finetune`: a model or a LoRA that has learned what is in a folder of captioned images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+
+import click
+
+from latentdiff.cli.options import ANY_PATH
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+# Flags in the order in which people look for them; the others follow.
+_FIRST = ("data", "method", "model", "out")
+_PLACEHOLDERS = {
+    "data": "FOLDER[:REPEATS]",
+    "validation": "FOLDER",
+    "model": "FOLDER|HUB_ID|FILE",
+    "out": "FOLDER",
+    "cache": "FOLDER",
+}
+
+
+class _ConfigCommand(click.Command):
+    """A command that has a flag for every key of the configuration, which is read only when the command is used."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        from latentdiff.finetuning.config import FinetuneConfig
+
+        fields, known = FinetuneConfig.model_fields, {parameter.name for parameter in self.params}
+        names = dict.fromkeys((*_FIRST, *fields))
+        self.params += [_option(name, fields[name]) for name in names if name not in known]
+        return super().get_params(ctx)
+
+
+def _option(name: str, field: FieldInfo) -> click.Option:
+    """The flag of a key. Its value goes to the configuration as text, which alone says what is allowed."""
+    flag, help_text = f"--{name.replace('_', '-')}", " ".join((field.description or "").split())
+    kinds = _kinds(field.annotation)
+    if bool in kinds:
+        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=help_text)
+    many = tuple in kinds and not _is_pair(field.annotation)
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    return click.Option(
+        [flag],
+        type=click.Choice(choices) if choices else str,
+        multiple=many,
+        nargs=2 if _is_pair(field.annotation) else 1,
+        metavar=_PLACEHOLDERS.get(name) or (None if choices else _metavar(kinds)),
+        help=help_text + (" May be repeated." if many else "") + _default(field),
+    )
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The types that an annotation allows, without constraints: Literal[...] as it is, tuples as `tuple`."""
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType):
+        return [kind for part in get_args(annotation) for kind in _kinds(part)]
+    if hasattr(annotation, "__metadata__"):
+        return _kinds(get_args(annotation)[0])
+    return [annotation if origin is Literal else origin or annotation]
+
+
+def _is_pair(annotation: Any) -> bool:
+    return get_origin(annotation) is tuple and len(get_args(annotation)) == 2 and get_args(annotation)[1] is not Ellipsis
+
+
+def _metavar(kinds: list[Any]) -> str:
+    return "INTEGER" if int in kinds else "NUMBER" if float in kinds else "TEXT"
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.default
+    return "" if value is None or value == () else f"  [default: {value}]"
+
+
+@click.command(cls=_ConfigCommand)
+@click.option("--config", type=ANY_PATH, metavar="FILE", help="YAML file with any of the keys below; flags replace its values.")
+@click.option("--resume", type=ANY_PATH, metavar="RUN", help="Go on with a run, from its newest whole checkpoint.")
+def finetune(config: Path | None, resume: Path | None, **flags: Any) -> None:
+    """Fine-tune a model on captioned images.
+
+    The result is OUT/lora.safetensors, OUT/model or OUT/embedding.safetensors, by method; OUT/report.html tells how it went.
+    Every key of the YAML is also a flag.
+    """
+    from latentdiff.finetuning.run import resolve, run
+
+    given = {name: value for name, value in flags.items() if value is not None and value != ()}
+    click.echo(run(resolve(resume, config, _as_values(given))))
+
+
+def _as_values(given: dict[str, Any]) -> dict[str, Any]:
+    """Flags as values of the configuration: "none" is none, and a tuple of texts a list."""
+    return {
+        name: None if value == "none" else list(value) if isinstance(value, tuple) else value for name, value in given.items()
+    }

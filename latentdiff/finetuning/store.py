@@ -1,0 +1,66 @@
+"""Rows of numbers on disk by key: what caches are made of.
+
+    FOLDER/KEY-OF-THE-FIRST-ROW.safetensors     "rows" (n, ...), and in its metadata the n keys
+
+A shard is written whole or not at all and never changed, so a build that is cut off goes on with the rows that are missing, and
+processes can write into one folder at the same time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from latentdiff.files import atomic_path
+
+_TYPES = {"F16": np.float16, "F32": np.float32}
+
+
+class RowStore:
+    """Reads and writes the rows in `folder`; rows may have different shapes, those of one shard have the same."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._rows: dict[str, np.ndarray] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what other processes have written."""
+        for path in sorted(self.folder.glob("[!.]*.safetensors")):
+            self._rows |= _read_shard(path)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self._rows[key]
+
+    def write(self, keys: Sequence[str], rows: np.ndarray) -> None:
+        """Add rows (n, ...) under n new keys."""
+        path = self.folder / f"{keys[0]}.safetensors"
+        with atomic_path(path) as temporary:
+            save_file({"rows": np.ascontiguousarray(rows)}, temporary, metadata={"keys": json.dumps(list(keys))})
+        self._rows |= _read_shard(path)
+
+
+def row_key(*parts: object) -> str:
+    """32 hex digits that depend on `parts` alone."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def _read_shard(path: Path) -> dict[str, np.ndarray]:
+    """Rows of a shard by key, mapped from the file; a damaged one counts as missing."""
+    try:
+        with open(path, "rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_size))
+        about, keys = header["rows"], json.loads(header["__metadata__"]["keys"])
+        rows = np.memmap(path, _TYPES[about["dtype"]], "r", 8 + header_size + about["data_offsets"][0], tuple(about["shape"]))
+    except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError):
+        return {}
+    return dict(zip(keys, rows, strict=True))
