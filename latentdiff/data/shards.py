@@ -91,7 +91,7 @@ def members_of(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
 def split_name(name: str) -> tuple[str, str] | None:
     """Key and field of a member: the name up to the first dot behind its folder, and what follows, in lower case.
 
-    None for what the webdataset library skips: names without a field, and its own notes such as `__index__`.
+    None for what the webdataset library skips: names without a field, and its own notes such as `__index__/...`.
     """
     found = _MEMBER.match(name)
     return (found[1], found[2].lower()) if found and not _NOTE.match(name) else None

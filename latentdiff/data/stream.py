@@ -99,7 +99,7 @@ class ShardStream:
 
     @property
     def lanes(self) -> int:
-        """Parts of a batch that are read from different shards: the largest divisor of the batch size for which shards suffice."""
+        """Parts of a batch that different shards supply: the largest divisor of the batch size for which there are shards."""
         return next(n for n in range(min(self.batch_size, len(self.shards)), 0, -1) if self.batch_size % n == 0)
 
     def batches(
@@ -166,17 +166,17 @@ class ShardStream:
         while empty < len(self.shards):
             place = lane + number * self.lanes
             shard = self.shards[int(order.indices(place, 1)[0])]
+            held = 0
             if position and position >= (held := _count(shard)):
                 position -= held
             else:
-                mixed = _library().filters.shuffle(
-                    size, initial=size, rng=random.Random(torch_seed(self.seed, "samples", place))
-                )
-                for sample in islice(mixed(_samples(shard)), position, None):
-                    empty = 0
+                rng = random.Random(torch_seed(self.seed, "samples", place))
+                mixed = _library().filters.shuffle(size, initial=size, rng=rng)(_samples(shard))
+                for sample in islice(mixed, position, None):
+                    held += 1
                     yield sample
                 position = 0
-            number, empty = number + 1, empty + 1
+            number, empty = number + 1, 0 if held else empty + 1
         raise DataError(f"no samples in {len(self.shards)} shards, the first is {self.shards[0]}")
 
 
