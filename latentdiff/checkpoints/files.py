@@ -125,7 +125,7 @@ def _read_pickle(path: Path, kind: str) -> TensorFile:
             f"{path} is a pickle with more than weights in it and was not opened: {_forbidden(error)}; "
             "ask its author for a safetensors file"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:  # torch lets them out
         raise CheckpointError(f"{path} is damaged: {_first_line(error)}; download it again") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")

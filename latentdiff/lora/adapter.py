@@ -43,9 +43,9 @@ class LoRALayer(nn.Module):
         else:
             self.lora_down = new(nn.Linear, target.in_features, rank, bias=False)
             self.lora_up = new(nn.Linear, rank, target.out_features, bias=False)
-        self.reset(None)
+        self.reset(torch.Generator())
 
-    def reset(self, generator: torch.Generator | None) -> None:
+    def reset(self, generator: torch.Generator) -> None:
         """Draw `lora_down` as linear layers are drawn (uniform, He et al. 2015, a = √5), and zero `lora_up`."""
         nn.init.kaiming_uniform_(self.lora_down.weight, a=5**0.5, generator=generator)
         nn.init.zeros_(self.lora_up.weight)

@@ -47,7 +47,12 @@ class LoRAFile:
     @property
     def ranks(self) -> list[int]:
         """Inner widths, each once."""
-        return sorted({roles["down"].shape[0] for roles in self.layers.values() if "down" in roles})
+        return sorted({roles["down"].shape[0] for roles in self.layers.values() if _is_whole(roles)})
+
+    @property
+    def alphas(self) -> list[float]:
+        """Alphas, each once; see `alpha`."""
+        return sorted({self.alpha(name) for name, roles in self.layers.items() if _is_whole(roles)})
 
     def alpha(self, layer: str) -> float:
         """What the layer's change is multiplied by, times its rank; where the file says nothing, the rank."""
@@ -180,9 +185,13 @@ def _problem(name: str, roles: Mapping[str, Tensor], target: nn.Module) -> str |
             return f"{name} ({role}: expected {_show(shape)}, found {_show(roles[role].shape)})"
     if roles.get("alpha", torch.zeros(1)).numel() != 1:
         return f"{name} (alpha: expected one number, found {_show(roles['alpha'].shape)})"
-    if not all(torch.isfinite(tensor).all() for tensor in roles.values()):
+    if not all(torch.isfinite(tensor.float()).all() for tensor in roles.values()):
         return f"{name} (holds NaN or infinity)"
     return None
+
+
+def _is_whole(roles: Mapping[str, Tensor]) -> bool:
+    return "down" in roles and roles["down"].ndim > 1 and roles.get("alpha", torch.zeros(1)).numel() == 1
 
 
 def _fill(layer: LoRALayer, roles: Mapping[str, Tensor]) -> LoRALayer:
@@ -203,11 +212,9 @@ def _other_method(roles: Mapping[str, Tensor]) -> str | None:
 def _does_not_fit(file: LoRAFile, report: LoadReport, unet: UNet) -> str:
     shown = ", ".join(report.problems[:_SHOWN])
     more = f" and {len(report.problems) - _SHOWN} more" if len(report.problems) > _SHOWN else ""
-    ours = f"text width {unet.config.cross_attention_dim}, {'linear' if unet.config.use_linear_projection else 'convolution'} "
-    return (
-        f"the LoRA {file.path} does not fit this model: {report}; not {shown}{more}. The file looks like one for "
-        f"{made_for(file)}, this model has {ours}projections; load it with the model that it was made for"
-    )
+    theirs, ours = made_for(file), _family(unet.config.cross_attention_dim)
+    guess = "is damaged or not supported" if theirs == ours else f"was made for {theirs}, this model is {ours}"
+    return f"the LoRA {file.path} does not fit this model: {report}; not {shown}{more}. Probably it {guess}"
 
 
 def made_for(file: LoRAFile) -> str:
@@ -220,9 +227,12 @@ def made_for(file: LoRAFile) -> str:
     if re.search(r"lora_te2_|text_encoder_2\.|add_embedding|label_emb|transformer_blocks[._]1[._]", names):
         return "Stable Diffusion XL"
     keys = [roles["down"] for name, roles in file.layers.items() if re.search(r"attn2[._]to_k$", name) and "down" in roles]
-    width = keys[0].shape[1] if keys and keys[0].ndim > 1 else None
+    return _family(keys[0].shape[1]) if keys and keys[0].ndim > 1 else "another model"
+
+
+def _family(text_width: int) -> str:
     families = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
-    return families.get(width, f"a model of text width {width}" if width else "another model")
+    return families.get(text_width, f"a model of text width {text_width}")
 
 
 def _show(shape: tuple[int, ...]) -> str:
