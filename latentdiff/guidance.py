@@ -109,7 +109,7 @@ def blended_denoiser(
     guidance: Guidance,
     share_of_empty: Callable[[Level], float],
 ) -> Denoiser:
-    """Like `guided_denoiser`, but guided away from a blend: of the empty prompt, as far as `share_of_empty` says, and the negative.
+    """Like `guided_denoiser`, but guided away from a blend of the empty prompt, in the share that is said, and the negative.
 
     Tumanyan et al. 2023 edit with it: the negative prompt says what the source shows, and acts more and more towards the end.
     The three go through the model as one batch of 3N where guidance acts.

@@ -19,10 +19,12 @@ from latentdiff.cli.generate import generate
 from latentdiff.cli.inpaint import inpaint
 from latentdiff.cli.inspect import inspect
 from latentdiff.cli.interpolate import interpolate
+from latentdiff.cli.invert import invert
 from latentdiff.cli.lora import lora
 from latentdiff.cli.reproduce import reproduce
 from latentdiff.cli.restore import restore
 from latentdiff.cli.train import train
+from latentdiff.cli.translate import translate
 from latentdiff.errors import LatentDiffError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells expect
@@ -34,7 +36,7 @@ def cli() -> None:
     """Text to image with latent diffusion: generate, inspect, convert, reproduce, train and evaluate."""
 
 
-MAKING = (generate, edit, inpaint, interpolate, restore, reproduce)
+MAKING = (generate, edit, inpaint, interpolate, invert, translate, restore, reproduce)
 for command in (*MAKING, inspect, convert, lora, data, train, finetune, evaluate):
     cli.add_command(command)
 

@@ -9,11 +9,13 @@ from PIL import Image
 
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
-from latentdiff.tasks import editing, inpainting, interpolation, restoring
+from latentdiff.tasks import editing, inpainting, interpolation, restoring, translation
 from latentdiff.tasks.editing import image_to_image as image_to_image
 from latentdiff.tasks.inpainting import inpaint as inpaint
 from latentdiff.tasks.interpolation import interpolate as interpolate
+from latentdiff.tasks.inversion import invert as invert
 from latentdiff.tasks.restoring import restore as restore
+from latentdiff.tasks.translation import translate as translate
 
 # (model, recipe, files of its sources by role) -> the picture once more; by the `task` that recipes name.
 TASKS: dict[str, Callable[[Pipeline, Recipe, Mapping[str, Path]], Image.Image]] = {
@@ -21,4 +23,5 @@ TASKS: dict[str, Callable[[Pipeline, Recipe, Mapping[str, Path]], Image.Image]] 
     inpainting.TASK: inpainting.again,
     interpolation.TASK: interpolation.again,
     restoring.TASK: restoring.again,
+    translation.TASK: translation.again,
 }

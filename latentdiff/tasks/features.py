@@ -1,9 +1,9 @@
 """Plug-and-play diffusion features (Tumanyan et al. 2023): a picture's own features, put into the making of another one.
 
-While the target is denoised under its prompt, the source is denoised beside it, on the latents that its inversion stored. In the
-decoder of the U-Net the target takes, from the source, what the convolutions of a residual block give, and the queries and keys
-of self-attentions: where things are and what belongs together. Its values, its cross-attention to the prompt and its skips stay
-its own, and decide what things look like.
+While the target is denoised under its prompt, the source is denoised beside it, on the latents that its inversion stored.
+In the decoder of the U-Net the target takes, from the source, what the convolutions of a residual block give, and the queries
+and keys of self-attentions: where things are and what belongs together. Its values, its cross-attention to the prompt and its
+skips stay its own, and decide what things look like.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def replay(source: Denoiser, levels: Sequence[Level], latents: Sequence[Tensor],
     """A denoiser that says of any latents what `source` says of the stored ones: whatever was begun with, the source comes out.
 
     The limit of injection, where everything is taken. Injection as above does not reach it, however many blocks are taken: the
-    encoder's skips and the cross-attention remain the target's.
+    encoder's skips and the cross-attention remain the target's. `source` has the batch of the targets.
     """
     stored = dict(zip(levels, latents, strict=True))
     rows = torch.as_tensor(source_of)

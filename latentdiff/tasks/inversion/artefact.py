@@ -67,12 +67,14 @@ class Inversion:
         if not 1 <= steps <= self.steps:
             raise UsageError(f"expected 1 to {self.steps} steps, as many as the inversion has, found {steps}")
         if self.partner is not None:
-            raise UsageError(f"an EDICT inversion is exact in its own {self.steps} steps only, found {steps}; leave --steps away")
+            raise UsageError(
+                f"an EDICT inversion is exact in its own {self.steps} steps only, found {steps}; leave --steps away"
+            )
         kept = [round(index * self.steps / steps) for index in range(steps + 1)]
         return replace(self, latents=self.latents[kept], levels=tuple(self.levels[i] for i in kept), nulls=None)
 
     def noise_statistics(self) -> dict[str, float]:
-        """Mean, standard deviation and correlation of neighbours of the noisiest latents; 0, 1 and 0 for what models start from."""
+        """Mean, standard deviation and neighbours' correlation of the noisiest latents; of unit noise, 0, 1 and 0."""
         x = self.latents[0].double()
         x_c = x - x.mean()
         neighbours = ((x_c[..., 1:] * x_c[..., :-1]).mean() + (x_c[..., 1:, :] * x_c[..., :-1, :]).mean()) / 2
@@ -86,16 +88,16 @@ class Inversion:
         """
         if model_hash != self.model_hash:
             raise CheckpointError(
-                f"the inversion was made with the model {self.model!r} (hash {self.model_hash[:10] or 'unknown'}), this one has the "
-                f"hash {model_hash[:10] or 'unknown'}; name that model with --model, or invert the picture anew"
+                f"the inversion was made with the model {self.model!r} (hash {self.model_hash[:10] or 'unknown'}), "
+                f"this one has the hash {model_hash[:10] or 'unknown'}; name that model with --model, or invert anew"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as one safetensors file with its settings in the metadata."""
         tensors = {"latents": self.latents, "embeddings": self.embeddings, "nulls": self.nulls, "partner": self.partner}
-        plain = {
-            key: value for key, value in vars(self).items() if key not in tensors
-        } | {"levels": [asdict(level) for level in self.levels]}
+        plain = {key: value for key, value in vars(self).items() if key not in tensors} | {
+            "levels": [asdict(level) for level in self.levels]
+        }
         metadata = {"format": FORMAT, "schema": str(SCHEMA), "inversion": json.dumps(plain)}
         kept = {key: value.float().cpu().contiguous() for key, value in tensors.items() if value is not None}
         with atomic_path(path) as temporary:
@@ -116,7 +118,9 @@ class Inversion:
         except FileNotFoundError as error:
             raise DataError(f"no inversion at {name}") from error
         except (OSError, SafetensorError) as error:
-            raise DataError(f"cannot read {name} as an inversion, a safetensors file of `latentdiff invert`: {error}") from error
+            raise DataError(
+                f"cannot read {name} as an inversion, a safetensors file of `latentdiff invert`: {error}"
+            ) from error
         if metadata.get("format") != FORMAT:
             raise DataError(f"expected an inversion made by `latentdiff invert`, found another safetensors file: {name}")
         if metadata.get("schema") != str(SCHEMA):
@@ -133,13 +137,12 @@ class Inversion:
 
 
 def is_inversion(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` holds an inversion rather than a picture, by its first bytes."""
+    """Whether `path` holds an inversion, and not a picture."""
     try:
-        with open(path, "rb") as file:
-            head = file.read(4096)
-    except OSError:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
         return False
-    return head[8:9] == b"{" and FORMAT.encode() in head
 
 
 def psnr(a: Tensor, b: Tensor) -> float:

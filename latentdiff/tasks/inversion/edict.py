@@ -17,12 +17,18 @@ from latentdiff.schedule import Level
 from latentdiff.tasks.inversion.ddim import Quantity, coefficients, read
 
 
-def mixing_for(steps: int) -> float:
-    """The share p of its own that each latent keeps in a step: the paper's 0.93 at 50 steps.
+def mixing_for(steps: int, quantity: Quantity = "eps") -> float:
+    """The share p of its own that each latent keeps in a step: the paper's 0.93 up to 50 steps.
 
-    The product over all steps stays the same: with more steps at one p the two latents drift apart on the way up.
+    On the way up the two drift apart by a factor p**-2 a step, so p depends on the number of steps. Moved by the noise they
+    also shrink together, by alpha_T in all; moved by the velocity they do not, and p has to be nearer to 1.
     """
-    return 0.93 ** (50.0 / steps)
+    return {"eps": 0.93, "v": 0.98}[quantity] ** min(50.0 / steps, 1.0)
+
+
+def quantity_for(levels: Sequence[Level]) -> Quantity:
+    """The paper's, the noise; the velocity where the noisiest level holds no signal."""
+    return "eps" if levels[0].alpha > 0.0 else "v"
 
 
 def sampling_step(levels: Sequence[Level], p: float, quantity: Quantity = "eps") -> Step:
@@ -36,7 +42,9 @@ def sampling_step(levels: Sequence[Level], p: float, quantity: Quantity = "eps")
     _check_mixing(p)
     number = {level: index for index, level in enumerate(levels)}
 
-    def step(denoiser: Denoiser, pair: Tensor, level: Level, next_level: Level, state: None, noise: Noise) -> tuple[Tensor, None]:
+    def step(
+        denoiser: Denoiser, pair: Tensor, level: Level, next_level: Level, state: None, noise: Noise
+    ) -> tuple[Tensor, None]:
         first, second = _in_turn(pair, number[level])
         a, b = coefficients(level, next_level, quantity)
         first = a * first + b * read(denoiser(second, level), level, quantity)
@@ -53,7 +61,9 @@ def inversion_step(levels: Sequence[Level], p: float, quantity: Quantity = "eps"
     _check_mixing(p)
     number = {level: index for index, level in enumerate(levels)}
 
-    def step(denoiser: Denoiser, pair: Tensor, level: Level, next_level: Level, state: None, noise: Noise) -> tuple[Tensor, None]:
+    def step(
+        denoiser: Denoiser, pair: Tensor, level: Level, next_level: Level, state: None, noise: Noise
+    ) -> tuple[Tensor, None]:
         first, second = _in_turn(pair, number[next_level])
         a, b = coefficients(next_level, level, quantity)  # of the sampling step
         second = (second - (1.0 - p) * first) / p

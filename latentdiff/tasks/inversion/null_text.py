@@ -71,7 +71,9 @@ def optimise(
         with torch.no_grad():
             positive = conditional(x, level).raw
 
-        def land(null: Tensor, x: Tensor = x, level: Level = level, positive: Tensor = positive, to: Level = next_level) -> Tensor:
+        def land(
+            null: Tensor, x: Tensor = x, level: Level = level, positive: Tensor = positive, to: Level = next_level
+        ) -> Tensor:
             raw = guidance.combine(unconditional(null)(x, level).raw, positive)
             prediction = parameterization(raw, x, level)
             return to.alpha * prediction.x0 + to.sigma * prediction.eps

@@ -1,0 +1,67 @@
+"""`latentdiff invert`: find the noise that sampling would make a picture of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from latentdiff.cli.model import loaded_model
+from latentdiff.cli.options import ANY_PATH, MODEL_OPTIONS, SPACING
+from latentdiff.cli.output import check_writable
+from latentdiff.errors import UsageError
+from latentdiff.names import INVERSION_NAMES
+
+
+@click.command()
+@click.argument("picture", type=ANY_PATH)
+@click.option("--prompt", default="", metavar="TEXT", help="What the picture shows; edict and null-text need it.")
+@click.option(
+    "--method",
+    type=click.Choice(INVERSION_NAMES),
+    default="fixed-point",
+    show_default=True,
+    help="edict is exact, and for editing by edict; null-text is for editing by null-text, and slow.",
+)
+@click.option("--steps", type=int, default=50, show_default=True, metavar="N", help="Steps up in noise, 1 to 1000.")
+@click.option(
+    "--iterations",
+    type=int,
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Corrections of each step of fixed-point and null-text; each costs as much as the step and brings it nearer.",
+)
+@click.option(
+    "--guidance", "guidance_scale", type=float, metavar="X", help="For which edict (3) and null-text (5) are made to be exact."
+)
+@click.option("--mixing", type=float, metavar="X", help="0.5 to 1: edict's coupling.  [default: 0.93 at 50 steps]")
+@SPACING
+@click.option("--width", type=int, metavar="PIXELS", help="Bring the picture to this width first.  [default: its own]")
+@click.option("--height", type=int, metavar="PIXELS", help="Bring the picture to this height first.  [default: its own]")
+@click.option("--no-check", is_flag=True, help="Do not sample back to measure the error: saves up to half of the time.")
+@click.option("--out", type=ANY_PATH, metavar="FILE", help="Where to write.  [default: PICTURE's name with .inversion, here]")
+@MODEL_OPTIONS
+def invert(picture: Path, out: Path | None, no_check: bool, **settings: Any) -> None:
+    """Invert PICTURE: find the noise, and every step of the way, from which sampling leads back to it.
+
+    The file that is written serves `translate` in place of the picture.
+    """
+    out = out or Path(picture.stem + ".inversion")
+    if out.exists():
+        raise UsageError(f"{out} is there already; remove it or choose another name with --out")
+    check_writable(out)
+    from latentdiff.tasks.inversion import invert as invert_picture
+
+    with loaded_model(settings) as pipe:
+        found = invert_picture(pipe, picture, measure=not no_check, **settings)
+    found.save(out)
+    click.echo(out)
+    if found.reconstruction_db is not None and found.floor_db is not None:
+        click.echo(f"reconstruction: {found.reconstruction_db:.2f} dB; the VAE alone keeps {found.floor_db:.2f} dB")
+    noise = found.noise_statistics()
+    click.echo(
+        f"noise: mean {noise['mean']:.3f}, standard deviation {noise['std']:.3f}, "
+        f"correlation of neighbours {noise['autocorrelation']:.3f} (0, 1 and 0 are ideal)"
+    )

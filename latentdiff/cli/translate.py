@@ -1,0 +1,142 @@
+"""`latentdiff translate`: make a picture anew under another prompt, keeping its layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from latentdiff.cli.model import loaded_model
+from latentdiff.cli.options import (
+    ANY_PATH,
+    GUIDANCE_INTERVAL,
+    GUIDANCE_RESCALE,
+    MODEL_OPTIONS,
+    NEGATIVE,
+    RESULT_OPTIONS,
+    SPACING,
+)
+from latentdiff.cli.output import check_results, save_results
+from latentdiff.errors import UsageError
+from latentdiff.names import BLEND_NAMES, TRANSLATION_NAMES
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from latentdiff.pipeline import Pipeline
+    from latentdiff.tasks.features import PnPSpec
+
+INVERSION_OPTIONS = ("spacing", "iterations", "width", "height")  # of pictures that are not inverted yet
+
+
+@click.command()
+@click.argument("picture", type=ANY_PATH, metavar="PICTURE|INVERSION")
+@click.argument("prompt")
+@click.option(
+    "--method",
+    type=click.Choice(TRANSLATION_NAMES),
+    default="features",
+    show_default=True,
+    help="What holds the result to the picture; see below.",
+)
+@click.option("--source-prompt", default="", metavar="TEXT", help="What the picture shows.  [default: nothing said]")
+@NEGATIVE
+@click.option(
+    "--negative-schedule",
+    type=click.Choice(BLEND_NAMES),
+    help="Fade from the empty to the negative prompt over the steps.  [default: the negative prompt throughout]",
+)
+@click.option("--negative-alpha", type=float, metavar="X", help="0 to 1: where the fading begins.  [default: 1]")
+@click.option("--steps", type=int, metavar="N", help="Denoising steps.  [default: 50, or those of the inversion]")
+@click.option(
+    "--guidance",
+    "guidance_scale",
+    type=float,
+    metavar="X",
+    help="How strongly to follow the prompt.  [default: 5, or what the inversion was made for]",
+)
+@GUIDANCE_RESCALE
+@GUIDANCE_INTERVAL
+@click.option("--tau-features", "tau_f", type=float, metavar="X", help="0 to 1: share of the steps.  [default: 0.8]")
+@click.option("--tau-attention", "tau_attn", type=float, metavar="X", help="0 to 1: share of the steps.  [default: 0.5]")
+@click.option(
+    "--feature-block", "feature_blocks", multiple=True, metavar="NAME", help="Such as up_blocks.1.resnets.1; repeatable."
+)
+@click.option(
+    "--attention-block", "attn_blocks", multiple=True, metavar="NAME", help="Such as up_blocks.1.attentions.1; repeatable."
+)
+@click.option("--iterations", type=int, metavar="N", help="Corrections of each step of the inversion.  [default: 1]")
+@SPACING
+@click.option("--width", type=int, metavar="PIXELS", help="Bring the picture to this width first.  [default: its own]")
+@click.option("--height", type=int, metavar="PIXELS", help="Bring the picture to this height first.  [default: its own]")
+@MODEL_OPTIONS
+@RESULT_OPTIONS
+def translate(
+    picture: Path,
+    prompt: str,
+    negative_schedule: str | None,
+    negative_alpha: float | None,
+    feature_blocks: tuple[str, ...],
+    attn_blocks: tuple[str, ...],
+    out: Path,
+    compare: Path | None,
+    no_metadata: bool,
+    **settings: Any,
+) -> None:
+    """Make PICTURE anew as PROMPT says, keeping its layout. What `latentdiff invert` wrote serves as well as a picture.
+
+    \b
+    features         its features and self-attention in the making of the new one
+    direct           its self-attention only
+    null-text        its noise, guided so that it would come back exactly; slow unless inverted so
+    negative-prompt  its noise, guided away from --source-prompt
+    edict            its noise, inverted exactly
+    ddim             its noise and nothing else
+    replay           everything: the picture itself, as far as model and inversion keep it
+    """
+    check_results(out, compare, 1)
+    blend = {"schedule": negative_schedule, "alpha": negative_alpha}
+    if negative_alpha is not None and negative_schedule is None:
+        raise UsageError("--negative-alpha needs a --negative-schedule")
+    from latentdiff.tasks import translate as translate_picture
+    from latentdiff.tasks.translation import NegativeBlend
+
+    given = {name: settings.pop(name) for name in INVERSION_OPTIONS}
+    with loaded_model(settings) as pipe:
+        images = translate_picture(
+            pipe,
+            picture,
+            prompt,
+            negative_blend=NegativeBlend(**_given(blend)) if negative_schedule else None,
+            spec=_specification(pipe, feature_blocks, attn_blocks),
+            inversion=_given(given),
+            **settings,
+        )
+        before = {"source": _source(pipe, picture)} if compare else {}
+    save_results(images, out, before, compare=compare, metadata=not no_metadata)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _specification(pipe: Pipeline, feature_blocks: tuple[str, ...], attn_blocks: tuple[str, ...]) -> PnPSpec | None:
+    """The default one with the blocks that were named; None if none was."""
+    from latentdiff.tasks.features import default_spec
+
+    named = {"feature_blocks": feature_blocks, "attn_blocks": attn_blocks}
+    named = {name: blocks for name, blocks in named.items() if blocks}
+    return replace(default_spec(pipe.unet.config), **named) if named else None
+
+
+def _source(pipe: Pipeline, picture: Path) -> Image.Image:
+    """The picture; of an inversion, what the VAE keeps of it."""
+    from latentdiff.image import as_rgb, open_image, to_pil
+    from latentdiff.tasks.inversion import Inversion, is_inversion
+
+    if not is_inversion(picture):
+        return as_rgb(open_image(picture))
+    found = Inversion.load(picture)
+    return to_pil(pipe.decode(found.latents[-1:]))[0].crop((0, 0, *found.size))

@@ -1,0 +1,301 @@
+"""Translating a picture: from its inversion, sample under another prompt."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentdiff.conditioning import TextContext, checked_model
+from latentdiff.device import explained_out_of_memory
+from latentdiff.errors import UsageError
+from latentdiff.guidance import UNGUIDED, Guidance, blended_denoiser, guided_denoiser
+from latentdiff.image import to_pil
+from latentdiff.names import BLEND_NAMES, TRANSLATION_NAMES
+from latentdiff.parameterization import Denoiser, parameterization
+from latentdiff.pipeline import Pipeline
+from latentdiff.progress import Callback, progress_bar
+from latentdiff.recipe import Recipe
+from latentdiff.request import batches, make_guidance, one_per_picture
+from latentdiff.schedule import Level
+from latentdiff.tasks.features import PnPSpec, default_spec, replay, with_source_features
+from latentdiff.tasks.inversion.artefact import Inversion, is_inversion
+from latentdiff.tasks.inversion.run import invert, null_text_denoiser, walk_down, with_null_text
+from latentdiff.tasks.sources import Picture, hash_of_file
+
+TASK = "translate"
+INVERSION_OF = {"edict": "edict"}  # how a method inverts a picture, where it is not by fixed point
+INJECTING = ("features", "direct")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NegativeBlend:
+    """Negative prompting of Tumanyan et al. 2023: how much of the empty prompt remains in what guidance leads away from.
+
+    schedule: over the steps i of N, "linear" 1 - i / N, "constant" 1, "exponential" exp(-6 i / N), all times `alpha`.
+    """
+
+    schedule: str = "linear"
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in BLEND_NAMES:
+            raise UsageError(f"expected a negative schedule of {', '.join(BLEND_NAMES)}, found {self.schedule!r}")
+        if not 0.0 <= self.alpha <= 1.0:
+            raise UsageError(f"expected a negative alpha in 0 to 1, found {self.alpha}")
+
+    def share_of_empty(self, index: int, steps: int) -> float:
+        """a_i of step `index` of `steps`."""
+        share = {"linear": 1.0 - index / steps, "constant": 1.0, "exponential": math.exp(-6.0 * index / steps)}
+        return self.alpha * share[self.schedule]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslateSettings:
+    """What a recipe holds of a translation besides the sampling; `inversion` are arguments of `invert`."""
+
+    method: str
+    source_prompt: str
+    inversion: dict[str, Any]
+    negative_blend: NegativeBlend | None
+    pnp: PnPSpec | None
+
+
+@torch.no_grad()
+def translate(
+    pipe: Pipeline,
+    source: Picture | Inversion,
+    prompt: str | Sequence[str],
+    *,
+    method: str = "features",
+    negative_prompt: str = "",
+    negative_blend: NegativeBlend | None = None,
+    source_prompt: str = "",
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_rescale: float = 0.0,
+    guidance_interval: tuple[float, float] | None = None,
+    spec: PnPSpec | None = None,
+    tau_f: float | None = None,
+    tau_attn: float | None = None,
+    inversion: dict[str, Any] | None = None,
+    batch_size: int | None = None,
+    callback: Callback | None = None,
+    progress: bool = True,
+) -> list[Image.Image]:
+    """Make the picture anew as each prompt says, keeping its layout.
+
+    Args:
+        source: a picture (PIL image or path), or its inversion (path or `Inversion`).
+        prompt: one or several; each gives one picture.
+        method: what holds the result to the source. Cost in evaluations of one picture per step, inversion apart:
+            "features"         plug-and-play features: its decoder features and self-attention; 3
+            "direct"           its self-attention only, held on the stored trajectory (direct inversion); 3
+            "null-text"        the same noise, and null embeddings that make its own reconstruction exact; 2
+            "negative-prompt"  the same noise, guided away from `source_prompt`; 2
+            "edict"            the same exactly inverted noise; 4
+            "ddim"             the same noise and nothing else; 2
+            "replay"           everything: the source comes out again, whatever the prompt; 1
+        negative_prompt: what to avoid.
+        negative_blend: fade from the empty to the negative prompt; None guides away from the negative prompt throughout.
+        source_prompt: what the picture shows; that of an inversion is kept in it.
+        steps: None is 50, or those of the inversion; fewer thin its trajectory out.
+        guidance_scale: None is 5, or what the inversion was made for ("null-text", "edict").
+        spec: blocks and shares of "features" and "direct"; None is `default_spec`. "direct" takes no features.
+        tau_f, tau_attn: other shares than those of the specification.
+        inversion: further arguments of `invert`, where `source` is a picture.
+        batch_size, callback, progress: as for generation.
+
+    Returns:
+        PIL images of the source's size, with their recipe in `image.info`.
+
+    Raises:
+        UsageError: an argument outside its domain, or one that the method has no use for.
+        CheckpointError: the inversion was made with another model.
+        Cancelled: the callback returned False.
+    """
+    if method not in TRANSLATION_NAMES:
+        raise UsageError(f"expected a method of {', '.join(TRANSLATION_NAMES)}, found {method!r}")
+    if method not in INJECTING and (spec, tau_f, tau_attn) != (None, None, None):
+        raise UsageError(f"expected no choice of features with the method {method}: it takes none")
+    if method in ("negative-prompt", "null-text") and (negative_prompt or negative_blend):
+        raise UsageError(f"expected no negative prompt with the method {method}, which has its own")
+    pipe.check_text_to_image()
+    prompts, _ = one_per_picture(prompt, "", 1)
+    found, described = _inverted(
+        pipe, source, method, source_prompt, steps, guidance_scale, inversion or {}, callback, progress
+    )
+    scale = _guidance_scale(found, method, guidance_scale)
+    guidance = make_guidance(scale, guidance_rescale, guidance_interval)
+    chosen = _specification(pipe, method, spec, tau_f, tau_attn)
+    parts = batches(len(prompts), batch_size)
+    settings = TranslateSettings(
+        method=method, source_prompt=found.prompt, inversion=found.settings, negative_blend=negative_blend, pnp=chosen
+    )
+    if method == "null-text" and found.nulls is None:
+        with explained_out_of_memory(), progress_bar(found.steps, progress) as bar:
+            found = with_null_text(pipe, found, scale, bar)
+    images = []
+    with explained_out_of_memory(), progress_bar(found.steps * len(parts), progress) as bar:
+        for part in parts:
+            edit = _Edit(pipe, found, method, prompts[part], negative_prompt, negative_blend, guidance, chosen)
+            latents = walk_down(pipe, found, edit.denoiser(), len(prompts[part]), callback=callback, bar=bar)
+            images += [image.crop((0, 0, *found.size)) for image in to_pil(pipe.decode(latents))]
+    for image, text in zip(images, prompts, strict=True):
+        recipe = pipe.recipe(
+            prompt=text,
+            negative_prompt=negative_prompt,
+            seed=0,
+            steps=found.steps,
+            sampler="ddim",
+            guidance_scale=scale,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            spacing=found.settings["spacing"] or pipe.schedule.config.timestep_spacing,
+            width=image.width,
+            height=image.height,
+            task=TASK,
+            task_settings=asdict(settings),
+            sources=described,
+        )
+        image.info = dict(recipe.to_chunks())
+    return images
+
+
+def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.Image:
+    """The picture of a recipe once more: from its inversion, or from the picture, inverted anew."""
+    settings = recipe.settings_as(TranslateSettings)
+    anew = {"source_prompt": settings.source_prompt, "inversion": settings.inversion} if "image" in sources else {}
+    return translate(
+        pipe,
+        sources["image"] if anew else sources["inversion"],
+        recipe.prompt,
+        method=settings.method,
+        negative_prompt=recipe.negative_prompt,
+        negative_blend=settings.negative_blend,
+        steps=recipe.steps,
+        guidance_scale=recipe.guidance_scale,
+        guidance_rescale=recipe.guidance_rescale,
+        guidance_interval=recipe.guidance_interval,
+        spec=settings.pnp,
+        **anew,
+    )[0]
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """One batch of prompts for one source."""
+
+    pipe: Pipeline
+    inversion: Inversion
+    method: str
+    prompts: list[str]
+    negative_prompt: str
+    blend: NegativeBlend | None
+    guidance: Guidance
+    spec: PnPSpec | None
+
+    def denoiser(self) -> Denoiser:
+        """What makes the targets."""
+        pipe, inversion, count = self.pipe, self.inversion, len(self.prompts)
+        source = inversion.embeddings.to(pipe.device)
+        positive = pipe.encode(self.prompts)
+        match self.method:
+            case "null-text":
+                return null_text_denoiser(pipe, inversion, positive, self.guidance)
+            case "negative-prompt":
+                return pipe.denoiser(positive, source.expand_as(positive), self.guidance, inversion.levels)
+            case "replay":
+                followed = source.expand_as(positive)
+                own = pipe.denoiser(followed, followed, UNGUIDED, inversion.levels)
+                return replay(own, inversion.levels, inversion.latents.split(1))
+            case _:
+                return self._guided(positive, pipe.encode([self.negative_prompt] * count), pipe.encode([""] * count))
+
+    def _guided(self, positive: Tensor, negative: Tensor, empty: Tensor) -> Denoiser:
+        pipe, levels = self.pipe, self.inversion.levels
+        model = checked_model(pipe.unet, levels)
+        if self.spec is not None:
+            source = TextContext.of(pipe.unet, self.inversion.embeddings.to(pipe.device))
+            model = with_source_features(pipe.unet, model, self.spec, levels, self.inversion.latents.split(1), source)
+        read = parameterization(pipe.schedule.config.prediction_type)
+        wanted, avoided = (TextContext.of(pipe.unet, text) for text in (positive, negative))
+        if self.blend is None:
+            return guided_denoiser(model, read, wanted, avoided, self.guidance)
+        number = {level: index for index, level in enumerate(levels)}
+        blend, steps = self.blend, self.inversion.steps
+
+        def share(level: Level) -> float:
+            return blend.share_of_empty(number[level], steps)
+
+        return blended_denoiser(model, read, wanted, TextContext.of(pipe.unet, empty), avoided, self.guidance, share)
+
+
+def _inverted(
+    pipe: Pipeline,
+    source: Picture | Inversion,
+    method: str,
+    prompt: str,
+    steps: int | None,
+    guidance_scale: float | None,
+    options: dict[str, Any],
+    callback: Callback | None,
+    progress: bool,
+) -> tuple[Inversion, dict[str, dict[str, str]]]:
+    """The inversion to edit from, and what the recipe says of the sources."""
+    found, role = None, {}
+    if isinstance(source, Inversion):
+        found, role = source, {"image": source.source}
+    elif isinstance(source, (str, os.PathLike)) and is_inversion(source):
+        found, role = Inversion.load(source), {"inversion": {"file": Path(source).name, "sha256": hash_of_file(source)}}
+    if found is None:
+        if steps is not None:
+            options = {"steps": steps, **options}
+        if method == "edict" and guidance_scale is not None:
+            options = {"guidance_scale": guidance_scale, **options}
+        options = {"method": INVERSION_OF.get(method, "fixed-point"), "prompt": prompt, **options}
+        found = invert(pipe, source, measure=False, callback=callback, progress=progress, **options)
+        return found.thinned(steps or found.steps), {"image": found.source}
+    if options or prompt:
+        raise UsageError("expected no settings of the inversion and no source prompt with a picture that is inverted already")
+    found.check_model(pipe.model_hash)
+    if method == "edict" and found.partner is None:
+        raise UsageError(
+            f"the method edict needs an inversion by edict, found one by {found.method}; make it with --method edict"
+        )
+    if method != "edict" and found.partner is not None:
+        found = replace(found, partner=None)
+    return found.thinned(steps or found.steps), role
+
+
+def _guidance_scale(inversion: Inversion, method: str, asked: float | None) -> float:
+    """The scale asked for, where the inversion does not fix it."""
+    fixed = method == "edict" or (method == "null-text" and inversion.nulls is not None)
+    if not fixed:
+        return 5.0 if asked is None else asked
+    scale = inversion.settings["guidance_scale"]
+    if asked not in (None, scale):
+        raise UsageError(f"the inversion was made for a guidance of {scale}, found {asked}; leave it away or invert anew")
+    return scale
+
+
+def _specification(
+    pipe: Pipeline, method: str, spec: PnPSpec | None, tau_f: float | None, tau_attn: float | None
+) -> PnPSpec | None:
+    if method not in INJECTING:
+        return None
+    spec = spec or default_spec(pipe.unet.config)
+    shares = {"tau_f": tau_f, "tau_attn": tau_attn}
+    spec = replace(spec, **{name: share for name, share in shares.items() if share is not None})
+    if method == "direct":
+        if tau_f:
+            raise UsageError("the method direct takes no features, found tau_f; use the method features")
+        spec = replace(spec, feature_blocks=())
+    return spec
