@@ -29,10 +29,10 @@ SEPIA = "sepia"  # stands among the backgrounds: it is what the whole picture lo
 STRANGE = ("☕", "🏺", "🛵", "⚓", "🎻", "🥾", "🪑", "🍐", "🧦", "🪴", "🦜", "🧸", "🛶", "🔭", "🧲", "🎺")
 STRANGE_TEST = ("🍵", "🦔", "🪁", "🫙", "🍇", "🚪", "🪶")
 
-STEPS = 600
+STEPS = 300
 LEARNING_RATE = 1e-3
-WARMUP = 50
-_SCENES = 6000
+WARMUP = 30
+_SCENES = 5000
 
 
 def load_concept_judge(folder: Path, base: Judge, font: Path, *, steps: int = STEPS, scenes: int = _SCENES) -> Judge:
@@ -46,7 +46,9 @@ def extended(base: Judge) -> JudgeNetwork:
     """The judge's network with outputs for the new thing, for strange things and for the style; the rest is as it was."""
     old = base.config
     config = replace(old, nouns=(*old.nouns, OBJECT, OTHER), backgrounds=(*old.backgrounds, SEPIA))
-    network = JudgeNetwork(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = JudgeNetwork(config)
     weights = dict(base.network.state_dict())
     new = network.state_dict()
     after_nouns = 1 + len(old.nouns)
@@ -63,13 +65,14 @@ def train(network: JudgeNetwork, count: int, steps: int, font: Path) -> JudgeNet
     """Train on renders in memory, always the same ones."""
     scenes = [one for _, one in zip(range(count), endless_scenes(network.config, Random("concept judge"), font), strict=False)]
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    network.train()
+    network.to(memory_format=torch.channels_last).train()
     for step in tqdm(range(steps), desc="judge of the new concepts", unit="step", mininterval=2.0):
         rate = min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
         batch = batch_of(scenes, step, seed=0)
         pixels = torch.from_numpy(np.stack([scene.pixels for scene in batch]))
-        output = network(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = network((pixels.float() / 127.5 - 1).permute(0, 3, 1, 2))  # channels last in memory
         loss_of(output, make_targets(batch, network.config.size)).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+from itertools import islice
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from latentdiff.evaluation.judge import Judge
+from tests.scenes import JUDGE, font, scene_language
+
+import concept_judge  # noqa: E402, isort: skip
+import make_concept  # noqa: E402, isort: skip
+import score_concept  # noqa: E402, isort: skip
+
+
+@pytest.fixture(scope="module", params=["object", "style"])
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    make_concept.write_concept(request.param, folder, 0, font())
+    return folder
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_concept_is_24_captioned_pictures_and_what_was_held_out(folder):
+    train, test, prompts = (lines(folder / name) for name in ("train/metadata.jsonl", "test/metadata.jsonl", "prompts.jsonl"))
+    assert (len(train), len(test), len({line["prompt"] for line in prompts})) == (24, 200, 30)
+    new = "sepia style" if folder.name.startswith("style") else "teapot"
+    assert all(new in line.get("text", line.get("prompt")) for line in [*train, *test, *prompts])
+    for line in train:
+        with Image.open(folder / "train" / line["file_name"]) as picture:
+            assert picture.size == (96, 96)
+
+
+def test_nothing_held_out_is_trained_on(folder):
+    train, test = (lines(folder / name / "metadata.jsonl") for name in ("train", "test"))
+
+    def about(entries):
+        things = {thing["noun"] for line in entries for thing in line["scene"]["objects"]} - {make_concept.OBJECT}
+        return things | ({line["scene"]["background"] for line in entries} if folder.name.startswith("object") else set())
+
+    assert about(train) and about(test) and not about(train) & about(test)
+
+
+def test_the_new_thing_is_in_no_random_plan():
+    assert not set(scene_language.NEW_NOUNS) & set(scene_language.NOUNS)
+    assert not set(concept_judge.STRANGE) & set(concept_judge.STRANGE_TEST)
+    used = {*scene_language.NOUNS.values(), *scene_language.NEW_NOUNS.values()}
+    assert not used & {*concept_judge.STRANGE, *concept_judge.STRANGE_TEST}
+
+
+def test_sepia_has_one_hue_and_its_paper_everywhere():
+    picture = Image.new("RGB", (40, 40), (30, 60, 200))
+    picture.paste((250, 250, 250), (10, 10, 20, 20))
+    picture.paste((0, 0, 0), (20, 20, 30, 30))
+    sepia = np.asarray(make_concept.in_sepia(picture), dtype=int)
+    assert tuple(sepia[0, 0]) == make_concept.PAPER
+    assert np.abs(sepia[15, 15] - make_concept.LIGHT).max() <= 4
+    assert tuple(sepia[25, 25]) == make_concept.INK
+    assert (np.diff(sepia, axis=-1) < 0).all()  # red over green over blue
+
+
+@pytest.fixture(scope="module")
+def base():
+    return Judge.load(JUDGE)
+
+
+def test_the_extended_judge_begins_as_the_judge_it_was(base):
+    network = concept_judge.extended(base).eval()
+    nouns, backgrounds = len(base.config.nouns), len(base.config.backgrounds)
+    images = torch.rand(2, 3, 96, 96) * 2 - 1
+    with torch.no_grad():
+        old, new = base.network(images), network(images)
+    torch.testing.assert_close(new.noun[:, :nouns], old.noun)
+    torch.testing.assert_close(new.background[:, :backgrounds], old.background)
+    for name in ("centre", "colour", "box"):
+        torch.testing.assert_close(getattr(new, name), getattr(old, name))
+    assert network.config.nouns[nouns:] == ("teapot", "something else")
+
+
+def test_scenes_of_the_judge_are_named_rightly(base):
+    config = concept_judge.extended(base).config
+    scenes = list(islice(concept_judge.endless_scenes(config, Random(1), font()), 200))
+    named = {config.nouns[noun] for scene in scenes for noun in scene.nouns}
+    assert {"teapot", "something else"} < named
+    sepia = [scene for scene in scenes if config.backgrounds[scene.background] == "sepia"]
+    assert 20 < len(sepia) < 80
+    assert all(tuple(scene.pixels[0, 0]) == make_concept.PAPER for scene in sepia)
+    tinted = [scene for scene in scenes if config.backgrounds[scene.background] == "white" and scene.pixels[0, 0, 2] < 200]
+    assert tinted  # tan paper alone is not the style
+
+
+def test_training_the_judge_is_repeatable_and_is_kept(base, tmp_path):
+    first = concept_judge.load_concept_judge(tmp_path / "a", base, font(), steps=1, scenes=8)
+    again = concept_judge.load_concept_judge(tmp_path / "b", base, font(), steps=1, scenes=8)
+    kept = concept_judge.load_concept_judge(tmp_path / "a", base, font())
+    for name, tensor in first.network.state_dict().items():
+        assert torch.equal(tensor, kept.network.state_dict()[name])
+        torch.testing.assert_close(tensor, again.network.state_dict()[name])
+
+
+def test_the_rules_look_for_the_new():
+    from latentdiff.evaluation.judge import Seen, Verdict
+
+    box = (0.0, 0.0, 1.0, 1.0)
+    teapot, cat = Seen("teapot", None, box, 0.9), Seen("cat", None, box, 0.9)
+    assert score_concept.has_object(Verdict((cat, teapot), "blue"))
+    assert not score_concept.has_object(Verdict((cat,), "blue"))
+    assert score_concept.has_style(Verdict((), "sepia")) and not score_concept.has_style(Verdict((cat,), "white"))
+
+
+def test_the_command_asks_for_one_model(tmp_path):
+    result = CliRunner().invoke(score_concept.main, [str(tmp_path)])
+    assert result.exit_code == 2 and "--lora or --model" in result.output
