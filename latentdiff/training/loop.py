@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,6 +23,9 @@ from latentdiff.training.journal import Journal, Window, peak_memory
 from latentdiff.training.optimizer import learning_rate, make_optimizer, moments, restore_moments, set_learning_rate
 from latentdiff.training.signals import StopSignals
 from latentdiff.training.task import Task
+
+# They change the parameters that the optimizer and the averages were made of, which would then train nothing.
+_OTHER_KINDS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class TrainingStopped(LatentDiffError):
@@ -42,6 +46,11 @@ class Trainer:
 
     def __init__(self, task: Task, settings: StageSection, folder: Path, accelerator: Accelerator) -> None:
         self.task, self.settings, self.folder, self.accelerator = task, settings, folder, accelerator
+        if accelerator.distributed_type in _OTHER_KINDS:
+            raise ConfigError(
+                f"expected processes that work on their own part of the batch (DDP), found {accelerator.distributed_type.value}"
+                " in accelerate's configuration; configs/accelerate/ddp.yaml is one that works"
+            )
         splits = accelerator.num_processes * settings.accumulation
         if settings.batch_size % splits:
             raise ConfigError(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 from latentdiff.data.randomness import normal
@@ -222,3 +223,10 @@ def test_compiled_training_is_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(type(self).__name__))
     trainer(tmp_path, compile=True, max_steps=1).fit()
     assert compiled == ["_Loss"]
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_what_would_split_the_parameters_is_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
+    with pytest.raises(ConfigError, match=rf"\(DDP\), found {kind} in accelerate's configuration"):
+        trainer(tmp_path)
