@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from latentdiff.data.check import CheckReport
     from latentdiff.pipeline import Pipeline
 
-LARGE = 256  # pixels; from this resolution on, buckets have the steps of SD
-
 
 @click.group()
 def data() -> None:
@@ -37,7 +35,7 @@ def data() -> None:
     "--bucket-step",
     type=click.IntRange(1),
     metavar="N",
-    help="Sides of buckets are multiples of N.  [default: 64, or the VAE's factor below 256 pixels]",
+    help="Sides of buckets are multiples of N.  [default: 64, or 4 latents below 256 pixels]",
 )
 @click.option("--max-aspect", type=click.FloatRange(1), default=2.0, show_default=True, metavar="X", help="Of buckets.")
 @click.option("--upscale", is_flag=True, help="Enlarge images that are smaller than their bucket.")
@@ -102,12 +100,13 @@ def _read(sources: tuple[str, ...], reading: dict[str, Any]) -> Dataset:
 
 
 def _preprocessing(pipe: Pipeline, resolution: int | None, options: dict[str, Any]) -> Any:
+    from latentdiff.data.buckets import default_step
     from latentdiff.data.check import Preprocessing
 
     side = resolution or min(pipe.default_size)
     return Preprocessing(
         resolution=side,
-        step=options["bucket_step"] or (64 if side >= LARGE else pipe.vae.config.downscale),
+        step=options["bucket_step"] or default_step(side, pipe.vae.config.downscale),
         **{name: options[name] for name in ("max_aspect", "upscale", "strict", "allow_missing")},
     )
 

@@ -18,6 +18,16 @@ STEP = 64  # pixels; the U-Net of SD halves latents, which are 1/8 of the image,
 MAX_ASPECT = 2.0
 
 
+def default_step(resolution: int, downscale: int) -> int:
+    """Multiples that sides of buckets have where nothing else is asked for: 64 pixels, or 4 latents of smaller models.
+
+    Args:
+        resolution: side of the square bucket.
+        downscale: pixels per latent.
+    """
+    return STEP if resolution >= 4 * STEP else min(4 * downscale, resolution)
+
+
 def bucket_sizes(resolution: int, step: int = STEP, max_aspect: float = MAX_ASPECT) -> list[Size]:
     """Sizes with multiples of `step` as sides, an area of at most `resolution`², and sides that differ by `max_aspect` at most.
 
