@@ -33,6 +33,8 @@ class FinetuneTask(Task):
         seed: of the run.
     """
 
+    measures_start = True
+
     def __init__(
         self,
         module: FinetuneLoss,

@@ -90,6 +90,8 @@ class Trainer:
             disable=not self.accelerator.is_main_process, mininterval=2.0,
         )  # fmt: skip
         with StopSignals() as stop, bar, contextlib.closing(self._batches()) as batches:
+            if self.step == 0 and self.task.measures_start:
+                self._write(log, {"step": 0, **self._on_main(self._validate)})
             window = Window()
             while self.step < self.settings.max_steps:
                 window.add(self._train_step(batches))

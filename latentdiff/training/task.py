@@ -27,6 +27,9 @@ class Task(ABC):
     loader_threads: int = 2
     """Background threads that make batches."""
 
+    measures_start: bool = False
+    """Whether there is something to validate before the first step."""
+
     resume_hint: str = "the same command goes on from there"
     """What a run that was stopped says to its user."""
 
