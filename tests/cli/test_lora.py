@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from latentdiff.image import open_image
 from latentdiff.lora import lora_metadata, save_lora
@@ -21,8 +22,18 @@ def loras(workplace):
     about = lora_metadata(pipe.unet.config, "epsilon", model="tiny", model_hash="ab" * 32, training={"images": 24})
     save_lora(make(pipe), workplace / "a.safetensors", about)
     save_lora(make(pipe, ("attention",), seed=2), workplace / "b.safetensors")
-    save_lora(make(peers.ours("sd2"), ("projections",)), workplace / "wrong.safetensors")
+    tensors = load_file(workplace / "b.safetensors")
+    wide = {name: torch.zeros(4, 2048) for name in tensors if name.endswith("attn2_to_k.lora_down.weight")}
+    save_file(tensors | wide, workplace / "wrong.safetensors")
     return workplace
+
+
+@pytest.fixture
+def pipe(loras):
+    """The model that the commands use too."""
+    pipe = peers.ours("sd1")
+    yield pipe
+    pipe.unload_lora()
 
 
 @pytest.fixture
@@ -34,14 +45,17 @@ def pixels(path) -> np.ndarray:
     return np.asarray(open_image(path)).astype(int)
 
 
-def test_generate_with_loras(generate):
+def test_generate_with_loras(generate, pipe):
     done = generate("--lora", "a.safetensors:0.5", "--lora", "b.safetensors", "--out", "x.png")
-    assert done.code == 0 and "a.safetensors: matched 28" in done.err and "b.safetensors: matched 128 of 128" in done.err
+    assert (
+        done.code == 0
+        and "a.safetensors: matched 299 of 299 layers" in done.err
+        and "b.safetensors: matched 128 of 128" in done.err
+    )
     assert [(x["file"], x["scale"]) for x in read_recipe(open_image("x.png").info).loras] == [
         ("a.safetensors", 0.5),
         ("b.safetensors", 1.0),
     ]
-    pipe = peers.ours("sd1")
     pipe.load_lora("a.safetensors", 0.5)
     pipe.load_lora("b.safetensors")
     (image,) = pipe("cat", steps=2, seed=3, progress=False)
@@ -66,7 +80,7 @@ def test_skip_existing_knows_loras(generate):
     ("lora", "code", "message"),
     [
         ("none.safetensors", 1, "there is no LoRA file none.safetensors"),
-        ("wrong.safetensors", 1, "matched 0 of 32 layers"),
+        ("wrong.safetensors", 1, "matched 112 of 128 layers"),
         ("a.safetensors:inf", 2, "finite LoRA scale"),
     ],
 )
@@ -77,10 +91,9 @@ def test_wrong_loras(generate, loras, lora, code, message):
     assert files(loras) == before
 
 
-def test_merge(command, sd1, loras):
+def test_merge(command, sd1, loras, pipe):
     done = command("lora", "merge", "a.safetensors:0.5", "b.safetensors", "--model", sd1, "--out", "merged")
     assert done.code == 0 and done.out == "merged\n"
-    pipe = peers.ours("sd1")
     pipe.load_lora("a.safetensors", 0.5)
     pipe.load_lora("b.safetensors")
 
@@ -93,13 +106,12 @@ def test_merge(command, sd1, loras):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_convert_there_and_back(command, sd1, loras):
+def test_convert_there_and_back(command, sd1, loras, pipe):
     assert command("lora", "convert", "a.safetensors", "p.safetensors", "--to", "peft", "--model", sd1).code == 0
     assert command("lora", "convert", "p.safetensors", "k.safetensors", "--model", sd1).code == 0
     assert "unet.conv_in.lora_A.weight" in load_file("p.safetensors")
     a, k = load_file("a.safetensors"), load_file("k.safetensors")
     assert a.keys() == k.keys()
-    pipe = peers.ours("sd1")
     for name in ("a", "p", "k"):
         pipe.load_lora(f"{name}.safetensors")
         outputs = our_outputs(pipe)

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from latentdiff.checkpoints.tables import unet_map
 from latentdiff.config import UNetConfig
 from latentdiff.errors import CheckpointError, LatentDiffError, UsageError
 from latentdiff.lora import LoRASpec, load_lora, lora_metadata, read_lora, save_lora
@@ -93,6 +94,19 @@ def test_what_kohya_trains_is_found_whole(unet, text, expected):
     assert len(LoRASpec(targets=targets).select(*model)) == expected
 
 
+def test_a_whole_lora_of_sd15(sd15, tmp_path):
+    targets = ("attention", "feed_forward", "projections", "text_encoder", "text_encoder_mlp")
+    tensors = {}
+    for name, target in LoRASpec(targets=targets).select(*sd15).items():
+        stem, shape = kohya_name(name), target.weight.shape
+        tensors[f"{stem}.lora_down.weight"] = torch.zeros(1, *shape[1:])
+        tensors[f"{stem}.lora_up.weight"] = torch.zeros(shape[0], 1, *[1] * (len(shape) - 2))
+        tensors[f"{stem}.alpha"] = torch.tensor(1.0)
+    save_file(tensors, tmp_path / "a.safetensors")
+    _, report = load_lora(tmp_path / "a.safetensors", *sd15)
+    assert str(report) == "matched 264 of 264 layers (kohya names)"
+
+
 @pytest.mark.parametrize("dialect", ["kohya", "peft"])
 def test_saved_is_loaded(ours, dialect, tmp_path):
     lora = make(ours)
@@ -104,6 +118,26 @@ def test_saved_is_loaded(ours, dialect, tmp_path):
         assert torch.equal(again.layers[name].change(), layer.change())
     if dialect == "kohya":
         assert all(torch.equal(p, q) for p, q in zip(lora.parameters(), again.parameters(), strict=True))
+
+
+def test_names_of_the_original_layout(ours, tmp_path):
+    lora = make(ours)
+    save_lora(lora, tmp_path / "a.safetensors")
+    table = unet_map(ours.unet.config)
+    theirs = {
+        kohya_name(name): "lora_unet_" + table.to_theirs(name.removeprefix("unet.")).replace(".", "_")
+        for name in lora.layers
+        if name.startswith("unet.")
+    }
+    renamed = {}
+    for key, tensor in load_file(tmp_path / "a.safetensors").items():
+        stem, dot, role = key.partition(".")
+        renamed[theirs.get(stem, stem) + dot + role] = tensor
+    assert any("input_blocks_1_1_transformer_blocks_0" in key for key in renamed)
+    save_file(renamed, tmp_path / "b.safetensors")
+    again, report = load_lora(tmp_path / "b.safetensors", ours.unet, ours.text_encoder)
+    assert report.matched == report.total == len(lora.layers)
+    assert all(torch.equal(p, q) for p, q in zip(lora.parameters(), again.parameters(), strict=True))
 
 
 def test_kohya_file(ours, tmp_path):

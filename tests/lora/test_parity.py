@@ -106,6 +106,23 @@ def test_we_read_what_peft_writes(ours, theirs, rslora, tmp_path):
         agree(our_outputs(ours)[:1], their_outputs(theirs)[:1])
 
 
+def test_the_oldest_files_of_diffusers(ours, theirs, tmp_path):
+    """Attention alone, its matrices named after the processors of that time."""
+    lora = make(ours, ("attention", "text_encoder"), rank=4, alpha=4.0)
+    old = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+    tensors = {}
+    for name, layer in lora.layers.items():
+        head, _, leaf = name.removesuffix(".0").rpartition(".")
+        stem = f"{head}.{'processor.' if head.endswith(('attn1', 'attn2')) else ''}{old.get(leaf, leaf)}_lora"
+        tensors |= {f"{stem}.down.weight": layer.lora_down.weight, f"{stem}.up.weight": layer.lora_up.weight}
+    save_file({name: tensor.detach() for name, tensor in tensors.items()}, tmp_path / "old.safetensors")
+    theirs.load_lora_weights(tmp_path / "old.safetensors")
+    loaded, report = load_lora(tmp_path / "old.safetensors", ours.unet, ours.text_encoder)
+    assert report.dialect == "diffusers" and report.matched == report.total == len(lora.layers)
+    with loaded.attached():
+        agree(our_outputs(ours), their_outputs(theirs))
+
+
 def test_kohya_files_of_others(ours, theirs, tmp_path):
     """With the linear layers' matrices as 1x1 convolutions, alphas of one number, and the original layout's names."""
     lora = make(ours, ("attention", "feed_forward", "projections"))
