@@ -21,6 +21,7 @@ from latentdiff.cli.inspect import inspect
 from latentdiff.cli.interpolate import interpolate
 from latentdiff.cli.invert import invert
 from latentdiff.cli.lora import lora
+from latentdiff.cli.report import report
 from latentdiff.cli.reproduce import reproduce
 from latentdiff.cli.restore import restore
 from latentdiff.cli.train import train
@@ -37,7 +38,7 @@ def cli() -> None:
 
 
 MAKING = (generate, edit, inpaint, interpolate, invert, translate, restore, reproduce)
-for command in (*MAKING, inspect, convert, lora, data, train, finetune, evaluate):
+for command in (*MAKING, inspect, convert, lora, data, train, finetune, report, evaluate):
     cli.add_command(command)
 
 

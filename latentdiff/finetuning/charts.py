@@ -14,7 +14,7 @@ Points = Sequence[tuple[float, float]]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
 
 _WIDTH, _HEIGHT = 680, 300  # of the whole picture, in SVG units
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 34, 40  # margins around the plot
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 34, 40  # margins around the plot
 _DIGITS = 4
 
 
@@ -152,5 +152,5 @@ def _legend(names: Sequence[str]) -> str:
     for name, colour in zip(names, cycle(COLOURS), strict=False):
         parts.append(f'<rect x="{left}" y="{_HEIGHT - 14}" width="10" height="10" fill="{colour}"/>')
         parts.append(f'<text x="{left + 14}" y="{_HEIGHT - 5}">{escape(name)}</text>')
-        left += 24 + round(6.2 * len(name))
+        left += 24 + round(7 * len(name))
     return "".join(parts)

@@ -10,8 +10,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import yaml
+from click.testing import CliRunner
 from PIL import Image
 
+from latentdiff.cli import cli
 from latentdiff.errors import DataError
 from latentdiff.finetuning.charts import Axis, line_chart, number, smoothed
 from latentdiff.finetuning.copying import check_copies
@@ -205,3 +207,12 @@ def test_smoothing_is_a_mean_with_a_half_life():
 
 def test_numbers_are_short():
     assert [number(value) for value in (0.12345, 1.2345e-5, 123456, 0, 2.5)] == ["0.1235", "1.23e-05", "123456", "0", "2.5"]
+
+
+def test_the_command_writes_it_at_any_time(tmp_path):
+    result = CliRunner().invoke(cli, ["report", str(tmp_path)])
+    assert isinstance(result.exception, DataError)
+    (tmp_path / "log.jsonl").write_text('{"step": 20, "loss": 0.5}\n')
+    result = CliRunner().invoke(cli, ["report", str(tmp_path)])
+    assert result.exit_code == 0 and result.output.strip() == str(tmp_path / "report.html")
+    assert (tmp_path / "report.html").is_file()

@@ -1,0 +1,19 @@
+"""`latentdiff report`: how is a fine-tuning going?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def report(run: Path) -> None:
+    """Write RUN/report.html: curves, samples by step, copies, settings, and which step is the best.
+
+    A fine-tuning writes it at its end; this does it at any time, also while it runs. The file needs no network and no scripts.
+    """
+    from latentdiff.finetuning.report import write_report
+
+    click.echo(write_report(run))
