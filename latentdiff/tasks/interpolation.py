@@ -90,15 +90,17 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
 def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
     """Spherical interpolation of tensors of one shape (Shoemake 1985): `share` 0 is the first, 1 the second.
 
-    Between independent normal noise, lengths stay those of normal noise, where a linear mix would shorten them.
+    The direction turns evenly and the length goes evenly from one to the other, so what is between normal noise is as long as
+    normal noise; a linear mix would be shorter.
     """
     a, b = first.double(), second.double()
-    cosine = (a * b).sum() / (a.norm() * b.norm())
-    angle = torch.acos(cosine.clamp(-1.0, 1.0))
+    lengths = a.norm(), b.norm()
+    a, b = a / lengths[0], b / lengths[1]
+    angle = torch.acos((a * b).sum().clamp(-1.0, 1.0))
     if angle < NEARLY_PARALLEL:
         return torch.lerp(first, second, share)
-    mixed = (torch.sin((1.0 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
-    return mixed.to(first.dtype)
+    direction = (torch.sin((1.0 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+    return (direction * torch.lerp(*lengths, share)).to(first.dtype)
 
 
 @torch.no_grad()

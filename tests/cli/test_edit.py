@@ -1,0 +1,147 @@
+"""The commands edit, inpaint and interpolate, and `reproduce` on what they made."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentdiff.image import open_image, save_png
+from latentdiff.recipe import read_recipe
+from tests import peers
+from tests.cli.conftest import files
+from tests.tasks.pictures import apart, mask, picture, pixels
+
+QUICK = ("--steps", 3, "--seed", 5)
+
+
+@pytest.fixture
+def sources(workplace):
+    save_png(picture(24, 20), "photo.png")
+    save_png(mask((4, 4, 12, 12), 24, 20), "mask.png")
+
+
+def test_edit_and_reproduce(command, sd1, sources, workplace):
+    done = command("edit", "photo.png", "red fox", "--strength", 0.7, "--model", sd1, *QUICK, "--compare", "row.png")
+    assert (done.code, done.out) == (0, "pictures/red-fox-5.png\nrow.png\n")
+    made = open_image("pictures/red-fox-5.png")
+    assert made.size == (24, 20) and read_recipe(made.info).task == "edit"
+    done = command("reproduce", "pictures/red-fox-5.png", "--model", sd1, "--source", "image=photo.png")
+    assert (done.code, done.out) == (0, "identical: every pixel is the same\n")
+    assert files(workplace) == ["mask.png", "photo.png", "pictures/red-fox-5.png", "row.png"]
+
+
+def test_the_row_shows_what_went_in_and_came_out(command, sd1, sources):
+    command(
+        "inpaint", "photo.png", "cat", "--mask", "mask.png", "--model", sd1, *QUICK, "--out", "a.png", "--compare", "row.png"
+    )
+    row = pixels(open_image("row.png"))
+    for number, name in enumerate(["photo.png", "mask.png", "a.png"]):
+        left = 6 + number * 36
+        assert np.array_equal(row[6:26, left : left + 24], pixels(open_image(name).convert("RGB")))
+
+
+@pytest.mark.parametrize("family", ["sd1", "inpaint"])
+def test_inpaint_and_reproduce_beside_the_sources(command, sources, family):
+    options = ("--grow", 1, "--blur", 1, "--only-masked", "--padding", 2, "--model", peers.folder(family))
+    assert command("inpaint", "photo.png", "cat", "--mask", "mask.png", *QUICK, *options, "--out", "a.png").code == 0
+    kept = pixels(open_image("a.png"))[:, 18:]
+    assert np.array_equal(kept, pixels(open_image("photo.png"))[:, 18:])
+    done = command("reproduce", "a.png", "--model", peers.folder(family))
+    assert (done.code, done.out) == (0, "identical: every pixel is the same\n")
+
+
+def test_outpainting_needs_no_mask(command, sd1, sources):
+    assert command("inpaint", "photo.png", "cat", "--extend", 8, 0, 0, 4, *QUICK, "--model", sd1, "--out", "a.png").code == 0
+    made = open_image("a.png")
+    assert made.size == (32, 24) and apart(made.crop((8, 0, 32, 20)), open_image("photo.png")) == 0
+    assert command("reproduce", "a.png", "--model", sd1).code == 0
+
+
+def test_several_pictures_and_free_names(command, sd1, sources, workplace):
+    for _ in range(2):
+        assert command("edit", "photo.png", "cat", "-n", 2, *QUICK, "--model", sd1, "--no-metadata").code == 0
+    names = ["cat-5-2.png", "cat-5.png", "cat-6-2.png", "cat-6.png"]
+    assert files(workplace / "pictures") == names
+    assert not open_image("pictures/cat-5.png").info
+
+
+def test_a_changed_or_missing_source(command, sd1, sources):
+    command("edit", "photo.png", "cat", *QUICK, "--model", sd1, "--out", "a.png")
+    save_png(picture(24, 20, seed=1), "photo.png")
+    done = command("reproduce", "a.png", "--model", sd1)
+    assert done.code == 1 and "photo.png is not the image that the picture was made from" in done.errors[0]
+    done = command("reproduce", "a.png", "--model", sd1, "--source", "image=none.png")
+    assert done.code == 1 and "not at none.png; say where it is with --source image=FILE" in done.errors[0]
+    done = command("reproduce", "a.png", "--model", sd1, "--source", "photo.png")
+    assert done.code == 2 and "a role of the recipe (image)" in done.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"task": "dream"}, 1, "made by the task 'dream'"),
+        ({"task_settings": {"strength": "x"}}, 1, "not valid at task_settings.strength"),
+        ({"task_settings": {}}, 1, "not valid at task_settings.strength"),
+        ({"task_settings": {"strength": 7.0}}, 2, "strength of 0 to 1"),
+        ({"sources": {}}, 1, "image"),
+        ({"sources": {"image": {}}}, 1, "without a name"),
+        ({"sources": {"image": {"file": "../../../etc/passwd", "sha256": ""}}}, 1, "which is not at passwd"),
+    ],
+)
+def test_hostile_recipes(command, sd1, sources, changes, code, message):
+    command("edit", "photo.png", "cat", *QUICK, "--model", sd1, "--out", "a.png")
+    image = open_image("a.png")
+    image.info["latentdiff"] = json.dumps(json.loads(image.info["latentdiff"]) | changes)
+    save_png(image, "a.png")
+    done = command("reproduce", "a.png", "--model", sd1)
+    assert done.code == code and len(done.errors) == 1 and message in done.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("edit", "none.png", "cat"), 1, "no picture at none.png"),
+        (("edit", "photo.png", "cat", "--out", "photo.png"), 2, "photo.png is there already"),
+        (("edit", "photo.png", "cat", "-n", 2, "--out", "a.png"), 2, "expected a folder for 2 pictures"),
+        (("edit", "photo.png", "cat", "--compare", "row.jpg"), 2, "expected --compare FILE.png"),
+        (("edit", "photo.png", "cat", "--strength", 3), 2, "strength of 0 to 1"),
+        (("inpaint", "photo.png", "cat"), 2, "expected a mask, or margins"),
+        (("inpaint", "photo.png", "cat", "--mask", "none.png"), 1, "no picture at none.png"),
+        (("inpaint", "photo.png", "cat", "--mask", "small.png"), 2, "24 x 20 pixels, found 2 x 2"),
+        (("interpolate", "cat"), 2, "two prompts or more"),
+        (("interpolate", "cat", "dog", "--frames", 1), 2, "--frames"),
+        (("interpolate", "cat", "dog", "--out", "photo.png"), 2, "photo.png"),
+    ],
+)
+def test_bad_arguments(command, sd1, sources, workplace, arguments, code, message):
+    Image.new("L", (2, 2), 255).save("small.png")
+    before = files(workplace)
+    done = command(*arguments, "--model", sd1, *QUICK)
+    assert done.code == code and len(done.errors) == 1 and message in done.errors[0]
+    assert files(workplace) == before
+
+
+def test_drawn_seeds_are_printed(command, sd1, sources):
+    done = command("edit", "photo.png", "cat", "--steps", 2, "--model", sd1, "--out", "a.png")
+    assert f"seed: {read_recipe(open_image('a.png').info).seed}" in done.err
+
+
+def test_frames_and_reproduce(command, sd1, workplace):
+    done = command("interpolate", "cat", "red fox", "--frames", 3, "--model", sd1, *QUICK)
+    assert (done.code, done.out) == (0, "frames\n")
+    assert files(workplace) == ["frames/frame-000.png", "frames/frame-001.png", "frames/frame-002.png"]
+    assert command("reproduce", "frames/frame-001.png", "--model", sd1).code == 0
+    done = command("interpolate", "cat", "red fox", "--model", sd1, *QUICK)
+    assert done.code == 2 and "frames is there already" in done.errors[0]
+
+
+def test_gif(command, sd1, workplace):
+    done = command("interpolate", "cat", "red fox", "--frames", 3, "--fps", 10, "--out", "a.gif", "--model", sd1, *QUICK)
+    assert done.code == 0 and files(workplace) == ["a.gif"]
+    with Image.open("a.gif") as animation:
+        assert (animation.n_frames, animation.info["duration"], animation.info["loop"]) == (3, 100, 0)
+        assert json.loads(animation.info["comment"])["task"] == "interpolate"
+    assert command("interpolate", "cat", "dog", "--out", "a.gif", "--model", sd1, *QUICK).code == 2
