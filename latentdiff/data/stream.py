@@ -54,14 +54,15 @@ class Sample:
             raise DataError(f"the sample {self.name} has no image; its fields are {', '.join(self.fields)}")
         return read_image(encoded, self.name, background=background)
 
-    def captions(self, column: str | None = None) -> tuple[str, ...]:
-        """The captions.
+    def captions(self, column: str | None = None, *, allow_missing: bool = False) -> tuple[str, ...]:
+        """The captions; `("",)` where there are none and that is allowed.
 
         Raises:
             DataError: there are none.
         """
-        if captions := sample_captions(self.fields, column, self.name):
-            return captions
+        captions = sample_captions(self.fields, column, self.name)
+        if captions or allow_missing:
+            return captions or ("",)
         raise DataError(f"the sample {self.name} has no caption; its fields are {', '.join(self.fields)}")
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from latentdiff.data.images import read_image
 from latentdiff.errors import DataError
 from latentdiff.files import atomic_path
 from latentdiff.training.checkpoint import check_space
@@ -111,14 +112,7 @@ def load_image(path: Path, resolution: int) -> np.ndarray:
     Raises:
         DataError: the file is not a readable image.
     """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise DataError(f"cannot read the image {path}: {error}") from error
+    image = read_image(path, str(path))
     if image.size != (resolution, resolution):
         image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
     return np.asarray(image)

@@ -115,7 +115,7 @@ def test_damaged_shard(tmp_path):
         read_dataset([tmp_path], strict=True)
 
 
-def test_saved_data_set(tmp_path):
+def test_saved_data_set(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     columns = {"image": [picture(0), picture(1)], "text": ["one", "two"]}
     table = datasets.Dataset.from_dict(
@@ -124,11 +124,41 @@ def test_saved_data_set(tmp_path):
     table.save_to_disk(tmp_path / "table")
     datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(tmp_path / "splits")
     table.to_parquet(tmp_path / "hub" / "train-00000.parquet")
-    for name in ("table", "splits"):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in ("table", "hub", "splits"):
         data = read_dataset([tmp_path / name])
         assert data.captions == (("one",), ("two",)) and np.array_equal(data.load(1), picture(1))
     assert data.notes == [f"{tmp_path / 'splits'}: took the split 'train' of train, test"]
-    datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
+
+
+def test_hub_id(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    columns = {"image": [picture(0), picture(1)], "caption": ["one", "two"]}
+    features = datasets.Features(image=datasets.Image(), caption=datasets.Value("string"))
+    asked = []
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *names, **options: asked.append((names, options)) or datasets.Dataset.from_dict(columns, features=features),
+    )
+    data = read_dataset(["someone/pictures"])
+    assert asked == [(("someone/pictures",), {"split": "train"})]
+    assert data.names == ("row 0", "row 1") and data.captions == (("one",), ("two",))
+    assert np.array_equal(data.load(1), picture(1)) and data.fingerprint == read_dataset(["someone/pictures"]).fingerprint
+
+
+def test_data_set_without_images(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: datasets.Dataset.from_dict({"text": ["one"]}))
+    with pytest.raises(DataError, match="expected a column of images in someone/texts, found the columns text"):
+        read_dataset(["someone/texts"])
+
+    def fail(*names, **options):
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match="cannot load the data set someone/texts: ConnectionError: no network"):
+        read_dataset(["someone/texts"])
 
 
 def test_hub_id_without_the_library(monkeypatch):

@@ -158,6 +158,7 @@ def test_samples(tmp_path):
         second.image()
     with pytest.raises(DataError, match=r"0.tar/x.y/b has no caption"):
         second.captions()
+    assert second.captions(allow_missing=True) == ("",)
     with pytest.raises(DataError, match=r"image 0.tar/c: the file is empty"):
         third.image()
     # The index sees the samples that the library sees.
