@@ -17,7 +17,7 @@ from latentdiff.latents import NoiseStream
 from latentdiff.pipeline import Pipeline, Start
 from latentdiff.recipe import Recipe
 from latentdiff.request import Plan, Sampling
-from latentdiff.tasks.sources import Picture, open_source
+from latentdiff.tasks.sources import Picture, file_of, open_source
 
 TASK = "edit"
 # From this many times the area of the training's pictures on, a model's pictures fall apart into repetitions.
@@ -76,7 +76,7 @@ def image_to_image(
 def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.Image:
     """The picture of a recipe once more."""
     settings = recipe.settings_as(EditSettings)
-    return image_to_image(pipe, sources["image"], recipe.prompt, **asdict(settings), **recipe.sampling())[0]
+    return image_to_image(pipe, file_of(sources, "image"), recipe.prompt, **asdict(settings), **recipe.sampling())[0]
 
 
 def begin_at(plan: Plan, strength: float) -> Plan:

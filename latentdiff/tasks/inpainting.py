@@ -28,7 +28,7 @@ from latentdiff.request import Plan, Sampling
 from latentdiff.schedule import Level
 from latentdiff.tasks.editing import begin_at, extended, warn_if_large, with_recipes
 from latentdiff.tasks.masks import Box, composed, latent_mask, prepared_mask, surroundings
-from latentdiff.tasks.sources import Picture, open_source
+from latentdiff.tasks.sources import Picture, file_of, open_source
 from latentdiff.vae import LatentDistribution
 
 TASK = "inpaint"
@@ -111,7 +111,7 @@ def inpaint(
 def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.Image:
     """The picture of a recipe once more."""
     settings = asdict(recipe.settings_as(InpaintSettings))
-    return inpaint(pipe, sources["image"], sources.get("mask"), recipe.prompt, **settings, **recipe.sampling())[0]
+    return inpaint(pipe, file_of(sources, "image"), sources.get("mask"), recipe.prompt, **settings, **recipe.sampling())[0]
 
 
 def canvas(picture: Image.Image, mask: Image.Image | None, settings: InpaintSettings) -> tuple[Image.Image, Image.Image]:

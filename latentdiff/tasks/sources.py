@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from latentdiff.errors import DataError
 from latentdiff.image import open_image
 
 Picture = Image.Image | str | os.PathLike[str]
@@ -41,6 +43,17 @@ def is_the_one(path: Path, sha256: str) -> bool:
         DataError: it is neither that file nor a picture.
     """
     return hash_of_file(path) == sha256 or _hash_of_pixels(open_image(path)) == sha256
+
+
+def file_of(sources: Mapping[str, Path], role: str) -> Path:
+    """The file of a role.
+
+    Raises:
+        DataError: the recipe does not name one.
+    """
+    if role not in sources:
+        raise DataError(f"the picture's recipe does not say what it was made from: it has no source {role!r}")
+    return sources[role]
 
 
 def hash_of_file(path: str | os.PathLike[str]) -> str:

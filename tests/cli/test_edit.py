@@ -86,7 +86,7 @@ def test_a_changed_or_missing_source(command, sd1, sources):
         ({"task_settings": {"strength": "x"}}, 1, "not valid at task_settings.strength"),
         ({"task_settings": {}}, 1, "not valid at task_settings.strength"),
         ({"task_settings": {"strength": 7.0}}, 2, "strength of 0 to 1"),
-        ({"sources": {}}, 1, "image"),
+        ({"sources": {}}, 1, "no source 'image'"),
         ({"sources": {"image": {}}}, 1, "without a name"),
         ({"sources": {"image": {"file": "../../../etc/passwd", "sha256": ""}}}, 1, "which is not at passwd"),
     ],
