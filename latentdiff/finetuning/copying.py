@@ -1,9 +1,9 @@
 """Whether samples are copies: the nearest training image of each, and whether it is suspiciously near.
 
-Pictures are compared as 32x32 pixels, less their mean and scaled to length 1, so that brightness, contrast, compression and
-slight blur do not hide a copy; mirrored copies are looked for too. The distance of two such vectors runs from 0 to 2.
-What is suspicious depends on the data: training images have a usual distance to the nearest other one, and a sample that is
-nearer to a training image than half of that is flagged.
+Pictures are compared as 32x32 pixels, less their mean colour and scaled to length 1, so that brightness, tint, contrast,
+compression and slight blur do not hide a copy; mirrored copies are looked for too. The distance of two such vectors runs from
+0 to 2. What is suspicious depends on the data: training images have a usual distance to the nearest other one, and a sample
+that is nearer to a training image than half of that is flagged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from latentdiff.files import atomic_path
 from latentdiff.image import open_image, save_png
 
-SPACE = "32x32 pixels, centred and scaled to length 1; mirrored copies too"
+SPACE = "32x32 pixels, less the mean colour and scaled to length 1; mirrored copies too"
 FOLDER = "copying"  # in the run folder
 
 _SIDE = 32
@@ -157,7 +157,7 @@ def _chunks(load: Callable[[int], Image.Image], images: Sequence[int]) -> Iterat
 def features(picture: Image.Image) -> np.ndarray:
     """The vector by which pictures are compared, (3 * 32 * 32,) float64; a picture of one colour gives zeros."""
     small = picture.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX)
-    values = np.asarray(small, dtype=np.float64).ravel() / 255.0
-    values = values - values.mean()
+    values = np.asarray(small, dtype=np.float64) / 255.0
+    values = (values - values.mean((0, 1))).ravel()  # each channel by itself, or the background's colour would count most
     # Nearly uniform pictures must not have their noise blown up to full length.
     return values / max(float(np.linalg.norm(values)), 1.0)

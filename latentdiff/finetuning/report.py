@@ -132,8 +132,9 @@ def _facts(run: Path, log: RunLog, settings: Mapping[str, Any], check: CopyCheck
     if log.best:
         kept = (run / "checkpoints" / f"step-{log.best[0]:08d}").is_dir()
         yield f"step {log.best[0]}", f"best by validation loss, {number(log.best[1])}; {'kept' if kept else 'not kept'} on disk"
-    if (gap := log.last("gap")) is not None:
-        yield number(gap), "validation loss minus training loss, last"
+    if gaps := log["gap"]:
+        (first_step, first), (_, last) = gaps[0], gaps[-1]
+        yield number(last), f"validation loss minus training loss at the end; {number(first)} at step {first_step}"
     if seconds := _seconds(log, settings):
         yield _duration(seconds), "training time, without validation and samples"
     if rates := log["images_per_second"]:

@@ -60,6 +60,19 @@ def test_one_colour_for_another_thing_is_no_copy():
     assert found[1] > 0.5 * usual
 
 
+def test_a_shared_background_is_no_copy():
+    """Two things at different places on one strong colour have little in common."""
+
+    def scene(left: int, thing: tuple[int, int, int]) -> Image.Image:
+        image = Image.new("RGB", (96, 96), (245, 138, 31))
+        image.paste(thing, (left, left, left + 30, left + 30))
+        return image
+
+    training = [*TRAINING, scene(5, (30, 30, 200))]
+    (found,), usual = nearest_images([scene(55, (200, 30, 30))], training.__getitem__, range(31))
+    assert found[1] > 0.5 * usual
+
+
 def test_duplicates_in_the_data_do_not_lower_the_threshold():
     doubled = TRAINING + TRAINING
     _, usual = nearest_images([TRAINING[0]], TRAINING.__getitem__, range(30))
