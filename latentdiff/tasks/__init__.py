@@ -13,6 +13,7 @@ from latentdiff.tasks import editing, inpainting, interpolation, restoring, tran
 from latentdiff.tasks.editing import image_to_image as image_to_image
 from latentdiff.tasks.inpainting import inpaint as inpaint
 from latentdiff.tasks.interpolation import interpolate as interpolate
+from latentdiff.tasks.inversion import Inversion as Inversion
 from latentdiff.tasks.inversion import invert as invert
 from latentdiff.tasks.restoring import restore as restore
 from latentdiff.tasks.translation import translate as translate

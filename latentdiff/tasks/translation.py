@@ -141,7 +141,7 @@ def translate(
     )
     if method == "null-text" and found.nulls is None:
         with explained_out_of_memory(), progress_bar(found.steps, progress) as bar:
-            found = with_null_text(pipe, found, scale, bar)
+            found = with_null_text(pipe, found, scale, callback=callback, bar=bar)
     images = []
     with explained_out_of_memory(), progress_bar(found.steps * len(parts), progress) as bar:
         for part in parts:

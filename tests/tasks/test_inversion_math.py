@@ -241,7 +241,7 @@ def test_null_text_changes_nothing_without_guidance():
     levels, latents = pivots(5, X)
     steps = null_text(levels, latents, 1.0)
     assert all(step.null.equal(torch.zeros_like(X)) for step in steps)
-    torch.testing.assert_close(steps[-1].x, sample(CONDITIONAL, latents[0], levels, ddim.step), rtol=0, atol=1e-12)
+    torch.testing.assert_close(steps[-1].done.x, sample(CONDITIONAL, latents[0], levels, ddim.step), rtol=0, atol=1e-12)
 
 
 def test_null_text_lowers_every_step_s_loss_and_comes_nearer_than_plain_guidance():
@@ -251,7 +251,7 @@ def test_null_text_lowers_every_step_s_loss_and_comes_nearer_than_plain_guidance
     assert guidance.combine(torch.zeros(1), torch.ones(1)).item() == 5.0
     assert all(min(step.losses) <= step.losses[0] for step in steps)
     plain = sample(guided(CONDITIONAL, UNCONDITIONAL, 5.0), latents[0], levels, ddim.step)
-    assert rms(steps[-1].x - latents[-1]) < 0.2 * rms(plain - latents[-1])
+    assert rms(steps[-1].done.x - latents[-1]) < 0.2 * rms(plain - latents[-1])
 
 
 def test_null_text_reaches_the_closed_form_of_an_additive_null():
@@ -262,7 +262,7 @@ def test_null_text_reaches_the_closed_form_of_an_additive_null():
     _, b = coefficients(level, next_level, "eps")  # what a unit of predicted noise moves the step
     expected = (latents[1] - plain) / ((1.0 - 5.0) * b)
     torch.testing.assert_close(step.null, expected, rtol=0, atol=1e-3)
-    torch.testing.assert_close(step.x, latents[1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(step.done.x, latents[1], rtol=0, atol=1e-4)
 
 
 def test_null_text_stops_early_and_returns_the_best_of_the_way():

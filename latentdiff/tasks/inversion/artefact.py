@@ -75,7 +75,7 @@ class Inversion:
 
     def noise_statistics(self) -> dict[str, float]:
         """Mean, standard deviation and neighbours' correlation of the noisiest latents; of unit noise, 0, 1 and 0."""
-        x = self.latents[0].double()
+        x = self.latents[0].cpu().double()
         x_c = x - x.mean()
         neighbours = ((x_c[..., 1:] * x_c[..., :-1]).mean() + (x_c[..., 1:, :] * x_c[..., :-1, :]).mean()) / 2
         return {"mean": x.mean().item(), "std": x.std().item(), "autocorrelation": (neighbours / x_c.square().mean()).item()}

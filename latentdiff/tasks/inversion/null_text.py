@@ -13,9 +13,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from latentdiff.denoise import DenoiseStep
 from latentdiff.guidance import Guidance
-from latentdiff.parameterization import Denoiser, Parameterization
+from latentdiff.parameterization import Denoiser, Parameterization, Prediction
 from latentdiff.schedule import Level
+
+Predict = Callable[[Tensor], Prediction]  # of a null embedding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +40,8 @@ class NullTextSettings:
 class NullTextStep:
     """What was found for one step."""
 
-    index: int
+    done: DenoiseStep  # the guided step with it
     null: Tensor  # like the first one
-    x: Tensor  # (N, C, h, w), where the guided step led
     losses: list[float]  # mean squared distance to the pivot before each inner step
 
 
@@ -70,25 +72,28 @@ def optimise(
     for index, (level, next_level) in enumerate(pairwise(levels)):
         with torch.no_grad():
             positive = conditional(x, level).raw
+        pivot = pivots[index + 1]
 
-        def land(
-            null: Tensor, x: Tensor = x, level: Level = level, positive: Tensor = positive, to: Level = next_level
-        ) -> Tensor:
+        def predict(null: Tensor, x: Tensor = x, level: Level = level, positive: Tensor = positive) -> Prediction:
             raw = guidance.combine(unconditional(null)(x, level).raw, positive)
-            prediction = parameterization(raw, x, level)
-            return to.alpha * prediction.x0 + to.sigma * prediction.eps
+            return parameterization(raw, x, level)
+
+        def loss_of(null: Tensor, predict: Predict = predict, to: Level = next_level, pivot: Tensor = pivot) -> Tensor:
+            return (_land(predict(null), to) - pivot).square().mean()
 
         share = index / steps
-        null, losses = _minimise(
-            lambda null, land=land, pivot=pivots[index + 1]: (land(null) - pivot).square().mean(),
-            null,
-            settings.inner_steps,
-            settings.learning_rate * (1.0 - 0.5 * share),
-            settings.tolerance + settings.tolerance_growth * share,
-        )
+        learning_rate = settings.learning_rate * (1.0 - 0.5 * share)
+        tolerance = settings.tolerance + settings.tolerance_growth * share
+        null, losses = _minimise(loss_of, null, settings.inner_steps, learning_rate, tolerance)
         with torch.no_grad():
-            x = land(null)
-        yield NullTextStep(index, null, x, losses)
+            prediction = predict(null)
+            x = _land(prediction, next_level)
+        yield NullTextStep(DenoiseStep(index, steps, level, next_level, x, prediction), null, losses)
+
+
+def _land(prediction: Prediction, level: Level) -> Tensor:
+    """The DDIM step to `level`."""
+    return level.alpha * prediction.x0 + level.sigma * prediction.eps
 
 
 def _minimise(

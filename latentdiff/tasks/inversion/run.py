@@ -117,7 +117,7 @@ def invert(
     with explained_out_of_memory(), progress_bar(steps * stages, progress) as bar:
         inversion = _walk_up(pipe, inversion, callback, bar)
         if method == "null-text":
-            inversion = with_null_text(pipe, inversion, guidance_scale, bar)
+            inversion = with_null_text(pipe, inversion, guidance_scale, callback=callback, bar=bar)
         if measure:
             back = reconstruct(pipe, inversion, callback=callback, bar=bar)
             kept, floor = (psnr(_decoded(pipe, x, picture.size), to_tensor([picture])) for x in (back, latents))
@@ -217,7 +217,14 @@ def walk_down(
     return done.x[:count]
 
 
-def with_null_text(pipe: Pipeline, inversion: Inversion, guidance_scale: float, bar: tqdm | None = None) -> Inversion:
+def with_null_text(
+    pipe: Pipeline,
+    inversion: Inversion,
+    guidance_scale: float,
+    *,
+    callback: Callback | None = None,
+    bar: tqdm | None = None,
+) -> Inversion:
     """The inversion with the null embeddings that make its reconstruction exact under this guidance; see `null_text`."""
     inversion.check_model(pipe.model_hash)
     settings = NullTextSettings(guidance_scale=guidance_scale)
@@ -234,6 +241,7 @@ def with_null_text(pipe: Pipeline, inversion: Inversion, guidance_scale: float, 
         for step in optimise(following(embeddings), following, read, null, inversion.levels, pivots, settings):
             if bar is not None:
                 bar.update()
+            report(step.done, callback)
             nulls.append(step.null)
     return replace(inversion, nulls=torch.cat(nulls), settings=inversion.settings | {"guidance_scale": guidance_scale})
 

@@ -1,0 +1,181 @@
+"""How well each inversion leads back to its picture, and how well each way of editing keeps its layout: two tables.
+
+    python tools/make_scenes.py data/scenes-test --count 2000 --split test --seed 1
+    python tools/compare_inversion.py data/scenes-test --count 16 --sheet docs/editing-inversion.png
+
+The error of a reconstruction is measured on the latents, against those of the picture, and in dB against the picture, with the
+VAE's own floor beside it. An edit changes the colour of a scene's object or background; the judge of `latentdiff evaluate` says
+whether it did.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from editing_measures import EditCase, colour_likeness, mean_and_margin, read_cases, structure_distance, text_score
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from latentdiff.embedded import embedded_judge
+from latentdiff.errors import LatentDiffError
+from latentdiff.evaluation.judge import Judge
+from latentdiff.guidance import Guidance
+from latentdiff.image import contact_sheet, save_png, to_tensor
+from latentdiff.pipeline import Pipeline
+from latentdiff.tasks import invert, translate
+from latentdiff.tasks.inversion import Inversion, reconstruct
+from latentdiff.tasks.inversion.artefact import psnr
+from latentdiff.tasks.inversion.run import walk_down, with_null_text
+
+EDITS = ("features", "direct", "null-text", "negative-prompt", "edict", "ddim")
+
+
+@dataclass
+class Row:
+    """The values of one way over all pictures."""
+
+    latents: list[float] = field(default_factory=list)  # RMS, in standard deviations of the picture's latents
+    decibels: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The ways to invert one case and to sample back; each returns latents (1, C, h, w)."""
+
+    pipe: Pipeline
+    case: EditCase
+    steps: int
+    guidance: float
+
+    def all(self) -> dict[str, Callable[[], Tensor]]:
+        """By the name in the table, in the order of its lines."""
+        w = f"{self.guidance:g}"
+        return {
+            "DDIM low": lambda: self.back(method="ddim-low"),
+            "DDIM high": lambda: self.back(method="ddim-high"),
+            "fixed point, 1 iteration": lambda: self.back(iterations=1),
+            "fixed point, 3 iterations": lambda: self.back(iterations=3),
+            f"fixed point, guidance {w}": lambda: self.guided(""),
+            f"negative-prompt, guidance {w}": lambda: self.guided(self.case.source_prompt),
+            f"null-text, guidance {w}": self.null_text,
+            "EDICT, guidance 3": lambda: self.back(method="edict"),
+            f"direct, guidance {w}": lambda: self.inverted().latents[-1:],
+        }
+
+    def inverted(self, **options: object) -> Inversion:
+        return invert(
+            self.pipe,
+            self.case.source,
+            prompt=self.case.source_prompt,
+            steps=self.steps,
+            measure=False,
+            progress=False,
+            **options,
+        )
+
+    def back(self, **options: object) -> Tensor:
+        return reconstruct(self.pipe, self.inverted(**options))
+
+    @torch.no_grad()
+    def guided(self, avoided: str) -> Tensor:
+        found = self.inverted()
+        negative = self.pipe.encode([avoided])
+        denoiser = self.pipe.denoiser(found.embeddings, negative, Guidance(scale=self.guidance), found.levels)
+        return walk_down(self.pipe, found, denoiser, 1)
+
+    def null_text(self) -> Tensor:
+        return reconstruct(self.pipe, with_null_text(self.pipe, self.inverted(), self.guidance))
+
+
+def reconstructions(pipe: Pipeline, cases: list[EditCase], steps: int, guidance: float) -> tuple[dict[str, Row], list[float]]:
+    """All ways on all pictures, and the VAE's floor in dB."""
+    rows: dict[str, Row] = {}
+    floor = []
+    for case in tqdm(cases, desc="reconstructing", leave=False):
+        pixels = to_tensor([case.source])
+        latents = pipe.encode_images(pixels).mode()
+        floor.append(psnr(pipe.decode(latents).cpu(), pixels))
+        for name, way in Ways(pipe, case, steps, guidance).all().items():
+            row, start = rows.setdefault(name, Row()), time.perf_counter()
+            back = way()
+            row.seconds.append(time.perf_counter() - start)
+            row.latents.append(((back - latents).square().mean().sqrt() / latents.std()).item())
+            row.decibels.append(psnr(pipe.decode(back).cpu(), pixels))
+    return rows, floor
+
+
+def edits(
+    pipe: Pipeline, cases: list[EditCase], steps: int, guidance: float
+) -> dict[str, tuple[list[Image.Image], list[float]]]:
+    """The pictures and the seconds, inversion included, of every method."""
+    made: dict[str, tuple[list[Image.Image], list[float]]] = {method: ([], []) for method in EDITS}
+    for case in tqdm(cases, desc="editing", leave=False):
+        for method in EDITS:
+            start = time.perf_counter()
+            options = {} if method == "edict" else {"guidance_scale": guidance}  # its inversion has its own
+            (image,) = translate(
+                pipe, case.source, case.target.text, method=method, source_prompt=case.source_prompt, steps=steps,
+                progress=False, **options,
+            )  # fmt: skip
+            made[method][0].append(image)
+            made[method][1].append(time.perf_counter() - start)
+    return made
+
+
+@click.command()
+@click.argument("scenes", type=click.Path(path_type=Path))
+@click.option("--model", help="As for `latentdiff generate`; without it, the embedded one.")
+@click.option("--device", default="auto")
+@click.option("--count", type=int, default=16, show_default=True, help="Scenes.")
+@click.option("--steps", type=int, default=50, show_default=True)
+@click.option("--guidance", type=float, default=5.0, show_default=True)
+@click.option("--sheet", type=click.Path(path_type=Path), help="Write pictures of the first scenes.")
+def main(scenes: Path, model: str | None, device: str, count: int, steps: int, guidance: float, sheet: Path | None) -> None:
+    """Compare inversions and edits on SCENES and print two tables."""
+    cases = read_cases(scenes, count)
+    pipe, judge = Pipeline.load(model, device=device), Judge.load(embedded_judge())
+    rows, floor = reconstructions(pipe, cases, steps, guidance)
+    click.echo(f"{count} scenes, {steps} steps, prompts that say what the scene shows, without guidance where none is named\n")
+    click.echo("| reconstruction | error of the latents | PSNR, dB | seconds |\n|---|---|---|---|")
+    for name, row in rows.items():
+        error, decibels = mean_and_margin(row.latents), mean_and_margin(row.decibels)
+        click.echo(f"| {name} | {error} | {decibels} | {np.mean(row.seconds):.1f} |")
+    click.echo(f"| the VAE alone | 0 | {mean_and_margin(floor)} | |\n")
+    click.echo("| edit | structure x 1000 | colours shared | text right | seconds |\n|---|---|---|---|---|")
+    made = edits(pipe, cases, steps, guidance)
+    for method, (images, seconds) in made.items():
+        structure = [1000 * structure_distance(case.source, image) for case, image in zip(cases, images, strict=True)]
+        likeness = [colour_likeness(case.source, image) for case, image in zip(cases, images, strict=True)]
+        right = np.mean(text_score(judge, images, cases))
+        click.echo(
+            f"| {method} | {mean_and_margin(structure)} | {np.mean(likeness):.3f} | {right:.2f} | {np.mean(seconds):.1f} |"
+        )
+    start = time.perf_counter()
+    pipe(cases[0].target.text, steps=steps, guidance_scale=guidance, progress=False)
+    click.echo(f"\nplain guided generation of one picture in {steps} steps: {time.perf_counter() - start:.1f} seconds")
+    if sheet:
+        save_png(_sheet(cases[:6], {method: images[:6] for method, (images, _) in made.items()}), sheet)
+
+
+def _sheet(cases: list[EditCase], made: dict[str, list[Image.Image]]) -> Image.Image:
+    """A row per scene: the source, then every method's edit."""
+    images, captions = [], []
+    for index, case in enumerate(cases):
+        images += [case.source, *(made[method][index] for method in made)]
+        captions += [f"to {case.target.text.removeprefix('a photo of ')}", *made]
+    return contact_sheet(images, captions, columns=1 + len(made))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except LatentDiffError as error:
+        raise SystemExit(f"error: {error}") from error
