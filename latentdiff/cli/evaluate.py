@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from latentdiff.cli.loras import LORAS, ScaledFile
 from latentdiff.cli.options import ANY_PATH, DEVICE, MODEL
 from latentdiff.cli.output import check_writable
 from latentdiff.names import SAMPLER_NAMES
@@ -13,6 +14,7 @@ from latentdiff.names import SAMPLER_NAMES
 
 @click.command()
 @MODEL
+@LORAS
 @click.option(
     "--out", type=ANY_PATH, default="evaluation", show_default=True, metavar="FOLDER", help="For scores and pictures."
 )
@@ -30,6 +32,7 @@ from latentdiff.names import SAMPLER_NAMES
 @DEVICE
 def evaluate(
     model: str | None,
+    loras: list[ScaledFile],
     out: Path,
     limit: int | None,
     seeds: int,
@@ -49,6 +52,7 @@ def evaluate(
 
     report = evaluation.run(
         model=model,
+        loras=loras,
         out=out,
         limit=limit,
         seeds=seeds,

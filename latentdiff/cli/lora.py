@@ -88,13 +88,12 @@ def inspect(file: str) -> None:
 
     found = read_lora(file)
     click.echo(found.path)
-    alphas = sorted({found.alpha(name) for name, roles in found.layers.items() if "down" in roles})
     facts = {
         "names": found.dialect,
         "made for": made_for(found),
         "layers": f"{len(found.layers)} ({_summary(found.layers)})",
         "rank": ", ".join(map(str, found.ranks)),
-        "alpha": ", ".join(f"{alpha:g}" for alpha in alphas),
+        "alpha": ", ".join(f"{alpha:g}" for alpha in found.alphas),
         "bytes": f"{found.path.stat().st_size:,}",
         "SHA-256": file_hash(found.path),
     }

@@ -24,6 +24,7 @@ def run(
     model: str | None = None,
     *,
     out: Path,
+    loras: Sequence[tuple[str | Path, float]] = (),
     limit: int | None = None,
     seeds: int = 4,
     steps: int = 25,
@@ -38,6 +39,7 @@ def run(
 
     Args:
         model: as `Pipeline.load` takes it; None is the embedded model.
+        loras: files that adapt it, each with its scale.
         limit: prompts of each task; None is all.
         seeds: pictures of each prompt.
         scenes: real scenes made by tools/make_scenes.py, for the judge's ceiling and floor and the VAE's scores; None
@@ -56,6 +58,8 @@ def run(
     prompts = read_prompts(limit=limit)
     real = read_scenes(Path(scenes)) if scenes else None  # before anything that takes long
     pipeline = Pipeline.load(model, device=device)
+    for path, scale in loras:
+        pipeline.load_lora(path, scale)
 
     settings = {"seeds_per_prompt": seeds, "steps": steps, "guidance_scale": guidance, "sampler": sampler}
 
@@ -65,7 +69,8 @@ def run(
     result = evaluate(pipeline, prompts, judge=judge, **settings, batch_size=batch_size, progress=progress, on_pictures=keep)
     references = score_references(pipeline, judge, real, progress=progress) if real else None
     notes = () if real else (f"for the judge's ceiling and floor: {HOW_TO_MAKE_SCENES}; then --scenes data/scenes-test",)
-    report = Report(pipeline.name, pipeline.model_hash, settings, result, references, notes)
+    adapted = {"loras": pipeline.loras.describe()} if loras else {}
+    report = Report(pipeline.name, pipeline.model_hash, settings | adapted, result, references, notes)
     with atomic_path(out / "results.json") as temporary:
         temporary.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     return report

@@ -132,9 +132,12 @@ def test_evaluate_hands_over(command, monkeypatch):
     module.run = lambda **options: seen.update(options) or "the scores"
     monkeypatch.setitem(sys.modules, "latentdiff.evaluation", module)
     monkeypatch.setattr(latentdiff, "evaluation", module, raising=False)
-    done = command("evaluate", "--model", "m", "--limit", 3, "--seeds", 2, "--steps", 9, "--guidance", 4, "--sampler", "euler")
+    done = command(
+        "evaluate", "--model", "m", "--lora", "a.safetensors:0.5", "--limit", 3, "--seeds", 2, "--steps", 9, "--guidance", 4,
+        "--sampler", "euler",
+    )  # fmt: skip
     assert (done.code, done.out) == (0, "the scores\n")
     assert seen == {
         "model": "m", "out": Path("evaluation"), "limit": 3, "seeds": 2, "steps": 9, "guidance": 4.0, "sampler": "euler",
-        "scenes": None, "device": "auto",
+        "scenes": None, "device": "auto", "loras": [("a.safetensors", 0.5)],
     }  # fmt: skip

@@ -16,6 +16,7 @@ from latentdiff.evaluation import run
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.prompts import TASKS, EvaluationPrompt, read_prompts
 from latentdiff.evaluation.protocol import evaluate
+from latentdiff.lora import LoRA, LoRASpec, save_lora
 from latentdiff.recipe import read_recipe
 from tests import peers
 from tests.scenes import JUDGE, font, make_scenes, scene_language
@@ -84,6 +85,16 @@ def test_the_command_says_how_to_make_scenes(model, tmp_path):
     assert "tools/make_scenes.py" in result.output and "real scenes" not in result.output
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert results["references"] == {} and "make_scenes.py" in results["notes"][0]
+
+
+def test_loras_are_evaluated(model, tmp_path):
+    pipe = peers.ours("sd1")
+    save_lora(LoRA.create(pipe.unet, None, LoRASpec(rank=2)), tmp_path / "a.safetensors")
+    loras = [(tmp_path / "a.safetensors", 0.5)]
+    report = run(model, out=tmp_path / "out", loras=loras, limit=1, seeds=1, steps=1, device="cpu", progress=False)
+    assert report.to_json()["settings"]["loras"][0]["scale"] == 0.5
+    with Image.open(tmp_path / "out/00000/samples/0000.png") as image:
+        assert read_recipe(image.info).loras[0]["file"] == "a.safetensors"
 
 
 def test_wrong_use_is_found_before_the_model_is_loaded(tmp_path):
