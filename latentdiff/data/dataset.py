@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from latentdiff.data.folders import METADATA, list_folder
 from latentdiff.data.images import BACKGROUND, SUFFIXES, image_size, read_image
 from latentdiff.data.shards import find_shards, list_shards
 from latentdiff.errors import DataError, UsageError
+from latentdiff.files import atomic_path
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 
@@ -127,6 +129,7 @@ def read_dataset(
     allow_missing: bool = False,
     verify: bool = True,
     background: str = BACKGROUND,
+    index: Path | None = None,
 ) -> Dataset:
     """Find the images and captions of one or more sources; each layout is recognised by itself.
 
@@ -137,6 +140,7 @@ def read_dataset(
         allow_missing: images without a caption are taken, with the empty one.
         verify: decode every image once, so that a damaged one is found now; otherwise only headers are read.
         background: the colour under transparent images, as CSS names it.
+        index: a folder for what was found out about the images, so that the next run need not read them all again.
 
     Raises:
         DataError: there are no images or captions, or an image cannot be read and `strict` is set.
@@ -150,7 +154,7 @@ def read_dataset(
         listing = list_source(source.path, caption_column)
         prefix = f"{Path(source.path).name}/" if len(given) > 1 else ""
         _add(data, source, listing, prefix, allow_missing)
-    _measure(data, verify)
+    _measure(data, verify, index)
     if strict and data.problems:
         first = data.problems[0]
         raise DataError(f"{len(data.problems)} images cannot be used, the first is {first.name}: {first.reason}")
@@ -208,19 +212,38 @@ def _add(data: Dataset, source: DataSource, listing: Listing, prefix: str, allow
     data.layouts.append(f"{os.fspath(source.path)}: {listing.layout}, {count} images")
 
 
-def _measure(data: Dataset, verify: bool) -> None:
+def _measure(data: Dataset, verify: bool, index: Path | None) -> None:
     """Fill in the sizes and move what cannot be read to the problems."""
 
-    def measure(index: int) -> tuple[int, int] | Problem:
-        entry = data.entries[index]
+    def measure(number: int) -> tuple[int, int] | Problem:
+        entry = data.entries[number]
         try:
-            return data.load(index).size if verify else image_size(entry.origin.source(), entry.name)
+            return data.load(number).size if verify else image_size(entry.origin.source(), entry.name)
         except (DataError, OSError) as error:
             return problem(entry, error)
 
-    measured = each(measure, len(data), "read images")
-    data.sizes = [(0, 0) if isinstance(found, Problem) else found for found in measured]
-    data.leave_out({index: found for index, found in enumerate(measured) if isinstance(found, Problem)})
+    # The fingerprint is that of all that was listed: what cannot be read is found out once too.
+    file = index / f"index-{data.fingerprint}-{'whole' if verify else 'headers'}.json" if index else None
+    measured = _read_index(file, data) if file else None
+    if measured is None:
+        measured = each(measure, len(data), "read images")
+        if file:
+            found = [item.reason if isinstance(item, Problem) else item for item in measured]
+            with atomic_path(file) as temporary:
+                temporary.write_text(json.dumps(found), encoding="utf-8")
+    data.sizes = [(0, 0) if isinstance(item, Problem) else item for item in measured]
+    data.leave_out({number: item for number, item in enumerate(measured) if isinstance(item, Problem)})
+
+
+def _read_index(file: Path, data: Dataset) -> list[tuple[int, int] | Problem] | None:
+    """For each image its size or what is wrong with it; None where there is no such file."""
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return [
+        Problem(entry.name, item) if isinstance(item, str) else (item[0], item[1])
+        for entry, item in zip(data.entries, found, strict=True)
+    ]
 
 
 def problem(entry: Entry, error: DataError | OSError) -> Problem:

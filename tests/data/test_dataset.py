@@ -308,3 +308,16 @@ def test_fingerprint_follows_the_images(tmp_path):
     assert read_dataset([folder], background="black").fingerprint != first
     os.utime(folder / "1.png", ns=(1, 1))
     assert read_dataset([folder]).fingerprint != first
+
+
+def test_an_index_spares_reading_the_images_again(tmp_path, monkeypatch):
+    folder, index = bad_folder(tmp_path / "x"), tmp_path / "index"
+    picture(9).save(folder / "2.png")
+    first = read_dataset([folder], index=index)
+    with monkeypatch.context() as patch:
+        patch.setattr("latentdiff.data.dataset.read_image", None)
+        again = read_dataset([folder], index=index)
+    assert again == first and again.fingerprint == first.fingerprint and len(again.problems) == 2
+    os.remove(folder / "1.png")
+    picture(1, (8, 8)).save(folder / "1.png")
+    assert read_dataset([folder], index=index).sizes == [(16, 12), (8, 8), (16, 12)]
