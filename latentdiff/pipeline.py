@@ -39,6 +39,7 @@ from latentdiff.guidance import Guidance, guided_denoiser
 from latentdiff.image import to_pil
 from latentdiff.latents import NoiseStream
 from latentdiff.lora.loaded import LoadedLoRAs
+from latentdiff.lora.words import LoadedWords, is_word_file
 from latentdiff.parameterization import Denoiser, parameterization
 from latentdiff.progress import Callback, progress_bar, report
 from latentdiff.prompt import tokenize
@@ -96,6 +97,7 @@ class Pipeline:
         self.name, self.model_hash, self.ema = name, model_hash, ema
         self.precision = precision_of(unet)
         self.loras = LoadedLoRAs(unet, text_encoder)
+        self.words = LoadedWords(tokenizer, text_encoder)
         _check_fit("text embeddings", text_encoder.embedding_width, unet.config.cross_attention_dim)
         _check_fit("latent channels", vae.config.latent_channels, unet.config.out_channels)
         _check_inputs(unet.config.in_channels, vae.config.latent_channels)
@@ -148,7 +150,7 @@ class Pipeline:
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the model as a folder in the diffusers layout, in the precision that it has here."""
+        """Write the model as a folder in the diffusers layout, in the precision that it has here, without its LoRAs."""
         from latentdiff.checkpoints import Components, save_folder
 
         parts = Components(
@@ -169,6 +171,7 @@ class Pipeline:
         for part in ("text_encoder", "unet", "vae"):
             getattr(self, part).to(device, getattr(self.precision, part))
         self.loras.to(device, self.precision)
+        self.words.to(device)
         return self
 
     def load_lora(
@@ -178,11 +181,12 @@ class Pipeline:
         name: str | None = None,
         *,
         allow_partial: bool = False,
-    ) -> LoadReport:
+    ) -> LoadReport | str:
         """Adapt the model by a LoRA file; several act at once. The model's own weights stay as they are.
 
         Args:
-            path: in the dialect of kohya's tools, of PEFT or of diffusers; or a folder that the last two wrote.
+            path: in the dialect of kohya's tools, of PEFT or of diffusers; or a folder that the last two wrote. The embedding
+                of a word, as textual inversion makes it, is taken too; it has no scale.
             scale: strength; 1 is as trained.
             name: what `unload_lora` calls it; None is the path as it is given here.
             allow_partial: leave out what does not fit, as long as something does.
@@ -193,11 +197,24 @@ class Pipeline:
         Raises:
             CheckpointError: there is no such file, it is damaged, no LoRA, or one for another model.
         """
+        if is_word_file(path):
+            report = self.words.load(path, os.fspath(path) if name is None else name)
+            self.tokenizer = self.words.tokenizer
+            return report
         return self.loras.load(path, scale, name, allow_partial, self.precision)
 
     def unload_lora(self, name: str | None = None) -> None:
         """Take a LoRA off again, or all of them: pictures are as before, bit for bit."""
-        self.loras.unload(name)
+        is_word = name in self.words
+        if is_word or name is None:
+            self.words.unload(name)
+            self.tokenizer = self.words.tokenizer
+        if not is_word:
+            self.loras.unload(name)
+
+    def adaptations(self) -> list[dict[str, Any]]:
+        """What recipes say of the LoRAs and words that are loaded."""
+        return [*self.loras.describe(), *self.words.describe()]
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -419,7 +436,7 @@ class Pipeline:
             precision=self.precision.name,
             device=describe_device(self.device),
             versions=library_versions(),
-            loras=self.loras.describe(),
+            loras=self.adaptations(),
             **fields,
         )
 

@@ -98,7 +98,7 @@ def inspect(file: str) -> None:
         "SHA-256": file_hash(found.path),
     }
     for name, value in (facts | _told(found.metadata)).items():
-        click.echo(f"  {name + ':':<14}{value}")
+        click.echo(f"  {name + ': ':<14}{value}")
 
 
 def _load(model: str | None) -> Components:
@@ -123,7 +123,7 @@ def _told(metadata: Mapping[str, str]) -> dict[str, str]:
         pass
     training = own.pop("training", {}) if isinstance(own, dict) else {}
     entries = {**(own if isinstance(own, dict) else {}), **(training if isinstance(training, dict) else {})}
-    entries |= {name: text for name, text in metadata.items() if name not in ("latentdiff", "format")}
+    entries |= {name: text for name, text in sorted(metadata.items()) if name not in ("latentdiff", "format")}
     return {name: _short(value) for name, value in entries.items() if value not in ("", None)}
 
 
