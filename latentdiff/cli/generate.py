@@ -151,7 +151,7 @@ class _Job:
             "model_hash": self.pipe.model_hash,
             "ema": self.pipe.ema,
             "prediction_type": self.pipe.schedule.config.prediction_type,
-            "loras": self.pipe.loras.describe(),
+            "loras": self.pipe.adaptations(),
         }
         return {"prompt": prompt, "seed": seed, **model, **asked}
 

@@ -105,6 +105,8 @@ class FinetuneConfig(StageSection):
     """Take images without a caption, with the empty one."""
     background: str = "white"
     """Colour under transparent images."""
+    stream: bool = False
+    """Read WebDataset shards in sequence, without an index in memory: for millions of images; square crops, no caches."""
     resolution: PositiveInt | None = None
     """Side of the training images in pixels; with `buckets`, they have about the area of its square. Default: the model's."""
     buckets: bool = True
@@ -192,12 +194,17 @@ class FinetuneConfig(StageSection):
     @classmethod
     def _method_defaults(cls, values: Any) -> Any:
         method = values.get("method", "lora") if isinstance(values, Mapping) else None
-        return {**METHOD_DEFAULTS.get(method, {}), **values} if isinstance(method, str) else values
+        if not isinstance(method, str):
+            return values
+        own_lr = {"lr": 1.0} if values.get("optimizer") == "prodigy" else {}
+        return {**METHOD_DEFAULTS.get(method, {}), **own_lr, **values}
 
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneConfig:
         if self.train_text_encoder and self.method != "full":
             raise ValueError("train_text_encoder goes with method full; for lora, put text_encoder into targets")
+        if self.optimizer == "prodigy" and self.text_encoder_lr is not None:
+            raise ValueError("prodigy knows one learning rate only; leave out text_encoder_lr")
         if self.method == "textual_inversion" and not self.word:
             raise ValueError("textual_inversion needs the new word, for example --word '<teapot>'")
         if self.validation and self.validation_share:

@@ -14,17 +14,15 @@ from accelerate import Accelerator
 
 from latentdiff.checkpoints import Components
 from latentdiff.data import Dataset, DataSource, read_dataset
-from latentdiff.data.buckets import Size, assign
+from latentdiff.data.buckets import Size, assign, default_step
 from latentdiff.errors import DataError
 from latentdiff.files import atomic_path
 from latentdiff.finetuning.caches import cache_latents, cache_text
 from latentdiff.finetuning.captions import CaptionTokens
 from latentdiff.finetuning.config import DataEntry, FinetuneConfig
-from latentdiff.finetuning.samples import Samples
+from latentdiff.finetuning.samples import Batches, Samples
 from latentdiff.finetuning.signal import fixed_part, split
-
-_COARSE_STEP = 64  # pixels between the sides of buckets, of models for 256 pixels and more
-_FINE_STEP = 4  # latents, of smaller models
+from latentdiff.finetuning.streaming import StreamBatches, shards_to_stream
 
 
 @dataclass
@@ -36,6 +34,15 @@ class Material:
     held_out: tuple[Samples, np.ndarray]
     training_part: tuple[Samples, np.ndarray]
     summary: dict[str, Any]
+    shards: tuple[Path, ...] = ()  # of a stream, of which `samples` is then only the beginning
+
+    def batches(self, settings: FinetuneConfig, num_train_timesteps: int) -> Batches | StreamBatches:
+        """What each step trains on."""
+        samples = self.samples
+        if not self.shards:
+            return Batches(samples, self.training, settings, num_train_timesteps)
+        largest = max(samples.buckets[index] for index in self.training)
+        return StreamBatches(list(self.shards), largest, samples.tokens, settings, samples.latent, num_train_timesteps)
 
     def of(self) -> list[tuple[Samples, np.ndarray]]:
         """Every image that is read, by the samples it belongs to."""
@@ -52,7 +59,10 @@ def read_material(settings: FinetuneConfig, parts: Components) -> Material:
         DataError: there is nothing to train on; the message says what was looked for and what was there.
     """
     tokens = CaptionTokens(parts.tokenizer, settings.long_captions)
-    samples = _samples(settings.data, settings, parts, tokens)
+    shards = shards_to_stream(settings) if settings.stream else []
+    # A stream shows what is in it by its first shard.
+    data = [DataEntry(path=str(shards[0]))] if shards else settings.data
+    samples = _samples(data, settings, parts, tokens)
     usable = _usable(samples)
     if not len(usable):
         raise DataError(
@@ -67,13 +77,16 @@ def read_material(settings: FinetuneConfig, parts: Components) -> Material:
         held_out = (other, _usable(other)[: settings.validation_images])
         part = fixed_part(names, parted.training, len(held_out[1]), settings.seed)
     training = usable[parted.training]
-    return Material(samples, training, held_out, (samples, usable[part]), _summary(samples, training, held_out, settings))
+    summary = _summary(samples, training, held_out, settings) | ({"shards": len(shards)} if shards else {})
+    return Material(samples, training, held_out, (samples, usable[part]), summary, tuple(shards))
 
 
 def build_caches(
     material: Material, parts: Components, settings: FinetuneConfig, accelerator: Accelerator, *, trains_text: bool
 ) -> None:
     """Encode images and captions where that is asked for and right; the samples read from the caches from then on."""
+    if settings.stream:
+        return
     folder = settings.cache or settings.out / "cache"
     if settings.cache_latents and settings.crop == "center":
         work = {}
@@ -106,6 +119,7 @@ def _samples(entries: Sequence[DataEntry], settings: FinetuneConfig, parts: Comp
         strict=settings.strict,
         allow_missing=settings.allow_missing,
         background=settings.background,
+        index=settings.out / "index",
     )
     vae = parts.vae.config
     return Samples(data, _buckets(data, settings, parts), tokens, settings, (vae.latent_channels, vae.downscale))
@@ -114,10 +128,10 @@ def _samples(entries: Sequence[DataEntry], settings: FinetuneConfig, parts: Comp
 def _buckets(data: Dataset, settings: FinetuneConfig, parts: Components) -> list[Size | None]:
     downscale = parts.vae.config.downscale
     resolution = settings.resolution or parts.unet.config.sample_size * downscale
-    step = settings.bucket_step or (_COARSE_STEP if resolution >= 4 * _COARSE_STEP else min(_FINE_STEP * downscale, resolution))
+    step = settings.bucket_step or default_step(resolution, downscale)
     if step % downscale:
         raise DataError(f"expected a bucket_step that is a multiple of the VAE's factor {downscale}, found {step}")
-    aspect = settings.max_aspect if settings.buckets else 1.0
+    aspect = settings.max_aspect if settings.buckets and not settings.stream else 1.0
     return assign(data.sizes, resolution, step, upscale=settings.upscale, max_aspect=aspect)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +15,7 @@ from torch import nn
 from latentdiff.checkpoints import Components, save_folder
 from latentdiff.finetuning.config import FinetuneConfig
 from latentdiff.lora import LoRA, LoRASpec, lora_metadata, save_lora
+from latentdiff.lora.words import NewWord
 from latentdiff.training.optimizer import ParameterGroup
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -125,7 +127,30 @@ class LoRAMethod(Method):
         return path
 
 
+class TextualInversion(Method):
+    """The embedding of one new word (Gal et al. 2022); the model stays as it is."""
+
+    trains_text = True
+
+    def __init__(self, parts: Components, settings: FinetuneConfig) -> None:
+        super().__init__(parts, settings)
+        assert settings.word is not None
+        self.adapter = self.word = NewWord.create(settings.word, parts.tokenizer, parts.text_encoder, settings.initial_word)
+        parts.tokenizer = self.word.extended(parts.tokenizer)
+
+    def attached(self) -> AbstractContextManager[Any]:
+        return self.word.attached(self.parts.tokenizer, self.parts.text_encoder)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return [ParameterGroup("word", dict(self.word.named_parameters()))]
+
+    def save(self, run: Path, facts: Mapping[str, Any]) -> Path:
+        path = run / "embedding.safetensors"
+        self.word.save(path, {"model": self.parts.name, "model_hash": self.parts.hash, "training": json.dumps(facts)})
+        return path
+
+
 def make_method(parts: Components, settings: FinetuneConfig) -> Method:
     """The method that `settings` names, applied to a model."""
-    methods: dict[str, type[Method]] = {"full": Full, "lora": LoRAMethod}
+    methods: dict[str, type[Method]] = {"full": Full, "lora": LoRAMethod, "textual_inversion": TextualInversion}
     return methods[settings.method](parts, settings)

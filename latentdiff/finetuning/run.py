@@ -22,7 +22,6 @@ from latentdiff.finetuning.loss import FinetuneLoss
 from latentdiff.finetuning.material import Material, build_caches, read_material, write_summary
 from latentdiff.finetuning.methods import Method, make_method
 from latentdiff.finetuning.report import write_report
-from latentdiff.finetuning.samples import Batches
 from latentdiff.finetuning.sheets import SampleSheets
 from latentdiff.finetuning.signal import fixed_part, sample_prompts
 from latentdiff.finetuning.task import FinetuneTask
@@ -190,12 +189,11 @@ def _task(settings: FinetuneConfig, method: Method, material: Material) -> Finet
     return FinetuneTask(
         module,
         method,
-        Batches(material.samples, material.training, settings, schedule.num_train_timesteps),
+        material.batches(settings, schedule.num_train_timesteps),
         material.held_out,
         material.training_part,
         SampleSheets(parts, prompts, settings),
         settings.out,
-        fingerprint=f"{material.samples.data.fingerprint} of {len(material.training)} images, shuffled by seed {settings.seed}",
         loader_threads=settings.loader_threads,
         seed=settings.seed,
     )
@@ -207,8 +205,10 @@ def _finish(settings: FinetuneConfig, trainer: Trainer, method: Method, material
         result = method.save(settings.out, _facts(settings, material))
     data, written = material.samples.data, trainer.task.sample_files
     if written:
-        candidates = fixed_part(data.names, material.training, _COPY_CANDIDATES, settings.seed)
-        check_copies(settings.out, written, data.names, data.load, candidates.tolist())
+        training = material.training.tolist()
+        names = [data.names[index] for index in training]
+        candidates = fixed_part(names, range(len(names)), _COPY_CANDIDATES, settings.seed)
+        check_copies(settings.out, written, names, lambda place: data.load(training[place]), candidates.tolist())
     write_report(settings.out)
     return result
 

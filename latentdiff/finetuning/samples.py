@@ -45,7 +45,7 @@ class Samples:
     ) -> None:
         self.data, self.buckets, self.tokens = data, list(buckets), tokens
         self._settings = settings
-        self._channels, self._downscale = latent
+        self.latent = self._channels, self._downscale = latent
         self.latents: LatentCache | None = None
         self.texts: TextCache | None = None
 
@@ -115,6 +115,7 @@ class Batches:
     def __init__(self, samples: Samples, indices: np.ndarray, settings: FinetuneConfig, num_train_timesteps: int) -> None:
         self._samples, self._settings, self._timesteps = samples, settings, num_train_timesteps
         self.indices = indices
+        self.fingerprint = f"{samples.data.fingerprint} of {len(indices)} images"
         repeats = [samples.data.repeats[index] for index in indices]
         self._plan = BatchPlan([samples.buckets[index] for index in indices], settings.batch_size, settings.seed, repeats)
         self._rules = CaptionRules(settings.caption_dropout, settings.shuffle_tags)
@@ -133,22 +134,34 @@ class Batches:
         ]
         chunks = max(map(samples.tokens.chunks, captions))  # of the whole batch, however it is split
         indices, captions = indices[rows.start : rows.stop], captions[rows.start : rows.stop]
-        noise = normal((seed, "noise", step), rows, (2, *samples.latent_shape(indices[0])))  # of the posterior, the diffusion
-        flipped = (uniform((seed, "flip", step), rows) < 0.5 * settings.flip).tolist()
+        shape = samples.latent_shape(indices[0])
+        numbers, posterior, flipped = step_numbers(settings, step, rows, shape, self._timesteps)
         crop_keys = [(seed, "crop", step, row) if settings.crop == "random" else None for row in rows]
         return {
-            **samples.images(indices, noise[:, 0], flipped=flipped, crop_keys=crop_keys),
+            **samples.images(indices, posterior, flipped=flipped, crop_keys=crop_keys),
             **samples.text(captions, chunks),
-            "noise": noise[:, 1] + self._offset(step, rows, noise.shape[2]),
-            "timesteps": draw_timesteps((seed, "timesteps", step), rows, settings.batch_size, self._timesteps),
             "weights": np.array([samples.data.weights[index] for index in indices], np.float32),
+            **numbers,
         }
 
     def _of(self, step: int) -> list[int]:
         _, places = self._plan.indices(step)
         return self.indices[places].tolist()
 
-    def _offset(self, step: int, rows: range, channels: int) -> np.ndarray | float:
-        """Noise that is constant over each channel (Guttenberg 2023, "Diffusion with Offset Noise"), (n, C, 1, 1)."""
-        strength = self._settings.noise_offset
-        return strength * normal((self._settings.seed, "noise offset", step), rows, (channels, 1, 1)) if strength else 0.0
+
+def step_numbers(
+    settings: FinetuneConfig, step: int, rows: range, latent_shape: tuple[int, int, int], num_train_timesteps: int
+) -> tuple[Arrays, np.ndarray, list[bool]]:
+    """What is drawn for the given rows of a step, besides crops and captions.
+
+    Returns:
+        `noise` (n, C, h, w) and `timesteps` (n,); noise (n, C, h, w) to draw latents with; which images are mirrored.
+    """
+    seed = settings.seed
+    noise = normal((seed, "noise", step), rows, (2, *latent_shape))
+    diffusion = noise[:, 1]
+    if settings.noise_offset:  # constant over each channel (Guttenberg 2023, "Diffusion with Offset Noise")
+        diffusion = diffusion + settings.noise_offset * normal((seed, "noise offset", step), rows, (latent_shape[0], 1, 1))
+    flipped = (uniform((seed, "flip", step), rows) < 0.5 * settings.flip).tolist()
+    timesteps = draw_timesteps((seed, "timesteps", step), rows, settings.batch_size, num_train_timesteps)
+    return {"noise": diffusion, "timesteps": timesteps}, noise[:, 0], flipped

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from latentdiff.finetuning.methods import Method
 from latentdiff.finetuning.samples import Batches, Samples
 from latentdiff.finetuning.sheets import SampleSheets
 from latentdiff.finetuning.signal import banded_losses, losses_entry
+from latentdiff.finetuning.streaming import StreamBatches
 from latentdiff.finetuning.tensorboard import TensorBoard
 from latentdiff.training.optimizer import ParameterGroup
 from latentdiff.training.task import Task
@@ -39,17 +40,17 @@ class FinetuneTask(Task):
         self,
         module: FinetuneLoss,
         method: Method,
-        batches: Batches,
+        batches: Batches | StreamBatches,
         held_out: tuple[Samples, np.ndarray],
         training_part: tuple[Samples, np.ndarray],
         sheets: SampleSheets,
         out: Path,
         *,
-        fingerprint: str,
         loader_threads: int,
         seed: int,
     ) -> None:
-        self.module, self.fingerprint, self.loader_threads = module, fingerprint, loader_threads
+        self.module, self.loader_threads = module, loader_threads
+        self.fingerprint = f"{batches.fingerprint}, shuffled by seed {seed}"
         self.resume_hint = f"go on with: latentdiff finetune --resume {out}"
         self._board: TensorBoard | None = None
         self._method, self._batches, self._sheets, self._seed = method, batches, sheets, seed
@@ -63,7 +64,12 @@ class FinetuneTask(Task):
         self.module.unet.compile()
 
     def batch(self, step: int, rows: range) -> dict[str, np.ndarray]:
+        assert isinstance(self._batches, Batches)
         return self._batches.arrays(step, rows)
+
+    def stream(self, first_step: int, rows: range, micro_batch: int) -> Iterator[dict[str, np.ndarray]] | None:
+        batches = self._batches
+        return batches.iterate(first_step, rows, micro_batch) if isinstance(batches, StreamBatches) else None
 
     def sources(self, step: int) -> list[str]:
         return self._batches.names(step)

@@ -127,6 +127,8 @@ class StageSection(Section):
     """Images per optimizer step, over all processes and micro-batches."""
     accumulation: PositiveInt = 1
     """Micro-batches that a process splits its part of the batch into; less memory, same gradients."""
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
+    """adamw8bit needs the package bitsandbytes and a GPU that it supports; prodigy needs prodigyopt, with a lr of about 1."""
     lr: Annotated[float, Field(gt=0)]
     """Learning rate after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 200

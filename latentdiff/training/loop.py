@@ -20,12 +20,23 @@ from latentdiff.training.config import StageSection
 from latentdiff.training.data import Prefetch
 from latentdiff.training.ema import EMA
 from latentdiff.training.journal import Journal, Window, peak_memory
-from latentdiff.training.optimizer import learning_rate, make_optimizer, moments, restore_moments, set_learning_rate
+from latentdiff.training.optimizer import (
+    group_state,
+    learning_rate,
+    make_optimizer,
+    moments,
+    restore_group_state,
+    restore_moments,
+    set_learning_rate,
+)
 from latentdiff.training.signals import StopSignals
 from latentdiff.training.task import Task
 
 # They change the parameters that the optimizer and the averages were made of, which would then train nothing.
 _OTHER_KINDS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+_SPLIT_MODELS = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
 
 
 class TrainingStopped(LatentDiffError):
@@ -46,6 +57,11 @@ class Trainer:
 
     def __init__(self, task: Task, settings: StageSection, folder: Path, accelerator: Accelerator) -> None:
         self.task, self.settings, self.folder, self.accelerator = task, settings, folder, accelerator
+        if accelerator.distributed_type.value in _SPLIT_MODELS:
+            raise ConfigError(
+                f"training splits batches over processes (DDP), not models: found {accelerator.distributed_type.value};"
+                " choose another accelerate configuration"
+            )
         if accelerator.distributed_type in _OTHER_KINDS:
             raise ConfigError(
                 f"expected processes that work on their own part of the batch (DDP), found {accelerator.distributed_type.value}"
@@ -129,6 +145,8 @@ class Trainer:
         _copy_into(self.parameters, checkpoint.weights, path)
         _copy_into(self.ema.average, checkpoint.ema, path)
         restore_moments(self.optimizer, self.parameters, checkpoint.optimizer)
+        if "optimizer_groups" in checkpoint.state:
+            restore_group_state(self.optimizer, checkpoint.state["optimizer_groups"])
         if self.scaler and "gradient_scale" in checkpoint.state:
             self.scaler.load_state_dict(checkpoint.state["gradient_scale"])
         self.step = checkpoint.step
@@ -142,7 +160,11 @@ class Trainer:
         """Write a checkpoint of this step."""
         if self.accelerator.is_main_process:
             kept = moments(self.optimizer, self.parameters)
-            state = self._state() | ({"gradient_scale": self.scaler.state_dict()} if self.scaler else {})
+            state = self._state()
+            if any(of_groups := group_state(self.optimizer)):
+                state["optimizer_groups"] = of_groups
+            if self.scaler:
+                state["gradient_scale"] = self.scaler.state_dict()
             checkpoint = Checkpoint(self.step, self.parameters, self.ema.average, kept, state)
             save_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.settings.keep_checkpoints)
         self.accelerator.wait_for_everyone()
@@ -178,19 +200,23 @@ class Trainer:
         """Micro-batches of this process, from the current step on."""
         settings, device = self.settings, self.accelerator.device
 
+        own = self.accelerator.process_index * settings.accumulation
+        rows = range(own * self._micro_batch, (own + settings.accumulation) * self._micro_batch)
+        stream = self.task.stream(self.step, rows, self._micro_batch)
+
         def make(key: tuple[int, int]) -> dict[str, Tensor]:
             step, first = key
-            arrays = self.task.batch(step, range(first, first + self._micro_batch))
+            arrays = next(stream) if stream else self.task.batch(step, range(first, first + self._micro_batch))
             batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
             return {name: tensor.pin_memory() for name, tensor in batch.items()} if device.type == "cuda" else batch
 
-        own = self.accelerator.process_index * settings.accumulation
         keys = (
             (step, (own + micro) * self._micro_batch)
             for step in range(self.step, settings.max_steps)
             for micro in range(settings.accumulation)
         )
-        return iter(Prefetch(make, keys, workers=self.task.loader_threads, depth=max(4, 2 * self.task.loader_threads)))
+        threads = 1 if stream else self.task.loader_threads  # a stream has an order
+        return iter(Prefetch(make, keys, workers=threads, depth=max(4, 2 * threads)))
 
     def _write(self, log: Journal, entry: dict[str, float]) -> None:
         if len(entry) > 1 and self.accelerator.is_main_process:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from latentdiff.errors import MissingDependencyError
 from latentdiff.training.config import StageSection
+
+# Entries of Prodigy's groups that change while it runs.
+_REMEMBERED = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,15 @@ class ParameterGroup:
     lr_scale: float = 1.0
 
 
-def make_optimizer(groups: list[ParameterGroup], settings: StageSection) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019), fused; biases and norms are not decayed."""
+def make_optimizer(groups: list[ParameterGroup], settings: StageSection) -> torch.optim.Optimizer:
+    """The optimizer that `settings` name; biases and norms are not decayed.
+
+    adamw is AdamW (Loshchilov and Hutter 2019), fused; adamw8bit keeps its moments in 8 bits (Dettmers et al. 2022);
+    prodigy finds its step size by itself (Mishchenko and Defazio 2024), the learning rate is a factor on that.
+
+    Raises:
+        MissingDependencyError: the library of the optimizer is not installed.
+    """
     param_groups = []
     for group in groups:
         parameters = list(group.parameters.values())
@@ -38,7 +51,24 @@ def make_optimizer(groups: list[ParameterGroup], settings: StageSection) -> torc
         for members, weight_decay in ((matrices, settings.weight_decay), (vectors, 0.0)):
             if members:
                 param_groups.append({"params": members, "weight_decay": weight_decay, "lr_scale": group.lr_scale})
+    if settings.optimizer == "adamw8bit":
+        return _library("bitsandbytes", "adamw8bit").optim.AdamW8bit(param_groups, lr=settings.lr, betas=settings.betas)
+    if settings.optimizer == "prodigy":
+        library = _library("prodigyopt", "prodigy")
+        # The warm-up of the learning rate must not count in the estimate of the step size.
+        return library.Prodigy(
+            param_groups, lr=settings.lr, betas=settings.betas, use_bias_correction=True, safeguard_warmup=True
+        )
     return torch.optim.AdamW(param_groups, lr=settings.lr, betas=settings.betas, fused=True)
+
+
+def _library(name: str, optimizer: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the optimizer {optimizer} needs {name}: pip install 'latentdiff[optimizers]'; or take optimizer adamw"
+        ) from error
 
 
 def learning_rate(step: int, settings: StageSection) -> float:
@@ -53,9 +83,9 @@ def learning_rate(step: int, settings: StageSection) -> float:
 
 
 def moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
-    """What the optimizer remembers, by "name of the parameter/name of the moment"."""
+    """What the optimizer remembers of each parameter, by "name of the parameter/name of the moment"."""
     return {
-        f"{name}/{kind}": value
+        f"{name}/{kind}": torch.as_tensor(value)  # some libraries count steps in Python
         for name, parameter in parameters.items()
         for kind, value in optimizer.state.get(parameter, {}).items()
     }
@@ -66,11 +96,24 @@ def restore_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, P
     for key, value in saved.items():
         name, kind = key.rsplit("/", 1)
         parameter = parameters[name]
+        if value.ndim == 0 and not value.is_floating_point():
+            optimizer.state[parameter][kind] = value.item()
+            continue
         # Fused kernels walk through memory, so a moment must lie there in the order of its parameter.
-        memory = (
-            torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value, device=parameter.device)
-        )
+        alike = value.shape == parameter.shape and value.dtype == parameter.dtype
+        memory = torch.empty_like(parameter) if alike else torch.empty_like(value, device=parameter.device)
         optimizer.state[parameter][kind] = memory.detach().copy_(value)
+
+
+def group_state(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+    """What the optimizer remembers of whole groups of parameters: Prodigy's estimates of the step size."""
+    return [{name: float(group[name]) for name in _REMEMBERED if name in group} for group in optimizer.param_groups]
+
+
+def restore_group_state(optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str, float]]) -> None:
+    """Give back what `group_state` gave."""
+    for group, values in zip(optimizer.param_groups, saved, strict=True):
+        group.update({name: int(value) if name == "k" else value for name, value in values.items()})
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

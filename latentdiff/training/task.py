@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,10 @@ class Task(ABC):
     @abstractmethod
     def batch(self, step: int, rows: range) -> dict[str, np.ndarray]:
         """Samples of the given rows of the global batch of `step`; numpy only, see `data.randomness`."""
+
+    def stream(self, first_step: int, rows: range, micro_batch: int) -> Iterator[dict[str, np.ndarray]] | None:
+        """Micro-batches of the given rows of each batch from `first_step` on, for ever; None to use `batch`."""
+        return None
 
     @abstractmethod
     def sources(self, step: int) -> list[str]:

@@ -25,8 +25,8 @@ def step_of_ours(tmp, family, monkeypatch, **changes):
     monkeypatch.setattr(FinetuneLoss, "forward", spy)
     run(
         settings(
-            tmp, model=str(peers.folder(family)), resolution=64, upscale=True, max_steps=1, lr=LR, warmup_steps=0, grad_clip=0.5,
-            cache_latents=False, cache_text=False, caption_dropout=0.3, **changes,
+            tmp, model=str(peers.folder(family)), resolution=64, upscale=True, max_steps=1, lr=LR, warmup_steps=0,
+            grad_clip=0.5, cache_latents=False, cache_text=False, caption_dropout=0.3, **changes,
         )
     )  # fmt: skip
     return batches[0], load_checkpoint(newest_checkpoint(tmp / "run" / "checkpoints")[0])
@@ -78,7 +78,9 @@ def test_full_training_equals_diffusers_and_torch(tmp_path, monkeypatch, family,
     for name, parameter in named.items():
         gradient = ours.optimizer[f"unet.{name}/exp_avg"] / 0.1
         assert (gradient - parameter.grad).norm() <= 1e-5 * norm, name
-        torch.testing.assert_close(ours.weights[f"unet.{name}"], parameter.detach(), rtol=1e-5, atol=1e-2 * LR)
+        # Of a whole tensor: Adam's first step divides each gradient by its own size, also those that are rounding alone.
+        theirs = parameter.detach()
+        assert (ours.weights[f"unet.{name}"] - theirs).norm() <= 1e-5 * theirs.norm(), name
 
 
 def test_the_text_encoder_gets_the_gradient_of_transformers(tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """Whole runs of a tiny model: results, resuming, and what must not change the numbers."""
 
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from PIL import Image
 from latentdiff import Pipeline, finetune
 from latentdiff.cli import cli
 from latentdiff.cli import run as run_command
-from latentdiff.errors import DataError, NotFiniteError, UsageError
+from latentdiff.errors import DataError, MissingDependencyError, NotFiniteError, UsageError
 from latentdiff.finetuning.run import resolve, run
 from latentdiff.training.checkpoint import newest_checkpoint
 from latentdiff.training.loop import TrainingStopped
@@ -77,10 +79,12 @@ def test_the_text_encoder_is_trained_if_asked_for(tmp):
     assert not list((tmp / "run" / "cache").glob("text-*"))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_stopped_and_resumed_equals_unbroken(tmp, method):
+@pytest.mark.parametrize("method, optimizer", [("lora", "adamw"), ("full", "adamw"), ("lora", "prodigy")])
+def test_stopped_and_resumed_equals_unbroken(tmp, method, optimizer):
+    if optimizer == "prodigy":
+        pytest.importorskip("prodigyopt")
     for name, steps in (("whole", 6), ("parts", 3)):
-        run(settings(tmp, method=method, out=tmp / name, max_steps=steps))
+        run(settings(tmp, method=method, optimizer=optimizer, out=tmp / name, max_steps=steps))
     (tmp / "parts" / "checkpoints" / "step-00000003" / "manifest.json").unlink()
     run(resolve(tmp / "parts", None, {"max_steps": 6}))
     assert_same(state_of(tmp / "parts"), state_of(tmp / "whole"))
@@ -155,6 +159,41 @@ def test_validation_and_samples_are_written(tmp):
     assert [str(path) for path in sheets] == ["samples/step-00000006/ema/sheet.png", "samples/step-00000006/raw/sheet.png"]
     assert "latentdiff" in Image.open(tmp / "run" / "samples" / "step-00000006" / "ema" / "00.png").info
     assert "Compared with all 8 training images" in (tmp / "run" / "report.html").read_text()
+
+
+def shards_of(tmp, count, per_shard):
+    folder = tmp / "shards"
+    folder.mkdir()
+    for number in range(count):
+        with tarfile.open(folder / f"{number:03d}.tar", "w") as tar:
+            for place in range(per_shard):
+                name = f"{place % 10}.png"
+                tar.add(tmp / "data" / name, f"{number:03d}{place:03d}.png")
+                text = f"a photo of the {'cat' if place % 2 else 'dog'}".encode()
+                about = tarfile.TarInfo(f"{number:03d}{place:03d}.txt")
+                about.size = len(text)
+                tar.addfile(about, io.BytesIO(text))
+    return folder
+
+
+def test_a_stream_trains_and_goes_on_where_it_was(tmp):
+    pytest.importorskip("webdataset")
+    stream = {"data": str(shards_of(tmp, 3, 12)), "stream": True, "validation": str(tmp / "data"), "validate_every": 6}
+    for name, steps in (("whole", 6), ("parts", 2), ("parts", 6)):
+        run(settings(tmp, out=tmp / name, max_steps=steps, accumulation=2, **stream))
+    assert_same(state_of(tmp / "parts"), state_of(tmp / "whole"))
+    assert [entry["loss"] for entry in log_of(tmp / "parts") if "loss" in entry] == [
+        entry["loss"] for entry in log_of(tmp / "whole") if "loss" in entry
+    ]
+    assert json.loads((tmp / "whole" / "data.json").read_text())["shards"] == 3
+    with pytest.raises(UsageError, match="stream reads one folder or range of WebDataset tar files"):
+        run(settings(tmp, stream=True, out=tmp / "folder"))
+
+
+def test_an_optimizer_that_is_not_installed_is_named(tmp, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingDependencyError, match=r"adamw8bit needs bitsandbytes: pip install 'latentdiff\[optimizers\]'"):
+        run(settings(tmp, optimizer="adamw8bit"))
 
 
 def test_a_held_out_folder_and_repeats(tmp):
