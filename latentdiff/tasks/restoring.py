@@ -30,6 +30,8 @@ STEPS = {"diffpir": 50, "dps": 250, "psld": 250, "resample": 100, "graikos": 200
 # What the methods' own defaults leave open, and is known here: pixels in [-1, 1] stray from their mean by about 1/2.
 SETTINGS: dict[str, dict[str, float]] = {"diffpir": {"prior_std": 0.5}}
 GUIDANCE_WITH_PROMPT = 3.0
+# Rounding to 8 bits is noise of this standard deviation, in [-1, 1].
+EIGHT_BITS = 2.0 / 255.0 / 12.0**0.5
 # Options of `Sampling` that mean something here; sampler and levels are the method's.
 OPTIONS = {"negative_prompt", "guidance_rescale", "guidance_interval", "seed", "batch_size", "callback", "progress"}
 WHITE = 0.5  # the standard deviation, in [-1, 1], that is white in a picture of the uncertainty
@@ -149,7 +151,7 @@ def restore(
     first = replace(plan, prompts=plan.prompts[:1], negatives=plan.negatives[:1], seeds=plan.seeds[:1])
     of_mean = asdict(replace(about, samples=samples))
     (mean,) = with_recipes(pipe, to_pil(pictures.mean(dim=0, keepdim=True)), first, TASK, of_mean, sources)
-    spread = pictures.clamp(-1, 1).var(dim=0).mean(dim=0).sqrt() if samples > 1 else None  # (H, W)
+    spread = pictures.var(dim=0).mean(dim=0).sqrt() if samples > 1 else None  # (H, W)
     return Restoration(images, mean, spread, residuals, operator.noise_std)
 
 
@@ -241,7 +243,7 @@ def _for_batch(problem: Problem, count: int) -> Problem:
 
 @torch.no_grad()
 def _walk(pipe: Pipeline, plan: Plan, way: Method, problem: Problem, keep: bool) -> tuple[Tensor, list[float]]:
-    """The pictures (N, 3, H, W) on the CPU, not clipped, and how far each misses the measurement."""
+    """The pictures (N, 3, H, W) on the CPU, and how far each misses the measurement before it is clipped to [-1, 1]."""
     operator = problem.operator
     factor = pipe.vae.config.downscale
     height, width = operator.picture_shape(tuple(problem.measurement.shape[1:]))[1:]
@@ -253,6 +255,6 @@ def _walk(pipe: Pipeline, plan: Plan, way: Method, problem: Problem, keep: bool)
     pictures = pipe.decode(pipe.sample(plan, shape, start))
     everyone = _for_batch(problem, len(pictures))
     if keep:
-        pictures = within_noise(operator, everyone.measurement, pictures, problem.noise_std)
+        pictures = within_noise(operator, everyone.measurement, pictures, max(operator.noise_std, EIGHT_BITS))
     residuals = everyone.residual(pictures).tolist()
-    return (operator.crop(pictures) if isinstance(operator, Inside) else pictures).cpu(), residuals
+    return (operator.crop(pictures) if isinstance(operator, Inside) else pictures).clamp(-1, 1).cpu(), residuals

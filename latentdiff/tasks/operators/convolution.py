@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from latentdiff.errors import UsageError
 from latentdiff.tasks.operators.kernels import box_kernel, check_kernel, cubic_kernel, gaussian_kernel
-from latentdiff.tasks.operators.operator import Operator, Shape
+from latentdiff.tasks.operators.operator import Operator, Shape, conjugate_gradient
 
 BORDERS = ("periodic", "reflect")
 RESAMPLING_KERNELS = ("box", "bicubic", "gaussian")
@@ -78,8 +80,16 @@ class Convolution(Operator):
         return measurement[0], measurement[1] * self.factor, measurement[2] * self.factor
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """Aᵀ y: put zeros between the pixels, then correlate."""
-        return super().adjoint(y) if self.border == "reflect" else self._adjoint_of_spectrum(torch.fft.fft2(y))
+        """Aᵀ y: put zeros between the pixels, then correlate; what falls beyond a mirror is folded back."""
+        if self.border == "periodic":
+            return self._adjoint_of_spectrum(torch.fft.fft2(y))
+        kernel = self.kernel.flip(0, 1).to(y).expand(y.shape[1], 1, -1, -1)
+        spread = F.conv_transpose2d(y, kernel, stride=self.factor, groups=y.shape[1])
+        left, right, top, bottom = self._padding()
+        height, width = self.picture_shape(tuple(y.shape[1:]))[1:]
+        short = (left + width + right - spread.shape[-1], top + height + bottom - spread.shape[-2])
+        spread = F.pad(spread, (0, short[0], 0, short[1]))  # the last pixels may reach no measurement
+        return _unreflected(_unreflected(spread, left, width, right).mT, top, height, bottom).mT
 
     def pinv(self, y: Tensor) -> Tensor:
         """A⁺ y; frequencies that the kernel has all but lost stay zero."""
@@ -93,9 +103,21 @@ class Convolution(Operator):
     def prox(self, y: Tensor, z: Tensor, rho: float) -> Tensor:
         """z + Aᵀ (A Aᵀ + rho)⁻¹ (y - A z), in the Fourier domain, where A Aᵀ is diagonal (Zhao et al. 2016)."""
         if self.border == "reflect":
-            return super().prox(y, z, rho)
+            return self._prox_at_mirrors(y, z, rho)
         missing = torch.fft.fft2(y - self.apply(z))
         return z + self._adjoint_of_spectrum(missing / (self._power(y) + rho))
+
+    def _prox_at_mirrors(self, y: Tensor, z: Tensor, rho: float) -> Tensor:
+        """Conjugate gradients, helped by the solution for the periodic border, which is the same away from it."""
+        if self.factor > 1:
+            return super().prox(y, z, rho)
+        inverse = 1.0 / (self._transfer(z, half=True).abs().square() + rho)
+
+        def periodic(x: Tensor) -> Tensor:
+            return torch.fft.irfft2(torch.fft.rfft2(x) * inverse, s=x.shape[-2:])
+
+        right = self.adjoint(y) + rho * z
+        return conjugate_gradient(lambda x: self.adjoint(self.apply(x)) + rho * x, right, z, precondition=periodic)
 
     def _padding(self) -> tuple[int, int, int, int]:
         """Pixels beyond the left, right, top and bottom border that the kernel reaches."""
@@ -134,7 +156,9 @@ class Deblur(Convolution):
 
     def __init__(self, kernel: Tensor, *, border: str = "reflect", noise_std: float = 0.0) -> None:
         kernel = check_kernel(kernel)
-        super().__init__(kernel / kernel.sum(), border=border, noise_std=noise_std)
+        total = kernel.sum().item()
+        is_normal = math.isclose(total, 1.0, rel_tol=1e-12)  # dividing again would change the last bits
+        super().__init__(kernel if is_normal else kernel / total, border=border, noise_std=noise_std)
 
 
 class SuperResolution(Convolution):
@@ -190,6 +214,14 @@ class SuperResolution(Convolution):
         """Each value over its block, divided by the number of pixels there."""
         s = self.factor
         return y.repeat_interleave(s, dim=-2).repeat_interleave(s, dim=-1) / s**2
+
+
+def _unreflected(padded: Tensor, before: int, length: int, after: int) -> Tensor:
+    """The adjoint of reflecting the last dimension: (..., before + length + after) -> (..., length)."""
+    inner = padded[..., before : before + length].clone()
+    inner[..., 1 : before + 1] += padded[..., :before].flip(-1)
+    inner[..., length - 1 - after : length - 1] += padded[..., before + length :].flip(-1)
+    return inner
 
 
 def _same_parity(size: int, factor: int) -> int:

@@ -18,7 +18,7 @@ from latentdiff.errors import UsageError
 Shape = tuple[int, int, int]  # (channels, height, width) of one picture or measurement
 
 # Conjugate gradients end here: relative residual, and steps. The systems are (AᵀA + rho I), and rho bounds their condition.
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12}
 MAX_ITERATIONS = 100
 
 
@@ -109,29 +109,39 @@ def per_image_norm(x: Tensor) -> Tensor:
 
 
 def conjugate_gradient(
-    matrix: Callable[[Tensor], Tensor], right: Tensor, start: Tensor, *, iterations: int = MAX_ITERATIONS
+    matrix: Callable[[Tensor], Tensor],
+    right: Tensor,
+    start: Tensor,
+    *,
+    iterations: int = MAX_ITERATIONS,
+    precondition: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
     """Solve `matrix(x) = right` for a symmetric positive (semi)definite matrix (Hestenes & Stiefel 1952); all (N, C, H, W).
 
     Every image of the batch is its own system: the others change nothing for it.
+
+    Args:
+        precondition: x -> about the solution for the right side x, symmetric and positive definite as well.
     """
-    tolerance = TOLERANCE[right.dtype]
+    tiny = torch.finfo(right.dtype).tiny
 
     def inner(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum(dim=(1, 2, 3), keepdim=True)
+        return (a * b).sum(dim=(1, 2, 3), keepdim=True)  # (N, 1, 1, 1)
 
     x, missing = start, right - matrix(start)
-    direction, size = missing, inner(missing, missing)  # (N, 1, 1, 1)
-    enough = tolerance**2 * inner(right, right)
+    enough = TOLERANCE[right.dtype] ** 2 * inner(right, right)
+    better = precondition(missing)
+    direction, size = better, inner(missing, better)
     for _ in range(iterations):
-        active = size > enough
+        active = inner(missing, missing) > enough
         if not active.any():
             break
         image = matrix(direction)
-        length = torch.where(active, size / inner(direction, image).clamp(min=torch.finfo(x.dtype).tiny), 0.0)
+        length = torch.where(active, size / inner(direction, image).clamp(min=tiny), 0.0)
         x = x + length * direction
         missing = missing - length * image
-        new_size = inner(missing, missing)
-        direction = torch.where(active, missing + new_size / size.clamp(min=torch.finfo(x.dtype).tiny) * direction, direction)
-        size = torch.where(active, new_size, size)
+        better = precondition(missing)
+        new_size = inner(missing, better)
+        direction = better + new_size / size.clamp(min=tiny) * direction
+        size = new_size
     return x

@@ -91,7 +91,12 @@ class Inpaint(Operator):
         return (known * y + rho * z) / (known + rho)
 
     def read(self, damaged: Tensor) -> Tensor:
-        """The known pixels."""
+        """The known pixels.
+
+        Raises:
+            UsageError: the mask has another size.
+        """
+        self.picture_shape(tuple(damaged.shape[1:]))
         return self.apply(damaged)
 
     def observed(self, picture: Shape) -> Tensor:

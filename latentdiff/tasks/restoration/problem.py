@@ -15,8 +15,8 @@ from latentdiff.schedule import Level, Schedule
 from latentdiff.tasks.operators import Operator, residual
 from latentdiff.tasks.operators.operator import per_image_norm
 
-# The least noise that a measurement is taken to have: 8 bits round by this much, in [-1, 1].
-LEAST_NOISE = 2.0 / 255.0 / 12.0**0.5
+# The least noise that methods reckon with, as in the code of DiffPIR: none at all would leave nothing to the model.
+LEAST_NOISE = 1e-3
 
 # What the pull towards the measurement is solved for lies in here; see `within_noise`.
 WEAKEST, STRONGEST, BISECTIONS = 1e4, 1e-6, 14
@@ -50,7 +50,7 @@ class Problem:
 
     @property
     def noise_std(self) -> float:
-        """The noise that methods reckon with: never none at all."""
+        """The noise that methods reckon with."""
         return max(self.operator.noise_std, LEAST_NOISE)
 
     def misfit(self, picture: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from latentdiff.denoise import Noise, Step
-from latentdiff.errors import UsageError
 from latentdiff.parameterization import Denoiser
 from latentdiff.samplers import ddim
 from latentdiff.schedule import Level, posterior_variance
@@ -31,6 +30,7 @@ class ReSample(SamplingMethod):
     up to `iterations` more for each late event. The paper takes 500 steps, 2000 iterations; here 100 and 50.
 
     Attributes:
+        every: steps from one event to the next, the last one at the end; 0 is no events.
         nudge: the scale of the gradient step is nudge * alpha_cumprod.
         gamma: how much the solution counts against the walk's own latents when noise is put back.
         lr: of Adam, in the units of latents.
@@ -44,9 +44,8 @@ class ReSample(SamplingMethod):
     lr: float = 5e-3
 
     def __post_init__(self) -> None:
-        at_least_zero(nudge=self.nudge, gamma=self.gamma, lr=self.lr, lookahead=self.lookahead, iterations=self.iterations)
-        if self.every < 1:
-            raise UsageError(f"expected an event every 1 or more steps, found {self.every}")
+        at_least_zero(nudge=self.nudge, gamma=self.gamma, lr=self.lr)
+        at_least_zero(every=self.every, lookahead=self.lookahead, iterations=self.iterations)
 
     def step(self, problem: Problem, levels: list[Level]) -> Step:
         """Algorithm 1 of the paper."""
@@ -63,7 +62,7 @@ class ReSample(SamplingMethod):
         ) -> tuple[Tensor, None]:
             moved, _ = nudged(denoiser, x, level, next_level, None, noise)
             index = position[next_level]
-            if 3 * index < steps or (steps - index) % self.every:
+            if not self.every or 3 * index < steps or (steps - index) % self.every:
                 return moved, None
             z0 = self._prediction_ahead(denoiser, moved, levels[index : index + self.lookahead + 1])
             solve = self._solve_in_latents if 3 * index >= 2 * steps else _solve_in_pixels
