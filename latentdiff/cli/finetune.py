@@ -86,10 +86,14 @@ def finetune(config: Path | None, resume: Path | None, **flags: Any) -> None:
     The result is OUT/lora.safetensors, OUT/model or OUT/embedding.safetensors, by method; OUT/report.html tells how it went.
     Every key of the YAML is also a flag.
     """
+    from accelerate import PartialState
+
     from latentdiff.finetuning.run import resolve, run
 
     given = {name: value for name, value in flags.items() if value is not None and value != ()}
-    click.echo(run(resolve(resume, config, _as_values(given))))
+    result = run(resolve(resume, config, _as_values(given)))
+    if PartialState().is_main_process:
+        click.echo(result)
 
 
 def _as_values(given: dict[str, Any]) -> dict[str, Any]:

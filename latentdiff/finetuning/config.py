@@ -157,6 +157,8 @@ class FinetuneConfig(StageSection):
     # --- what is written
     result_precision: Literal["model", "fp32", "fp16", "bf16"] = "model"
     """Precision of the result's files; model is that of the model's own files, and fp32 for lora."""
+    result: Literal["last", "best"] = "last"
+    """Make the result from the last step, or from the one with the smallest validation loss, which is always kept."""
     prompts: Texts = ()
     """Prompts of the sample sheets; without them, some captions of the data."""
     sample_count: Annotated[int, Field(ge=0)] = 4
@@ -203,6 +205,8 @@ class FinetuneConfig(StageSection):
     def _fits_together(self) -> FinetuneConfig:
         if self.train_text_encoder and self.method != "full":
             raise ValueError("train_text_encoder goes with method full; for lora, put text_encoder into targets")
+        if self.result == "best" and not (self.validation or self.validation_share):
+            raise ValueError("the best step is known from held-out images: give validation or validation_share")
         if self.optimizer == "prodigy" and self.text_encoder_lr is not None:
             raise ValueError("prodigy knows one learning rate only; leave out text_encoder_lr")
         if self.method == "textual_inversion" and not self.word:

@@ -84,6 +84,12 @@ class RunLog:
         return min(finite, key=lambda point: (point[1], point[0]), default=None)
 
 
+def best_step(run: Path) -> int | None:
+    """The step with the smallest validation loss so far, if something was held out."""
+    best = RunLog.read(run / "log.jsonl").best if (run / "log.jsonl").is_file() else None
+    return best[0] if best else None
+
+
 def write_report(run: Path) -> Path:
     """Write `report.html` into a run folder; returns its path.
 

@@ -10,24 +10,26 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from latentdiff.attention import use_attention_backend
 from latentdiff.checkpoints import load_components
+from latentdiff.device import is_out_of_memory
 from latentdiff.embedded import embedded_model
-from latentdiff.errors import ConfigError, DataError, UsageError
+from latentdiff.errors import ConfigError, DataError, LatentDiffError, UsageError
 from latentdiff.files import atomic_path
 from latentdiff.finetuning.config import FinetuneConfig, load_finetune_config, make_config
 from latentdiff.finetuning.copying import check_copies
 from latentdiff.finetuning.loss import FinetuneLoss
 from latentdiff.finetuning.material import Material, build_caches, read_material, write_summary
 from latentdiff.finetuning.methods import Method, make_method
-from latentdiff.finetuning.report import write_report
+from latentdiff.finetuning.report import best_step, write_report
 from latentdiff.finetuning.sheets import SampleSheets
 from latentdiff.finetuning.signal import fixed_part, sample_prompts
 from latentdiff.finetuning.task import FinetuneTask
 from latentdiff.pipeline import EMBEDDED_NAME
 from latentdiff.schedule import Schedule
-from latentdiff.training.checkpoint import newest_checkpoint
+from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
 from latentdiff.training.config import dump_config, read_yaml
 from latentdiff.training.loop import Trainer
 from latentdiff.training.objective import DiffusionObjective
@@ -92,6 +94,18 @@ def resolve(resume: Path | None, config: Path | None, given: Mapping[str, Any]) 
 
 def run(settings: FinetuneConfig) -> Path:
     """Train as `settings` say, going on from the newest whole checkpoint in `settings.out`; see `finetune`."""
+    try:
+        return _run(settings)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise LatentDiffError(
+            "not enough memory for this training; try --gradient-checkpointing, --accumulation 4, --mixed-precision bf16,"
+            " a smaller --resolution, or --method lora with --base-precision bf16"
+        ) from error
+
+
+def _run(settings: FinetuneConfig) -> Path:
     accelerator, settings = _accelerator(settings)
     parts = load_components(settings.model or embedded_model())
     if settings.model is None:
@@ -129,6 +143,8 @@ def _accelerator(settings: FinetuneConfig) -> tuple[Accelerator, FinetuneConfig]
         precision = "bf16" if not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else "no"
     if precision == "fp16" and cpu:
         raise ConfigError("mixed_precision fp16 needs a GPU; on a CPU take bf16 or no")
+    # accelerate remembers the precision for the life of the process; a second run may want another one.
+    AcceleratorState._reset_state()
     return Accelerator(cpu=cpu, mixed_precision=precision), settings.model_copy(update={"mixed_precision": precision})
 
 
@@ -201,6 +217,8 @@ def _task(settings: FinetuneConfig, method: Method, material: Material) -> Finet
 
 def _finish(settings: FinetuneConfig, trainer: Trainer, method: Method, material: Material) -> Path:
     """Write the result from the averaged weights, and the report."""
+    if settings.result == "best":
+        _take_best(settings, trainer)
     with trainer.ema.swapped_in():
         result = method.save(settings.out, _facts(settings, material))
     data, written = material.samples.data, trainer.task.sample_files
@@ -211,6 +229,16 @@ def _finish(settings: FinetuneConfig, trainer: Trainer, method: Method, material
         check_copies(settings.out, written, names, lambda place: data.load(training[place]), candidates.tolist())
     write_report(settings.out)
     return result
+
+
+def _take_best(settings: FinetuneConfig, trainer: Trainer) -> None:
+    step = best_step(settings.out)
+    path = settings.out / "checkpoints" / f"step-{step or 0:08d}"
+    if path.is_dir():
+        trainer.take_weights(load_checkpoint(path), path)
+        trainer.accelerator.print(f"the result is that of step {step}, the best by validation loss")
+    else:
+        trainer.accelerator.print(f"no checkpoint of step {step}, the best by validation loss, was kept; taking the last step")
 
 
 def _facts(settings: FinetuneConfig, material: Material) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from latentdiff.errors import MissingDependencyError
 from latentdiff.finetuning.loss import FinetuneLoss
 from latentdiff.finetuning.methods import Method
+from latentdiff.finetuning.report import best_step
 from latentdiff.finetuning.samples import Batches, Samples
 from latentdiff.finetuning.sheets import SampleSheets
 from latentdiff.finetuning.signal import banded_losses, losses_entry
@@ -92,6 +93,9 @@ class FinetuneTask(Task):
     def sample_files(self) -> list[Path]:
         """The newest sample pictures of the averaged weights."""
         return self._sheets.written
+
+    def steps_to_keep(self) -> list[int]:
+        return [best] if (best := best_step(self._out)) is not None else []
 
     def logged(self, entry: Mapping[str, float]) -> None:
         if self._board is None and self._wants_board:

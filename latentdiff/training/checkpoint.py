@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write a checkpoint below `folder`, then remove all but the newest `keep`.
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int, spare: Collection[int] = ()) -> Path:
+    """Write a checkpoint below `folder`, then remove all but the newest `keep` and those of the steps to `spare`.
 
     Raises:
         DataError: the disk is too full, or the folder cannot be written to. Nothing is lost then.
@@ -67,7 +67,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in _candidates(folder)[keep:]:
-        shutil.rmtree(old)
+        if int(old.name.removeprefix("step-")) not in spare:
+            shutil.rmtree(old)
     return final
 
 

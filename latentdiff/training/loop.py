@@ -142,8 +142,7 @@ class Trainer:
         if path is None:
             return
         checkpoint = load_checkpoint(path)
-        _copy_into(self.parameters, checkpoint.weights, path)
-        _copy_into(self.ema.average, checkpoint.ema, path)
+        self.take_weights(checkpoint, path)
         restore_moments(self.optimizer, self.parameters, checkpoint.optimizer)
         if "optimizer_groups" in checkpoint.state:
             restore_group_state(self.optimizer, checkpoint.state["optimizer_groups"])
@@ -156,6 +155,15 @@ class Trainer:
             if key in now and was != now[key]:
                 self.accelerator.print(f"note: {key} was {was!r} in the checkpoint and is now {now[key]!r}")
 
+    def take_weights(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Go on with the weights and averages of a checkpoint, which was read from `path`.
+
+        Raises:
+            CheckpointError: it holds other weights than this task trains.
+        """
+        _copy_into(self.parameters, checkpoint.weights, path)
+        _copy_into(self.ema.average, checkpoint.ema, path)
+
     def save(self) -> None:
         """Write a checkpoint of this step."""
         if self.accelerator.is_main_process:
@@ -166,7 +174,8 @@ class Trainer:
             if self.scaler:
                 state["gradient_scale"] = self.scaler.state_dict()
             checkpoint = Checkpoint(self.step, self.parameters, self.ema.average, kept, state)
-            save_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.settings.keep_checkpoints)
+            spare = self.task.steps_to_keep()
+            save_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.settings.keep_checkpoints, spare=spare)
         self.accelerator.wait_for_everyone()
 
     def _train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +64,10 @@ class Task(ABC):
     @abstractmethod
     def preview(self, folder: Path, step: int) -> None:
         """Write a sheet of pictures; called with the averaged weights in place."""
+
+    def steps_to_keep(self) -> Collection[int]:
+        """Steps whose checkpoints stay on disk although there are newer ones."""
+        return ()
 
     def preview_live(self, folder: Path, step: int) -> None:  # noqa: B027 (optional)
         """As `preview`, with the live weights in place; writes nothing unless overridden."""

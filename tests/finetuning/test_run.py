@@ -16,13 +16,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file
 
 from latentdiff import Pipeline, finetune
 from latentdiff.cli import cli
 from latentdiff.cli import run as run_command
-from latentdiff.errors import DataError, MissingDependencyError, NotFiniteError, UsageError
+from latentdiff.errors import DataError, LatentDiffError, MissingDependencyError, NotFiniteError, UsageError
 from latentdiff.finetuning.run import resolve, run
-from latentdiff.training.checkpoint import newest_checkpoint
+from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
 from latentdiff.training.loop import TrainingStopped
 from tests.finetuning.build import captioned_folder, model_folder, settings, state_of
 
@@ -194,6 +195,38 @@ def test_an_optimizer_that_is_not_installed_is_named(tmp, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MissingDependencyError, match=r"adamw8bit needs bitsandbytes: pip install 'latentdiff\[optimizers\]'"):
         run(settings(tmp, optimizer="adamw8bit"))
+
+
+def test_the_best_step_is_kept_and_can_be_the_result(tmp, monkeypatch, capsys):
+    from latentdiff.finetuning.task import FinetuneTask
+
+    values = iter([3.0, 1.0, 2.0, 5.0, 4.0])
+    monkeypatch.setattr(FinetuneTask, "validate", lambda self: {"val_mse": next(values)})
+    run(settings(tmp, method="full", max_steps=8, validate_every=2, keep_checkpoints=1, validation_share=0.2, result="best"))
+    kept = sorted(path.name for path in (tmp / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000008"]
+    assert "the result is that of step 2" in capsys.readouterr().out
+    average = load_checkpoint(tmp / "run" / "checkpoints" / kept[0]).ema["unet.conv_out.weight"]
+    assert torch.equal(Pipeline.load(tmp / "run" / "model", device="cpu").unet.conv_out.weight, average)
+
+
+def test_running_out_of_memory_says_what_helps(tmp, monkeypatch):
+    from latentdiff.finetuning.loss import FinetuneLoss
+
+    def full(self, batch, step):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(FinetuneLoss, "forward", full)
+    with pytest.raises(LatentDiffError, match="not enough memory for this training; try --gradient-checkpointing"):
+        run(settings(tmp))
+
+
+@pytest.mark.parametrize("mixed", ["no", "bf16"])
+def test_a_lora_on_a_half_precision_model(tmp, mixed):
+    path = run(settings(tmp, base_precision="bf16", mixed_precision=mixed, max_steps=2, targets=["attention", "text_encoder"]))
+    state = state_of(tmp / "run")
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in state.values())
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
 
 
 def test_a_held_out_folder_and_repeats(tmp):
