@@ -69,7 +69,7 @@ def run(
     result = evaluate(pipeline, prompts, judge=judge, **settings, batch_size=batch_size, progress=progress, on_pictures=keep)
     references = score_references(pipeline, judge, real, progress=progress) if real else None
     notes = () if real else (f"for the judge's ceiling and floor: {HOW_TO_MAKE_SCENES}; then --scenes data/scenes-test",)
-    adapted = {"loras": pipeline.loras.describe()} if loras else {}
+    adapted = {"loras": pipeline.adaptations()} if loras else {}
     report = Report(pipeline.name, pipeline.model_hash, settings | adapted, result, references, notes)
     with atomic_path(out / "results.json") as temporary:
         temporary.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
