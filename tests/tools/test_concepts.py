@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from itertools import islice
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from latentdiff.evaluation.judge import Judge
+from latentdiff.evaluation.judge import Judge, Seen, Verdict
 from tests.scenes import JUDGE, font, scene_language
 
 import concept_judge  # noqa: E402, isort: skip
@@ -107,8 +108,6 @@ def test_training_the_judge_is_repeatable_and_is_kept(base, tmp_path):
 
 
 def test_the_rules_look_for_the_new():
-    from latentdiff.evaluation.judge import Seen, Verdict
-
     box = (0.0, 0.0, 1.0, 1.0)
     teapot, cat = Seen("teapot", None, box, 0.9), Seen("cat", None, box, 0.9)
     assert score_concept.has_object(Verdict((cat, teapot), "blue"))
@@ -119,3 +118,54 @@ def test_the_rules_look_for_the_new():
 def test_the_command_asks_for_one_model(tmp_path):
     result = CliRunner().invoke(score_concept.main, [str(tmp_path)])
     assert result.exit_code == 2 and "--lora or --model" in result.output
+
+
+class Painter:
+    """A model that paints real pictures of what was held out, once it is fine-tuned, and plain ones before."""
+
+    def __init__(self, pictures):
+        self.pictures, self.learned = pictures, None
+
+    def load_lora(self, path, scale=1.0):
+        self.learned = (path, scale)
+
+    def __call__(self, prompts, *, seed, **options):
+        return [self.pictures[one % len(self.pictures)] if self.learned else Image.new("RGB", (96, 96)) for one in seed]
+
+    def encode_images(self, images):
+        return SimpleNamespace(mode=lambda: images)
+
+    def decode(self, latents):
+        return latents
+
+
+class Seer:
+    """A judge that sees the new wherever there is more than one colour."""
+
+    def __call__(self, pictures):
+        seen = (Seen(make_concept.OBJECT, None, (0.0, 0.0, 1.0, 1.0), 0.9),)
+        return [Verdict(seen if len(picture.getcolors(10_000)) > 1 else (), "sepia") for picture in pictures]
+
+
+def test_the_command_scores_before_and_after(folder, tmp_path, monkeypatch):
+    if folder.name.startswith("style"):
+        pytest.skip("the object is enough")
+    real = [Image.open(path).convert("RGB") for path in sorted((folder / "test").glob("*.png"))[:5]]
+    painters = []
+
+    def load(model):
+        painters.append(Painter(real))
+        return painters[-1]
+
+    monkeypatch.setattr(score_concept.Pipeline, "load", load)
+    monkeypatch.setattr(score_concept, "load_concept_judge", lambda *_: Seer())
+    arguments = [str(folder), "--lora", "a.safetensors:0.5", "--seeds", "2", "--old-prompts", "0", "--out", str(tmp_path)]
+    result = CliRunner().invoke(score_concept.main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0 and painters[1].learned == ("a.safetensors", 0.5) and painters[0].learned is None
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert {name: one["value"] for name, one in scores.items()} == {
+        "real held-out pictures": 1.0, "reconstructions by the VAE": 1.0, "seen in scenes of strange things": 1.0,
+        "held-out prompts, before": 0.0, "held-out prompts, after": 1.0,
+    }  # fmt: skip
+    assert scores["held-out prompts, after"]["pictures"] == 60
+    assert "held-out prompts, after" in result.output and (tmp_path / "after.png").is_file()
