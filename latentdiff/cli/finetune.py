@@ -41,7 +41,7 @@ def _option(name: str, field: FieldInfo) -> click.Option:
     flag, help_text = f"--{name.replace('_', '-')}", " ".join((field.description or "").split())
     kinds = _kinds(field.annotation)
     if bool in kinds:
-        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=help_text)
+        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=help_text + _default(name, field))
     many = tuple in kinds and not _is_pair(field.annotation)
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     return click.Option(
@@ -50,7 +50,7 @@ def _option(name: str, field: FieldInfo) -> click.Option:
         multiple=many,
         nargs=2 if _is_pair(field.annotation) else 1,
         metavar=_PLACEHOLDERS.get(name) or (None if choices else _metavar(kinds)),
-        help=help_text + (" May be repeated." if many else "") + _default(field),
+        help=help_text + (" May be repeated." if many else "") + _default(name, field),
     )
 
 
@@ -72,9 +72,17 @@ def _metavar(kinds: list[Any]) -> str:
     return "INTEGER" if int in kinds else "NUMBER" if float in kinds else "TEXT"
 
 
-def _default(field: FieldInfo) -> str:
-    value = field.default
-    return "" if value is None or value == () else f"  [default: {value}]"
+def _default(name: str, field: FieldInfo) -> str:
+    from latentdiff.finetuning.config import METHOD_DEFAULTS
+
+    of_methods = {method: values.get(name, field.default) for method, values in METHOD_DEFAULTS.items()}
+    if len(set(of_methods.values())) > 1:
+        return f"  [default: {', '.join(f'{method} {value}' for method, value in of_methods.items())}]"
+    value = next(iter(of_methods.values()))
+    if value is None or value == ():
+        return ""
+    shown = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+    return f"  [default: {' '.join(map(str, shown)) if isinstance(shown, tuple) else shown}]"
 
 
 @click.command(cls=_ConfigCommand)

@@ -96,7 +96,7 @@ def cache_latents(
         return torch.stack([found.mean, found.logvar], dim=1).cpu().numpy()  # (n, 2, C, h, w)
 
     made = ((keys, encode(images)) for keys, images in Prefetch(load, _own(batches, accelerator), workers=threads))
-    _fill(store, made, len(missing), "encode images", precision, lambda key: f"the latents of {work[key][2]}", accelerator)
+    _fill(store, made, len(missing), "encode images", precision, lambda key: f"the latents of {work[key][2]} are", accelerator)
     return LatentCache(store)
 
 
@@ -118,7 +118,7 @@ def cache_text(
         return encode_tokens(text_encoder, rows).float().cpu().numpy()
 
     made = ((keys, encode(keys)) for keys in _own(batches, accelerator))
-    _fill(store, made, len(missing), "encode captions", precision, lambda key: "the embedding of a caption", accelerator)
+    _fill(store, made, len(missing), "encode captions", precision, lambda key: "the embedding of a caption is", accelerator)
     return TextCache(store)
 
 
@@ -179,7 +179,7 @@ def _fill(
             small = values.astype(TYPES[precision])
             for key, value in zip(batch, small, strict=True):
                 if not np.isfinite(value).all():
-                    raise NotFiniteError(f"{name_of(key)} is not finite in {precision}; try cache_precision: fp32")
+                    raise NotFiniteError(f"{name_of(key)} not finite in {precision}; try cache_precision: fp32")
                 if rows and (len(rows) == _SHARD or rows[0].shape != value.shape):
                     write()
                 keys.append(key)

@@ -26,7 +26,7 @@ class RowStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._rows: dict[str, np.ndarray] = {}
+        self._rows: dict[str, tuple[np.ndarray, int]] = {}  # shard and place, which take less memory than views
         self.refresh()
 
     def refresh(self) -> None:
@@ -38,7 +38,8 @@ class RowStore:
         return key in self._rows
 
     def __getitem__(self, key: str) -> np.ndarray:
-        return self._rows[key]
+        shard, place = self._rows[key]
+        return shard[place]
 
     def write(self, keys: Sequence[str], rows: np.ndarray) -> None:
         """Add rows (n, ...) under n new keys."""
@@ -53,8 +54,8 @@ def row_key(*parts: object) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def _read_shard(path: Path) -> dict[str, np.ndarray]:
-    """Rows of a shard by key, mapped from the file; a damaged one counts as missing."""
+def _read_shard(path: Path) -> dict[str, tuple[np.ndarray, int]]:
+    """Where the rows of a shard lie by key, mapped from the file; a damaged one counts as missing."""
     try:
         with open(path, "rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
@@ -63,4 +64,5 @@ def _read_shard(path: Path) -> dict[str, np.ndarray]:
         rows = np.memmap(path, _TYPES[about["dtype"]], "r", 8 + header_size + about["data_offsets"][0], tuple(about["shape"]))
     except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError):
         return {}
-    return dict(zip(keys, rows, strict=True))
+    shard = rows.view(np.ndarray)
+    return {key: (shard, place) for place, key in enumerate(keys)} if len(keys) == len(shard) else {}
