@@ -26,6 +26,7 @@ from make_scenes import find_font
 from PIL import Image
 from tqdm import tqdm
 
+from latentdiff.cli.loras import parse_scaled
 from latentdiff.embedded import embedded_judge
 from latentdiff.errors import DataError, LatentDiffError
 from latentdiff.evaluation.judge import Judge, Verdict
@@ -91,6 +92,12 @@ def old_tasks(pipe: Pipeline, per_task: int, seeds: int, steps: int, guidance: f
     return evaluate(pipe, prompts, seeds_per_prompt=seeds, steps=steps, guidance_scale=guidance).mean
 
 
+def sheet_of(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:
+    """A few pictures, evenly chosen, above their prompts."""
+    shown = np.linspace(0, len(prompts) - 1, min(_SHOWN, len(prompts))).astype(int)
+    return contact_sheet([pictures[index] for index in shown], [prompts[index] for index in shown])
+
+
 def table(scores: dict[str, Score]) -> str:
     rows = [f"{name:44} {one.value:.3f} [{one.low:.3f}, {one.high:.3f}]  n = {one.pictures}" for name, one in scores.items()]
     return "\n".join(rows)
@@ -116,28 +123,25 @@ def main(
 ) -> None:  # fmt: skip
     if (lora is None) == (model is None):
         raise click.UsageError("name the fine-tuned model by either --lora or --model")
+    settings = {"seeds": seeds, "steps": steps, "guidance": guidance}
     try:
+        before, after = Pipeline.load(base), Pipeline.load(model or base)
+        if lora:
+            path, scale = parse_scaled(lora)
+            after.load_lora(path, scale=scale)
         font = find_font()
         judge = load_concept_judge(judge_folder, Judge.load(embedded_judge()), font)
         lines = read_lines(data / "prompts.jsonl")
         rule = has_style if "style" in lines[0] else has_object
         prompts = [line["prompt"] for line in lines]
-        before = Pipeline.load(base)
-        after = Pipeline.load(model or base)
-        if lora:
-            path, _, scale = lora.rpartition(":") if lora.rpartition(":")[2].replace(".", "").isdecimal() else (lora, "", "1")
-            after.load_lora(path, scale=float(scale))
-        scores: dict[str, Score] = references(judge, before, data, rule, font)
+        scores = references(judge, before, data, rule, font)
         for name, pipe in (("before", before), ("after", after)):
-            made = pictures_of(pipe, prompts, seeds, steps, guidance)
+            made = pictures_of(pipe, prompts, **settings)
             scores[f"held-out prompts, {name}"] = share(judge, made, rule)
+            if old_prompts:
+                scores[f"old tasks, {name}"] = old_tasks(pipe, old_prompts, **settings)
             if out:
-                shown = np.linspace(0, len(prompts) - 1, min(_SHOWN, len(prompts))).astype(int)
-                sheet = contact_sheet([made[seeds * index] for index in shown], [prompts[index] for index in shown])
-                save_png(sheet, out / f"{name}.png", metadata=False)
-        if old_prompts:
-            for name, pipe in (("before", before), ("after", after)):
-                scores[f"old tasks, {name}"] = old_tasks(pipe, old_prompts, seeds, steps, guidance)
+                save_png(sheet_of(made[::seeds], prompts), out / f"{name}.png", metadata=False)
         if out:
             with atomic_path(out / "scores.json") as temporary:
                 temporary.write_text(json.dumps({name: asdict(one) for name, one in scores.items()}, indent=1) + "\n")
