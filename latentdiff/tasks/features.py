@@ -62,11 +62,12 @@ class PnPSpec:
 def default_spec(config: UNetConfig, *, tau_f: float = 0.8, tau_attn: float = 0.5) -> PnPSpec:
     """The paper's blocks, carried over to a U-Net of any size.
 
-    Features of the second decoder block at a quarter of the latents' resolution where the U-Net has four levels or more, of the
-    first at half of it where it has fewer; queries and keys of every decoder self-attention from that block on.
+    Features of the second decoder block at a quarter of the latents' resolution where the U-Net has four levels or more, and at
+    half of it where it has fewer (found on the embedded model by tools/sweep_features.py: blocks before it hold little of the
+    layout, blocks after it bring the source's colours along); queries and keys of every decoder self-attention from there on.
     """
     levels = len(config.block_out_channels)
-    level, first = (levels - 3, 1) if levels >= 4 else (max(levels - 2, 0), 0)
+    level, first = max(levels - (3 if levels >= 4 else 2), 0), 1
     has_attention = config.attention_levels[::-1]  # the decoder begins at the lowest resolution
     places = [(up, block) for up in range(level, levels) for block in range(config.layers_per_block + 1)]
     attentions = [place for place in places if place >= (level, first) and has_attention[place[0]]]

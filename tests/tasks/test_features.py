@@ -231,9 +231,9 @@ def test_the_default_blocks_are_the_paper_s_on_stable_diffusion():
 @pytest.mark.parametrize(
     ("levels", "attention_levels", "features", "attentions"),
     [
-        (3, (False, True, True), "up_blocks.1.resnets.0", ("up_blocks.1.attentions.0", "up_blocks.1.attentions.1")),
-        (2, (True, False), "up_blocks.0.resnets.0", ("up_blocks.1.attentions.0", "up_blocks.1.attentions.1")),
-        (1, (False,), "up_blocks.0.resnets.0", ()),
+        (3, (False, True, True), "up_blocks.1.resnets.1", ("up_blocks.1.attentions.1",)),
+        (2, (True, False), "up_blocks.0.resnets.1", ("up_blocks.1.attentions.0", "up_blocks.1.attentions.1")),
+        (1, (False,), "up_blocks.0.resnets.1", ()),
     ],
 )
 def test_smaller_networks_have_default_blocks_that_exist(levels, attention_levels, features, attentions):
