@@ -85,13 +85,14 @@ class DiffusionTask(Task):
 
     def batch(self, step: int, rows: range) -> dict[str, np.ndarray]:
         settings, seed = self._settings, self._seed
+        places = ((seed, "timesteps", step), rows, settings.batch_size)
         indices = self._order.indices(step * settings.batch_size + rows.start, len(rows))
         dropped = uniform((seed, "caption dropout", step), rows) < settings.caption_dropout  # (n,)
         noise = normal((seed, "noise", step), rows, (2, *self._latent_shape))  # of the posterior, of the diffusion
         return {
             "latents": self._latents.sample(indices, noise[:, 0]),
             "noise": noise[:, 1],
-            "timesteps": draw_timesteps((seed, "timesteps", step), rows, settings.batch_size, self._timesteps),
+            "timesteps": draw_timesteps(*places, self._timesteps, settings.high_noise_share),
             "tokens": np.where(dropped[:, None], self._empty, self._tokens[indices]),
         }
 

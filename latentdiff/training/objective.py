@@ -52,11 +52,23 @@ class DiffusionObjective(nn.Module):
         return self.alpha[timesteps].view(shape), self.sigma[timesteps].view(shape)
 
 
-def draw_timesteps(key: Key, rows: range, batch_size: int, num_train_timesteps: int) -> np.ndarray:
+# The noisiest part of the range of timesteps. There a picture's layout is decided, and only there: a little later the noisy latents
+# themselves show it, so the words about it hardly change the loss.
+_HIGH_NOISE = 0.1
+
+
+def draw_timesteps(
+    key: Key, rows: range, batch_size: int, num_train_timesteps: int, high_noise_share: float = 0.0
+) -> np.ndarray:
     """Timesteps of the given rows of a batch, (len(rows),) int64; each one is uniform on 0 ... T-1.
 
     Over the batch they are spread evenly, which makes the loss less noisy (Kingma et al. 2021, "Variational Diffusion
     Models", appendix I.1).
+
+    Args:
+        high_noise_share: of the timesteps, 0 to 1, that are drawn from the noisiest tenth alone.
     """
     spread = (uniform(key, range(1)) + np.asarray(rows) / batch_size) % 1
-    return (spread * num_train_timesteps).astype(np.int64)
+    below = (1 - high_noise_share) * (1 - _HIGH_NOISE)  # share of the timesteps that lie below the noisiest tenth
+    knots = ([0.0, below, 1.0], [0.0, 1 - _HIGH_NOISE, 1.0])
+    return (np.interp(spread, *knots) * num_train_timesteps).astype(np.int64)

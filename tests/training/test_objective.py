@@ -58,3 +58,11 @@ def test_timesteps_of_a_part_of_the_batch():
     whole = draw_timesteps((0, "timesteps", 3), range(24), 24, 1000)
     assert np.array_equal(draw_timesteps((0, "timesteps", 3), range(8, 16), 24, 1000), whole[8:16])
     assert whole.min() >= 0 and whole.max() <= 999
+
+
+def test_the_noisiest_tenth_can_get_a_share_of_its_own():
+    drawn = np.concatenate([draw_timesteps((0, step), range(100), 100, 1000, 0.5) for step in range(40)])
+    high = drawn[drawn >= 900]
+    assert len(high) / len(drawn) == pytest.approx(0.55, abs=0.01)
+    assert drawn.min() < 20 and drawn.max() > 995
+    assert drawn[drawn < 900].mean() == pytest.approx(450, abs=10) and high.mean() == pytest.approx(950, abs=2)
