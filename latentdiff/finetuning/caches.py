@@ -176,7 +176,8 @@ def _fill(
     show = accelerator.is_main_process and total
     with tqdm(total=total // accelerator.num_processes, desc=label, leave=False, disable=not show) as bar:
         for batch, values in made:
-            small = values.astype(TYPES[precision])
+            with np.errstate(over="ignore"):  # looked for below
+                small = values.astype(TYPES[precision])
             for key, value in zip(batch, small, strict=True):
                 if not np.isfinite(value).all():
                     raise NotFiniteError(f"{name_of(key)} not finite in {precision}; try cache_precision: fp32")

@@ -119,6 +119,7 @@ def _samples(entries: Sequence[DataEntry], settings: FinetuneConfig, parts: Comp
         strict=settings.strict,
         allow_missing=settings.allow_missing,
         background=settings.background,
+        verify=not settings.stream,
         index=settings.out / "index",
     )
     vae = parts.vae.config

@@ -36,9 +36,6 @@ from latentdiff.training.task import Task
 _OTHER_KINDS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
-_SPLIT_MODELS = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
-
-
 class TrainingStopped(LatentDiffError):
     """A signal ended the run after it was saved."""
 
@@ -57,11 +54,6 @@ class Trainer:
 
     def __init__(self, task: Task, settings: StageSection, folder: Path, accelerator: Accelerator) -> None:
         self.task, self.settings, self.folder, self.accelerator = task, settings, folder, accelerator
-        if accelerator.distributed_type.value in _SPLIT_MODELS:
-            raise ConfigError(
-                f"training splits batches over processes (DDP), not models: found {accelerator.distributed_type.value};"
-                " choose another accelerate configuration"
-            )
         if accelerator.distributed_type in _OTHER_KINDS:
             raise ConfigError(
                 f"expected processes that work on their own part of the batch (DDP), found {accelerator.distributed_type.value}"

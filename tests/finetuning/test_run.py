@@ -348,6 +348,32 @@ def test_resume_needs_a_run(tmp):
         finetune(resume=tmp, config=tmp / "x.yaml")
 
 
+@pytest.mark.slow
+def test_a_stream_of_200_000_samples_trains_in_flat_memory(tmp):
+    """As much memory as 200 samples need; the images that are shuffled together are a few bytes each here."""
+    pytest.importorskip("webdataset")
+    small = shards_of(tmp, 1, 200)
+    large = tmp / "large"
+    large.mkdir()
+    content = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(content, "PNG")
+    for shard in range(100):
+        with tarfile.open(large / f"{shard:03d}.tar", "w") as tar:
+            for sample in range(2000):
+                for suffix, data in (("png", content.getvalue()), ("txt", b"a photo of the cat")):
+                    about = tarfile.TarInfo(f"{shard:03d}{sample:04d}.{suffix}")
+                    about.size = len(data)
+                    tar.addfile(about, io.BytesIO(data))
+    peaks = {}
+    for folder in (small, large):
+        options = ["--stream", "--max-steps", "60", "--batch-size", "32", "--log-every", "20"]
+        command = command_of(tmp, tmp / folder.name / "run", *options)
+        command["args"][command["args"].index("--data") + 1] = str(folder)
+        subprocess.run(**command, check=True, capture_output=True)
+        peaks[folder.name] = [entry["peak_memory_mb"] for entry in log_of(tmp / folder.name / "run") if "loss" in entry]
+    assert max(peaks["large"]) < 1.15 * max(peaks["shards"]), peaks
+
+
 def command_of(tmp, out, *more, launcher=(sys.executable, "-m")):
     options = f"--data {tmp / 'data'} --model {model_folder()} --out {out} --rank 2 --lr 1e-2 --batch-size 4 --sample-count 0"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}

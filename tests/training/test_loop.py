@@ -230,3 +230,38 @@ def test_what_would_split_the_parameters_is_refused(tmp_path, monkeypatch, kind)
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
     with pytest.raises(ConfigError, match=rf"\(DDP\), found {kind} in accelerate's configuration"):
         trainer(tmp_path)
+
+
+def test_no_averages_where_the_decay_is_zero(tmp_path):
+    task = Linear()
+    trainer(tmp_path, task, ema_decay=0.0).fit()
+    assert not any(name.startswith("ema ") for name in state_of(tmp_path))
+    assert log_of(tmp_path)[-1]["weight"] == pytest.approx(task.layer.weight.sum().item(), rel=1e-5)
+
+
+def scaled(folder, **changes):
+    """As in fp16 on a GPU, without the fp16."""
+    run = trainer(folder, **changes)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=4)
+    return run
+
+
+def test_scaled_gradients_train_alike_and_resume_with_their_scale(tmp_path):
+    trainer(tmp_path / "plain").fit()
+    run = scaled(tmp_path / "whole")
+    run.fit()
+    assert run.scaler.get_scale() == 2.0**25
+    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "plain"), rtol=1e-4, atol=1e-6)
+    scaled(tmp_path / "parts", decay="constant", max_steps=9).fit()
+    run = scaled(tmp_path / "parts", decay="constant")
+    run.fit()
+    assert run.scaler.get_scale() == 2.0**25
+    scaled(tmp_path / "constant", decay="constant").fit()
+    assert_same(state_of(tmp_path / "parts"), state_of(tmp_path / "constant"))
+
+
+def test_some_checkpoints_are_spared(tmp_path):
+    task = Linear()
+    task.steps_to_keep = lambda: [7]
+    trainer(tmp_path, task, keep_checkpoints=1).fit()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000007", "step-00000020"]
