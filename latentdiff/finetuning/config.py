@@ -133,6 +133,8 @@ class FinetuneConfig(StageSection):
     # --- how
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
     """Gamma of the min-SNR loss weight (Hang et al. 2023), 5 is usual; none weighs all timesteps the same."""
+    high_noise_share: Fraction = 0.0
+    """Share of the timesteps drawn from the noisiest tenth alone, where a picture's layout is decided; others are uniform."""
     noise_offset: NotNegative = 0.0
     """Strength of noise that is constant over a latent's channel; 0.05 helps with very dark and very bright pictures."""
     gradient_checkpointing: bool = False

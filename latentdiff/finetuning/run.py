@@ -173,7 +173,8 @@ def _start_folder(settings: FinetuneConfig) -> None:
 
 
 def _announcement(summary: Mapping[str, Any]) -> str:
-    parts = [f"training on {summary['images']} images in {len(summary['buckets'])} sizes"]
+    sizes = len(summary["buckets"])
+    parts = [f"training on {summary['images']} images" + (f" in {sizes} sizes" if sizes > 1 else "")]
     if summary["held_out"]:
         parts.append(f"{summary['held_out']} held out")
     if summary["captions_cut"]:

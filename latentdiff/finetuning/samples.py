@@ -163,5 +163,7 @@ def step_numbers(
     if settings.noise_offset:  # constant over each channel (Guttenberg 2023, "Diffusion with Offset Noise")
         diffusion = diffusion + settings.noise_offset * normal((seed, "noise offset", step), rows, (latent_shape[0], 1, 1))
     flipped = (uniform((seed, "flip", step), rows) < 0.5 * settings.flip).tolist()
-    timesteps = draw_timesteps((seed, "timesteps", step), rows, settings.batch_size, num_train_timesteps)
+    timesteps = draw_timesteps(
+        (seed, "timesteps", step), rows, settings.batch_size, num_train_timesteps, settings.high_noise_share
+    )
     return {"noise": diffusion, "timesteps": timesteps}, noise[:, 0], flipped
