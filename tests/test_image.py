@@ -11,7 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from latentdiff.errors import DataError, LatentDiffError
-from latentdiff.image import contact_sheet, open_image, save_png, to_pil, to_tensor
+from latentdiff.image import as_rgb, contact_sheet, open_image, save_png, side_by_side, to_pil, to_tensor
 
 
 def test_same_rounding_as_diffusers():
@@ -113,3 +113,37 @@ def test_contact_sheet_shows_every_picture():
     assert set(colours) <= shown
     assert sheet.width == 4 * (40 + 12) and sheet.height == 2 * (40 + 60)
     assert contact_sheet(images[:1], ["x"]).width == 52
+
+
+def test_any_mode_becomes_upright_8_bit_rgb():
+    half = np.full((4, 6), 32896, np.uint16)  # 128 * 257
+    turned = Image.new("RGB", (4, 6), "red")
+    turned.getexif()[0x0112] = 6  # quarter turn
+    for image, colour in [
+        (Image.fromarray(half), (128, 128, 128)),
+        (Image.fromarray(half.astype(np.int32)), (128, 128, 128)),
+        (Image.new("F", (6, 4), 128.0), (128, 128, 128)),
+        (Image.new("1", (6, 4), 1), (255, 255, 255)),
+        (Image.new("CMYK", (6, 4), (0, 0, 0, 0)), (255, 255, 255)),
+        (Image.new("RGBA", (6, 4), (0, 0, 0, 0)), (255, 255, 255)),
+        (Image.new("LA", (6, 4), (0, 255)), (0, 0, 0)),
+        (turned, (255, 0, 0)),
+    ]:
+        rgb = as_rgb(image)
+        assert (rgb.mode, rgb.size) == ("RGB", (6, 4))
+        assert np.abs(np.asarray(rgb).astype(int) - colour).max() <= 1
+
+
+def test_a_palette_with_a_transparent_colour():
+    image = Image.new("P", (2, 1), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    image.info["transparency"] = 1
+    assert list(as_rgb(image).get_flattened_data()) == [(255, 0, 0), (255, 255, 255)]
+
+
+def test_pictures_of_other_sizes_stand_side_by_side():
+    row = side_by_side({"small": Image.new("L", (10, 5), 200), "large": Image.new("RGB", (20, 30), "red")})
+    assert row.width == 2 * (20 + 12)
+    assert row.getpixel((6, 6)) == (200, 200, 200) and row.getpixel((20, 20)) == (255, 255, 255)
+    assert row.getpixel((6 + 32, 6)) == row.getpixel((57, 35)) == (255, 0, 0)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
@@ -158,3 +159,27 @@ def test_bad_parameters(content):
 def test_no_recipe(info):
     with pytest.raises(DataError, match="carries no recipe"):
         read_recipe(info)
+
+
+@dataclass(frozen=True)
+class Own:
+    strength: float
+    box: tuple[int, int] = (0, 0)
+
+
+def test_settings_of_a_task():
+    assert replace(FOX, task_settings={"strength": 1, "box": [2, 3]}).settings_as(Own) == Own(1.0, (2, 3))
+    for settings, message in [
+        ({}, "task_settings.strength: Field required"),
+        ({"strength": "1"}, "task_settings.strength"),
+        ({"strength": 1.0, "box": [1]}, "task_settings.box"),
+        ({"strength": 1.0, "other": 1}, "does not know: .'other'."),
+    ]:
+        with pytest.raises(DataError, match=message):
+            replace(FOX, task_settings=settings).settings_as(Own)
+
+
+def test_task_in_the_text_of_the_web_uis():
+    edited = replace(FOX, task="edit", task_settings={"strength": 0.5})
+    assert "Denoising strength: 0.5, Task: edit" in edited.to_parameters()
+    assert Recipe.from_parameters(edited.to_parameters()).task == "edit"

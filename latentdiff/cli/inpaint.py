@@ -38,6 +38,14 @@ from latentdiff.cli.output import check_results, save_results
     metavar="LEFT TOP RIGHT BOTTOM",
     help="Outpainting: pixels to add on each side; a mask is not needed then.",
 )
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Take each step N times, noised again in between: fits better into the picture, at N times the cost.",
+)
 @SAMPLING_OPTIONS
 @MODEL_OPTIONS
 @RESULT_OPTIONS

@@ -1,15 +1,17 @@
 """Inpainting: paint the part of a picture that a mask shows, and leave the rest to the last bit.
 
-With an ordinary model, the known part of the latents is put back at every step, noised to its level (Lugmayr et al. 2022,
-section 4.1, without resampling; Avrahami et al. 2023, "Blended Latent Diffusion"). A model for inpainting sees the mask and the
-picture without the masked part instead (Rombach et al. 2022, section 4.5).
+With an ordinary model, the known part of the latents is put back at every step, noised to its level (Avrahami et al. 2023,
+"Blended Latent Diffusion"; Lugmayr et al. 2022, "RePaint", who also take each step several times over). A model for inpainting
+sees the mask and the picture without the masked part instead (Rombach et al. 2022, section 4.5).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from latentdiff.denoise import Noise, Step
 from latentdiff.errors import UsageError
 from latentdiff.image import as_rgb, to_pil, to_tensor
 from latentdiff.latents import NoiseStream
+from latentdiff.parameterization import Denoiser
 from latentdiff.pipeline import Pipeline, Start
 from latentdiff.recipe import Recipe
 from latentdiff.request import Plan, Sampling
@@ -37,7 +41,7 @@ Margins = tuple[int, int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class InpaintSettings:
-    """What a recipe holds of an inpainting besides the sampling; all but the strength in pixels."""
+    """What a recipe holds of an inpainting besides the sampling; lengths in pixels."""
 
     strength: float
     grow: int = 0
@@ -45,6 +49,7 @@ class InpaintSettings:
     only_masked: bool = False
     padding: int = 32
     extend: Margins = (0, 0, 0, 0)
+    repeats: int = 1
 
 
 def inpaint(
@@ -59,6 +64,7 @@ def inpaint(
     only_masked: bool = False,
     padding: int = 32,
     extend: Margins = (0, 0, 0, 0),
+    repeats: int = 1,
     **options: Any,
 ) -> list[Image.Image]:
     """Paint what the prompt says into the masked part of a picture.
@@ -75,6 +81,8 @@ def inpaint(
         only_masked: cut the masked part out with `padding` pixels around it, paint it at the size of the training's
             pictures, and put it back. For details of large pictures.
         extend: outpainting: pixels to add on the left, top, right and bottom, and to paint.
+        repeats: how often each step is taken, with the noise put back in between, so that the painted part fits the kept one
+            better (Lugmayr et al. 2022, section 4.2). The cost grows with it.
         options: of `Sampling`: negative_prompt, steps, guidance_scale, sampler, seed, num_images, callback, ...
 
     Returns:
@@ -87,11 +95,17 @@ def inpaint(
         Cancelled: the callback returned False.
     """
     settings = InpaintSettings(
-        strength=strength, grow=grow, blur=blur, only_masked=only_masked, padding=padding, extend=tuple(extend)
+        strength=strength,
+        grow=grow,
+        blur=blur,
+        only_masked=only_masked,
+        padding=padding,
+        extend=tuple(extend),
+        repeats=repeats,
     )
     source = open_source(image)
     sources = {"image": source.entry}
-    plan = begin_at(Sampling(**options).plan(prompt, pipe.schedule), strength)
+    plan = repeated(begin_at(Sampling(**options).plan(prompt, pipe.schedule), strength), repeats)
     original = as_rgb(source.image)
     wanted = None
     if mask is not None:
@@ -112,6 +126,31 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
     """The picture of a recipe once more."""
     settings = asdict(recipe.settings_as(InpaintSettings))
     return inpaint(pipe, file_of(sources, "image"), sources.get("mask"), recipe.prompt, **settings, **recipe.sampling())[0]
+
+
+def repeated(plan: Plan, repeats: int) -> Plan:
+    """The plan with each step taken `repeats` times, and a step back up in noise between them.
+
+    Raises:
+        UsageError: less than once.
+    """
+    if repeats < 1:
+        raise UsageError(f"expected repeats of 1 or more, found {repeats}")
+    if repeats == 1 or not plan.steps:
+        return plan
+    levels = [level for pair in pairwise(plan.levels) for level in pair * repeats]
+    levels = [level for level, before in zip(levels, [None, *levels], strict=False) if level is not before]
+    return replace(plan, levels=levels, sampler=replace(plan.sampler, step=partial(_down_or_up, plan.sampler.step)))
+
+
+def _down_or_up(
+    down: Step, denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: Any, noise: Noise
+) -> tuple[Tensor, Any]:
+    """A sampler's step; where the next level is noisier, a draw from q(x_next | x), which ends a solver's history."""
+    if next_level.alpha_cumprod > level.alpha_cumprod:
+        return down(denoiser, x, level, next_level, state, noise)
+    kept = next_level.alpha / level.alpha
+    return kept * x + math.sqrt(1.0 - kept**2) * noise(), None
 
 
 def canvas(picture: Image.Image, mask: Image.Image | None, settings: InpaintSettings) -> tuple[Image.Image, Image.Image]:

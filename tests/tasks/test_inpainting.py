@@ -11,7 +11,9 @@ from latentdiff.errors import UsageError
 from latentdiff.image import save_png
 from latentdiff.progress import Cancelled
 from latentdiff.recipe import read_recipe
+from latentdiff.schedule import Level
 from latentdiff.tasks import TASKS, inpaint
+from latentdiff.tasks.inpainting import _down_or_up
 from latentdiff.tasks.masks import latent_mask
 from tests import peers
 from tests.tasks.pictures import SCHEDULERS, apart, in_diffusers, mask, picture, pixels
@@ -103,7 +105,7 @@ def test_full_mask_paints_everything():
 
 
 def test_strength_zero_gives_the_picture_back():
-    (image,) = inpaint(shared("sd1"), picture(), mask(BOX), "cat", strength=0.0, **QUICK)
+    (image,) = inpaint(shared("sd1"), picture(), mask(BOX), "cat", strength=0.0, repeats=2, **QUICK)
     assert apart(image, picture()) == 0
 
 
@@ -119,6 +121,7 @@ def test_strength_zero_gives_the_picture_back():
         (mask(BOX), {"padding": -1}, "padding of 0 or more"),
         (mask(BOX), {"extend": (1, 2, 3)}, "four margins"),
         (mask(BOX), {"extend": (0, 0, -3, 0)}, "four margins"),
+        (mask(BOX), {"repeats": 0}, "repeats of 1 or more"),
         (mask(BOX), {"strength": 2.0}, "strength of 0 to 1"),
     ],
 )
@@ -163,6 +166,29 @@ def test_a_picture_does_not_depend_on_its_batch(family):
     (alone,) = inpaint(shared(family), picture(), mask(BOX), "cat", sampler="ddpm", **{**QUICK, "seed": 5})
     assert apart(together[2], alone) <= 1
     assert apart(together[0], together[1]) > 3
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp-2m", "ddpm"])
+def test_steps_taken_several_times(sampler):
+    pipe, ways = shared("sd1"), []
+    options = {**QUICK, "sampler": sampler, "progress": False}
+    (image,) = inpaint(pipe, picture(), mask(BOX), "cat", repeats=3, callback=lambda step, t, x0: ways.append(t), **options)
+    downs = pipe.schedule.timesteps(4, "leading") if sampler != "dpmpp-2m" else sorted({t for t in ways if t}, reverse=True)
+    assert len(ways) == 4 * 5 and ways[::5] == ways[2::5] == ways[4::5] == downs
+    assert not changed(image, picture())[np.asarray(mask(BOX)) == 0].any()
+    (once,) = inpaint(pipe, picture(), mask(BOX), "cat", **options)
+    assert apart(image, once) > 3
+
+
+def test_a_step_back_up_keeps_the_distribution():
+    """Noised data stay what they are at the level reached: unit normal data stay unit normal."""
+    low, high = Level(100.0, 0.8), Level(500.0, 0.3)
+    draws = torch.randn(2, 200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x0 = 2.0
+    x, state = _down_or_up(None, None, low.alpha * x0 + low.sigma * draws[0], low, high, "history", lambda: draws[1])
+    assert state is None
+    assert x.mean().item() == pytest.approx(high.alpha * x0, abs=0.01)
+    assert x.std().item() == pytest.approx(high.sigma, abs=0.01)
 
 
 def test_guidance_can_be_off():
