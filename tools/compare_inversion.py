@@ -23,15 +23,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from latentdiff.denoise import denoise
 from latentdiff.embedded import embedded_judge
 from latentdiff.errors import LatentDiffError
 from latentdiff.evaluation.judge import Judge
 from latentdiff.guidance import Guidance
 from latentdiff.image import contact_sheet, save_png, to_tensor
+from latentdiff.parameterization import Denoiser
 from latentdiff.pipeline import Pipeline
+from latentdiff.samplers import ddim
 from latentdiff.tasks import invert, translate
 from latentdiff.tasks.inversion import Inversion, reconstruct
 from latentdiff.tasks.inversion.artefact import psnr
+from latentdiff.tasks.inversion.direct import on_pivots
 from latentdiff.tasks.inversion.run import walk_down, with_null_text
 
 EDITS = ("features", "direct", "null-text", "negative-prompt", "edict", "ddim")
@@ -67,7 +71,7 @@ class Ways:
             f"negative-prompt, guidance {w}": lambda: self.guided(self.case.source_prompt),
             f"null-text, guidance {w}": self.null_text,
             "EDICT, guidance 3": lambda: self.back(method="edict"),
-            f"direct, guidance {w}": lambda: self.inverted().latents[-1:],
+            f"direct, guidance {w}": self.direct,
         }
 
     def inverted(self, **options: object) -> Inversion:
@@ -87,9 +91,21 @@ class Ways:
     @torch.no_grad()
     def guided(self, avoided: str) -> Tensor:
         found = self.inverted()
+        return walk_down(self.pipe, found, self.denoiser(found, avoided), 1)
+
+    @torch.no_grad()
+    def direct(self) -> Tensor:
+        found = self.inverted()
+        latents = found.latents.split(1)
+        steps = denoise(
+            self.denoiser(found, ""), latents[0], found.levels, ddim.step, after_step=on_pivots(found.levels, latents)
+        )
+        *_, last = steps
+        return last.x
+
+    def denoiser(self, found: Inversion, avoided: str) -> Denoiser:
         negative = self.pipe.encode([avoided])
-        denoiser = self.pipe.denoiser(found.embeddings, negative, Guidance(scale=self.guidance), found.levels)
-        return walk_down(self.pipe, found, denoiser, 1)
+        return self.pipe.denoiser(found.embeddings, negative, Guidance(scale=self.guidance), found.levels)
 
     def null_text(self) -> Tensor:
         return reconstruct(self.pipe, with_null_text(self.pipe, self.inverted(), self.guidance))

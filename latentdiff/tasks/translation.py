@@ -268,7 +268,8 @@ def _inverted(
     found.check_model(pipe.model_hash)
     if method == "edict" and found.partner is None:
         raise UsageError(
-            f"the method edict needs an inversion by edict, found one by {found.method}; make it with --method edict"
+            f"the method edict needs an inversion by edict, found one by {found.method}; "
+            "`latentdiff invert --method edict` makes it"
         )
     if method != "edict" and found.partner is not None:
         found = replace(found, partner=None)
