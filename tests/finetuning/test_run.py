@@ -159,7 +159,8 @@ def test_validation_and_samples_are_written(tmp):
     sheets = sorted(path.relative_to(tmp / "run") for path in (tmp / "run").rglob("sheet.png"))
     assert [str(path) for path in sheets] == ["samples/step-00000006/ema/sheet.png", "samples/step-00000006/raw/sheet.png"]
     assert "latentdiff" in Image.open(tmp / "run" / "samples" / "step-00000006" / "ema" / "00.png").info
-    assert "Compared with all 8 training images" in (tmp / "run" / "report.html").read_text()
+    count = json.loads((tmp / "run" / "data.json").read_text())["images"]
+    assert f"Compared with all {count} training images" in (tmp / "run" / "report.html").read_text()
 
 
 def shards_of(tmp, count, per_shard):
