@@ -59,8 +59,8 @@ class Convolution(Operator):
             blurred = torch.fft.irfft2(torch.fft.rfft2(x) * self._transfer(x, half=True), s=x.shape[-2:])
             return blurred[..., :: self.factor, :: self.factor]
         padded = F.pad(x, self._padding(), mode="reflect")
-        kernel = self.kernel.flip(0, 1).to(x).expand(x.shape[1], 1, -1, -1)
-        return F.conv2d(padded, kernel, stride=self.factor, groups=x.shape[1])
+        blurred = torch.fft.irfft2(torch.fft.rfft2(padded) * self._window(padded).conj(), s=padded.shape[-2:])
+        return blurred[..., : x.shape[-2] : self.factor, : x.shape[-1] : self.factor]
 
     def measurement_shape(self, picture: Shape) -> Shape:
         """1 / s of each side."""
@@ -83,12 +83,11 @@ class Convolution(Operator):
         """Aᵀ y: put zeros between the pixels, then correlate; what falls beyond a mirror is folded back."""
         if self.border == "periodic":
             return self._adjoint_of_spectrum(torch.fft.fft2(y))
-        kernel = self.kernel.flip(0, 1).to(y).expand(y.shape[1], 1, -1, -1)
-        spread = F.conv_transpose2d(y, kernel, stride=self.factor, groups=y.shape[1])
         left, right, top, bottom = self._padding()
         height, width = self.picture_shape(tuple(y.shape[1:]))[1:]
-        short = (left + width + right - spread.shape[-1], top + height + bottom - spread.shape[-2])
-        spread = F.pad(spread, (0, short[0], 0, short[1]))  # the last pixels may reach no measurement
+        spread = y.new_zeros(*y.shape[:2], top + height + bottom, left + width + right)
+        spread[..., : height : self.factor, : width : self.factor] = y
+        spread = torch.fft.irfft2(torch.fft.rfft2(spread) * self._window(spread), s=spread.shape[-2:])
         return _unreflected(_unreflected(spread, left, width, right).mT, top, height, bottom).mT
 
     def pinv(self, y: Tensor) -> Tensor:
@@ -131,6 +130,12 @@ class Convolution(Operator):
         grid[: self.kernel.shape[0], : self.kernel.shape[1]] = self.kernel.to(like)
         grid = grid.roll((-self.centre[0], -self.centre[1]), (0, 1))
         return torch.fft.rfft2(grid) if half else torch.fft.fft2(grid)
+
+    def _window(self, padded: Tensor) -> Tensor:
+        """The Fourier transform of the kernel as a window that begins at the first pixel of a mirrored picture."""
+        grid = padded.new_zeros(padded.shape[-2:])
+        grid[: self.kernel.shape[0], : self.kernel.shape[1]] = self.kernel.flip(0, 1).to(padded)
+        return torch.fft.rfft2(grid)
 
     def _power(self, y: Tensor) -> Tensor:
         """The eigenvalues of A Aᵀ on the grid (h, w) of y: the mean over the s² frequencies that decimation folds together."""
