@@ -9,16 +9,15 @@ Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Mode
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from latentdiff.coding import decode_latents, embed_prompt, encode_pictures
 from latentdiff.conditioning import TextContext, checked_model
 from latentdiff.config import ScheduleConfig
 from latentdiff.denoise import denoise
@@ -27,8 +26,6 @@ from latentdiff.device import (
     Precision,
     describe_device,
     explained_out_of_memory,
-    finite_or_float32,
-    is_out_of_memory,
     pick_device,
     pick_precision,
     precision_of,
@@ -42,7 +39,6 @@ from latentdiff.lora.loaded import LoadedLoRAs
 from latentdiff.lora.words import LoadedWords, is_word_file
 from latentdiff.parameterization import Denoiser, parameterization
 from latentdiff.progress import Callback, progress_bar, report
-from latentdiff.prompt import tokenize
 from latentdiff.recipe import Recipe, library_versions
 from latentdiff.request import Plan, Sampling, latent_shape
 from latentdiff.schedule import Level, Schedule
@@ -360,47 +356,20 @@ class Pipeline:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embed prompts: (N, L, C), float32. Each distinct text is encoded once, alone."""
-        distinct = {text: self._encode_one(text) for text in dict.fromkeys(prompts)}
+        distinct = {text: embed_prompt(self.tokenizer, self.text_encoder, text, self.device) for text in dict.fromkeys(prompts)}
         return torch.cat([distinct[text] for text in prompts])
-
-    def _encode_one(self, text: str) -> Tensor:
-        token_ids = tokenize(self.tokenizer, [text]).to(self.device)  # (1, L)
-        return finite_or_float32(
-            "the text encoder", self.text_encoder, lambda _: self.text_encoder(token_ids), where=f"on {text!r}"
-        ).float()
 
     @torch.no_grad()
     @explained_out_of_memory()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (N, C, h, w) to pictures (N, 3, H, W), about in [-1, 1], float32, one at a time."""
-        return torch.cat([self._decode_one(latent) for latent in latents.split(1)])
-
-    def _decode_one(self, latent: Tensor) -> Tensor:
-        def compute(dtype: torch.dtype, tiled: bool = False) -> Tensor:
-            return self.vae.decode(latent.to(self.device, dtype), tiled=tiled)
-
-        try:
-            image = finite_or_float32("the VAE's decoder", self.vae, compute)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            warnings.warn("not enough memory to decode the picture whole; decoding it in tiles", stacklevel=2)
-            image = finite_or_float32("the VAE's decoder", self.vae, partial(compute, tiled=True))
-        return image.float()
+        return decode_latents(self.vae, latents, self.device)
 
     @torch.no_grad()
     @explained_out_of_memory()
     def encode_images(self, images: Tensor) -> LatentDistribution:
         """Latents of pictures (N, 3, H, W) in [-1, 1], float32; H and W are multiples of the VAE's factor."""
-        encoded = torch.cat([self._encode_image(image) for image in images.split(1)])
-        return LatentDistribution(*encoded.chunk(2, dim=1))
-
-    def _encode_image(self, image: Tensor) -> Tensor:
-        def compute(dtype: torch.dtype) -> Tensor:
-            found = self.vae.encode(image.to(self.device, dtype))
-            return torch.cat([found.mean, found.logvar], dim=1)  # (1, 2 C, h, w)
-
-        return finite_or_float32("the VAE's encoder", self.vae, compute).float()
+        return encode_pictures(self.vae, images, self.device)
 
     def denoiser(
         self,

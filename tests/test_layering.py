@@ -16,7 +16,7 @@ FLOORS: list[list[set[str]]] = [
     [{"config"}, {"files"}, {"attention"}, {"embedded"}, {"recipe"}],
     [MATHEMATICS, {"layers"}, {"device"}, {"image"}, {"prompt"}, {"taps"}],
     [{"unet"}, {"vae"}, {"text_encoder"}, {"progress"}, {"data"}],
-    [{"conditioning"}, {"checkpoints"}, {"request"}],
+    [{"conditioning"}, {"coding"}, {"checkpoints"}, {"request"}],
     [{"lora"}],
     [{"pipeline"}, {"training"}],
     [{"evaluation"}, {"tasks"}, {"finetuning"}],

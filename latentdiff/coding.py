@@ -1,0 +1,53 @@
+"""Prompts and pictures into the numbers that the U-Net works on, and back: one at a time, and never NaN.
+
+One at a time, so that a picture does not depend on its neighbours and memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.device import finite_or_float32, is_out_of_memory
+from latentdiff.prompt import tokenize
+from latentdiff.vae import VAE, LatentDistribution
+
+
+def embed_prompt(tokenizer: Any, text_encoder: nn.Module, text: str, device: torch.device) -> Tensor:
+    """The embeddings (1, L, C) of a prompt, float32."""
+    token_ids = tokenize(tokenizer, [text]).to(device)  # (1, L)
+    return finite_or_float32("the text encoder", text_encoder, lambda _: text_encoder(token_ids), where=f"on {text!r}").float()
+
+
+def encode_pictures(vae: VAE, images: Tensor, device: torch.device) -> LatentDistribution:
+    """The latents of pictures (N, 3, H, W) in [-1, 1], float32."""
+
+    def compute(image: Tensor, dtype: torch.dtype) -> Tensor:
+        found = vae.encode(image.to(device, dtype))
+        return torch.cat([found.mean, found.logvar], dim=1)  # (1, 2 C, h, w)
+
+    encoded = [finite_or_float32("the VAE's encoder", vae, partial(compute, image)).float() for image in images.split(1)]
+    return LatentDistribution(*torch.cat(encoded).chunk(2, dim=1))
+
+
+def decode_latents(vae: VAE, latents: Tensor, device: torch.device) -> Tensor:
+    """The pictures (N, 3, H, W) of latents (N, C, h, w), about in [-1, 1], float32; in tiles where memory is short."""
+    return torch.cat([_decode_one(vae, latent, device) for latent in latents.split(1)])
+
+
+def _decode_one(vae: VAE, latent: Tensor, device: torch.device) -> Tensor:
+    def compute(dtype: torch.dtype, tiled: bool = False) -> Tensor:
+        return vae.decode(latent.to(device, dtype), tiled=tiled)
+
+    try:
+        image = finite_or_float32("the VAE's decoder", vae, compute)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        warnings.warn("not enough memory to decode the picture whole; decoding it in tiles", stacklevel=2)
+        image = finite_or_float32("the VAE's decoder", vae, partial(compute, tiled=True))
+    return image.float()
