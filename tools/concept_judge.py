@@ -1,7 +1,8 @@
 """A judge that also knows the new thing and the new style of `make_concept.py`.
 
 It is the judge of `latentdiff evaluate`, further trained on renders alone: of the known world, of the new thing, of things that
-neither knows (so that strange is not enough to be called new), and of sepia pictures. It never sees a generated picture.
+neither knows (so that strange is not enough to be called new), of the new thing with its quarters in a wrong order (so that its
+colours are not enough), and of sepia pictures. It never sees a generated picture.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ SEPIA = "sepia"  # stands among the backgrounds: it is what the whole picture lo
 # Things that nobody knows: the judge learns some as "something else", and is tested with the others.
 STRANGE = ("☕", "🏺", "🛵", "⚓", "🎻", "🥾", "🪑", "🍐", "🧦", "🪴", "🦜", "🧸", "🛶", "🔭", "🧲", "🎺")
 STRANGE_TEST = ("🍵", "🦔", "🪁", "🫙", "🍇", "🚪", "🪶")
+
+# Orders of a thing's quarters (upper left, upper right, lower left, lower right) in which none is where it was.
+_ORDERS = ((3, 2, 1, 0), (2, 3, 0, 1), (1, 3, 0, 2))
 
 STEPS = 300
 LEARNING_RATE = 1e-3
@@ -87,6 +91,7 @@ def endless_scenes(config: JudgeConfig, rng: Random, font: Path) -> Iterator[Sce
         yield from _scenes([draw_plan(rng, rng.choice(("train", "test"))) for _ in range(3)], config, rng, font)
         yield from _scenes([_with(OBJECT, rng), _with(OBJECT, rng)], config, rng, font)
         yield from _scenes([_with(rng.choice(STRANGE), rng)], config, rng, font)
+        yield from (_jumbled(scene, config, rng) for scene in _scenes([_with(OBJECT, rng)], config, rng, font))
         yield from _scenes([next(in_style), next(in_style)], config, rng, font, sepia=True)
         tinted = replace(draw_plan(rng, "train"), background="white")
         for scene in _scenes([tinted], config, rng, font):
@@ -119,6 +124,19 @@ def _scenes(plans: Sequence[Plan], config: JudgeConfig, rng: Random, font: Path,
             np.array([config.colours.index(thing.colour) if thing.colour else own for thing in plan.things]),
             np.array(boxes, dtype=np.float32),
         )
+
+
+def _jumbled(scene: Scene, config: JudgeConfig, rng: Random) -> Scene:
+    """The new thing's quarters in a wrong order: its colours and parts are not enough, it must have its shape."""
+    new = scene.nouns == config.nouns.index(OBJECT)
+    left, top, right, bottom = scene.boxes[new][0].astype(int)
+    height, width = (bottom - top) // 2, (right - left) // 2
+    places = [(top + height * row, left + width * column) for row in (0, 1) for column in (0, 1)]
+    pixels = scene.pixels.copy()
+    for (y, x), source in zip(places, rng.choice(_ORDERS), strict=True):
+        from_y, from_x = places[source]
+        pixels[y : y + height, x : x + width] = scene.pixels[from_y : from_y + height, from_x : from_x + width]
+    return replace(scene, pixels=pixels, nouns=np.where(new, config.nouns.index(OTHER), scene.nouns))
 
 
 def strange_pictures(count: int, font: Path) -> list[Image.Image]:

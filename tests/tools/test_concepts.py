@@ -98,6 +98,18 @@ def test_scenes_of_the_judge_are_named_rightly(base):
     assert tinted  # tan paper alone is not the style
 
 
+def test_a_jumbled_thing_keeps_its_colours_and_is_no_longer_the_thing(base):
+    config = concept_judge.extended(base).config
+    plan = scene_language.Plan("single", "blue", (scene_language.Thing("teapot", size="big"),))
+    (scene,) = concept_judge._scenes([plan], config, Random(0), font())
+    jumbled = concept_judge._jumbled(scene, config, Random(0))
+    assert [config.nouns[noun] for noun in jumbled.nouns] == ["something else"]
+    left, top, right, bottom = scene.boxes[0].astype(int)
+    before, after = (np.sort(one.pixels.reshape(-1, 3).sum(1)) for one in (scene, jumbled))
+    assert np.abs(before.astype(int) - after).mean() < 5
+    assert (scene.pixels != jumbled.pixels)[top:bottom, left:right].any(-1).mean() > 0.5
+
+
 def test_training_the_judge_is_repeatable_and_is_kept(base, tmp_path):
     first = concept_judge.load_concept_judge(tmp_path / "a", base, font(), steps=1, scenes=8)
     again = concept_judge.load_concept_judge(tmp_path / "b", base, font(), steps=1, scenes=8)
