@@ -165,8 +165,8 @@ def main(scenes: Path, model: str | None, device: str, count: int, steps: int, g
         error, decibels = mean_and_margin(row.latents), mean_and_margin(row.decibels)
         click.echo(f"| {name} | {error} | {decibels} | {np.mean(row.seconds):.1f} |")
     click.echo(f"| the VAE alone | 0 | {mean_and_margin(floor)} | |\n")
-    click.echo("| edit | structure x 1000 | colours shared | text right | seconds |\n|---|---|---|---|---|")
     made = edits(pipe, cases, steps, guidance)
+    click.echo("| edit | structure x 1000 | colours shared | text right | seconds |\n|---|---|---|---|---|")
     for method, (images, seconds) in made.items():
         structure = [1000 * structure_distance(case.source, image) for case, image in zip(cases, images, strict=True)]
         likeness = [colour_likeness(case.source, image) for case, image in zip(cases, images, strict=True)]

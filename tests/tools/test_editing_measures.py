@@ -81,6 +81,6 @@ def test_both_tools_print_their_tables(scenes, tmp_path):
     sheet = tmp_path / "sheet.png"
     done = CliRunner().invoke(compare_inversion.main, [str(scenes), "--count", "2", "--steps", "2", "--sheet", str(sheet)])
     assert done.exit_code == 0, done.output
-    lines = [line for line in done.output.splitlines() if line.startswith("| ")]
+    lines = [line for line in done.output.splitlines() if line.strip().startswith("| ")]
     assert len(lines) == 9 + 1 + 6 + 2  # ways, the floor, edits, two heads
     assert sheet.exists()
