@@ -27,14 +27,15 @@ from latentdiff.tasks.sources import Picture, open_source
 
 TASK = "restore"
 STEPS = {"diffpir": 50, "dps": 250, "psld": 250, "resample": 100, "graikos": 200}
-# What the methods' own defaults leave open, and is known here: pixels in [-1, 1] stray from their mean by about 1/2.
-SETTINGS: dict[str, dict[str, float]] = {"diffpir": {"prior_std": 0.5}}
+# Where the methods' own defaults are for pixels. Pixels in [-1, 1] stray from their mean by about 1/2, which bounds the error of a
+# prediction; latents have about twice that spread and fewer entries, so that gradients have to lead further.
+SETTINGS: dict[str, dict[str, float]] = {"diffpir": {"prior_std": 0.5}, "dps": {"scale": 15.0}, "psld": {"scale": 4.0}}
 GUIDANCE_WITH_PROMPT = 3.0
 # Rounding to 8 bits is noise of this standard deviation, in [-1, 1].
 EIGHT_BITS = 2.0 / 255.0 / 12.0**0.5
 # Options of `Sampling` that mean something here; sampler and levels are the method's.
 OPTIONS = {"negative_prompt", "guidance_rescale", "guidance_interval", "seed", "batch_size", "callback", "progress"}
-WHITE = 0.5  # the standard deviation, in [-1, 1], that is white in a picture of the uncertainty
+WHITE = 0.25  # the standard deviation, in [-1, 1], that is white in a picture of the uncertainty
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Restoration:
     noise_std: float
 
     def uncertainty_image(self) -> Image.Image:
-        """The uncertainty as a grey picture: black is certain, white a standard deviation of 0.5 or more.
+        """The uncertainty as a grey picture: black is certain, white a standard deviation of 0.25 or more.
 
         Raises:
             UsageError: there is only one sample.
