@@ -14,6 +14,7 @@ from torch import Tensor
 
 from latentdiff.checkpoints.files import TensorFile, read_tensors
 from latentdiff.checkpoints.raw import PART_LABELS, PARTS, RawModel, with_usual_names
+from latentdiff.checkpoints.writing import write_safetensors
 from latentdiff.errors import CheckpointError, LatentDiffError
 from latentdiff.files import atomic_path
 
@@ -132,15 +133,8 @@ def model_index(in_channels: int) -> dict[str, Any]:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, atomically; values and types stay as they are."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        try:
-            save_file(contiguous, temporary, metadata=dict(metadata) or None)
-        except SafetensorError as error:  # a full disk, for one
-            raise OSError(str(error)) from error
+        write_safetensors(tensors, temporary, metadata)
 
 
 def _check_index(folder: Path) -> dict[str, Any]:

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from latentdiff.checkpoints.writing import write_safetensors
 from latentdiff.errors import CheckpointError, DataError
 
 _MANIFEST = "manifest.json"
@@ -112,9 +113,9 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
-    save_file(_contiguous(checkpoint.weights), folder / "weights.safetensors")
-    save_file(_contiguous(checkpoint.ema), folder / "ema.safetensors")
-    save_file(_contiguous(checkpoint.optimizer), folder / "optimizer.safetensors")
+    write_safetensors(checkpoint.weights, folder / "weights.safetensors")
+    write_safetensors(checkpoint.ema, folder / "ema.safetensors")
+    write_safetensors(checkpoint.optimizer, folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps({**checkpoint.state, "step": checkpoint.step}, indent=1))
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     for name in sizes:
@@ -139,10 +140,6 @@ def _candidates(folder: Path) -> list[Path]:
     """Folders of checkpoints, newest first."""
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted((path for path in found if re.fullmatch(r"step-\d{8,}", path.name)), key=lambda path: -int(path.name[5:]))
-
-
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

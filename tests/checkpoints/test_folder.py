@@ -11,7 +11,6 @@ import torch
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from latentdiff.checkpoints import Components, load_components, save_folder
@@ -311,9 +310,9 @@ def test_failed_save_leaves_nothing_behind(sd1: Path, tmp_path: Path, monkeypatc
     before = sorted(path.name for path in tmp_path.iterdir())
 
     def no_space(*args: object, **kwargs: object) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", no_space)
+    monkeypatch.setattr("latentdiff.checkpoints.folder.write_safetensors", no_space)
     for place in (target, tmp_path / "new"):
         with pytest.raises(CheckpointError, match="No space left on device") as error:
             save_folder(ours, place)

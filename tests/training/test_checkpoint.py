@@ -57,7 +57,7 @@ def test_nothing_there(tmp_path):
     assert newest_checkpoint(tmp_path / "none") == (None, [])
 
 
-@pytest.mark.parametrize("moment", ["save_file", "_flush", "os.replace"])
+@pytest.mark.parametrize("moment", ["write_safetensors", "_flush", "os.replace"])
 def test_a_failure_while_writing_leaves_the_one_before(tmp_path, monkeypatch, moment):
     save_checkpoint(tmp_path, made(1), keep=1)
 
