@@ -27,9 +27,14 @@ from latentdiff.tasks.sources import Picture, open_source
 
 TASK = "restore"
 STEPS = {"diffpir": 50, "dps": 250, "psld": 250, "resample": 100, "graikos": 200}
-# Where the methods' own defaults are for pixels. Pixels in [-1, 1] stray from their mean by about 1/2, which bounds the error of a
-# prediction; latents have about twice that spread and fewer entries, so that gradients have to lead further.
-SETTINGS: dict[str, dict[str, float]] = {"diffpir": {"prior_std": 0.5}, "dps": {"scale": 15.0}, "psld": {"scale": 4.0}}
+# Where the methods' own defaults are for pixels. Pixels in [-1, 1] stray from their mean by about 1/2, which bounds the error
+# of a prediction; latents have about twice that spread and fewer entries, so that gradients have to lead further.
+SETTINGS: dict[str, dict[str, float]] = {
+    "diffpir": {"prior_std": 0.5, "begin": 4.0},
+    "dps": {"scale": 15.0},
+    "psld": {"scale": 4.0},
+    "graikos": {"constraint": 30.0},
+}
 GUIDANCE_WITH_PROMPT = 3.0
 # Rounding to 8 bits is noise of this standard deviation, in [-1, 1].
 EIGHT_BITS = 2.0 / 255.0 / 12.0**0.5

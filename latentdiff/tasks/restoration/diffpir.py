@@ -28,16 +28,19 @@ class DiffPIR(SamplingMethod):
             spreads its samples most nearly as the posterior does; 1 gives smoother pictures.
         prior_std: how far a pixel strays from its mean at all. At noise levels far above it a prediction is better than its
             noise level says; `inf` is the paper's.
+        begin: the noise level sigma_hat from which on the measurement counts. Far above the spread of the data the next step
+            drowns what it says; `inf` is the paper's.
         paper_final: leave the proximal step out at the end, as the paper's code does. The measurement is then missed a little.
     """
 
     weight: float = 1.0
     zeta: float = 0.3
     prior_std: float = math.inf
+    begin: float = math.inf
     paper_final: bool = False
 
     def __post_init__(self) -> None:
-        at_least_zero(weight=self.weight, prior_std=self.prior_std)
+        at_least_zero(weight=self.weight, prior_std=self.prior_std, begin=self.begin)
         if not 0.0 <= self.zeta <= 1.0:
             raise UsageError(f"expected zeta in 0 to 1, found {self.zeta}")
 
@@ -52,6 +55,8 @@ class DiffPIR(SamplingMethod):
 
         def consistent(x: Tensor, level: Level) -> Prediction:
             prediction = denoiser(x, level)
+            if level.sigma_hat > self.begin:
+                return prediction
             picture = problem.autoencoder.decode(prediction.x0)
             explained = problem.operator.prox(problem.measurement, picture, self.rho(problem, level))
             x0 = problem.moved(prediction.x0, picture, explained)
