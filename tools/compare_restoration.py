@@ -332,10 +332,10 @@ def main(
     start = time.perf_counter()
     pipe("a cat", steps=steps, progress=False)
     click.echo(f"\nplain guided generation of one picture in {steps} steps: {time.perf_counter() - start:.1f} seconds")
-    if methods or quick:
-        methods_table(runner, all_cases, pictures[: methods or 2], quick)
     if sheet:
         save_png(drawn, sheet)
+    if methods or quick:
+        methods_table(runner, all_cases, pictures[: methods or 2], quick)
 
 
 if __name__ == "__main__":

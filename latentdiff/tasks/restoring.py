@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, float]] = {
     "diffpir": {"prior_std": 0.5, "begin": 4.0},
     "dps": {"scale": 15.0},
     "psld": {"scale": 4.0},
-    "graikos": {"constraint": 30.0},
+    "graikos": {"constraint": 300.0},
 }
 GUIDANCE_WITH_PROMPT = 3.0
 # Rounding to 8 bits is noise of this standard deviation, in [-1, 1].
