@@ -271,9 +271,7 @@ def _refuse_other_architecture(
                     f" (expected {fixed[key][0]!r})"
                 )
         elif key not in fields and not key.startswith("_") and value not in (None, False):
-            raise ConfigError(
-                f"{part} has the unknown key {key}={value!r}; latentdiff cannot tell what it changes"
-            )
+            raise ConfigError(f"{part} has the unknown key {key}={value!r}; latentdiff cannot tell what it changes")
 
 
 def _known(cls: type, config: Mapping[str, Any], silent: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,9 +53,7 @@ def tokenizer_vocabulary(words: tuple[str, ...] = WORDS) -> tuple[dict[str, int]
     return {token: index for index, token in enumerate(tokens)}, merges
 
 
-def save_tokenizer(
-    folder: Path, *, pad_token: str = "<|endoftext|>", max_length: int = CONTEXT_LENGTH
-) -> int:
+def save_tokenizer(folder: Path, *, pad_token: str = "<|endoftext|>", max_length: int = CONTEXT_LENGTH) -> int:
     """Write the four files of a CLIP tokenizer as published folders have them; returns its size."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary, merges = tokenizer_vocabulary()
@@ -219,9 +217,7 @@ def save_real_layout(pipe, folder: Path, tokenizer_files: Path, **save_options) 
     pipe.save_pretrained(folder, **save_options)
     for file in (folder / "text_encoder").glob("*.safetensors"):
         tensors = load_file(file)
-        prefixed = {
-            f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in tensors.items()
-        }
+        prefixed = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in tensors.items()}
         save_file(prefixed, file, metadata={"format": "pt"})
     shutil.rmtree(folder / "tokenizer")
     shutil.copytree(tokenizer_files, folder / "tokenizer")
@@ -230,9 +226,7 @@ def save_real_layout(pipe, folder: Path, tokenizer_files: Path, **save_options) 
 
 def sd1_folder(tmp: Path, **save_options) -> Path:
     """Save a tiny SD 1.x pipeline as `tmp/sd1`; `save_options` go to `save_pretrained`."""
-    return save_real_layout(
-        sd1_pipeline(tmp), Path(tmp) / "sd1", Path(tmp) / "tokenizer-files", **save_options
-    )
+    return save_real_layout(sd1_pipeline(tmp), Path(tmp) / "sd1", Path(tmp) / "tokenizer-files", **save_options)
 
 
 def sd2_folder(tmp: Path, prediction_type: str = "v_prediction", **save_options) -> Path:

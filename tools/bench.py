@@ -103,9 +103,7 @@ def race(case: str, contenders: list[Contender], repeat: int) -> list[Result]:
     return results
 
 
-def compare_modules(
-    case: str, peer: Any, contenders: Callable[[Any, Any, str], list[Contender]], repeat: int
-) -> list[Result]:
+def compare_modules(case: str, peer: Any, contenders: Callable[[Any, Any, str], list[Contender]], repeat: int) -> list[Result]:
     """Race both libraries on the weights of `peer`, in both memory layouts at once, for every precision."""
     import torch
     from diffusers.utils.logging import set_verbosity_error
@@ -217,9 +215,7 @@ def programs(folder: Path, out: Path, precision: str, steps: int, size: int) -> 
     return {"latentdiff": mine, "diffusers": [*theirs, PRECISIONS[precision], *numbers]}
 
 
-def compare_programs(
-    case: str, folder: Path, precision: str, steps: int, size: int, repeat: int
-) -> list[Result]:
+def compare_programs(case: str, folder: Path, precision: str, steps: int, size: int, repeat: int) -> list[Result]:
     """Run both programs in turns, after one round that fills the disk cache."""
     results = {library: Result(case, precision, library) for library in ("latentdiff", "diffusers")}
     with tempfile.TemporaryDirectory() as out:

@@ -39,9 +39,7 @@ class Attention(nn.Module):
         upcast: compute in float32, for models whose scores overflow float16.
     """
 
-    def __init__(
-        self, channels: int, context_channels: int, heads: int, *, bias: bool = False, upcast: bool = False
-    ) -> None:
+    def __init__(self, channels: int, context_channels: int, heads: int, *, bias: bool = False, upcast: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.upcast = upcast

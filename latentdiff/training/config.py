@@ -202,7 +202,7 @@ class DiffusionStageSection(StageSection):
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = 5.0
     """Gamma of the min-SNR loss weight (Hang et al. 2023); without it, all timesteps weigh the same."""
     high_noise_share: Fraction = 0.0
-    """Share of the timesteps drawn from the noisiest tenth alone, where a picture's layout is decided; the others are uniform."""
+    """Share of the timesteps drawn from the noisiest tenth alone, where a picture's layout is decided; the rest is uniform."""
     attention: Literal["sdpa", "xformers", "plain"] = "sdpa"
     """Attention back end. PyTorch's fused kernels (`sdpa`) save memory; on a CPU, `plain` is faster for latents this small."""
     text_encoder_lr: Annotated[float, Field(gt=0)] | None = None
