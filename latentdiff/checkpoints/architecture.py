@@ -112,10 +112,14 @@ def lora_dialect(shapes: Iterable[str]) -> str:
     return "diffusers"
 
 
-def family_name(*, linear: bool, in_channels: int, width: int, context: int) -> str:
-    """A name for people: linear projections are the mark of SD 2.x; other sizes than the published are told apart."""
+def family_name(*, linear: bool, extra_channels: int, width: int, context: int) -> str:
+    """A name for people: linear projections are the mark of SD 2.x; other sizes than the published are told apart.
+
+    Args:
+        extra_channels: of the U-Net's input, more than the latents have: a mask and a picture, a picture, a depth map.
+    """
     number, published = ("2.x", (320, 1024)) if linear else ("1.x", (320, 768))
-    task = {9: " inpainting", 8: " conditioned on a picture", 5: " conditioned on depth"}.get(in_channels, "")
+    task = {5: " inpainting", 4: " conditioned on a picture", 1: " conditioned on depth"}.get(extra_channels, "")
     size = "" if (width, context) == published else ", a size of its own"
     return f"Stable Diffusion {number}{task}{size}"
 
@@ -127,7 +131,7 @@ def _family_of_original(shapes: Mapping[str, Shape]) -> str:
     width, in_channels, *_ = find("model.diffusion_model.input_blocks.0.0.weight", (0, 4))
     return family_name(
         linear=len(find(".1.proj_in.weight", (0, 0, 0, 0))) == 2,
-        in_channels=in_channels,
+        extra_channels=in_channels - find("model.diffusion_model.out.2.weight", (4,))[0],
         width=width,
         context=find(".attn2.to_k.weight", (0, 0))[1],
     )

@@ -155,7 +155,7 @@ def _describe_model(report: Report, raw: RawModel) -> None:
     unet = parse_config("unet", raw.configs["unet"])
     report.family = family_name(
         linear=unet.use_linear_projection,
-        in_channels=unet.in_channels,
+        extra_channels=unet.in_channels - unet.out_channels,
         width=unet.block_out_channels[0],
         context=unet.cross_attention_dim,
     )

@@ -12,6 +12,7 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 from latentdiff.checkpoints import convert, inspect, load_components
+from latentdiff.embedded import embedded_model
 from latentdiff.errors import CheckpointError
 from tests import tiny
 from tests.checkpoints import compvis
@@ -45,6 +46,10 @@ def test_single_file_has_the_hash_that_web_uis_show(tmp_path: Path):
     check(report, kind="original single file (safetensors)", ema=True, prediction_type="epsilon", problem="")
     check(report, sha256=digest, short_hash=digest[:10], bytes=path.stat().st_size)
     assert "1.x inpainting" in report.family and report.dtypes.keys() == {"float16"}
+
+
+def test_more_latent_channels_are_no_condition():
+    assert inspect(embedded_model()).family == "Stable Diffusion 1.x, a size of its own"
 
 
 def test_averaged_weights_of_a_converted_folder_are_mentioned(tmp_path: Path):
