@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LAUNCHERS = {"accelerate", "srun"}  # of several processes or machines
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -22,17 +23,21 @@ def blocks(language: str) -> list[str]:
     return [body for page in PAGES for found, body in FENCE.findall(page.read_text()) if found == language]
 
 
+def shell_lines() -> list[list[str]]:
+    """The words of every shell line; lines that go on after a backslash are one."""
+    lines = [shlex.split(line, comments=True) for body in blocks("bash") for line in body.replace("\\\n", " ").splitlines()]
+    return [words for words in lines if words]
+
+
 def commands(program: str) -> list[list[str]]:
     """The arguments of every shell line that calls `program`, wherever it is said to lie."""
-    lines = [shlex.split(line) for body in blocks("bash") for line in body.replace("\\\n", " ").splitlines()]
-    return [words[1:] for words in lines if words and Path(words[0]).name == program]
+    return [words[1:] for words in shell_lines() if Path(words[0]).name == program]
 
 
 def test_shell_lines_are_of_known_programs() -> None:
     """Otherwise a line would be shown that no test below looks at."""
-    known = {"latentdiff", "make", "python", "python3", "pip", "ruff"}
-    lines = [line for body in blocks("bash") for line in body.splitlines() if line.strip()]
-    assert {Path(shlex.split(line)[0]).name for line in lines} <= known
+    known = {"latentdiff", "make", "python", "python3", "pip", "ruff"} | LAUNCHERS
+    assert {Path(words[0]).name for words in shell_lines() if "=" not in words[0]} <= known
     assert len(commands("latentdiff")) >= 8
 
 
