@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,19 +34,27 @@ class EditCase:
     target: EvaluationPrompt
 
 
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """What `metadata.jsonl` says of each scene.
+
+    Raises:
+        DataError: there is none in `folder`.
+    """
+    metadata = folder / "metadata.jsonl"
+    if not metadata.is_file():
+        raise DataError(f"expected scenes in {folder}, found no metadata.jsonl; make them with tools/make_scenes.py")
+    return [json.loads(text) for text in metadata.read_text(encoding="utf-8").splitlines()]
+
+
 def read_cases(folder: Path, count: int, seed: int = 0) -> list[EditCase]:
     """Scenes with one object, each to get another colour of the object or of the background, in turn.
 
     Raises:
         DataError: there are no or too few such scenes in `folder`, which tools/make_scenes.py makes.
     """
-    metadata = folder / "metadata.jsonl"
-    if not metadata.is_file():
-        raise DataError(f"expected scenes in {folder}, found no metadata.jsonl; make them with tools/make_scenes.py")
     rng = Random(seed)
     cases: list[EditCase] = []
-    for text in metadata.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
+    for line in read_lines(folder):
         scene = line["scene"]
         if scene["kind"] not in ("single", "colour") or len(scene["objects"]) != 1:
             continue
