@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.device import finite_or_float32, is_out_of_memory
+from latentdiff.engines import Decoder
 from latentdiff.prompt import tokenize
 from latentdiff.vae import VAE, LatentDistribution
 
@@ -34,14 +35,21 @@ def encode_pictures(vae: VAE, images: Tensor, device: torch.device) -> LatentDis
     return LatentDistribution(*torch.cat(encoded).chunk(2, dim=1))
 
 
-def decode_latents(vae: VAE, latents: Tensor, device: torch.device) -> Tensor:
-    """The pictures (N, 3, H, W) of latents (N, C, h, w), about in [-1, 1], float32; in tiles where memory is short."""
-    return torch.cat([_decode_one(vae, latent, device) for latent in latents.split(1)])
+def decode_latents(decoder: Decoder, vae: VAE, latents: Tensor, device: torch.device) -> Tensor:
+    """The pictures (N, 3, H, W) of latents (N, C, h, w), about in [-1, 1], float32; in tiles where memory is short.
+
+    Args:
+        decoder: what computes `vae.decode`; that itself, or what an engine made of it.
+    """
+    return torch.cat([_decode_one(decoder, vae, latent, device) for latent in latents.split(1)])
 
 
-def _decode_one(vae: VAE, latent: Tensor, device: torch.device) -> Tensor:
+def _decode_one(decoder: Decoder, vae: VAE, latent: Tensor, device: torch.device) -> Tensor:
+    own = next(vae.parameters()).dtype
+
     def compute(dtype: torch.dtype, tiled: bool = False) -> Tensor:
-        return vae.decode(latent.to(device, dtype), tiled=tiled)
+        computes = decoder if dtype == own else vae.decode
+        return computes(latent.to(device, dtype), tiled=tiled)
 
     try:
         image = finite_or_float32("the VAE's decoder", vae, compute)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.device import finite_or_float32
+from latentdiff.engines import Network
 from latentdiff.guidance import Model
 from latentdiff.layers.transformer import ProjectedContext
 from latentdiff.schedule import Level
@@ -41,10 +42,12 @@ class TextContext:
         return self.projected if dtype == self.dtype else self.embeddings.to(dtype)
 
 
-def checked_model(unet: UNet, levels: Sequence[Level], *, extra_channels: Tensor | None = None) -> Model:
-    """The U-Net as a function (x, t, TextContext) -> raw output that is finite, or an error that names the step.
+def checked_model(network: Network, unet: UNet, levels: Sequence[Level], *, extra_channels: Tensor | None = None) -> Model:
+    """The network as a function (x, t, TextContext) -> raw output that is finite, or an error that names the step.
 
     Args:
+        network: what computes `unet`; `unet` itself, or what an engine made of it.
+        unet: computes again, in float32, what overflows.
         extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents; the same for all parts of a guided batch.
     """
     names = {level.t: f"at step {number} of {len(levels) - 1}" for number, level in enumerate(levels[:-1], 1)}
@@ -55,7 +58,8 @@ def checked_model(unet: UNet, levels: Sequence[Level], *, extra_channels: Tensor
             x = torch.cat([x, extra_channels.to(x).repeat(repeats, 1, 1, 1)], dim=1)
 
         def compute(dtype: torch.dtype) -> Tensor:
-            return unet(x.to(dtype), t, text.for_unet_in(dtype))
+            computes = network if dtype == text.dtype else unet
+            return computes(x.to(dtype), t, text.for_unet_in(dtype))
 
         return finite_or_float32("the U-Net", unet, compute, where=names.get(t, f"at timestep {t:g}"))
 

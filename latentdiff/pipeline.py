@@ -31,6 +31,7 @@ from latentdiff.device import (
     precision_of,
 )
 from latentdiff.embedded import embedded_model
+from latentdiff.engines import Decoder, Network
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.guidance import Guidance, guided_denoiser
 from latentdiff.image import to_pil
@@ -89,6 +90,8 @@ class Pipeline:
         self.text_encoder = text_encoder.eval()
         self.unet = unet.eval()
         self.vae = vae.eval()
+        self.network: Network = self.unet  # what computes the U-Net, see `latentdiff.engines`
+        self.decoder: Decoder = self.vae.decode
         self.schedule = Schedule(schedule_config)
         self.name, self.model_hash, self.ema = name, model_hash, ema
         self.precision = precision_of(unet)
@@ -363,7 +366,7 @@ class Pipeline:
     @explained_out_of_memory()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (N, C, h, w) to pictures (N, 3, H, W), about in [-1, 1], float32, one at a time."""
-        return decode_latents(self.vae, latents, self.device)
+        return decode_latents(self.decoder, self.vae, latents, self.device)
 
     @torch.no_grad()
     @explained_out_of_memory()
@@ -388,7 +391,7 @@ class Pipeline:
             extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
         """
         return guided_denoiser(
-            checked_model(self.unet, levels, extra_channels=extra_channels),
+            checked_model(self.network, self.unet, levels, extra_channels=extra_channels),
             parameterization(self.schedule.config.prediction_type),
             TextContext.of(self.unet, positive),
             TextContext.of(self.unet, negative),

@@ -406,14 +406,14 @@ def test_float16_overflow_is_computed_again_in_float32(pipe, part, weight, name)
 
 
 def test_decoding_falls_back_to_tiles(pipe):
-    whole = pipe.vae.decode
+    whole = pipe.decoder
 
     def decode(latents, *, tiled=False):
         if not tiled:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(latents, tiled=True)
 
-    pipe.vae.decode = decode
+    pipe.decoder = decode
     with pytest.warns(UserWarning, match="decoding it in tiles"):
         (image,) = pipe("cat", steps=1, seed=0, progress=False)
     assert image.size == (64, 64)

@@ -221,7 +221,7 @@ class _Edit:
 
     def _guided(self, positive: Tensor, negative: Tensor, empty: Tensor) -> Denoiser:
         pipe, levels = self.pipe, self.inversion.levels
-        model = checked_model(pipe.unet, levels)
+        model = checked_model(pipe.unet, pipe.unet, levels)
         if self.spec is not None:
             source = TextContext.of(pipe.unet, self.inversion.embeddings.to(pipe.device))
             model = with_source_features(pipe.unet, model, self.spec, levels, self.inversion.latents.split(1), source)

@@ -228,7 +228,7 @@ def with_null_text(
     """The inversion with the null embeddings that make its reconstruction exact under this guidance; see `null_text`."""
     inversion.check_model(pipe.model_hash)
     settings = NullTextSettings(guidance_scale=guidance_scale)
-    model = checked_model(pipe.unet, inversion.levels)
+    model = checked_model(pipe.unet, pipe.unet, inversion.levels)
     read = parameterization(pipe.schedule.config.prediction_type)
 
     def following(embeddings: Tensor) -> Denoiser:
