@@ -1,0 +1,180 @@
+"""Which contenders meet in which case of `bench.py`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tools.bench_models import DTYPES
+from tools.bench_race import Result, decibels, race, race_programs, relative
+from tools.bench_worker import GUIDANCE, PROMPT, STEPS, Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What holds for all cases."""
+
+    model: Path  # of random weights
+    embedded: Path
+    device: str
+    threads: int
+    repeat: int
+    peers: tuple[str, ...]
+    size: int  # of pictures, in pixels
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        return ("fp32", "bf16") if self.device == "cpu" else ("bf16",)
+
+    def contenders(self, case: str, precision: str, **more: object) -> dict[str, Spec]:
+        """Who races in one precision: latentdiff first, in the way that it takes by itself."""
+        ours = Spec(
+            case=case,
+            library="latentdiff",
+            model=str(self.model),
+            precision=precision,
+            device=self.device,
+            size=self.size,
+            **more,
+        )
+        specs = {"latentdiff": ours}
+        if self.device != "cpu":
+            specs["latentdiff --compile"] = replace(ours, variant="compile")
+        if "diffusers" in self.peers:
+            theirs = replace(ours, library="diffusers")
+            specs["diffusers"] = theirs
+            last = "compile" if self.device != "cpu" else "channels_last"
+            specs[f"diffusers {last}"] = replace(theirs, variant=last)
+        if "openvino" in self.peers and self.device == "cpu" and case in ("step", "decode"):
+            specs["latentdiff --backend openvino"] = replace(ours, variant="openvino")
+            specs["diffusers' modules in OpenVINO"] = replace(ours, library="openvino")
+        return specs
+
+
+def cases(name: str, settings: Settings) -> list[Result]:
+    """The results of the case called `name`."""
+    return CASES[name](settings)
+
+
+def step(settings: Settings) -> list[Result]:
+    results = []
+    for precision in settings.precisions:
+        results += race("step", precision, settings.contenders("step", precision), settings.repeat, relative)
+    if settings.device == "cpu":
+        ours = settings.contenders("step", "bf16")["latentdiff"]
+        pair = {"latentdiff bf16": ours, "latentdiff int8": replace(ours, precision="int8")}
+        results += race("step", "int8", pair, settings.repeat, relative)
+    return results
+
+
+def decode(settings: Settings) -> list[Result]:
+    results = []
+    for precision in settings.precisions:
+        results += race("decode", precision, settings.contenders("decode", precision), settings.repeat, relative)
+    return results
+
+
+def picture(settings: Settings) -> list[Result]:
+    precision = settings.precisions[-1]
+    results = []
+    for batch in (1,) if settings.device == "cpu" else (1, 16):
+        found = race(
+            "picture", f"{precision}, batch {batch}", settings.contenders("picture", precision, batch=batch), settings.repeat
+        )
+        for result in found:
+            result.difference = f"first one after {result.ready:.1f} s"
+        results += found
+    return results
+
+
+def fast(settings: Settings) -> list[Result]:
+    theirs = Spec(case="fast", library="diffusers", model=str(settings.model), device=settings.device, size=settings.size)
+    ours = replace(theirs, library="latentdiff", precision="bf16")
+    return race("fast", "--fast", {"diffusers default": theirs, "latentdiff --fast": ours}, settings.repeat)
+
+
+def agreement(settings: Settings) -> list[Result]:
+    exact = Spec(case="picture", library="latentdiff", model=str(settings.embedded), device=settings.device, steps=20)
+    exact = replace(exact, size=native_size(settings.embedded), batch=8)
+    short = {precision: replace(exact, precision=precision) for precision in ("fp32", "bf16", "int8")}
+    return race("agreement", "20 steps, embedded model", short, 1, decibels)
+
+
+_DIFFUSERS_PROGRAM = """
+import sys, torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+folder, prompt, out, dtype, steps, size = sys.argv[1:]
+pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+generator = torch.Generator().manual_seed(0)
+pipe(prompt, num_inference_steps=int(steps), guidance_scale=7.5, height=int(size), width=int(size),
+     generator=generator).images[0].save(out)
+"""
+
+
+def programs(folder: Path, out: Path, precision: str, steps: int, size: int) -> dict[str, list[str]]:
+    """The command lines of both libraries that make the same picture."""
+    numbers = [str(steps), str(size)]
+    mine = [sys.executable, "-m", "latentdiff", "generate", PROMPT, "--model", str(folder), "--seed", "0"]
+    mine += ["--sampler", "ddim", "--guidance", str(GUIDANCE), "--steps", numbers[0], "--precision", precision]
+    mine += ["--height", numbers[1], "--width", numbers[1], "--device", "cpu", "--out", str(out / "ours")]
+    theirs = [sys.executable, "-c", _DIFFUSERS_PROGRAM, str(folder), PROMPT, str(out / "theirs.png")]
+    return {"diffusers": [*theirs, DTYPES[precision], *numbers], "latentdiff": mine}
+
+
+def memory(settings: Settings) -> list[Result]:
+    with tempfile.TemporaryDirectory() as out:
+        commands = programs(settings.model, Path(out), "bf16", 2, settings.size)
+        commands["latentdiff --low-memory"] = [*commands["latentdiff"], "--low-memory"]
+        return race_programs("memory", "two steps, bf16", commands, max(1, settings.repeat // 2))
+
+
+def cold(settings: Settings) -> list[Result]:
+    with tempfile.TemporaryDirectory() as out:
+        commands = programs(settings.embedded, Path(out), "fp32", 25, native_size(settings.embedded))
+        return race_programs("cold", "25 steps, embedded model", commands, settings.repeat)
+
+
+def growth(settings: Settings) -> list[Result]:
+    """One contender after the other: the peak memory of a process never falls, so each point needs its own."""
+    unit = settings.size
+    points = [{"size": side, "batch": 1} for side in (unit // 2, 3 * unit // 4, unit, 3 * unit // 2, 2 * unit)]
+    points += [{"size": unit // 2, "batch": batch} for batch in (2, 4, 8)]
+    results = []
+    for point in points:
+        results += _grown("step", settings, point | {"steps": STEPS})
+    for steps in (1, 2, 4, 8):
+        results += _grown("picture", settings, {"size": unit // 2, "batch": 1, "steps": steps})
+    return results
+
+
+def _grown(case: str, settings: Settings, point: dict[str, int]) -> list[Result]:
+    everyone = replace(settings, size=point["size"]).contenders(case, "bf16", batch=point["batch"], steps=point["steps"])
+    what = f"{case}: " + ", ".join(f"{name} {value}" for name, value in point.items())
+    results = []
+    for name in ("latentdiff", "diffusers"):
+        if name in everyone:
+            results += race("growth", what, {name: everyone[name]}, max(1, settings.repeat // 2))
+            results[-1].at = {"is_step": case == "step", **point}
+    return results
+
+
+def native_size(folder: Path) -> int:
+    """Pixels of one side of the pictures that the model in `folder` was trained on."""
+    return json.loads((folder / "vae" / "config.json").read_text())["sample_size"]
+
+
+CASES: dict[str, Callable[[Settings], list[Result]]] = {
+    "step": step,
+    "decode": decode,
+    "picture": picture,
+    "fast": fast,
+    "agreement": agreement,
+    "memory": memory,
+    "cold": cold,
+    "growth": growth,
+}
