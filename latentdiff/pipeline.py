@@ -66,7 +66,7 @@ class Pipeline:
     """A text-to-image model: tokenizer, text encoder, U-Net, VAE and noise schedule, each usable alone.
 
     Args:
-        tokenizer: a CLIP tokenizer of transformers.
+        tokenizer: a `Tokenizer`, or one of transformers.
         text_encoder: token ids (N, L) -> embeddings (N, L, C).
         name, model_hash, ema: what recipes say about the model.
 
@@ -264,14 +264,15 @@ class Pipeline:
             guidance_scale: 1 follows the prompt alone, more emphasizes it over the negative prompt.
             guidance_rescale: 0 to 1, see `Guidance`.
             guidance_interval: the noise levels sigma/alpha (low, high] at which guidance acts; None is all.
-            sampler: "ddim", "ddpm", "euler" or "dpmpp-2m".
+            sampler: "ddim", "ddpm", "euler", "dpmpp-2m" or "unipc".
             eta: 0 to 1, the share of fresh noise in the steps of "ddim".
             seed: of the first picture, picture i has seed + i; or a list with one for each. None draws one,
                 which the recipe reports.
             num_images: pictures of each prompt, one prompt after the other.
             height, width: in pixels, multiples of the VAE's factor (8); None is the size of the training.
             batch_size: how many pictures are made at once; changes memory and speed, not the pictures.
-            spacing: "leading", "trailing" or "linspace"; None is what the model says.
+            spacing: "leading", "trailing" or "linspace" in timesteps; "karras", "uniform-lambda" or "ays" in noise; None is
+                what the model says.
             latents: unit normal start noise (N, C, h, w) in place of that of the seeds.
             output: "images", or "latents" for what the VAE would decode, a tensor (N, C, h, w).
             callback: called as `callback(step, t, x0)` after each step of each batch; see `Callback`.

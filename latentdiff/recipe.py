@@ -18,7 +18,7 @@ from latentdiff.errors import DataError
 JSON_CHUNK = "latentdiff"
 TEXT_CHUNK = "parameters"
 
-SAMPLER_TITLES = {"ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "dpmpp-2m": "DPM++ 2M"}
+SAMPLER_TITLES = {"ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "dpmpp-2m": "DPM++ 2M", "unipc": "UniPC"}
 NEGATIVE = "Negative prompt:"
 # One "Key: value" of the last line; a value that contains a comma, a colon or a line break is a JSON string.
 SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
@@ -184,10 +184,10 @@ class Recipe:
 
 def library_versions() -> dict[str, str]:
     """The versions of what decides the pixels of a picture."""
+    import tokenizers
     import torch
-    import transformers
 
-    return {"latentdiff": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"latentdiff": __version__, "torch": torch.__version__, "tokenizers": tokenizers.__version__}
 
 
 def read_recipe(info: Mapping[str, Any]) -> Recipe:

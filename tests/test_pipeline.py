@@ -11,7 +11,13 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 from latentdiff import Pipeline
 from latentdiff.device import PrecisionWarning
@@ -31,8 +37,9 @@ SCHEDULERS = {
     "ddpm": DDPMScheduler,
     "euler": EulerDiscreteScheduler,
     "dpmpp-2m": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
 }
-METHODS = [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0), ("euler", 0.0), ("dpmpp-2m", 0.0)]
+METHODS = [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0), ("euler", 0.0), ("dpmpp-2m", 0.0), ("unipc", 0.0)]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +79,7 @@ def in_diffusers(family: str, sampler: str, eta: float, spacing: str, seeds: lis
 @pytest.mark.parametrize(("sampler", "eta"), METHODS)
 @pytest.mark.parametrize("family", peers.FAMILIES)
 def test_same_picture_as_diffusers(shared_of, family, sampler, eta, steps):
-    spacing = "linspace" if sampler in ("euler", "dpmpp-2m") else "leading"  # what each is used with
+    spacing = "linspace" if sampler in ("euler", "dpmpp-2m", "unipc") else "leading"  # what each is used with
     expected = in_diffusers(
         family, sampler, eta, spacing, [7, 8], prompt="a photo of the cat", negative_prompt="red fox",
         num_inference_steps=steps, guidance_scale=5.0, num_images_per_prompt=2,
@@ -188,7 +195,7 @@ def test_recipe_of_a_picture(shared):
         "given_latents": False, "precision": "fp32", "device": "cpu", "versions": 0, "task": "generate", "task_settings": {},
         "sources": {}, "loras": [], "schema": 1,
     }  # fmt: skip
-    assert recipe["versions"].keys() == {"latentdiff", "torch", "transformers"}
+    assert recipe["versions"].keys() == {"latentdiff", "torch", "tokenizers"}
     assert len(recipe["model_hash"]) == 64
     assert image.info["parameters"].startswith("cat\nNegative prompt: dog\nSteps: 2, Sampler: DDIM, CFG scale: 3.5, Seed: 11")
 
@@ -201,7 +208,7 @@ def test_recipe_of_a_picture(shared):
         ({"sampler": "heun"}, "ddim, ddpm, euler, dpmpp-2m, found 'heun'"),
         ({"eta": 0.5, "sampler": "euler"}, "eta belongs to the ddim sampler"),
         ({"eta": 1.5}, "eta must lie in 0 to 1"),
-        ({"spacing": "even"}, "leading, trailing or linspace"),
+        ({"spacing": "even"}, "leading, trailing, linspace, karras"),
         ({"guidance_scale": float("nan")}, "finite number"),
         ({"guidance_rescale": 2.0}, "0 to 1"),
         ({"guidance_interval": (3.0, 1.0)}, "low < high"),

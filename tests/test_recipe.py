@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentdiff.errors import DataError
-from latentdiff.names import SAMPLER_NAMES
+from latentdiff.names import SAMPLER_NAMES, SPACING_NAMES
 from latentdiff.recipe import Recipe, read_recipe
 
 # How AUTOMATIC1111's web UI splits the last line of its text (its format, in our words).
@@ -28,7 +28,7 @@ recipes = st.builds(
     guidance_scale=finite,
     guidance_rescale=st.floats(0, 1),
     guidance_interval=st.none() | st.tuples(finite, finite),
-    spacing=st.none() | st.sampled_from(["leading", "trailing", "linspace"]),
+    spacing=st.none() | st.sampled_from(SPACING_NAMES),
     width=st.integers(8, 4096),
     height=st.integers(8, 4096),
     model=text,
@@ -145,7 +145,7 @@ def test_bad_json(content, message):
         "",
         "only a prompt",
         "cat\nSteps: 20",
-        "cat\nSteps: 20, Sampler: UniPC, CFG scale: 7, Seed: 1, Size: 64x64",
+        "cat\nSteps: 20, Sampler: PLMS, CFG scale: 7, Seed: 1, Size: 64x64",
         "cat\nSteps: 20, Sampler: DDIM, CFG scale: 7, Seed: 1, Size: 64",
         "cat\nSteps: x, Sampler: DDIM, CFG scale: 7, Seed: 1, Size: 64x64",
     ],

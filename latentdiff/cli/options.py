@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from latentdiff.cli.loras import LORAS
-from latentdiff.config import PREDICTION_TYPES, TIMESTEP_SPACINGS
-from latentdiff.names import ATTENTION_NAMES, PRECISIONS, SAMPLER_NAMES
+from latentdiff.config import PREDICTION_TYPES
+from latentdiff.names import ATTENTION_NAMES, PRECISIONS, SAMPLER_NAMES, SPACING_NAMES
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -82,7 +82,7 @@ SAMPLER = click.option("--sampler", type=click.Choice(SAMPLER_NAMES), default="d
 ETA = click.option(
     "--eta", type=float, default=0.0, show_default=True, metavar="X", help="0 to 1: share of fresh noise in ddim's steps."
 )
-SPACING = click.option("--spacing", type=click.Choice(TIMESTEP_SPACINGS), help="Of the timesteps.  [default: the model's]")
+SPACING = click.option("--spacing", type=click.Choice(SPACING_NAMES), help="Of the timesteps.  [default: the model's]")
 GUIDANCE_OPTIONS = together(GUIDANCE, GUIDANCE_RESCALE, GUIDANCE_INTERVAL)
 SAMPLER_OPTIONS = together(SAMPLER, ETA, SPACING)
 BATCH_SIZE = click.option(

@@ -11,7 +11,10 @@ from functools import partial
 
 from latentdiff.denoise import Step
 from latentdiff.errors import UsageError
-from latentdiff.samplers import ddim, ddpm, dpmpp, euler
+from latentdiff.names import SPACING_NAMES
+from latentdiff.samplers import ddim, ddpm, dpmpp, euler, unipc
+from latentdiff.samplers.spacing import NOISE_SPACINGS
+from latentdiff.samplers.spacing import levels as noise_levels
 from latentdiff.schedule import Level, Schedule
 
 
@@ -24,6 +27,7 @@ class Sampler:
     make_levels: Callable[[Schedule, int, str], list[Level]]
     make_start_scale: Callable[[Schedule, str], float] = lambda schedule, spacing: 1.0
     customary_spacing: str = "leading"  # where neither the caller nor the model's configuration names one
+    whole_timesteps: bool = False  # what the model is told under the spacings that are even in noise
 
     def levels(self, schedule: Schedule, steps: int, spacing: str | None = None) -> list[Level]:
         """The `steps + 1` levels from the noisiest to the clean end.
@@ -31,7 +35,12 @@ class Sampler:
         Raises:
             UsageError: `steps` is not in 1 to T, or the spacing is unknown.
         """
-        return self.make_levels(schedule, steps, self.spacing(schedule, spacing))
+        spacing = self.spacing(schedule, spacing)
+        if spacing not in SPACING_NAMES:
+            raise UsageError(f"spacing must be one of {', '.join(SPACING_NAMES)}, found {spacing!r}")
+        if spacing in NOISE_SPACINGS:
+            return noise_levels(schedule, steps, spacing, whole_timesteps=self.whole_timesteps)
+        return self.make_levels(schedule, steps, spacing)
 
     def start_scale(self, schedule: Schedule, spacing: str | None = None) -> float:
         """What unit normal noise is multiplied with to make the start latents."""
@@ -48,7 +57,8 @@ SAMPLERS: dict[str, Sampler] = {
         Sampler("ddim", ddim.step, Schedule.levels),
         Sampler("ddpm", ddpm.step, ddpm.levels),
         Sampler("euler", euler.step, euler.levels, euler.start_scale, "linspace"),
-        Sampler("dpmpp-2m", dpmpp.step, dpmpp.levels, customary_spacing="linspace"),
+        Sampler("dpmpp-2m", dpmpp.step, dpmpp.levels, customary_spacing="linspace", whole_timesteps=True),
+        Sampler("unipc", unipc.step, dpmpp.levels, customary_spacing="linspace", whole_timesteps=True),
     )
 }
 

@@ -167,7 +167,14 @@ def mixture_moments() -> tuple[float, float]:
 
 @pytest.mark.parametrize(
     ("name", "eta", "steps"),
-    [("ddim", 0.0, 250), ("ddim", 0.5, 500), ("ddpm", 0.0, 1000), ("euler", 0.0, 250), ("dpmpp-2m", 0.0, 50)],
+    [
+        ("ddim", 0.0, 250),
+        ("ddim", 0.5, 500),
+        ("ddpm", 0.0, 1000),
+        ("euler", 0.0, 250),
+        ("dpmpp-2m", 0.0, 50),
+        ("unipc", 0.0, 50),
+    ],
 )
 def test_mean_and_variance_of_a_mixture(name: str, eta: float, steps: int) -> None:
     sampler, count = get_sampler(name, eta=eta), 8000

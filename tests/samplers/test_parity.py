@@ -7,6 +7,7 @@ from itertools import pairwise
 import diffusers
 import pytest
 import torch
+from diffusers.schedulers import AysSchedules
 from torch import Tensor
 
 from latentdiff.config import ScheduleConfig
@@ -31,6 +32,7 @@ PEERS = {
     "ddpm": (diffusers.DDPMScheduler, "ddpm", 0.0),
     "euler": (diffusers.EulerDiscreteScheduler, "euler", 0.0),
     "dpmpp-2m": (diffusers.DPMSolverMultistepScheduler, "dpmpp-2m", 0.0),
+    "unipc": (diffusers.UniPCMultistepScheduler, "unipc", 0.0),
 }
 
 
@@ -47,11 +49,11 @@ def model_of(schedule: Schedule):
     return model
 
 
-def theirs(peer: str, schedule: Schedule, steps: int, config: dict, seeds: list[int]) -> Tensor:
-    """What diffusers' pipeline does with its scheduler."""
+def theirs(peer: str, schedule: Schedule, steps: int | list[int], config: dict, seeds: list[int]) -> Tensor:
+    """What diffusers' pipeline does with its scheduler, given a number of steps or the timesteps themselves."""
     cls, _, eta = PEERS[peer]
     scheduler = cls.from_config(config)
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(**({"num_inference_steps": steps} if isinstance(steps, int) else {"timesteps": steps}))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     x = torch.cat([torch.randn(1, *SHAPE, generator=generator) for generator in generators])
     x = x * scheduler.init_noise_sigma
@@ -62,12 +64,12 @@ def theirs(peer: str, schedule: Schedule, steps: int, config: dict, seeds: list[
     return x
 
 
-def ours(peer: str, schedule: Schedule, steps: int, seeds: list[int]) -> Tensor:
+def ours(peer: str, schedule: Schedule, steps: int, seeds: list[int], spacing: str | None = None) -> Tensor:
     _, name, eta = PEERS[peer]
     sampler, noise = get_sampler(name, eta=eta), NoiseStream(seeds, SHAPE)
     denoiser = guided_denoiser(model_of(schedule), parameterization(schedule.config.prediction_type), None)
-    x = noise() * sampler.start_scale(schedule)
-    return analytic.sample(denoiser, x, sampler.levels(schedule, steps), sampler.step, noise=noise)
+    x = noise() * sampler.start_scale(schedule, spacing)
+    return analytic.sample(denoiser, x, sampler.levels(schedule, steps, spacing), sampler.step, noise=noise)
 
 
 def distance(peer: str, schedule: Schedule, steps: int) -> float:
@@ -118,12 +120,44 @@ def test_latents_are_those_of_diffusers_under_other_schedules(peer: str, changes
     assert distance(peer, schedule, 25) < TOLERANCE
 
 
-@pytest.mark.parametrize("peer", ["ddim", "ddpm", "euler", "dpmpp-2m"])  # DDIM with eta gives NaN in diffusers
+@pytest.mark.parametrize("peer", ["ddim", "ddpm", "euler", "dpmpp-2m", "unipc"])  # DDIM with eta gives NaN in diffusers
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_latents_are_those_of_diffusers_from_zero_terminal_snr(peer: str, prediction: str) -> None:
     config = ScheduleConfig(prediction_type=prediction, timestep_spacing="trailing", rescale_betas_zero_snr=True)
     for steps in (10, 25):
         assert distance(peer, Schedule(config), steps) < 1e-4  # Euler of diffusers divides by an alpha of 2**-12 in float32
+
+
+# Spacings that are even in noise
+
+
+@pytest.mark.parametrize(
+    ("peer", "spacing", "flag"),
+    [
+        ("euler", "karras", "use_karras_sigmas"),
+        ("dpmpp-2m", "karras", "use_karras_sigmas"),
+        ("unipc", "karras", "use_karras_sigmas"),
+        ("dpmpp-2m", "uniform-lambda", "use_lu_lambdas"),
+        ("euler", "uniform-lambda", "use_exponential_sigmas"),
+    ],
+)
+@pytest.mark.parametrize("prediction", PARAMETERIZATIONS)
+def test_latents_are_those_of_diffusers_under_spacings_of_noise(peer: str, spacing: str, flag: str, prediction: str) -> None:
+    schedule = Schedule(ScheduleConfig(prediction_type=prediction))
+    config = {key: value for key, value in schedule.config.to_diffusers().items() if key != "_class_name"}
+    for steps in (2, 8, 25):
+        expected = theirs(peer, schedule, steps, {**config, flag: True}, [5, 6])
+        assert (ours(peer, schedule, steps, [5, 6], spacing) - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("peer", ["euler", "dpmpp-2m"])
+def test_latents_are_those_of_diffusers_under_the_ten_steps_of_align_your_steps(peer: str) -> None:
+    schedule = Schedule(ScheduleConfig())
+    config = {key: value for key, value in schedule.config.to_diffusers().items() if key != "_class_name"}
+    timesteps = AysSchedules["StableDiffusionTimesteps"]
+    assert [level.t for level in get_sampler(PEERS[peer][1]).levels(schedule, 10, "ays")[:-1]] == pytest.approx(timesteps)
+    expected = theirs(peer, schedule, timesteps, config, [5, 6])
+    assert (ours(peer, schedule, 10, [5, 6], "ays") - expected).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("peer", PEERS)

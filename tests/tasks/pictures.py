@@ -13,6 +13,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    UniPCMultistepScheduler,
 )
 from PIL import Image
 
@@ -23,6 +24,7 @@ SCHEDULERS = {
     "ddpm": (DDPMScheduler, "leading"),
     "euler": (EulerDiscreteScheduler, "linspace"),
     "dpmpp-2m": (DPMSolverMultistepScheduler, "linspace"),
+    "unipc": (UniPCMultistepScheduler, "linspace"),
 }
 
 

@@ -68,7 +68,7 @@ def invert(
         iterations: of "fixed-point" and "null-text".
         guidance_scale: of "edict" (3) and "null-text" (5); the editing that follows has to use the same.
         mixing: p of "edict"; None is `mixing_for` the steps.
-        spacing: "leading", "trailing" or "linspace"; None is what the model says.
+        spacing: as for generation; None is what the model says.
         width, height: bring the picture to this size in pixels first, as in `image_to_image`.
         measure: sample back and compare with the picture; as many evaluations as unguided sampling (EDICT: guided) takes.
         callback, progress: as for generation.
