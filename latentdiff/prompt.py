@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UsageError
-
-END_OF_WORD = "</w>"  # how CLIP's vocabulary marks a word's last token
+from latentdiff.tokenizer import END_OF_WORD
 
 
 class PromptWarning(UserWarning):
@@ -24,7 +23,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     What lies beyond is dropped with a `PromptWarning`. The empty prompt is a prompt like any other.
 
     Args:
-        tokenizer: a CLIP tokenizer of transformers; its `model_max_length` is L.
+        tokenizer: a `Tokenizer`, or one of transformers; its `model_max_length` is L.
     """
     for prompt in prompts:
         if dropped := dropped_text(tokenizer, prompt):

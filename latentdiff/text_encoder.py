@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import ConfigError, MissingDependencyError, UsageError
+from latentdiff.layers.text_transformer import TextTransformer, TextTransformerConfig
 
 PREFIX = "text_model."
 
@@ -21,9 +22,8 @@ PREFIX = "text_model."
 class TextEncoder(nn.Module):
     """CLIP text encoder (Radford et al. 2021), built from the `config.json` of a `text_encoder/` folder.
 
-    The names in `state_dict()` are those on disk, with the `text_model.` level, whatever the installed
-    transformers calls its modules. `load_state_dict` is strict, takes names with and without that level, and
-    ignores `position_ids`.
+    The names in `state_dict()` are those on disk, with the `text_model.` level. `load_state_dict` is strict, takes names with
+    and without that level, and ignores `position_ids`.
 
     Args:
         config: keys of transformers' CLIPTextConfig. Built under `torch.device("meta")` it takes no memory;
@@ -35,24 +35,13 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        from transformers import CLIPTextConfig, CLIPTextModel
-
         kind = config.get("model_type", "clip_text_model")
         if kind not in ("clip_text_model", "clip"):
             raise ConfigError(
                 f"expected the configuration of a CLIP text encoder, found model_type {kind!r}; use an SD 1.x or 2.x model"
             )
         self.config = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **config}
-        try:
-            model = CLIPTextModel(CLIPTextConfig(**_architecture(config)))
-        except Exception as error:  # transformers has no common base for what it says about configurations
-            said = " ".join(str(error).split())
-            raise ConfigError(f"the text encoder's configuration is not valid: {said}") from error
-        # transformers has an inner `.text_model` before 5.6 and none since; under this name both have the
-        # keys on disk.
-        self.text_model = getattr(model, "text_model", model)
-        # Positions are given at each call; as a buffer they would stay on the meta device after loading.
-        self.text_model.embeddings.position_ids = None
+        self.text_model = TextTransformer(TextTransformerConfig.of(config))
         self.register_load_state_dict_pre_hook(_rename_for_loading)
 
     @property
@@ -68,8 +57,7 @@ class TextEncoder(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         """Embed token ids (N, L), L at most `context_length`; return the last hidden state (N, L, C)."""
         _check_length(token_ids, self.context_length)
-        positions = torch.arange(token_ids.shape[1], device=token_ids.device)[None]  # (1, L)
-        return self.text_model(input_ids=token_ids, position_ids=positions).last_hidden_state  # (N, L, C)
+        return self.text_model(token_ids)  # (N, L, C)
 
 
 class OpenCLIPTextEncoder(nn.Module):
@@ -169,16 +157,6 @@ def _drop_unused_open_clip(module: nn.Module, state: dict[str, Tensor], prefix: 
         later_layer = parts[:2] == ["transformer", "resblocks"] and layers <= int(parts[2]) < layers + module.skip_last
         if name.startswith(prefix) and (later_layer or parts[0] in ("text_projection", "logit_scale", "attn_mask")):
             del state[name]
-
-
-def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `config` that describe the architecture, without the notes of the program that wrote it."""
-    notes = ("architectures", "_name_or_path", "torch_dtype", "dtype", "transformers_version", "model_type")
-    kept = {key: value for key, value in config.items() if key not in notes}
-    # These only serve CLIP's pooled output, which nobody reads here, but must lie inside the vocabulary.
-    last = kept.get("vocab_size", 49408) - 1
-    marks = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1}
-    return kept | {name: min(kept.get(name) or default, last) for name, default in marks.items()}
 
 
 def _check_length(token_ids: Tensor, longest: int) -> None:

@@ -20,9 +20,9 @@ from latentdiff.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import CLIPTokenizer
 
     from latentdiff.text_encoder import TextEncoder
+    from latentdiff.tokenizer import Tokenizer
     from latentdiff.unet import UNet
     from latentdiff.vae import VAE
 
@@ -33,7 +33,7 @@ __all__ = ["Components", "Report", "convert", "inspect", "load_components", "sav
 class Components:
     """The parts of a model, each usable alone, and what recipes call it."""
 
-    tokenizer: CLIPTokenizer
+    tokenizer: Tokenizer
     text_encoder: TextEncoder
     unet: UNet
     vae: VAE
@@ -97,7 +97,7 @@ def save_folder(components: Components, folder: str | os.PathLike[str]) -> None:
     text_config = getattr(components.text_encoder, "config", None)
     if text_config is None:
         raise ConfigError(
-            f"the diffusers layout holds CLIP text encoders of transformers, found a "
+            f"the diffusers layout holds CLIP text encoders under transformers' names, found a "
             f"{type(components.text_encoder).__name__}; save its parts by hand"
         )
     unet_config = components.unet.config.to_diffusers()

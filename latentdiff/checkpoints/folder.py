@@ -80,7 +80,7 @@ def read_folder(folder: Path) -> RawModel:
         source=folder,
         tensors=tensors,
         configs=configs,
-        tokenizer=_read_tokenizer(folder / "tokenizer"),
+        tokenizer=read_tokenizer(folder / "tokenizer"),
         extras=extras.tensors,
         names=names,
         metadata=extras.metadata,
@@ -166,8 +166,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_tokenizer(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".txt"))
+def read_tokenizer(folder: Path) -> dict[str, str]:
+    """The files of a tokenizer: name -> text.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".txt"))
     names = {path.name for path in files}
     if not {"vocab.json", "merges.txt"} <= names and "tokenizer.json" not in names:
         raise CheckpointError(

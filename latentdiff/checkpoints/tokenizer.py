@@ -9,14 +9,12 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from latentdiff.errors import CheckpointError
+from latentdiff.tokenizer import MERGES, VOCABULARY, WHOLE, Tokenizer, vocabulary_and_merges
 
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
-
-_VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
+_VOCABULARY_FILES = (VOCABULARY, MERGES, WHOLE)
 
 
 def clip_tokenizer_files(pad_token: str) -> dict[str, str]:
@@ -44,33 +42,33 @@ def with_clip_vocabulary(tokenizer: Mapping[str, str]) -> dict[str, str]:
     return dict(tokenizer) if complete else {**_clip_vocabulary(), **tokenizer}
 
 
-def open_tokenizer(tokenizer: Mapping[str, str]) -> CLIPTokenizer:
-    """Build transformers' tokenizer from its files.
+def open_tokenizer(tokenizer: Mapping[str, str]) -> Tokenizer:
+    """Build a tokenizer from its files.
 
     Raises:
         CheckpointError: the files are not those of a CLIP tokenizer.
     """
-    from transformers import CLIPTokenizer
-
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in tokenizer.items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
-        try:
-            return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # the tokenizers library raises bare Exception for broken files
-            raise CheckpointError(f"the tokenizer's files are damaged: {error}; download them again") from error
+    try:
+        return Tokenizer(tokenizer)
+    except Exception as error:  # the tokenizers library raises bare Exception for broken files
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"the tokenizer's files are damaged: {said}; download them again") from error
 
 
-def tokenizer_files(tokenizer: CLIPTokenizer) -> dict[str, str]:
-    """The files of a tokenizer as published models have them: vocab.json and merges.txt, whatever transformers writes."""
+def tokenizer_files(tokenizer: Any) -> dict[str, str]:
+    """The files of a tokenizer, ours or transformers', as published models have them: with vocab.json and merges.txt."""
+    saved = tokenizer.files if isinstance(tokenizer, Tokenizer) else _saved_by_transformers(tokenizer)
+    if VOCABULARY in saved:
+        return dict(saved)
+    vocabulary, merges = vocabulary_and_merges(saved)
+    files = {name: text for name, text in saved.items() if name != WHOLE}
+    return files | _vocabulary_files(vocabulary, [" ".join(pair) for pair in merges])
+
+
+def _saved_by_transformers(tokenizer: Any) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        saved = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
-    if "vocab.json" not in saved:
-        model = json.loads(saved.pop("tokenizer.json"))["model"]
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-        saved |= _vocabulary_files(model["vocab"], merges)
-    return saved
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
 
 
 @cache
@@ -96,8 +94,8 @@ def _byte_symbols() -> list[str]:
 
 def _vocabulary_files(vocabulary: Mapping[str, int], merges: list[str]) -> dict[str, str]:
     return {
-        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
-        "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
+        VOCABULARY: json.dumps(vocabulary, ensure_ascii=False),
+        MERGES: "\n".join(["#version: 0.2", *merges]) + "\n",
     }
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from latentdiff.data.randomness import generator
 from latentdiff.errors import UsageError
-from latentdiff.prompt import END_OF_WORD, dropped_text
+from latentdiff.prompt import dropped_text
+from latentdiff.tokenizer import END_OF_WORD
 
 LONG_CAPTIONS = ("cut", "chunk")
 MAX_CHUNKS = 3
@@ -76,7 +77,7 @@ def token_chunks(tokenizer: Any, captions: Sequence[str], long: str = "cut", max
     encoder encodes each chunk alone and the embeddings are joined along the sequence, (N, K * L, C).
 
     Args:
-        tokenizer: a CLIP tokenizer of transformers; its `model_max_length` is L.
+        tokenizer: a `Tokenizer`, or one of transformers; its `model_max_length` is L.
     """
     if long not in LONG_CAPTIONS:
         raise UsageError(f"expected long captions to be one of {', '.join(LONG_CAPTIONS)}, found {long!r}")

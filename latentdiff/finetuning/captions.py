@@ -16,7 +16,7 @@ class CaptionTokens:
     """Token ids of captions as the text encoder gets them.
 
     Args:
-        tokenizer: a CLIP tokenizer of transformers; `model_max_length` is the length L of a chunk.
+        tokenizer: a `Tokenizer`, or one of transformers; `model_max_length` is the length L of a chunk.
         long: "cut" the ends of captions with more tokens, or read them in "chunk"s.
     """
 

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.attention import use_attention_backend
+from latentdiff.checkpoints.folder import read_tokenizer
+from latentdiff.checkpoints.tokenizer import open_tokenizer
 from latentdiff.data.randomness import SampleOrder, normal, uniform
-from latentdiff.errors import ConfigError
+from latentdiff.errors import CheckpointError, ConfigError
 from latentdiff.schedule import Schedule
+from latentdiff.tokenizer import Tokenizer
 from latentdiff.training.config import DiffusionStageSection
 from latentdiff.training.data import CaptionedFolder
 from latentdiff.training.latent_cache import CachedLatents
@@ -61,8 +64,6 @@ class DiffusionTask(Task):
         self.module = DiffusionLoss(
             unet, text_encoder, DiffusionObjective(schedule, settings.min_snr_gamma), settings.attention
         )
-        if settings.attention == "plain":
-            text_encoder.text_model.config._attn_implementation = "eager"  # what transformers calls it
         self._settings, self._data, self._seed, self._sheet = settings, data, seed, sheet
         self._tokens, self._latents, self._empty = tokens, latents, empty
         self._held_out_tokens = held_out_tokens[: settings.validation_images]
@@ -165,18 +166,16 @@ def tokenize(tokenizer: Any, captions: Sequence[str]) -> tuple[np.ndarray, int]:
     return np.array(rows, dtype=np.int32), cut
 
 
-def load_tokenizer(folder: Path, longest: int) -> Any:
+def load_tokenizer(folder: Path, longest: int) -> Tokenizer:
     """Read a CLIP tokenizer from a folder.
 
     Raises:
         ConfigError: there is none, or it allows more tokens than the text encoder has positions.
     """
-    from transformers import CLIPTokenizer
-
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"expected a CLIP tokenizer in {folder}: {str(error).splitlines()[0]}") from error
+        tokenizer = open_tokenizer(read_tokenizer(folder))
+    except CheckpointError as error:
+        raise ConfigError(f"expected a CLIP tokenizer in {folder}: {error}") from error
     if tokenizer.model_max_length > longest:
         raise ConfigError(
             f"the tokenizer {folder} has model_max_length {tokenizer.model_max_length}, more than"

@@ -41,7 +41,7 @@ def assert_same(one: Components, other: Components) -> None:
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
     assert one.schedule_config == other.schedule_config
-    assert one.tokenizer("a fox, zebra!").input_ids == other.tokenizer("a fox, zebra!").input_ids
+    assert one.tokenizer("a fox, zebra!")["input_ids"] == other.tokenizer("a fox, zebra!")["input_ids"]
 
 
 def refusal(folder: Path) -> str:
@@ -58,7 +58,7 @@ def test_outputs_equal_those_of_diffusers(tmp_path: Path, folder):
     peer = (StableDiffusionInpaintPipeline if inpaint else StableDiffusionPipeline).from_pretrained(source)
     ours = load_components(source)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.tensor([peer.tokenizer("a fox", padding="max_length").input_ids])
+    ids = torch.tensor([peer.tokenizer("a fox", padding="max_length")["input_ids"]])
     x = torch.randn(1, ours.unet.config.in_channels, 8, 8, generator=generator)
     with torch.no_grad():
         context = peer.text_encoder(ids)[0]
@@ -78,7 +78,7 @@ def test_saved_folder_opens_in_diffusers_and_here(tmp_path: Path, folder):
     peer = peer or StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "saved")
     assert type(peer.scheduler).__name__ == "DDIMScheduler"
     assert peer.scheduler.config.prediction_type == ours.schedule_config.prediction_type
-    assert peer.tokenizer("a fox").input_ids == ours.tokenizer("a fox").input_ids
+    assert peer.tokenizer("a fox")["input_ids"] == ours.tokenizer("a fox")["input_ids"]
     for part in ("unet", "vae"):
         state = getattr(ours, part).state_dict()
         assert all(torch.equal(tensor, state[name]) for name, tensor in getattr(peer, part).state_dict().items())

@@ -55,7 +55,7 @@ def test_diffusers_reads_the_same_weights_from_an_original_file(tmp_path: Path, 
         # diffusers keeps the last layer of OpenCLIP's tower unless it is number 23; SD 2.x does not read it.
         assert_same_weights(getattr(ours, part), getattr(peer, part))
     assert ours.schedule_config.prediction_type == prediction_type
-    assert ours.tokenizer("a photo of a cat").input_ids == peer.tokenizer("a photo of a cat").input_ids
+    assert ours.tokenizer("a photo of a cat")["input_ids"] == peer.tokenizer("a photo of a cat")["input_ids"]
 
 
 @pytest.mark.parametrize("folder", [tiny.sd1_folder, tiny.sd2_folder], ids=["sd1", "sd2"])

@@ -29,13 +29,13 @@ def test_bundled_vocabulary_is_that_of_clip(clip: dict[str, str]):
     assert len(vocabulary) == 49408 == len(set(vocabulary.values()))
     assert (vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]) == (49406, 49407)
     assert clip["merges.txt"].count("\n") == 48895
-    ids = open_tokenizer(clip)("a photo of a cat").input_ids
+    ids = open_tokenizer(clip)("a photo of a cat")["input_ids"]
     assert ids == [49406, 320, 1125, 539, 320, 2368, 49407]
 
 
 def test_padding_differs_between_the_families():
     for token, number in (("<|endoftext|>", 49407), ("!", 0)):
-        ids = open_tokenizer(clip_tokenizer_files(token))("a", padding="max_length").input_ids
+        ids = open_tokenizer(clip_tokenizer_files(token))("a", padding="max_length")["input_ids"]
         assert ids == [49406, 320, 49407] + [number] * 74
 
 
@@ -43,7 +43,7 @@ def test_padding_differs_between_the_families():
 def test_files_of_a_tokenizer_rebuild_it(clip: dict[str, str], text: str):
     tokenizer = open_tokenizer(clip)
     again = open_tokenizer(tokenizer_files(tokenizer))
-    assert again(text).input_ids == tokenizer(text).input_ids
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert again.model_max_length == 77
 
 

@@ -49,7 +49,7 @@ def single_file(clip: nn.Module, tmp_path: Path) -> Path:
 @torch.no_grad()
 def test_text_encoder_is_open_clips_at_the_penultimate_layer(single_file: Path, clip: nn.Module) -> None:
     components = load_components(single_file)
-    ids = components.tokenizer(["a red cat", ""], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    ids = torch.tensor(components.tokenizer(["a red cat", ""], padding="max_length")["input_ids"])
 
     seen: dict[str, torch.Tensor] = {}
     clip.transformer.resblocks[1].register_forward_hook(lambda module, args, output: seen.update(x=output))

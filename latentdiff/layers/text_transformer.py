@@ -1,0 +1,155 @@
+"""The text transformer of CLIP (Radford et al. 2021): causal, normalised before each block. Names are those on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentdiff.errors import ConfigError
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x σ(1.702 x), the approximation of GELU that OpenAI trained CLIP with (Hendrycks & Gimpel 2016)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+@dataclass(frozen=True)
+class TextTransformerConfig:
+    """The architecture; names and defaults are those of a `text_encoder/config.json`.
+
+    Raises:
+        ConfigError: a value is of the wrong type or makes no sense.
+    """
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and not (type(value) is int and value > 0):
+                raise ConfigError(f"expected a positive number as {field.name} of the text encoder, found {value!r}")
+            if field.type == "float" and not (isinstance(value, int | float) and 0 <= value < 1):
+                raise ConfigError(f"expected a number from 0 to 1 as {field.name} of the text encoder, found {value!r}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ConfigError(
+                f"expected hidden_act of the text encoder to be one of {', '.join(ACTIVATIONS)}, found {self.hidden_act!r}"
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"the text encoder's hidden_size {self.hidden_size} is not a multiple of its "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        """Read the keys that describe this architecture; others serve CLIP's pooled output or the program that wrote them."""
+        return cls(**{field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None})
+
+
+class TextTransformer(nn.Module):
+    """Token ids to the last hidden state, after the final norm. New weights are drawn as CLIP's were."""
+
+    def __init__(self, config: TextTransformerConfig) -> None:
+        super().__init__()
+        self.embeddings = _Embeddings(config)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))})
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """token_ids (N, L) -> (N, L, C)."""
+        x = self.embeddings(token_ids)
+        for layer in self.encoder["layers"]:
+            x = layer(x)
+        return self.final_layer_norm(x)
+
+
+class _Embeddings(nn.Module):
+    """Of tokens and of their places."""
+
+    def __init__(self, config: TextTransformerConfig) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        for embedding in (self.token_embedding, self.position_embedding):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """(N, L) -> (N, L, C)."""
+        places = torch.arange(token_ids.shape[1], device=token_ids.device)
+        return self.token_embedding(token_ids) + self.position_embedding(places)
+
+
+class _Layer(nn.Module):
+    """Self-attention and a feed-forward network, each on the norm of what it is added to."""
+
+    def __init__(self, config: TextTransformerConfig) -> None:
+        super().__init__()
+        self.self_attn = _SelfAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = _FeedForward(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, C) -> (N, L, C)."""
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class _SelfAttention(nn.Module):
+    """Each token attends to itself and to those before it."""
+
+    def __init__(self, config: TextTransformerConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads, self.dropout = config.num_attention_heads, config.attention_dropout
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+        for linear in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.normal_(linear.weight, std=(2 * config.num_hidden_layers * width) ** -0.5)
+        nn.init.normal_(self.out_proj.weight, std=width**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, C) -> (N, L, C)."""
+        q, k, v = (self._split_heads(linear(x)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (N, heads, L, d)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N, heads, L, d)
+
+
+class _FeedForward(nn.Module):
+    """Two linear layers."""
+
+    def __init__(self, config: TextTransformerConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(width, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, width)
+        nn.init.normal_(self.fc1.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(self.fc2.weight, std=(2 * config.num_hidden_layers * width) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, C) -> (N, L, C)."""
+        return self.fc2(self.activation(self.fc1(x)))
