@@ -111,22 +111,18 @@ def openvino(spec: Spec) -> Run:
     hint = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[spec.precision], "PERFORMANCE_HINT": "LATENCY"}
     latents = start_latents(spec, torch.device("cpu"))
 
-    def compiled(function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
-        class Module(torch.nn.Module):
-            def forward(self, *inputs: Any) -> Any:
-                return function(*inputs)
-
-        model = ov.convert_model(Module(), example_input=example, input=[tuple(x.shape) for x in example])
+    def compiled(module: Any, *example: Any) -> Callable[..., Any]:
+        model = ov.convert_model(module.eval(), example_input=example, input=[tuple(x.shape) for x in example])
         ready = ov.Core().compile_model(model, "CPU", hint)
         return lambda *inputs: torch.from_numpy(ready([x.numpy() for x in inputs])[0])
 
     if spec.case == "decode":
-        decode = compiled(lambda z: pipe.vae.decode(z, return_dict=False)[0], latents)
-        del pipe.unet
+        decode = compiled(torch.nn.Sequential(pipe.vae.post_quant_conv, pipe.vae.decoder), latents)
         return lambda: decode(latents / pipe.vae.config.scaling_factor)
-    embeddings = torch.cat([torch.randn(2 * spec.batch, 77, pipe.unet.config.cross_attention_dim)])
+    embeddings = torch.randn(2 * spec.batch, 77, pipe.unet.config.cross_attention_dim)
     example = (torch.cat([latents, latents]), torch.ones(2 * spec.batch), embeddings)
-    unet = compiled(lambda x, t, text: pipe.unet(x, t, text, return_dict=False)[0], *example)
+    unet = compiled(pipe.unet, *example)
+    del pipe.unet, pipe.vae  # OpenVINO has its own copy of the weights
     return step_of(pipe.scheduler, embeddings, latents, lambda x, t, text: unet(x, t.expand(len(x)).float(), text))
 
 
