@@ -20,6 +20,7 @@ from torch import Tensor
 from latentdiff.coding import decode_latents, embed_prompt, encode_pictures
 from latentdiff.conditioning import TextContext, checked_model
 from latentdiff.config import ScheduleConfig
+from latentdiff.deepcache import UNCACHED, CacheSettings, DeepCache
 from latentdiff.denoise import denoise
 from latentdiff.device import (
     FORMATS,
@@ -238,12 +239,16 @@ class Pipeline:
         prompt: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] = "",
-        steps: int = 25,
-        guidance_scale: float = 5.0,
+        fast: bool = False,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
-        sampler: str = "ddim",
+        sampler: str | None = None,
         eta: float = 0.0,
+        cache_interval: int | None = None,
+        cache_branch: int | None = None,
+        cache_centre: int | None = None,
         seed: int | Sequence[int] | None = None,
         num_images: int = 1,
         height: int | None = None,
@@ -260,12 +265,15 @@ class Pipeline:
         Args:
             prompt: one prompt or several; "" is allowed.
             negative_prompt: what to avoid, one for all prompts or one each.
-            steps: denoising steps, 1 to the number of training timesteps.
-            guidance_scale: 1 follows the prompt alone, more emphasizes it over the negative prompt.
+            fast: nearly the same picture in a fraction of the time; takes what `request.FAST` says for options not given.
+            steps: denoising steps, 1 to the number of training timesteps; 25 if not given.
+            guidance_scale: 1 follows the prompt alone, more emphasizes it over the negative prompt; 5 if not given.
             guidance_rescale: 0 to 1, see `Guidance`.
             guidance_interval: the noise levels sigma/alpha (low, high] at which guidance acts; None is all.
-            sampler: "ddim", "ddpm", "euler", "dpmpp-2m" or "unipc".
+            sampler: "ddim" (if not given), "ddpm", "euler", "dpmpp-2m" or "unipc".
             eta: 0 to 1, the share of fresh noise in the steps of "ddim".
+            cache_interval, cache_branch, cache_centre: compute the deep layers at only every so many steps; see
+                `CacheSettings`. An interval of 1, which is what is not given, computes all.
             seed: of the first picture, picture i has seed + i; or a list with one for each. None draws one,
                 which the recipe reports.
             num_images: pictures of each prompt, one prompt after the other.
@@ -288,12 +296,16 @@ class Pipeline:
         """
         options = Sampling(
             negative_prompt=negative_prompt,
+            fast=fast,
             steps=steps,
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
             guidance_interval=guidance_interval,
             sampler=sampler,
             eta=eta,
+            cache_interval=cache_interval,
+            cache_branch=cache_branch,
+            cache_centre=cache_centre,
             seed=seed,
             num_images=num_images,
             batch_size=batch_size,
@@ -348,7 +360,12 @@ class Pipeline:
                 noise = NoiseStream(plan.seeds[part], shape, device=self.device)
                 begun = start(part, noise)
                 denoiser = self.denoiser(
-                    positive[part], negative[part], plan.guidance, plan.levels, extra_channels=begun.extra_channels
+                    positive[part],
+                    negative[part],
+                    plan.guidance,
+                    plan.levels,
+                    extra_channels=begun.extra_channels,
+                    cache=plan.cache,
                 )
                 steps = denoise(denoiser, begun.x, plan.levels, plan.sampler.step, noise=noise, after_step=begun.after_step)
                 for step in steps:
@@ -383,6 +400,7 @@ class Pipeline:
         levels: Sequence[Level],
         *,
         extra_channels: Tensor | None = None,
+        cache: CacheSettings = UNCACHED,
     ) -> Denoiser:
         """The U-Net that follows one batch of text, as a function of latents and level.
 
@@ -390,9 +408,13 @@ class Pipeline:
             positive, negative: embeddings (N, L, C) of the prompts and of what to avoid.
             levels: what will be walked; errors name the step by it.
             extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
+            cache: for a denoiser that is called once a step; others have to compute all.
         """
+        network = self.network
+        if cache.interval > 1:
+            network = DeepCache(network, self.unet, cache, len(levels) - 1)
         return guided_denoiser(
-            checked_model(self.network, self.unet, levels, extra_channels=extra_channels),
+            checked_model(network, self.unet, levels, extra_channels=extra_channels),
             parameterization(self.schedule.config.prediction_type),
             TextContext.of(self.unet, positive),
             TextContext.of(self.unet, negative),

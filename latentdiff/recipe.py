@@ -46,6 +46,9 @@ class Recipe:
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
     spacing: str | None = None
+    cache_interval: int = 1
+    cache_branch: int = 0
+    cache_centre: int | None = None
     width: int
     height: int
     model: str = ""
@@ -68,7 +71,7 @@ class Recipe:
         """The options of `Sampling` that make this picture."""
         names = (
             "negative_prompt", "steps", "guidance_scale", "guidance_rescale", "guidance_interval", "sampler", "eta", "seed",
-            "spacing",
+            "spacing", "cache_interval", "cache_branch", "cache_centre",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -137,12 +140,20 @@ class Recipe:
             "Guidance rescale": self.guidance_rescale,
             "Guidance interval": " to ".join(map(str, self.guidance_interval or ())),
             "Spacing": self.spacing,
+            **self._cache_settings(),
             "Denoising strength": self.task_settings.get("strength"),
             "Task": self.task if self.task != "generate" else "",
             "Version": f"latentdiff {self.versions['latentdiff']}" if "latentdiff" in self.versions else "",
         }
         always = ("Steps", "Sampler", "CFG scale", "Seed", "Size")
         return {key: value for key, value in settings.items() if value or key in always}
+
+    def _cache_settings(self) -> dict[str, str]:
+        """As texts, so that a 0 is kept."""
+        if self.cache_interval == 1:
+            return {}
+        centre = {} if self.cache_centre is None else {"Cache centre": str(self.cache_centre)}
+        return {"Cache interval": str(self.cache_interval), "Cache branch": str(self.cache_branch), **centre}
 
     @classmethod
     def from_parameters(cls, text: str) -> Recipe:
@@ -172,6 +183,9 @@ class Recipe:
                 guidance_rescale=float(settings.get("Guidance rescale", 0)),
                 guidance_interval=(float(low_high[0]), float(low_high[1])) if len(low_high) == 2 else None,
                 spacing=settings.get("Spacing"),
+                cache_interval=int(settings.get("Cache interval", 1)),
+                cache_branch=int(settings.get("Cache branch", 0)),
+                cache_centre=int(settings["Cache centre"]) if "Cache centre" in settings else None,
                 task=settings.get("Task", "generate"),
                 width=int(width),
                 height=int(height),

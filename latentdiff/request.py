@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
 
 from torch import Tensor
 
 from latentdiff.config import VAEConfig
+from latentdiff.deepcache import CacheSettings
 from latentdiff.errors import UsageError
 from latentdiff.guidance import Guidance
 from latentdiff.progress import Callback
@@ -21,18 +22,29 @@ from latentdiff.schedule import Level, Schedule
 
 DEFAULT_BATCH_SIZE = 4
 
+# What options are that were not given, and what they are in place of that with `fast`.
+DEFAULTS: dict[str, Any] = {"steps": 25, "guidance_scale": 5.0, "sampler": "ddim", "cache_interval": 1, "cache_branch": 0}
+FAST: dict[str, Any] = {"steps": 12, "sampler": "dpmpp-2m"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """The options that making pictures has whatever the task; `Pipeline.__call__` says what each means."""
+    """The options that making pictures has whatever the task; `Pipeline.__call__` says what each means.
+
+    None is what `DEFAULTS` says, or with `fast` what `FAST` says.
+    """
 
     negative_prompt: str | Sequence[str] = ""
-    steps: int = 25
-    guidance_scale: float = 5.0
+    fast: bool = False
+    steps: int | None = None
+    guidance_scale: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
-    sampler: str = "ddim"
+    sampler: str | None = None
     eta: float = 0.0
+    cache_interval: int | None = None
+    cache_branch: int | None = None
+    cache_centre: int | None = None
     seed: int | Sequence[int] | None = None
     num_images: int = 1
     batch_size: int | None = None
@@ -46,20 +58,33 @@ class Sampling:
         Raises:
             UsageError: an option outside its domain.
         """
-        prompts, negatives = one_per_picture(prompt, self.negative_prompt, self.num_images)
-        method = get_sampler(self.sampler, eta=self.eta)
+        own = self.settled()
+        prompts, negatives = one_per_picture(prompt, own.negative_prompt, own.num_images)
+        method = get_sampler(own.sampler, eta=own.eta)
         return Plan(
-            options=self,
+            options=own,
             prompts=prompts,
             negatives=negatives,
-            seeds=seed_of_each(self.seed, len(prompts)),
-            guidance=make_guidance(self.guidance_scale, self.guidance_rescale, self.guidance_interval),
+            seeds=seed_of_each(own.seed, len(prompts)),
+            guidance=make_guidance(own.guidance_scale, own.guidance_rescale, own.guidance_interval),
             sampler=method,
-            levels=method.levels(schedule, self.steps, self.spacing),
-            start_scale=method.start_scale(schedule, self.spacing),
-            parts=batches(len(prompts), self.batch_size),
-            spacing=self.spacing or schedule.config.timestep_spacing,
+            levels=method.levels(schedule, own.steps, own.spacing),
+            start_scale=method.start_scale(schedule, own.spacing),
+            parts=batches(len(prompts), own.batch_size),
+            spacing=own.spacing or schedule.config.timestep_spacing,
+            cache=CacheSettings(own.cache_interval, own.cache_branch, own.cache_centre),
         )
+
+    def settled(self) -> Sampling:
+        """The same with every option given that has a default."""
+        return Sampling(**with_defaults({field.name: getattr(self, field.name) for field in fields(self)}))
+
+
+def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options, some of them perhaps None, with the defaults in place of those; `fast` has done its work then."""
+    defaults = {**DEFAULTS, **FAST} if options.get("fast") else DEFAULTS
+    given = {name: value for name, value in options.items() if value is not None}
+    return {**options, **defaults, **given, "fast": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +101,7 @@ class Plan:
     start_scale: float  # of unit normal noise at the noisiest level
     parts: list[slice]  # the batches
     spacing: str | None
+    cache: CacheSettings
 
     @property
     def steps(self) -> int:
@@ -93,6 +119,9 @@ class Plan:
             "guidance_rescale": own.guidance_rescale,
             "guidance_interval": own.guidance_interval,
             "spacing": self.spacing,
+            "cache_interval": own.cache_interval,
+            "cache_branch": own.cache_branch,
+            "cache_centre": own.cache_centre,
         }
         for prompt, negative, seed in zip(self.prompts, self.negatives, self.seeds, strict=True):
             yield {"prompt": prompt, "negative_prompt": negative, "seed": seed, **same}

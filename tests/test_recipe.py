@@ -29,6 +29,9 @@ recipes = st.builds(
     guidance_rescale=st.floats(0, 1),
     guidance_interval=st.none() | st.tuples(finite, finite),
     spacing=st.none() | st.sampled_from(SPACING_NAMES),
+    cache_interval=st.integers(1, 10),
+    cache_branch=st.integers(0, 11),
+    cache_centre=st.none() | st.integers(0, 49),
     width=st.integers(8, 4096),
     height=st.integers(8, 4096),
     model=text,
@@ -80,12 +83,15 @@ def test_parameters_read_what_they_write(recipe):
         "guidance_interval", "spacing", "width", "height", "model",
     ):  # fmt: skip
         assert getattr(again, name) == getattr(recipe, name), name
+    assert again.cache_interval == recipe.cache_interval
+    if recipe.cache_interval > 1:
+        assert (again.cache_branch, again.cache_centre) == (recipe.cache_branch, recipe.cache_centre)
     assert again.model_hash == recipe.model_hash[:10]
 
 
 def test_recipes_without_the_newer_fields_are_read():
     old = json.loads(FOX.to_json())
-    for name in ("task", "task_settings", "sources", "loras"):
+    for name in ("task", "task_settings", "sources", "loras", "cache_interval", "cache_branch", "cache_centre"):
         del old[name]
     assert Recipe.from_json(json.dumps(old)) == FOX
 

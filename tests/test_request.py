@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from latentdiff.config import ScheduleConfig
 from latentdiff.errors import UsageError
-from latentdiff.request import batches, one_per_picture, seed_of_each
+from latentdiff.request import FAST, Sampling, batches, one_per_picture, seed_of_each
+from latentdiff.schedule import Schedule
 
 
 @given(st.integers(1, 200), st.none() | st.integers(1, 250))
@@ -31,3 +33,21 @@ def test_seeds():
     assert drawn[1] == drawn[0] + 1 and 0 <= drawn[0] < 2**32
     with pytest.raises(UsageError, match="expected one seed or 3, one for each picture, found 2"):
         seed_of_each([1, 2], 3)
+
+
+def test_options_not_given_have_defaults_and_those_given_win():
+    plain, fast = Sampling().settled(), Sampling(fast=True).settled()
+    assert (plain.steps, plain.sampler, plain.guidance_scale, plain.cache_interval) == (25, "ddim", 5.0, 1)
+    assert {name: getattr(fast, name) for name in FAST} == FAST
+    for name, value in {"steps": 25, "sampler": "ddim", "guidance_scale": 2.0, "spacing": "leading", "cache_interval": 1}.items():
+        own = Sampling(fast=True, **{name: value}).settled()
+        assert getattr(own, name) == value
+        assert all(getattr(own, other) == FAST[other] for other in FAST if other != name)
+    assert not fast.fast and fast.settled() == fast
+
+
+def test_a_fast_plan_says_what_it_settled_on():
+    plan = Sampling(fast=True, seed=1, eta=0.0).plan("a cat", Schedule(ScheduleConfig()))
+    (fields,) = plan.recipe_fields()
+    assert "fast" not in fields and {name: fields[name] for name in FAST} == FAST
+    assert plan.steps == FAST["steps"]

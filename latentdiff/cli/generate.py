@@ -143,7 +143,10 @@ class _Job:
 
     def _wanted(self, prompt: str, seed: int) -> dict[str, Any]:
         """What the recipe of a picture would say, as far as it decides what the picture shows."""
-        settings = {name: value for name, value in self.settings.items() if name != "batch_size"}
+        from latentdiff.request import with_defaults
+
+        settings = with_defaults({name: value for name, value in self.settings.items() if name != "batch_size"})
+        del settings["fast"]
         height, width = self.pipe.default_size
         silent = {"height": height, "width": width, "spacing": self.pipe.schedule.config.timestep_spacing}
         asked = {name: silent.get(name) if value is None else value for name, value in settings.items()}

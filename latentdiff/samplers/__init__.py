@@ -9,13 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from latentdiff.config import TIMESTEP_SPACINGS
 from latentdiff.denoise import Step
 from latentdiff.errors import UsageError
-from latentdiff.names import SPACING_NAMES
 from latentdiff.samplers import ddim, ddpm, dpmpp, euler, unipc
 from latentdiff.samplers.spacing import NOISE_SPACINGS
 from latentdiff.samplers.spacing import levels as noise_levels
 from latentdiff.schedule import Level, Schedule
+
+SPACINGS = (*TIMESTEP_SPACINGS, *NOISE_SPACINGS)
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Sampler:
             UsageError: `steps` is not in 1 to T, or the spacing is unknown.
         """
         spacing = self.spacing(schedule, spacing)
-        if spacing not in SPACING_NAMES:
-            raise UsageError(f"spacing must be one of {', '.join(SPACING_NAMES)}, found {spacing!r}")
+        if spacing not in SPACINGS:
+            raise UsageError(f"spacing must be one of {', '.join(SPACINGS)}, found {spacing!r}")
         if spacing in NOISE_SPACINGS:
             return noise_levels(schedule, steps, spacing, whole_timesteps=self.whole_timesteps)
         return self.make_levels(schedule, steps, spacing)

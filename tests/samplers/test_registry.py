@@ -14,7 +14,7 @@ from latentdiff.config import ScheduleConfig
 from latentdiff.errors import UsageError
 from latentdiff.latents import NoiseStream
 from latentdiff.names import SAMPLER_NAMES, SPACING_NAMES
-from latentdiff.samplers import SAMPLERS, get_sampler
+from latentdiff.samplers import SAMPLERS, SPACINGS, get_sampler
 from latentdiff.schedule import NOISE_FREE, Schedule
 from tests import analytic
 
@@ -25,6 +25,7 @@ ALL = [(name, 0.0) for name in SAMPLERS] + [("ddim", 0.5), ("ddim", 1.0)]
 def test_the_names_are_these() -> None:
     assert tuple(SAMPLERS) == SAMPLER_NAMES == ("ddim", "ddpm", "euler", "dpmpp-2m", "unipc")
     assert all(sampler.name == name for name, sampler in SAMPLERS.items())
+    assert SPACINGS == SPACING_NAMES
 
 
 def test_an_unknown_name_is_refused_with_the_choices() -> None:
