@@ -2,6 +2,7 @@
 
 | back end   | where    | memory in the number of tokens L         |
 |------------|----------|------------------------------------------|
+| `auto`     | anywhere | linear: `sdpa`, or `chunked` on a CPU    |
 | `sdpa`     | anywhere | what PyTorch picks, mostly linear        |
 | `xformers` | CUDA     | linear; needs the extra `xformers`       |
 | `sliced`   | anywhere | one slice of queries at a time           |
@@ -18,6 +19,7 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
+from latentdiff.attention.auto import auto_attention
 from latentdiff.attention.plain import plain_attention
 from latentdiff.attention.sdpa import sdpa_attention
 from latentdiff.attention.sliced import sliced_attention
@@ -27,13 +29,14 @@ from latentdiff.errors import UsageError
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 ATTENTION_BACKENDS: dict[str, AttentionFunction] = {
+    "auto": auto_attention,
     "sdpa": sdpa_attention,
     "xformers": xformers_attention,
     "sliced": sliced_attention,
     "plain": plain_attention,
 }
 
-_backend: ContextVar[AttentionFunction] = ContextVar("attention_backend", default=sdpa_attention)
+_backend: ContextVar[AttentionFunction] = ContextVar("attention_backend", default=auto_attention)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

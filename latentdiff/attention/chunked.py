@@ -1,0 +1,55 @@
+"""Attention on a CPU as matrix products over a few hundred queries at a time, for inference.
+
+torch's fused kernel leaves its products on a CPU to MKL, which runs at half the speed of oneDNN on processors of other makers,
+and computes bf16 in float32; torch's softmax spends most of its time in MKL's `exp`. Here oneDNN multiplies, scores stay in
+float32, and `exp2` is torch's own.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+
+import torch
+from torch import Tensor
+
+MAX_SCORES = 2**20  # scores held at a time per thread: 4 MiB, about what stays in a core's caches
+
+
+def chunked_is_possible(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `chunked_attention` computes this: float32 or bf16 on an x86 CPU, without gradients."""
+    trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and onednn_products() and not trained
+
+
+def onednn_products() -> bool:
+    """Whether torch offers oneDNN's matrix product here."""
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return on_x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@torch.no_grad()
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention in chunks of queries; each query's softmax is whole, so the result does not depend on the chunks.
+
+    softmax(s) v = (e v) / (e 1) with e = 2^(s - max s), where the scale and log2(e) are in the queries already and the sum is
+    one more column of the product with v: the division then acts on (L, d) in place of (L, S) numbers.
+    """
+    batch, heads, length, size = q.shape
+    keys = k.shape[2]
+    q = (q.float() * (math.log2(math.e) / math.sqrt(size))).contiguous()
+    k = k.float().contiguous()
+    ones = v.new_ones(batch, heads, 1, keys)
+    v = torch.cat([v.transpose(2, 3), ones], dim=2)  # (N, heads, d + 1, S)
+    out = torch.empty(batch, length, heads, size, dtype=v.dtype)
+    rows = max(16, MAX_SCORES * torch.get_num_threads() // keys)
+    product = torch.ops.mkldnn._linear_pointwise  # (a, b) -> a bᵀ
+    for n in range(batch):
+        for head in range(heads):
+            for start in range(0, length, rows):
+                part = slice(start, start + rows)
+                scores = product(q[n, head, part], k[n, head], None, "none", [], "")
+                weights = scores.sub_(scores.amax(dim=1, keepdim=True)).exp2_().to(v.dtype)
+                sums = product(weights, v[n, head], None, "none", [], "")  # (rows, d + 1)
+                torch.div(sums[:, :size], sums[:, size:], out=out[n, part, head])
+    return out.transpose(1, 2)

@@ -1,0 +1,56 @@
+"""Attention by oneDNN's products, in chunks, against the equation in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from latentdiff.attention import attention, auto, chunked, plain, use_attention_backend
+
+pytestmark = pytest.mark.skipif(not chunked.onednn_products(), reason="torch without oneDNN's products")
+
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative to the largest entry
+
+
+def tensors(queries: int, keys: int, size: int, *, spread: float = 1.0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, queries, size), (2, 3, keys, size), (2, 3, keys, size)]
+    return [spread * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("queries", "keys", "size"), [(130, 130, 40), (200, 77, 8), (37, 1, 16), (1, 300, 5)])
+def test_equals_the_equation(dtype: torch.dtype, queries: int, keys: int, size: int, monkeypatch) -> None:
+    monkeypatch.setattr(chunked, "MAX_SCORES", 50 * keys)  # several chunks, the last one shorter
+    q, k, v = (x.to(dtype) for x in tensors(queries, keys, size))
+    expected = plain.plain_attention(q.double(), k.double(), v.double())
+    out = chunked.chunked_attention(q, k, v)
+    assert out.dtype == dtype and out.shape == q.shape
+    error = (out.double() - expected).abs().max() / expected.abs().max()
+    assert error < TOLERANCES[dtype]
+
+
+def test_scores_of_thousands_do_not_overflow() -> None:
+    q, k, v = (x.float() for x in tensors(40, 40, 16, spread=30.0))
+    expected = plain.plain_attention(q.double(), k.double(), v.double())
+    torch.testing.assert_close(chunked.chunked_attention(q, k, v).double(), expected, rtol=1e-3, atol=1e-2)
+
+
+def test_heads_behind_tokens_need_no_copy_by_the_caller() -> None:
+    q, k, v = (x.float() for x in tensors(50, 60, 8))
+    expected = chunked.chunked_attention(q, k, v)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert torch.equal(chunked.chunked_attention(*strided), expected)
+
+
+def test_auto_takes_it_for_large_maps_in_inference_only(monkeypatch) -> None:
+    taken = []
+    monkeypatch.setattr(auto, "chunked_attention", lambda q, k, v: taken.append(q.dtype) or q)
+    large = [x.float() for x in tensors(200, 200, 8)]
+    with use_attention_backend("auto"):
+        attention(*large)
+        assert taken == [torch.float32]
+        attention(*(x.double() for x in large))
+        attention(*(x[:, :, :20] for x in large))
+        attention(large[0].requires_grad_(), *large[1:])
+        assert len(taken) == 1
