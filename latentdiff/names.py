@@ -4,7 +4,7 @@ from __future__ import annotations
 
 SAMPLER_NAMES = ("ddim", "ddpm", "euler", "dpmpp-2m", "unipc")
 SPACING_NAMES = ("leading", "trailing", "linspace", "karras", "uniform-lambda", "ays")
-ATTENTION_NAMES = ("sdpa", "xformers", "sliced", "plain")
+ATTENTION_NAMES = ("auto", "sdpa", "xformers", "sliced", "plain")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LORA_DIALECTS = ("kohya", "peft")
 INVERSION_NAMES = ("fixed-point", "ddim-high", "ddim-low", "edict", "null-text")

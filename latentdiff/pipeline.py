@@ -33,6 +33,7 @@ from latentdiff.device import (
 )
 from latentdiff.embedded import embedded_model
 from latentdiff.engines import Decoder, Network
+from latentdiff.engines.cpu import accelerate
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.guidance import Guidance, guided_denoiser
 from latentdiff.image import to_pil
@@ -165,11 +166,16 @@ class Pipeline:
         save_folder(parts, folder)
 
     def to(self, device: torch.device | str, precision: Precision | str | None = None) -> Pipeline:
-        """Move the model to `device`, and to `precision` if one is given ("fp32", "bf16", "fp16")."""
+        """Move the model to `device`, and to `precision` if one is given ("fp32", "bf16", "fp16").
+
+        On a CPU the modules get their fast forms, see `latentdiff.engines.cpu`.
+        """
         if precision is not None:
             self.precision = FORMATS[precision] if isinstance(precision, str) else precision
         for part in ("text_encoder", "unet", "vae"):
-            getattr(self, part).to(device, getattr(self.precision, part))
+            module = getattr(self, part).to(device, getattr(self.precision, part))
+            if torch.device(device).type == "cpu":
+                accelerate(module)
         self.loras.to(device, self.precision)
         self.words.to(device)
         return self
