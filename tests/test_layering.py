@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "latentdiff"
 MATHEMATICS = {"schedule", "parameterization", "guidance", "denoise", "latents", "samplers"}
 FLOORS: list[list[set[str]]] = [
     [{"__init__"}, {"errors"}, {"names"}, {"tokenizer"}],
-    [{"config"}, {"files"}, {"attention"}, {"embedded"}, {"recipe"}],
+    [{"config"}, {"files"}, {"attention"}, {"embedded"}, {"layout"}, {"recipe"}],
     [MATHEMATICS, {"layers"}, {"device"}, {"image"}, {"prompt"}, {"taps"}],
     [{"unet"}, {"vae"}, {"text_encoder"}, {"progress"}, {"data"}],
     [{"engines"}, {"checkpoints"}],

@@ -13,10 +13,11 @@ from latentdiff.checkpoints.folder import model_index, write_folder
 from latentdiff.checkpoints.hashing import model_hash
 from latentdiff.checkpoints.inspection import Report, inspect
 from latentdiff.checkpoints.modules import build_module, parse_config
-from latentdiff.checkpoints.raw import PARTS, RawModel
+from latentdiff.checkpoints.raw import RawModel
 from latentdiff.checkpoints.tokenizer import open_tokenizer, tokenizer_files
 from latentdiff.config import ScheduleConfig
 from latentdiff.errors import ConfigError
+from latentdiff.layout import PARTS
 
 if TYPE_CHECKING:
     import torch

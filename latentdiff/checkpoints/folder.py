@@ -13,32 +13,17 @@ from typing import Any
 from torch import Tensor
 
 from latentdiff.checkpoints.files import TensorFile, read_tensors
-from latentdiff.checkpoints.raw import PART_LABELS, PARTS, RawModel, with_usual_names
+from latentdiff.checkpoints.raw import PART_LABELS, RawModel, with_usual_names
 from latentdiff.checkpoints.writing import write_safetensors
 from latentdiff.errors import CheckpointError, LatentDiffError
 from latentdiff.files import atomic_path
+from latentdiff.layout import PARTS, STEMS, weight_candidates
 
 INDEX = "model_index.json"
 EXTRAS = "original_extras.safetensors"  # what an original single file holds beyond the parts of a folder
 CONFIGS = {**{part: f"{part}/config.json" for part in PARTS}, "scheduler": "scheduler/scheduler_config.json"}
 # Parts that published folders have and that have no place in a single file and no use here.
 _IGNORED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
-_STEMS = {
-    "unet": ("diffusion_pytorch_model",),
-    "vae": ("diffusion_pytorch_model",),
-    "text_encoder": ("model", "pytorch_model"),
-}
-
-
-def weight_candidates(part: str) -> Iterator[str]:
-    """Where a part's weights may lie, best first: plain before fp16, safetensors before .bin, whole before sharded."""
-    for variant in ("", ".fp16"):
-        for suffix in (".safetensors", ".bin"):
-            for stem in _STEMS[part]:
-                yield f"{part}/{stem}{variant}{suffix}"
-                yield f"{part}/{stem}{suffix}.index{variant}.json"
-                if variant:
-                    yield f"{part}/{stem}{variant}{suffix}.index.json"
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:
@@ -52,7 +37,7 @@ def weight_files(folder: Path, part: str) -> list[Path]:
         if path.exists():
             return shards(path) if path.suffix == ".json" else [path]
     raise CheckpointError(
-        f"{folder} has no weights of the {PART_LABELS[part]}: expected {part}/{_STEMS[part][0]}.safetensors "
+        f"{folder} has no weights of the {PART_LABELS[part]}: expected {part}/{STEMS[part][0]}.safetensors "
         f"(or .fp16.safetensors, shards, .bin), found {listing(folder / part)}"
     )
 
@@ -102,7 +87,7 @@ def write_folder(raw: RawModel, folder: Path) -> None:
         for name, text in raw.tokenizer.items():
             _write_text(temporary / "tokenizer" / name, text)
         for part in PARTS:
-            stem = _STEMS[part][0]
+            stem = STEMS[part][0]
             others = raw.names.get(part, {})
             save_tensors(
                 {others.get(name, name): tensor for name, tensor in raw.tensors[part].items()},

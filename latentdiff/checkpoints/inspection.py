@@ -19,8 +19,9 @@ from latentdiff.checkpoints.hashing import SHORT, file_hash, model_hash
 from latentdiff.checkpoints.hub import locate
 from latentdiff.checkpoints.modules import check_fits, parse_config, shapes_of
 from latentdiff.checkpoints.original import has_ema, read_original
-from latentdiff.checkpoints.raw import PARTS, RawModel
+from latentdiff.checkpoints.raw import RawModel
 from latentdiff.errors import LatentDiffError
+from latentdiff.layout import PARTS
 
 _LABELS = {
     "kind": "kind",

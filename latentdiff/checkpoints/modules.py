@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from latentdiff.checkpoints.keymap import Shape, compare
 from latentdiff.checkpoints.raw import PART_LABELS, RawModel
@@ -43,8 +44,18 @@ def empty_module(part: str, config: dict[str, Any]) -> nn.Module:
         build, config_of_part = TextEncoder, config
     else:
         build, config_of_part = (UNet if part == "unet" else VAE), parse_config(part, config)
-    with _sensible(part), torch.device("meta"):
+    with _sensible(part), torch.device("meta"), _NoInitialization():
         return build(config_of_part)
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Inside, torch.nn.init draws nothing: its `normal_` on the meta device loads torch's compiler, which takes a second."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-PARTS = ("unet", "vae", "text_encoder")
 PART_LABELS = {"unet": "U-Net", "vae": "VAE", "text_encoder": "text encoder"}
 
 

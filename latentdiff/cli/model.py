@@ -5,11 +5,14 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from latentdiff.cli.loras import with_loras
+from latentdiff.embedded import embedded_model
+from latentdiff.layout import read_ahead
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
@@ -23,10 +26,12 @@ def loaded_model(settings: dict[str, Any]) -> Iterator[Pipeline]:
 
     Inside the `with`, it has the LoRAs and the attention back end that were asked for.
     """
+    chosen = {name: settings.pop(name) for name in NAMES}
+    read_ahead(Path(chosen["model"] or embedded_model()).expanduser())
+
     from latentdiff.attention import use_attention_backend
     from latentdiff.pipeline import Pipeline
 
-    chosen = {name: settings.pop(name) for name in NAMES}
     attention, loras = chosen.pop("attention"), chosen.pop("loras")
     pipe = Pipeline.load(chosen.pop("model"), **chosen)
     with with_loras(pipe, loras), use_attention_backend(attention) if attention else nullcontext():

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from latentdiff.checkpoints import Components, load_components, save_folder
 from latentdiff.checkpoints.folder import read_folder, weight_files
 from latentdiff.checkpoints.modules import build_module, parse_config
-from latentdiff.checkpoints.raw import PARTS
 from latentdiff.errors import CheckpointError, ConfigError, LatentDiffError
+from latentdiff.layout import PARTS
 from tests import tiny
 
 FOLDERS = pytest.mark.parametrize("folder", [tiny.sd1_folder, tiny.sd2_folder, tiny.inpaint_folder])
