@@ -1,0 +1,191 @@
+"""The networks computed by OpenVINO on the CPU, compiled once for each shape.
+
+A module is traced and converted once, with open shapes, and the result is kept in the cache folder under the checksum of its
+weights; each shape that occurs is then compiled from that file, with its sizes fixed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff import __version__
+from latentdiff.attention import use_attention_backend
+from latentdiff.device import in_float32
+from latentdiff.engines.cache import cache_folder
+from latentdiff.engines.standing_in import fingerprint, plain_steps_in, refuse_gradients, state_of
+from latentdiff.errors import MissingDependencyError, UsageError
+from latentdiff.layers.transformer import Context, ProjectedContext
+from latentdiff.unet import UNet
+from latentdiff.vae import VAE
+
+HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_NAME = "OpenVINO"
+
+
+class OpenVINONetwork:
+    """A U-Net computed by OpenVINO, in the precision that the U-Net has; called as the U-Net is.
+
+    With a LoRA or another tap on the U-Net, the U-Net itself computes.
+
+    Raises:
+        MissingDependencyError: OpenVINO is not installed.
+        UsageError: the U-Net is not on the CPU, or in float16.
+    """
+
+    def __init__(self, unet: UNet) -> None:
+        self._unet = unet
+        self._layers = [module.attn2 for module in unet.modules() if hasattr(module, "attn2")]
+        self._compiled = _Compiled(unet, _FlatUNet(unet, self._layers))
+        self._last: tuple[Context, list[Tensor]] | None = None
+
+    def __call__(self, x: Tensor, t: Tensor | float, context: Context) -> Tensor:
+        """See `UNet.forward`."""
+        refuse_gradients(_NAME, x, *([context] if isinstance(context, Tensor) else []))
+        if plain_steps_in(self._unet, _NAME):
+            return self._unet(x, t, context)
+        times = torch.as_tensor(t, dtype=torch.float32).reshape(-1)  # (N,) or (1,)
+        return self._compiled(x, times, *self._keys_values(context))
+
+    def _keys_values(self, context: Context) -> list[Tensor]:
+        if self._last is None or self._last[0] is not context:
+            projected = context if isinstance(context, ProjectedContext) else self._unet.project_context(context)
+            self._last = context, [part.float().contiguous() for layer in self._layers for part in projected[layer]]
+        return self._last[1]
+
+
+class OpenVINODecoder:
+    """A VAE's decoder computed by OpenVINO; called as `VAE.decode` is. Tiles are left to the VAE."""
+
+    def __init__(self, vae: VAE) -> None:
+        self._vae = vae
+        self._compiled = _Compiled(vae, _FlatDecoder(vae))
+
+    def __call__(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+        """See `VAE.decode`."""
+        refuse_gradients(_NAME, latents)
+        if tiled or plain_steps_in(self._vae, _NAME):
+            return self._vae.decode(latents, tiled=tiled)
+        return self._compiled(latents)
+
+
+class _Compiled:
+    """A module with float32 inputs as OpenVINO models, one for each shape, made again when the weights change."""
+
+    def __init__(self, module: nn.Module, flat: nn.Module) -> None:
+        self._module, self._flat = module, flat
+        self._models: dict[Hashable, Callable[..., Any]] = {}
+        self._state: Hashable = None
+        _hint(module)
+        _openvino()
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The module's output, in the dtype of the first input."""
+        inputs_float32 = [each.detach().float().contiguous() for each in inputs]
+        if self._state != state_of(self._module):
+            self._models.clear()
+            self._state = state_of(self._module)
+        shapes = tuple(tuple(each.shape) for each in inputs)
+        if shapes not in self._models:
+            self._models[shapes] = self._compile(inputs_float32)
+        (out,) = self._models[shapes]([each.numpy() for each in inputs_float32], share_inputs=True).values()
+        return torch.from_numpy(out).to(inputs[0].dtype)
+
+    def _compile(self, inputs: list[Tensor]) -> Callable[..., Any]:
+        core = _openvino().Core()
+        model = core.read_model(_converted(self._module, self._flat, inputs))
+        model.reshape({index: list(each.shape) for index, each in enumerate(inputs)})
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": _hint(self._module),
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        return core.compile_model(model, "CPU", settings)
+
+
+class _FlatUNet(nn.Module):
+    """The U-Net as a function of tensors: x, t, and keys and values in the order of its layers."""
+
+    def __init__(self, unet: UNet, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.unet, self._layers = unet, [layers]  # in a list of its own, so that torch sees each module once
+
+    def forward(self, x: Tensor, t: Tensor, *keys_values: Tensor) -> Tensor:
+        pairs = zip(keys_values[::2], keys_values[1::2], strict=True)
+        return self.unet(x, t, ProjectedContext(zip(self._layers[0], pairs, strict=True)))
+
+
+class _FlatDecoder(nn.Module):
+    """The VAE as the function that `decode` is."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents)
+
+
+@torch.no_grad()
+def _converted(module: nn.Module, flat: nn.Module, inputs: list[Tensor]) -> Path:
+    """The file of the module as OpenVINO has it, with open shapes; from the cache, or else made and put there."""
+    openvino = _openvino()
+    is_short = next(module.parameters()).dtype != torch.float32
+    release = openvino.__version__.split("-")[0]
+    name = f"{type(module).__name__.lower()}-{fingerprint(module)}-{release}-{__version__}"
+    folder = cache_folder("openvino")
+    if not (folder / name).is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as making:
+            with in_float32(module) if is_short else nullcontext(), use_attention_backend("sdpa"):
+                traced = _traced(flat, tuple(inputs))
+                # float16 holds what bf16 weights say, up to 3e-8, in the same space.
+                model = openvino.convert_model(traced, example_input=tuple(inputs))
+                openvino.save_model(model, Path(making, "model.xml"), compress_to_fp16=is_short)
+            _publish(Path(making), folder / name)
+    return folder / name / "model.xml"
+
+
+def _traced(flat: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    with warnings.catch_warnings():
+        # The timestep is a tensor already; as_tensor, which the warning is about, passes it on.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return torch.jit.trace(flat, inputs, check_trace=False)
+
+
+def _publish(made: Path, place: Path) -> None:
+    finished = made / "finished"
+    finished.mkdir()
+    for file in [*made.glob("model.*")]:
+        file.rename(finished / file.name)
+    try:
+        finished.rename(place)
+    except OSError:
+        if not place.is_dir():  # another process may have been first
+            raise
+
+
+def _hint(module: nn.Module) -> str:
+    first = next(module.parameters())
+    if first.device.type != "cpu":
+        raise UsageError(f"expected the model on the CPU for OpenVINO, found it on {first.device.type}; add --device cpu")
+    if first.dtype not in HINTS:
+        raise UsageError("OpenVINO computes in fp32 or bf16 here, found fp16; choose another --precision")
+    return HINTS[first.dtype]
+
+
+@cache
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingDependencyError("openvino is not installed; run: pip install 'latentdiff[openvino]'") from error
+    return openvino

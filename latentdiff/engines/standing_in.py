@@ -1,0 +1,46 @@
+"""When an engine may stand in for a module, and when it has to be made anew."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.errors import UsageError
+
+
+def has_taps(module: nn.Module) -> bool:
+    """Whether anything, a LoRA say, listens to or changes what goes through `module` or a part of it."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+def plain_steps_in(module: nn.Module, engine: str) -> bool:
+    """Whether `module` has taps, which an engine made before cannot know of; says so."""
+    if not has_taps(module):
+        return False
+    warnings.warn(f"a LoRA or another tap is on the {type(module).__name__}: torch computes it, not {engine}", stacklevel=3)
+    return True
+
+
+def refuse_gradients(engine: str, *inputs: Tensor) -> None:
+    """Raise a UsageError where gradients are wanted, which only the plain modules give."""
+    if torch.is_grad_enabled() and any(each.requires_grad for each in inputs):
+        raise UsageError(f"{engine} gives no gradients, which this method needs; use --backend torch and another --precision")
+
+
+def state_of(module: nn.Module) -> Hashable:
+    """A value that changes when the weights of `module` are written to, moved or converted."""
+    first = next(module.parameters())
+    return first.dtype, first.device, sum(parameter._version for parameter in module.parameters())
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A hash of the configuration and all weights of `module`, 16 hexadecimal digits."""
+    digest = hashlib.sha256(repr(getattr(module, "config", module)).encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
