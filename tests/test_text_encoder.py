@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from transformers import CLIPTextModel
 
 from latentdiff.errors import ConfigError, MissingDependencyError, UsageError
 from latentdiff.text_encoder import OpenCLIPTextEncoder, TextEncoder, disk_names
@@ -13,7 +14,7 @@ from tests import tiny
 IDS = torch.randint(0, 500, (2, 77), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(params=["sd1", "sd2"])
+@pytest.fixture(params=["sd1", "sd2"])  # quick GELU; GELU
 def peer(request):
     return {"sd1": tiny.text_encoder, "sd2": tiny.sd2_text_encoder}[request.param]()
 
@@ -22,13 +23,34 @@ def peer(request):
 def test_same_embeddings_as_transformers(peer):
     encoder = TextEncoder(peer.config.to_dict())
     encoder.load_state_dict(peer.state_dict())
-    assert_equal_to_1e_5(encoder(IDS), peer(IDS).last_hidden_state)
-    assert_equal_to_1e_5(encoder(IDS[:, :20]), peer(IDS[:, :20]).last_hidden_state)
+    assert_equal(encoder(IDS), peer(IDS).last_hidden_state)
+    assert_equal(encoder(IDS[:, :20]), peer(IDS[:, :20]).last_hidden_state)
 
 
-def assert_equal_to_1e_5(ours, theirs):
+def assert_equal(ours, theirs, tolerance=1e-6):
     """Relative to the largest entry."""
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * float(theirs.abs().max()))
+
+
+def test_same_gradients_as_transformers(peer):
+    encoder = TextEncoder(peer.config.to_dict())
+    encoder.load_state_dict(peer.state_dict())
+    weights = torch.randn(2, 77, peer.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    (encoder(IDS) * weights).sum().backward()
+    (peer(IDS).last_hidden_state * weights).sum().backward()
+    expected = disk_names({name: parameter.grad for name, parameter in peer.named_parameters()})
+    for name, parameter in encoder.named_parameters():
+        assert_equal(parameter.grad, expected[name], 1e-5)
+
+
+def test_new_weights_are_drawn_as_those_of_transformers():
+    config = tiny.text_encoder().config
+    torch.manual_seed(0)
+    ours, theirs = (disk_names(made.state_dict()) for made in (TextEncoder(config.to_dict()), CLIPTextModel(config)))
+    for name, value in theirs.items():
+        std = float(value.std())
+        assert float(ours[name].std()) == pytest.approx(std, rel=0.2, abs=1e-9), name
+        assert float(ours[name].mean()) == pytest.approx(float(value.mean()), abs=0.2 * std), name
 
 
 def test_names_are_those_on_disk(peer):
@@ -45,7 +67,7 @@ def test_built_on_meta_and_loaded_without_a_copy(peer):
     state = disk_names(peer.state_dict())
     encoder.load_state_dict(state, assign=True)
     encoder.to(torch.float64).float()  # nothing is left on meta
-    assert_equal_to_1e_5(encoder(IDS), peer(IDS).last_hidden_state)
+    assert_equal(encoder(IDS), peer(IDS).last_hidden_state)
 
 
 @pytest.mark.parametrize("prefix", ["", "text_model."])
@@ -91,7 +113,15 @@ def test_a_token_does_not_see_later_ones(peer):
 
 
 @pytest.mark.parametrize(
-    "config", [{"model_type": "t5"}, {"hidden_size": 10, "num_attention_heads": 3}, {"hidden_act": "nope"}]
+    "config",
+    [
+        {"model_type": "t5"},
+        {"hidden_size": 10, "num_attention_heads": 3},
+        {"hidden_act": "nope"},
+        {"num_hidden_layers": "2"},
+        {"vocab_size": 0},
+        {"layer_norm_eps": -1.0},
+    ],
 )
 def test_bad_configuration(config):
     with pytest.raises(ConfigError):
