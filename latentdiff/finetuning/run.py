@@ -16,6 +16,7 @@ from latentdiff.attention import use_attention_backend
 from latentdiff.checkpoints import load_components
 from latentdiff.device import is_out_of_memory
 from latentdiff.embedded import embedded_model
+from latentdiff.engines.cpu import accelerate
 from latentdiff.errors import ConfigError, DataError, LatentDiffError, UsageError
 from latentdiff.files import atomic_path
 from latentdiff.finetuning.config import FinetuneConfig, load_finetune_config, make_config
@@ -31,6 +32,7 @@ from latentdiff.pipeline import EMBEDDED_NAME
 from latentdiff.schedule import Schedule
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
 from latentdiff.training.config import dump_config, read_yaml
+from latentdiff.training.lean import lean_layers
 from latentdiff.training.loop import Trainer
 from latentdiff.training.objective import DiffusionObjective
 
@@ -123,6 +125,7 @@ def _run(settings: FinetuneConfig) -> Path:
     accelerator.print(_announcement(material.summary))
     with ExitStack() as stack:
         stack.enter_context(use_attention_backend(settings.attention))
+        _speed_up(parts, method, settings, accelerator, stack)
         build_caches(material, parts, settings, accelerator, trains_text=method.trains_text)
         stack.enter_context(method.attached())
         task = _task(settings, method, material)
@@ -161,6 +164,18 @@ def _attention(settings: FinetuneConfig, parts: Any, accelerator: Accelerator) -
         return settings.attention
     side = settings.resolution / parts.vae.config.downscale if settings.resolution else parts.unet.config.sample_size
     return "plain" if accelerator.device.type == "cpu" and side**2 <= _SMALL_LATENT else "sdpa"
+
+
+def _speed_up(parts: Any, method: Method, settings: FinetuneConfig, accelerator: Accelerator, stack: ExitStack) -> None:
+    """Give the networks their fast forms on a CPU, until the `stack` is closed."""
+    trained = [parts.unet, *([parts.text_encoder] if method.trains_text else [])]
+    if accelerator.device.type != "cpu":
+        return
+    for network in (parts.vae, parts.text_encoder):
+        if network not in trained:
+            accelerate(network)
+    if not settings.compile:
+        stack.enter_context(lean_layers(*trained))
 
 
 def _start_folder(settings: FinetuneConfig) -> None:
