@@ -17,7 +17,7 @@ FLOORS: list[list[set[str]]] = [
     [MATHEMATICS, {"layers"}, {"device"}, {"image"}, {"prompt"}, {"taps"}],
     [{"unet"}, {"vae"}, {"text_encoder"}, {"progress"}, {"data"}],
     [{"engines"}, {"checkpoints"}],
-    [{"conditioning"}, {"coding"}, {"deepcache"}],
+    [{"conditioning"}, {"coding"}, {"deepcache"}, {"previews"}],
     [{"lora"}, {"request"}],
     [{"pipeline"}, {"training"}],
     [{"evaluation"}, {"tasks"}, {"finetuning"}],

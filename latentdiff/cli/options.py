@@ -122,6 +122,16 @@ OUT = click.option(
     help="Where to write. In a folder the file is named after prompt and seed. A file that holds another "
     "picture is never overwritten: the new one gets a number.",
 )
+PREVIEW = click.option("--preview", type=ANY_PATH, metavar="FILE.png", help="Write what is expected there, while at work.")
+PREVIEW_EVERY = click.option(
+    "--preview-every", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Steps from preview to preview."
+)
+PREVIEW_DECODER = click.option(
+    "--preview-decoder",
+    type=ANY_PATH,
+    metavar="FILE",
+    help="A taesd_decoder.safetensors, which previews at no cost.  [default: the model's VAE]",
+)
 NO_METADATA = click.option("--no-metadata", is_flag=True, help="Leave the recipe out of the file.")
 COMPARE = click.option(
     "--compare", type=ANY_PATH, metavar="FILE.png", help="Also write what went in and what came out side by side."
