@@ -35,26 +35,27 @@ def encode_pictures(vae: VAE, images: Tensor, device: torch.device) -> LatentDis
     return LatentDistribution(*torch.cat(encoded).chunk(2, dim=1))
 
 
-def decode_latents(decoder: Decoder, vae: VAE, latents: Tensor, device: torch.device) -> Tensor:
+def decode_latents(decoder: Decoder, vae: VAE, latents: Tensor, device: torch.device, *, tiled: bool = False) -> Tensor:
     """The pictures (N, 3, H, W) of latents (N, C, h, w), about in [-1, 1], float32; in tiles where memory is short.
 
     Args:
         decoder: what computes `vae.decode`; that itself, or what an engine made of it.
+        tiled: decode in tiles at once; see `VAE.decode`.
     """
-    return torch.cat([_decode_one(decoder, vae, latent, device) for latent in latents.split(1)])
+    return torch.cat([_decode_one(decoder, vae, latent, device, tiled) for latent in latents.split(1)])
 
 
-def _decode_one(decoder: Decoder, vae: VAE, latent: Tensor, device: torch.device) -> Tensor:
+def _decode_one(decoder: Decoder, vae: VAE, latent: Tensor, device: torch.device, tiled: bool) -> Tensor:
     own = next(vae.parameters()).dtype
 
-    def compute(dtype: torch.dtype, tiled: bool = False) -> Tensor:
+    def compute(dtype: torch.dtype, tiled: bool = tiled) -> Tensor:
         computes = decoder if dtype == own else vae.decode
         return computes(latent.to(device, dtype), tiled=tiled)
 
     try:
         image = finite_or_float32("the VAE's decoder", vae, compute)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if tiled or not is_out_of_memory(error):
             raise
         warnings.warn("not enough memory to decode the picture whole; decoding it in tiles", stacklevel=2)
         image = finite_or_float32("the VAE's decoder", vae, partial(compute, tiled=True))

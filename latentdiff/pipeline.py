@@ -9,7 +9,7 @@ Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Mode
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -40,6 +40,8 @@ from latentdiff.image import to_pil
 from latentdiff.latents import NoiseStream
 from latentdiff.lora.loaded import LoadedLoRAs
 from latentdiff.lora.words import LoadedWords, is_word_file
+from latentdiff.memory.estimate import decoding_bytes, denoising_bytes
+from latentdiff.memory.residence import Residence
 from latentdiff.parameterization import Denoiser, parameterization
 from latentdiff.progress import Callback, progress_bar, report
 from latentdiff.recipe import Recipe, library_versions
@@ -51,6 +53,7 @@ from latentdiff.vae import VAE, LatentDistribution
 if TYPE_CHECKING:
     from latentdiff.checkpoints import Components
     from latentdiff.lora.loading import LoadReport
+    from latentdiff.text_encoder import TextEncoder
 
 EMBEDDED_NAME = "latentdiff-embedded"  # what recipes call the embedded model
 
@@ -71,6 +74,11 @@ class Pipeline:
         tokenizer: a `Tokenizer`, or one of transformers.
         text_encoder: token ids (N, L) -> embeddings (N, L, C).
         name, model_hash, ema: what recipes say about the model.
+        stored: the weights of parts that are on the meta device, see `Residence`; they are read at their first use.
+        low_memory: see `load`.
+
+    Attributes:
+        parts: which of the networks are in memory; `parts.keep` says how long they stay there.
 
     Raises:
         CheckpointError: the parts do not fit one another.
@@ -87,13 +95,13 @@ class Pipeline:
         name: str = "",
         model_hash: str = "",
         ema: bool = False,
+        stored: Mapping[str, Mapping[str, Tensor]] | None = None,
+        low_memory: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
-        self.text_encoder = text_encoder.eval()
-        self.unet = unet.eval()
-        self.vae = vae.eval()
-        self.network: Network = self.unet  # what computes the U-Net, see `latentdiff.engines`
-        self.decoder: Decoder = self.vae.decode
+        self.parts = Residence({"text_encoder": text_encoder, "unet": unet, "vae": vae}, stored or {}, low_memory=low_memory)
+        self._network: Network | None = None
+        self._decoder: Decoder | None = None
         self.schedule = Schedule(schedule_config)
         self.name, self.model_hash, self.ema = name, model_hash, ema
         self.precision = precision_of(unet)
@@ -112,8 +120,9 @@ class Pipeline:
         precision: str = "auto",
         ema: bool = False,
         prediction_type: str | None = None,
+        low_memory: bool = False,
     ) -> Pipeline:
-        """Load a model.
+        """Load a model. Each part's weights are read when it is first used.
 
         Args:
             source: a folder in the diffusers layout, a hub id, or a single file; None is the embedded model.
@@ -122,6 +131,8 @@ class Pipeline:
             ema: take the averaged weights of a `.ckpt` that holds both.
             prediction_type: what the U-Net predicts, "epsilon", "v_prediction" or "sample", where the model
                 does not say or says it wrong.
+            low_memory: keep only the part that is used, of the U-Net only two blocks at a time, and decode pictures that
+                are larger than those of the training in tiles. Slower; the picture is otherwise the same.
 
         Raises:
             CheckpointError: there is no model there, or it is damaged or of another kind.
@@ -130,14 +141,15 @@ class Pipeline:
         from latentdiff.checkpoints import load_components
 
         where = pick_device(device)
-        found = load_components(source or embedded_model(), ema=ema, prediction_type=prediction_type)
+        found = load_components(source or embedded_model(), ema=ema, prediction_type=prediction_type, weights=False)
         if source is None:
             found.name = EMBEDDED_NAME
         size = sum(parameter.numel() for parameter in found.unet.parameters())
-        return cls.from_components(found, ema=ema).to(where, pick_precision(precision, where, size))
+        pipe = cls.from_components(found, ema=ema, low_memory=low_memory)
+        return pipe.to(where, pick_precision(precision, where, size))
 
     @classmethod
-    def from_components(cls, parts: Components, *, ema: bool = False) -> Pipeline:
+    def from_components(cls, parts: Components, *, ema: bool = False, low_memory: bool = False) -> Pipeline:
         """A pipeline of parts that are loaded already, as they are: nothing is copied, moved or converted."""
         return cls(
             parts.tokenizer,
@@ -148,12 +160,15 @@ class Pipeline:
             name=parts.name,
             model_hash=parts.hash,
             ema=ema,
+            stored=parts.stored,
+            low_memory=low_memory,
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model as a folder in the diffusers layout, in the precision that it has here, without its LoRAs."""
         from latentdiff.checkpoints import Components, save_folder
 
+        self.parts.require_whole("saving")
         parts = Components(
             self.tokenizer,
             self.text_encoder,
@@ -172,10 +187,10 @@ class Pipeline:
         """
         if precision is not None:
             self.precision = FORMATS[precision] if isinstance(precision, str) else precision
-        for part in ("text_encoder", "unet", "vae"):
-            module = getattr(self, part).to(device, getattr(self.precision, part))
-            if torch.device(device).type == "cpu":
-                accelerate(module)
+        self.parts.to(device, self.precision)
+        if self.device.type == "cpu":
+            for name in ("text_encoder", "unet", "vae"):
+                accelerate(self.parts.module(name))
         self.loras.to(device, self.precision)
         self.words.to(device)
         return self
@@ -203,6 +218,7 @@ class Pipeline:
         Raises:
             CheckpointError: there is no such file, it is damaged, no LoRA, or one for another model.
         """
+        self.parts.ready("text_encoder"), self.parts.ready("unet")  # what is loaded goes where they lie
         if is_word_file(path):
             report = self.words.load(path, os.fspath(path) if name is None else name)
             self.tokenizer = self.words.tokenizer
@@ -223,15 +239,48 @@ class Pipeline:
         return [*self.loras.describe(), *self.words.describe()]
 
     @property
+    def text_encoder(self) -> TextEncoder:
+        """Token ids (N, L) -> embeddings (N, L, C)."""
+        return self.parts.ready("text_encoder")
+
+    @property
+    def unet(self) -> UNet:
+        """Noisy latents, timestep and text -> raw prediction."""
+        return self.parts.ready("unet")
+
+    @property
+    def vae(self) -> VAE:
+        """Pictures to latents and back."""
+        return self.parts.ready("vae")
+
+    @property
+    def network(self) -> Network:
+        """What computes the U-Net: itself, or what an engine made of it; see `latentdiff.engines`."""
+        return self._network or self.unet
+
+    @network.setter
+    def network(self, network: Network) -> None:
+        self._network = None if network is self.parts.module("unet") else network
+
+    @property
+    def decoder(self) -> Decoder:
+        """What computes `vae.decode`."""
+        return self._decoder or self.vae.decode
+
+    @decoder.setter
+    def decoder(self, decoder: Decoder) -> None:
+        self._decoder = None if decoder == self.parts.module("vae").decode else decoder
+
+    @property
     def default_size(self) -> tuple[int, int]:
         """Height and width in pixels of the pictures that the model was trained on."""
-        side = self.unet.config.sample_size * self.vae.config.downscale
+        side = self.parts.module("unet").config.sample_size * self.parts.module("vae").config.downscale
         return side, side
 
     @property
     def device(self) -> torch.device:
         """Where the model lies and latents are made."""
-        return next(self.unet.parameters()).device
+        return self.parts.device
 
     @overload
     def __call__(self, prompt: str | Sequence[str], *, output: Literal["latents"], **options: Any) -> Tensor: ...
@@ -321,7 +370,7 @@ class Pipeline:
         )
         plan = options.plan(prompt, self.schedule)
         self.check_text_to_image()
-        shape = latent_shape((height, width), self.default_size, self.vae.config, latents, len(plan.prompts))
+        shape = latent_shape((height, width), self.default_size, self.parts.module("vae").config, latents, len(plan.prompts))
         if output not in ("images", "latents"):
             raise UsageError(f"expected output 'images' or 'latents', found {output!r}")
 
@@ -359,7 +408,10 @@ class Pipeline:
             NotFiniteError: the model gives NaN or infinity.
             Cancelled: the callback returned False.
         """
+        job = self.parts.job(2 * max(part.stop - part.start for part in plan.parts), *shape[-2:])
+        self.parts.check(job)
         positive, negative = text or self.encode([*plan.prompts, *plan.negatives]).chunk(2)
+        self.parts.make_room("unet", denoising_bytes(job))
         finished = []
         with progress_bar(plan.steps * len(plan.parts), plan.options.progress) as bar:
             for part in plan.parts:
@@ -390,7 +442,9 @@ class Pipeline:
     @explained_out_of_memory()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (N, C, h, w) to pictures (N, 3, H, W), about in [-1, 1], float32, one at a time."""
-        return decode_latents(self.decoder, self.vae, latents, self.device)
+        job = self.parts.job(1, *latents.shape[-2:])
+        self.parts.make_room("vae", decoding_bytes(job))
+        return decode_latents(self.decoder, self.vae, latents, self.device, tiled=job.is_tiled)
 
     @torch.no_grad()
     @explained_out_of_memory()
@@ -444,14 +498,15 @@ class Pipeline:
     @property
     def is_for_inpainting(self) -> bool:
         """Whether the U-Net sees, after the latents, a mask and the latents of the picture under it."""
-        return self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1
+        return self.parts.module("unet").config.in_channels == 2 * self.parts.module("vae").config.latent_channels + 1
 
     def check_text_to_image(self) -> None:
         """Raise a UsageError if the model cannot do without a picture and a mask."""
         if self.is_for_inpainting:
+            latent, found = self.vae.config.latent_channels, self.unet.config.in_channels
             raise UsageError(
-                f"expected a text-to-image model with {self.vae.config.latent_channels} U-Net input channels, "
-                f"found {self.unet.config.in_channels}: this model is for inpainting and needs a picture and a mask"
+                f"expected a text-to-image model with {latent} U-Net input channels, found {found}: this model is for "
+                "inpainting and needs a picture and a mask"
             )
 
 

@@ -13,11 +13,11 @@ PACKAGE = Path(__file__).parents[1] / "latentdiff"
 MATHEMATICS = {"schedule", "parameterization", "guidance", "denoise", "latents", "samplers"}
 FLOORS: list[list[set[str]]] = [
     [{"__init__"}, {"errors"}, {"names"}, {"tokenizer"}],
-    [{"config"}, {"files"}, {"attention"}, {"embedded"}, {"layout"}, {"recipe"}],
+    [{"config"}, {"files"}, {"attention"}, {"embedded"}, {"layout"}, {"recipe"}, {"mapping"}],
     [MATHEMATICS, {"layers"}, {"device"}, {"image"}, {"prompt"}, {"taps"}],
     [{"unet"}, {"vae"}, {"text_encoder"}, {"progress"}, {"data"}],
     [{"engines"}, {"checkpoints"}],
-    [{"conditioning"}, {"coding"}, {"deepcache"}, {"previews"}],
+    [{"conditioning"}, {"coding"}, {"deepcache"}, {"previews"}, {"memory"}],
     [{"lora"}, {"request"}],
     [{"pipeline"}, {"training"}],
     [{"evaluation"}, {"tasks"}, {"finetuning"}],

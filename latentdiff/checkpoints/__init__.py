@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +12,17 @@ from latentdiff.checkpoints.conversion import convert, read_model
 from latentdiff.checkpoints.folder import model_index, write_folder
 from latentdiff.checkpoints.hashing import model_hash
 from latentdiff.checkpoints.inspection import Report, inspect
-from latentdiff.checkpoints.modules import build_module, parse_config
+from latentdiff.checkpoints.modules import module_without_weights, parse_config
 from latentdiff.checkpoints.raw import RawModel
 from latentdiff.checkpoints.tokenizer import open_tokenizer, tokenizer_files
 from latentdiff.config import ScheduleConfig
 from latentdiff.errors import ConfigError
 from latentdiff.layout import PARTS
+from latentdiff.mapping import fill
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from latentdiff.text_encoder import TextEncoder
     from latentdiff.tokenizer import Tokenizer
@@ -41,6 +43,7 @@ class Components:
     schedule_config: ScheduleConfig
     name: str = ""
     hash: str = ""  # 64 hex digits; the first ten are what web UIs show
+    stored: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # see `load_components`
 
 
 def load_components(
@@ -49,6 +52,7 @@ def load_components(
     ema: bool = False,
     prediction_type: str | None = None,
     dtype: torch.dtype | None = None,
+    weights: bool = True,
 ) -> Components:
     """Load a model from a diffusers folder, a hub id, or an original single file (`.safetensors`, `.ckpt`).
 
@@ -58,7 +62,10 @@ def load_components(
         source: where it is. A hub id is looked up in the local cache first.
         ema: take the averaged weights of a single file that holds both.
         prediction_type: "epsilon", "v_prediction" or "sample", where the model does not say or says it wrong.
-        dtype: of all weights; None keeps those of the file.
+        dtype: of all weights; None keeps those of the file. What has to be converted is, tensor by tensor: no more than
+            one of them is in memory in both types.
+        weights: False leaves the parts on the meta device, with the mapped tensors in `Components.stored` by part and name:
+            they fit, and nothing of them has been read.
 
     Raises:
         CheckpointError: nothing is there, or it is damaged, incomplete, or of another kind.
@@ -67,10 +74,16 @@ def load_components(
     raw = read_model(source, ema=ema, prediction_type=prediction_type)
     for warning in raw.warnings:
         warnings.warn(warning, stacklevel=2)
-    modules: dict[str, Any] = {part: build_module(raw, part, dtype) for part in PARTS}
+    modules: dict[str, Any] = {}
+    stored: dict[str, dict[str, Tensor]] = {}
+    for part in PARTS:
+        modules[part], stored[part] = module_without_weights(raw, part, dtype)
+        if weights:
+            fill(modules[part], stored.pop(part))
     return Components(
         tokenizer=open_tokenizer(raw.tokenizer),
         **modules,
+        stored=stored,
         schedule_config=parse_config("scheduler", raw.configs["scheduler"]),
         name=_name(source, raw),
         hash=model_hash(raw.weight_files),

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff.checkpoints.writing import NAMES_OF_TYPES
 from latentdiff.errors import CheckpointError
+from latentdiff.mapping import map_file, mapped_tensor
 
 SAFETENSORS, TORCH, OLD_TORCH, PNG = "safetensors", "torch archive", "torch pickle (before 1.6)", "PNG image"
 
@@ -30,6 +32,7 @@ _MAGIC = (
     (b"\x80\x02", OLD_TORCH),
     (b"PK\x03\x04", "zip archive"),
 )
+TYPES = {name: dtype for dtype, name in NAMES_OF_TYPES.items()}
 _LONGEST_HEADER = 100_000_000  # the safetensors format allows no longer one
 # What PyTorch Lightning leaves in its checkpoints beside the weights. An inert stand-in takes the place of each.
 _LEFTOVERS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "typing.", "numpy.")
@@ -104,10 +107,18 @@ def read_header(path: Path) -> dict[str, Any]:
 def _read_safetensors(path: Path) -> TensorFile:
     from safetensors import SafetensorError, safe_open
 
-    read_header(path)
+    header = read_header(path)
+    mapped = map_file(path)
+    start = 8 + int.from_bytes(mapped[:8], "little")
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        with safe_open(path, framework="pt") as file:  # checks the header through and through
+            tensors = {}
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                entry, dtype = header[name], TYPES.get(header[name]["dtype"])
+                offset = start + entry["data_offsets"][0]
+                # Types that only the library knows are read by it, without a mapping.
+                known = dtype is not None
+                tensors[name] = mapped_tensor(mapped, offset, dtype, tuple(entry["shape"])) if known else file.get_tensor(name)
             return TensorFile(path, tensors, file.metadata() or {})
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {_first_line(error)}; download it again") from error

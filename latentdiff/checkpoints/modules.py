@@ -14,6 +14,7 @@ from latentdiff.checkpoints.keymap import Shape, compare
 from latentdiff.checkpoints.raw import PART_LABELS, RawModel
 from latentdiff.config import ScheduleConfig, UNetConfig, VAEConfig
 from latentdiff.errors import CheckpointError, ConfigError, LatentDiffError
+from latentdiff.mapping import fill, put
 from latentdiff.text_encoder import TextEncoder
 from latentdiff.unet import UNet
 from latentdiff.vae import VAE
@@ -88,7 +89,7 @@ def check_fits(raw: RawModel, part: str, expected: Mapping[str, Shape] | None = 
     Raises:
         CheckpointError: names, shapes or types do not fit.
     """
-    tensors = _weights(raw, part)
+    tensors = weights_of(raw, part)
     expected = expected_shapes(part, raw.configs[part]) if expected is None else expected
     compare(PART_LABELS[part], expected, shapes_of(tensors)).raise_unless_fits(raw.source)
     for name, tensor in tensors.items():
@@ -99,20 +100,34 @@ def check_fits(raw: RawModel, part: str, expected: Mapping[str, Shape] | None = 
             )
 
 
-def build_module(raw: RawModel, part: str, dtype: torch.dtype | None = None) -> nn.Module:
-    """Build a part around the raw model's tensors, without copying them unless `dtype` differs from theirs.
+def module_without_weights(raw: RawModel, part: str, dtype: torch.dtype | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A part on the meta device in `dtype`, or in that of the file, and the raw model's tensors for it; see `mapping.fill`.
 
     Raises:
         CheckpointError: names, shapes or types do not fit the configuration.
     """
     module = empty_module(part, raw.configs[part])
     check_fits(raw, part, shapes_of(module.state_dict()))
-    tensors = _weights(raw, part)
-    if dtype is not None:
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    module.load_state_dict(tensors, assign=True)
-    return module.eval()
+    tensors = weights_of(raw, part)
+    if dtype is None:
+        for name, tensor in tensors.items():
+            put(module, name, tensor.to("meta"))
+    else:
+        module.to(dtype)
+    return module.eval(), tensors
 
 
-def _weights(raw: RawModel, part: str) -> dict[str, Tensor]:
+def build_module(raw: RawModel, part: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """Build a part around the raw model's tensors, without copying them unless `dtype` differs from theirs.
+
+    Raises:
+        CheckpointError: names, shapes or types do not fit the configuration.
+    """
+    module, tensors = module_without_weights(raw, part, dtype)
+    fill(module, tensors)
+    return module
+
+
+def weights_of(raw: RawModel, part: str) -> dict[str, Tensor]:
+    """The tensors of a part that are weights."""
     return {name: tensor for name, tensor in raw.tensors[part].items() if name != POSITION_IDS}

@@ -41,7 +41,12 @@ PRECISION = click.option(
     help="Number format; auto is the fastest one that keeps the picture.",
 )
 ATTENTION = click.option("--attention", type=click.Choice(ATTENTION_NAMES), help="Attention back end.  [default: auto]")
-MODEL_OPTIONS = together(MODEL, EMA, PREDICTION_TYPE, LORAS, DEVICE, PRECISION, ATTENTION)  # see `loaded_model`
+LOW_MEMORY = click.option(
+    "--low-memory",
+    is_flag=True,
+    help="Pass the weights through memory block by block and decode large pictures in tiles: slower, the same picture.",
+)
+MODEL_OPTIONS = together(MODEL, EMA, PREDICTION_TYPE, LORAS, DEVICE, PRECISION, ATTENTION, LOW_MEMORY)  # see `loaded_model`
 
 NEGATIVE = click.option("--negative", "negative_prompt", default="", metavar="TEXT", help="What to avoid in the picture.")
 NUM_IMAGES = click.option(

@@ -102,7 +102,7 @@ def _window_product(pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 def _resnet_block(block: ResnetBlock, x: Tensor, time: Tensor | None = None) -> Tensor | None:
     """SiLU and the sum with the residual in place: new memory for a large map costs as much as either."""
-    if _has_taps(block):
+    if any(map(_has_taps, block.children())):
         return None
     h = block.conv1(F.silu(block.norm1(x), inplace=True))
     if block.time_emb_proj is not None:
@@ -144,7 +144,7 @@ def _feed_forward(block: FeedForward, x: Tensor) -> Tensor | None:
 
     In pieces of as many tokens as the caches hold, so that the inner activations, eight times as wide, never go to memory.
     """
-    if _has_taps(block):
+    if any(map(_has_taps, block.children())):
         return None
     inner, outer = block.net[0].proj, block.net[2]
     value, gate = inner.weight.chunk(2)
@@ -166,7 +166,7 @@ def _to_map(x: Tensor) -> Tensor:
 
 
 def _has_taps(module: nn.Module) -> bool:
-    """Whether somebody reads or changes what passes inside `module`."""
+    """Whether somebody reads or changes what passes through or inside `module`."""
     return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 

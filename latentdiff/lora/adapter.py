@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from latentdiff.errors import UsageError
 from latentdiff.lora.names import kohya_name
 from latentdiff.lora.spec import LoRASpec, adaptable
 from latentdiff.taps import Tap
@@ -152,6 +153,8 @@ def merge(loras: Sequence[tuple[LoRA, float]]) -> None:
     for lora, scale in loras:
         for target, change in lora.changes():
             changes[target] = changes[target] + scale * change if target in changes else scale * change
+    if any(target.weight.is_meta for target in changes):
+        raise UsageError("merging needs all weights in memory, and low_memory streams those of the U-Net; load without it")
     for target, change in changes.items():
         target.weight.data = (target.weight.float() + change.to(target.weight.device)).to(target.weight.dtype)
 

@@ -1,0 +1,136 @@
+"""How much memory a picture takes, from sizes alone, before anything is allocated.
+
+What is counted: the weights, and the activations of the moment at which most of them are alive. What a process has of its own
+before (interpreter, torch, a GPU's context) is not: it is there already when the question is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from latentdiff.config import UNetConfig, VAEConfig
+from latentdiff.memory.streaming import block_bytes
+
+TILE_OVERHEAD = 3  # float32 pictures of a tiled decode: the sum, its weights, and the tile
+_FEED_FORWARD = 18  # widths alive in a feed-forward: input, its norm, 8 inside, and 4 of the gate and 4 of the product
+_DECODER = (
+    4.5  # maps of the widest level at full size alive in a ResBlock: input, norm, activation, and the convolution's copies
+)
+LINEAR_ATTENTION = ("sdpa", "xformers", "sliced")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of the weights of each part, and of the most that a streamed U-Net holds at a time."""
+
+    text_encoder: int
+    unet: int
+    vae: int
+    streamed: int
+
+    @classmethod
+    def of(cls, text_encoder: nn.Module, unet: nn.Module, vae: nn.Module) -> Weights:
+        """Of these networks, which may lie on the meta device, in the formats that they have."""
+        return cls(weight_bytes(text_encoder), weight_bytes(unet), weight_bytes(vae), block_bytes(unet))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is going to be computed.
+
+    Args:
+        rows: inputs that the U-Net sees at once: pictures of a batch, twice as many with guidance.
+        height, width: of the latents.
+        unet_bytes, vae_bytes: of one number in each.
+        quadratic: whether attention holds its whole matrix of weights.
+        low_memory: the U-Net's weights are streamed, and large pictures decoded in tiles.
+    """
+
+    unet: UNetConfig
+    vae: VAEConfig
+    weights: Weights
+    rows: int
+    height: int
+    width: int
+    unet_bytes: int
+    vae_bytes: int
+    quadratic: bool = False
+    low_memory: bool = False
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the picture is decoded in tiles: it is larger than those of the training, and memory is to be saved."""
+        tile = self.vae.sample_size // self.vae.downscale
+        return self.low_memory and max(self.height, self.width) > tile
+
+    def changed(self, **fields: object) -> Job:
+        """The same with other fields."""
+        return replace(self, **fields)
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a network's weights."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def denoising_bytes(job: Job) -> int:
+    """Activations of one call of the U-Net."""
+    config, levels = job.unet, range(len(job.unet.block_out_channels))
+    sizes = [(_ceil(job.height, 2**level), _ceil(job.width, 2**level)) for level in levels]
+    maps = [job.rows * h * w * width for (h, w), width in zip(sizes, config.block_out_channels, strict=True)]
+    kept = sum((config.layers_per_block + 1) * count for count in maps)  # the skips
+    widest = max(_FEED_FORWARD * count for count in maps)
+    attention = 0
+    if job.quadratic:
+        tokens = [h * w for h, w in sizes]
+        attention = 2 * max(
+            job.rows * heads * count**2
+            for heads, count, present in zip(config.num_heads, tokens, config.attention_levels, strict=True)
+            if present
+        )
+    return (kept + widest + attention) * job.unet_bytes
+
+
+def decoding_bytes(job: Job) -> int:
+    """Activations of the decoder for one picture."""
+    factor, tile = job.vae.downscale, max(1, job.vae.sample_size // job.vae.downscale)
+    height, width = (min(side, tile) if job.low_memory else side for side in (job.height, job.width))
+    widths = job.vae.block_out_channels
+    # At the size of the picture the decoder comes from the second level's width and goes to the first's.
+    whole = _DECODER * widths[min(1, len(widths) - 1)] * height * width * factor**2 * job.vae_bytes
+    picture = TILE_OVERHEAD * job.vae.out_channels * job.height * job.width * factor**2 * 4
+    return int(whole) + picture
+
+
+def needed(job: Job, *, at_once: bool) -> int:
+    """Bytes at the peak: with all parts in memory at once, or each for as long as it is used."""
+    weights, denoising, decoding = job.weights, denoising_bytes(job), decoding_bytes(job)
+    unet = weights.streamed if job.low_memory else weights.unet
+    if at_once and not job.low_memory:
+        return weights.text_encoder + unet + weights.vae + max(denoising, decoding)
+    return max(weights.text_encoder, unet + denoising, weights.vae + decoding)
+
+
+def in_gigabytes(count: int) -> str:
+    """ "2.2 GB"."""
+    return f"{count / 1e9:.1f} GB"
+
+
+def advice(job: Job, free: int, precisions: Iterable[str] = ()) -> str:
+    """The options that would make a job fit into `free` bytes, for people; empty if none would alone."""
+    guided = job.rows > 2
+    half = replace(job.weights, **{name: value // 2 for name, value in vars(job.weights).items()})
+    options = {
+        "--batch-size 1": job.changed(rows=2) if guided else None,
+        "--precision bf16": job.changed(weights=half, unet_bytes=2, vae_bytes=2) if job.unet_bytes > 2 else None,
+        "--low-memory": None if job.low_memory else job.changed(low_memory=True),
+    }
+    fitting = [name for name, changed in options.items() if changed and needed(changed, at_once=False) <= free]
+    return " or ".join(fitting)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,120 @@
+"""The networks of a model together: which of them are in memory, and whether a picture will fit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.device import Precision
+from latentdiff.errors import LatentDiffError, UsageError
+from latentdiff.memory.available import available_memory
+from latentdiff.memory.estimate import Job, Weights, advice, in_gigabytes, needed, weight_bytes
+from latentdiff.memory.parts import Part
+from latentdiff.memory.streaming import StreamedPart
+
+NAMES = ("text_encoder", "unet", "vae")
+CLOSE = 0.9  # of what is free; estimates are not exact
+
+
+class MemoryWarning(UserWarning):
+    """A picture may not fit into memory."""
+
+
+class Residence:
+    """The text encoder, the U-Net and the VAE of a model.
+
+    Args:
+        stored: the mapped weights of those that are on the meta device, by part and name.
+        low_memory: stream the U-Net's weights, and keep no part longer than it is used.
+
+    Attributes:
+        keep: True keeps every part once it was used, False gives each back as soon as another one is needed, None gives
+            back only when memory is short. Weights that are not those of a file always stay.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], stored: Mapping[str, Mapping[str, Tensor]], *, low_memory: bool = False
+    ) -> None:
+        self.parts = {name: Part(modules[name], stored.get(name)) for name in NAMES}
+        if low_memory:
+            self.parts["unet"] = StreamedPart(modules["unet"], stored["unet"])
+        self.low_memory = low_memory
+        self.keep: bool | None = False if low_memory else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the U-Net lies."""
+        return self.parts["unet"].device
+
+    def ready(self, name: str) -> Any:
+        """A part with its weights."""
+        return self.parts[name].ready()
+
+    def module(self, name: str) -> Any:
+        """A part as it is now, perhaps without weights: for its configuration."""
+        return self.parts[name].module
+
+    def to(self, device: torch.device | str, precision: Precision) -> None:
+        """Move all parts."""
+        for name, part in self.parts.items():
+            part.to(device, getattr(precision, name))
+
+    def require_whole(self, what: str) -> None:
+        """Raise a UsageError if `what`, which needs all weights in memory, cannot have them."""
+        if self.low_memory:
+            raise UsageError(f"{what} needs all weights in memory, and low_memory streams those of the U-Net; load without it")
+
+    def job(self, rows: int, height: int, width: int, *, quadratic: bool = False) -> Job:
+        """What it takes to make pictures of latents of this size; see `Job`."""
+        unet, vae = self.module("unet"), self.module("vae")
+        return Job(
+            unet=unet.config,
+            vae=vae.config,
+            weights=Weights.of(*(self.module(name) for name in NAMES)),
+            rows=rows,
+            height=height,
+            width=width,
+            unet_bytes=next(unet.parameters()).element_size(),
+            vae_bytes=next(vae.parameters()).element_size(),
+            quadratic=quadratic,
+            low_memory=self.low_memory,
+        )
+
+    def check(self, job: Job) -> None:
+        """Raise a LatentDiffError, or warn where it is close, if a job does not fit into the memory that is free now."""
+        free = self._free()
+        if free is None or (need := needed(job, at_once=self.keep is True)) <= CLOSE * free:
+            return
+        found = f"about {in_gigabytes(need)} of memory for the model and this picture, and {in_gigabytes(free)} are free"
+        options = " or ".join(filter(None, [advice(job, free), "a smaller --width and --height"]))
+        if need > free:
+            raise LatentDiffError(f"not enough memory: it takes {found}; try {options}")
+        warnings.warn(f"it takes {found}, which is close; if it fails, try {options}", MemoryWarning, stacklevel=2)
+
+    def make_room(self, name: str, need: int) -> None:
+        """Give the other parts' memory back, if they are to be kept no longer than they are used, or memory is short.
+
+        Args:
+            name: of the part that is used next.
+            need: bytes that it will take, beside its weights.
+        """
+        if self.keep is None:
+            part = self.parts[name]
+            need += 0 if part.is_ready else weight_bytes(part.module)
+            available = available_memory(self.device)
+            if available is None or need <= CLOSE * available:
+                return
+        if not self.keep:
+            for other, part in self.parts.items():
+                if other != name:
+                    part.give_back()
+
+    def _free(self) -> int | None:
+        """Bytes for the model and its work: what is free, and what the parts that are loaded have taken already."""
+        available = available_memory(self.device)
+        loaded = sum(weight_bytes(part.module) for part in self.parts.values() if part.has_own_memory)
+        return None if available is None else available + loaded

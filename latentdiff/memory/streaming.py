@@ -1,0 +1,135 @@
+"""A U-Net whose weights pass through memory block by block, while the next block is read as the present one computes.
+
+The arithmetic is that of the resident network, on the same weights in the same layout: outputs are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.layers.resnet import Downsample, ResnetBlock, Upsample
+from latentdiff.layers.transformer import SpatialTransformer
+from latentdiff.mapping import empty, placed, prefetch, put, release
+from latentdiff.memory.parts import Part
+
+_BLOCKS = (ResnetBlock, SpatialTransformer, Downsample, Upsample)
+# The text goes through these before the blocks run, once per prompt; they are small.
+_ALWAYS = (".attn2.to_k.", ".attn2.to_v.")
+
+
+class StreamedPart(Part):
+    """A U-Net of which, while it runs, only two blocks have their weights: the one that computes and the next.
+
+    What belongs to no block (the first and last convolution, the time embedding, the text's keys and values) stays.
+
+    Args:
+        module: the U-Net, on the meta device.
+        stored: its weights, mapped.
+    """
+
+    def __init__(self, module: nn.Module, stored: Mapping[str, Tensor]) -> None:
+        super().__init__(module, stored)
+        blocks = [(name, block) for name, block in module.named_modules() if isinstance(block, _BLOCKS)]
+        self._blocks = {
+            block: {f"{name}.{own}": stored[f"{name}.{own}"] for own in block.state_dict() if not _stays(f"{name}.{own}")}
+            for name, block in blocks
+        }
+        streamed = {name for tensors in self._blocks.values() for name in tensors}
+        self._resident = {name: tensor for name, tensor in stored.items() if name not in streamed}
+        order = list(self._blocks)
+        self._next = dict(zip(order, [*order[1:], order[0]], strict=True))
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._fetched: dict[nn.Module, Future[Any]] = {}
+        self._copies: torch.cuda.Stream | None = None
+        for block in order:
+            block.register_forward_pre_hook(self._before)
+            block.register_forward_hook(self._after, always_call=True)
+
+    def ready(self) -> nn.Module:
+        """The network; its blocks get their weights when they are called."""
+        if not self.is_ready:
+            if self._device.type == "cuda":
+                self._pin()
+            self._load(self._resident)
+        return self.module
+
+    def give_back(self) -> bool:
+        """See `Part`."""
+        self._forget()
+        return super().give_back()
+
+    def _before(self, block: nn.Module, inputs: Any) -> None:
+        future = self._fetched.pop(block, None) or self._fetch(block)
+        weights, arrived = future.result()
+        if self._is_stale(weights):  # fetched before the network was changed to another format
+            weights, arrived = self._fetch(block).result()
+        if arrived is not None:
+            present = torch.cuda.current_stream(self._device)
+            present.wait_event(arrived)
+            for tensor in weights.values():
+                tensor.record_stream(present)  # or its memory could be taken for the next copy while it is in use
+        for name, tensor in weights.items():
+            put(self.module, name, tensor)
+        self._forget()
+        self._fetched[self._next[block]] = self._fetch(self._next[block])
+
+    def _after(self, block: nn.Module, inputs: Any, output: Any) -> None:
+        own = self._blocks[block]
+        empty(self.module, own)
+        for tensor in own.values():
+            release(tensor)
+
+    def _fetch(self, block: nn.Module) -> Future[Any]:
+        """Begin to bring the weights of a block to the device, in the format that the network has now."""
+        present = {name: self.module.get_parameter(name) for name in self._blocks[block]}
+        return self._pool.submit(self._bring, block, present)
+
+    @torch.inference_mode(False)
+    def _bring(self, block: nn.Module, like: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+        own = self._blocks[block]
+        if self._copies is None:
+            for tensor in own.values():
+                prefetch(tensor)
+            return {name: placed(tensor, like[name], self._device) for name, tensor in own.items()}, None
+        with torch.cuda.stream(self._copies):
+            brought = {name: tensor.to(self._device, like[name].dtype, non_blocking=True) for name, tensor in own.items()}
+            return brought, self._copies.record_event()
+
+    def _pin(self) -> None:
+        """Keep the blocks' weights in page-locked memory of the host, from where a GPU fetches them by itself."""
+        self._copies = torch.cuda.Stream(self._device)
+        for own in self._blocks.values():
+            for name, tensor in own.items():
+                own[name] = placed(tensor, self.module.get_parameter(name), "cpu").pin_memory()
+
+    def _is_stale(self, weights: Mapping[str, Tensor]) -> bool:
+        return any(tensor.dtype != self.module.get_parameter(name).dtype for name, tensor in weights.items())
+
+    def _forget(self) -> None:
+        """Drop what was fetched for blocks that did not come next."""
+        for future in self._fetched.values():
+            future.cancel()
+        self._fetched.clear()
+
+
+def block_bytes(module: nn.Module) -> int:
+    """The most bytes of weights that a streamed U-Net has in memory at a time: what stays, and its three largest blocks.
+
+    Three, because the memory of a block that was left may be taken again a moment after the next but one is being read.
+    """
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in module.state_dict().items()}
+    blocks = [
+        sum(size for name, size in sizes.items() if name.startswith(f"{prefix}.") and not _stays(name))
+        for prefix, block in module.named_modules()
+        if isinstance(block, _BLOCKS)
+    ]
+    return sum(sizes.values()) - sum(blocks) + sum(sorted(blocks)[-3:])
+
+
+def _stays(name: str) -> bool:
+    return any(part in name for part in _ALWAYS)
