@@ -16,10 +16,10 @@ from torch import Tensor
 MAX_SCORES = 2**20  # scores held at a time per thread: 4 MiB, about what stays in a core's caches
 
 
-def chunked_is_possible(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `chunked_attention` computes this: float32 or bf16 on an x86 CPU, without gradients."""
-    trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and onednn_products() and not trained
+def chunked_is_possible(q: Tensor) -> bool:
+    """Whether `chunked_attention` computes this: float32 or bf16 on an x86 CPU, where no gradients are recorded."""
+    is_inference = not torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_compiling()
+    return is_inference and q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and onednn_products()
 
 
 def onednn_products() -> bool:
