@@ -20,8 +20,8 @@ METHODS = ("lora", "full", "textual_inversion")
 
 # What differs between the methods; everything else has one default, given with its key.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "lora": {"lr": 1e-3, "max_steps": 600, "weight_decay": 0.0, "ema_decay": 0.99, "min_snr_gamma": 5.0},
-    "full": {"lr": 1e-4, "max_steps": 1000, "ema_decay": 0.999, "min_snr_gamma": 5.0},
+    "lora": {"lr": 1e-3, "max_steps": 600, "weight_decay": 0.0, "ema_decay": 0.99},
+    "full": {"lr": 1e-4, "max_steps": 1000, "ema_decay": 0.999},
     "textual_inversion": {"lr": 5e-3, "max_steps": 1000, "weight_decay": 0.0, "ema_decay": 0.99, "caption_dropout": 0.0},
 }
 
@@ -132,7 +132,8 @@ class FinetuneConfig(StageSection):
 
     # --- how
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
-    """Gamma of the min-SNR loss weight (Hang et al. 2023), 5 is usual; none weighs all timesteps the same."""
+    """Gamma of the min-SNR loss weight (Hang et al. 2023), 5 is usual; none weighs all timesteps the same. With v-prediction it
+    hardly counts the noisiest timesteps, where layout and colours are decided: the embedded model forgets them with it."""
     high_noise_share: Fraction = 0.0
     """Share of the timesteps drawn from the noisiest tenth alone, where a picture's layout is decided; others are uniform."""
     noise_offset: NotNegative = 0.0
