@@ -63,6 +63,11 @@ class Residence:
         for name, part in self.parts.items():
             part.to(device, getattr(precision, name))
 
+    def expect_no_more(self) -> None:
+        """Say that the next picture is the last one: no part has to be kept for another."""
+        if self.keep is None:
+            self.keep = False
+
     def require_whole(self, what: str) -> None:
         """Raise a UsageError if `what`, which needs all weights in memory, cannot have them."""
         if self.low_memory:
