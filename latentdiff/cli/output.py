@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +40,10 @@ def check_writable(path: Path) -> None:
         raise UsageError(f"cannot write {path}: it is a folder")
 
 
-def picture_path(out: Path, wanted: Mapping[str, Any]) -> tuple[Path, bool]:
+def picture_path(out: Path, wanted: Mapping[str, Any], taken: Container[Path] = ()) -> tuple[Path, bool]:
     """Where the picture with the recipe fields `wanted` belongs, and whether it is there already.
 
-    A file that holds another picture is left alone: in a folder, the name gets a number.
+    A file that holds another picture, or is `taken` for one, is left alone: in a folder, the name gets a number.
 
     Raises:
         UsageError: `out` is a file that holds another picture.
@@ -53,6 +53,8 @@ def picture_path(out: Path, wanted: Mapping[str, Any]) -> tuple[Path, bool]:
             raise UsageError(f"{out} holds another picture; remove it or choose another name with --out")
         return out, out.exists()
     for path in (out / name for name in _names(wanted["prompt"], wanted["seed"])):
+        if path in taken:
+            continue
         if not path.exists():
             return path, False
         if _holds(path, wanted):

@@ -1,0 +1,137 @@
+"""Many pictures with the same settings: where each of them belongs, and making them, alone or among several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from latentdiff.cli import output
+from latentdiff.cli.ranks import Ranks
+from latentdiff.errors import LatentDiffError, UsageError
+
+if TYPE_CHECKING:
+    from latentdiff.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture that is wanted; `is_there` says whether it was made before."""
+
+    prompt: str
+    seed: int
+    path: Path
+    is_there: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """Pictures of several prompts.
+
+    Attributes:
+        settings: options of `Pipeline.__call__` for all pictures.
+        skip_existing: do not make again what is there.
+        metadata: write recipes.
+        ranks: the processes that share the work. Each has the same plan.
+    """
+
+    pipe: Pipeline
+    settings: dict[str, Any]
+    skip_existing: bool = False
+    metadata: bool = True
+    ranks: Ranks = Ranks()
+
+    def plan(self, out: Path, prompts: Sequence[str], seeds: Sequence[int]) -> list[Picture]:
+        """All pictures, prompt by prompt, each once and each in a file of its own.
+
+        What other processes of the same job have written already does not change the plan.
+        """
+        pictures: dict[Path, Picture] = {}
+        for prompt in dict.fromkeys(prompts):
+            for seed in seeds:
+                path, is_there = output.picture_path(out, self._wanted(prompt, seed), taken=pictures)
+                pictures[path] = Picture(prompt, seed, path, is_there)
+        return list(pictures.values())
+
+    def run(self, pictures: Sequence[Picture]) -> int:
+        """Make the share of this process; one failing prompt does not end the job. Returns the exit code."""
+        calls = self.ranks.own(list(self._calls(pictures)))
+        is_alone = len(calls) == 1 and self.ranks.count == 1
+        failed = set()
+        for call in calls:
+            prompt = call[0].prompt
+            if call is calls[-1]:
+                self.pipe.parts.expect_no_more()
+            try:
+                self._make(call)
+            except UsageError:
+                raise  # the settings are the same for all prompts
+            except (LatentDiffError, RuntimeError, OSError) as error:
+                if is_alone:
+                    raise
+                failed.add(prompt)
+                click.echo(f"error: {prompt!r}: {' '.join(str(error).split())}", err=True)
+        if failed:
+            count = len({picture.prompt for picture in pictures})
+            click.echo(f"error: {len(failed)} of {count} prompts failed", err=True)
+        return 1 if failed else 0
+
+    def _calls(self, pictures: Sequence[Picture]) -> Iterator[list[Picture]]:
+        """What one call of the pipeline makes: a prompt, or one batch of it where it is to be shared."""
+        from latentdiff.request import batches
+
+        for _, of_prompt in groupby(pictures, key=lambda picture: picture.prompt):
+            found = list(of_prompt)
+            parts = [slice(None)] if self.ranks.count == 1 else batches(len(found), self.settings.get("batch_size"))
+            yield from (found[part] for part in parts)
+
+    def _make(self, pictures: Sequence[Picture]) -> None:
+        from latentdiff.image import save_png
+
+        missing = []
+        for picture in pictures:
+            if picture.is_there and self.skip_existing:
+                click.echo(f"{picture.path} is there already", err=True)
+            else:
+                missing.append(picture)
+        if not missing:
+            return
+        options = {"seed": [picture.seed for picture in missing], "num_images": len(missing), "progress": self.ranks.is_first}
+        images = self.pipe(missing[0].prompt, **options, **self.settings)
+        for image, picture in zip(images, missing, strict=True):
+            save_png(image, picture.path, metadata=self.metadata)
+            click.echo(picture.path)
+
+    def _wanted(self, prompt: str, seed: int) -> dict[str, Any]:
+        """What the recipe of a picture would say, as far as it decides what the picture shows."""
+        from latentdiff.request import with_defaults
+
+        settings = with_defaults(
+            {name: value for name, value in self.settings.items() if name not in ("batch_size", "callback")}
+        )
+        del settings["fast"]
+        height, width = self.pipe.default_size
+        silent = {"height": height, "width": width, "spacing": self.pipe.schedule.config.timestep_spacing}
+        asked = {name: silent.get(name) if value is None else value for name, value in settings.items()}
+        model = {
+            "model_hash": self.pipe.model_hash,
+            "ema": self.pipe.ema,
+            "prediction_type": self.pipe.schedule.config.prediction_type,
+            "loras": self.pipe.adaptations(),
+        }
+        return {"prompt": prompt, "seed": seed, **model, **asked}
+
+
+def write_sheet(pictures: Sequence[Picture], path: Path) -> None:
+    """Lay out those of the pictures that there are, with their prompts."""
+    from latentdiff.image import contact_sheet, open_image, save_png
+
+    done = [(open_image(picture.path), picture.prompt) for picture in pictures if picture.path.exists()]
+    if done:
+        images, prompts = zip(*done, strict=True)
+        save_png(contact_sheet(images, prompts), path)
+        click.echo(path)
