@@ -53,10 +53,10 @@ def _decode_one(decoder: Decoder, vae: VAE, latent: Tensor, device: torch.device
         return computes(latent.to(device, dtype), tiled=tiled)
 
     try:
-        image = finite_or_float32("the VAE's decoder", vae, compute)
+        return finite_or_float32("the VAE's decoder", vae, compute).float()
     except (RuntimeError, MemoryError) as error:
         if tiled or not is_out_of_memory(error):
             raise
-        warnings.warn("not enough memory to decode the picture whole; decoding it in tiles", stacklevel=2)
-        image = finite_or_float32("the VAE's decoder", vae, partial(compute, tiled=True))
-    return image.float()
+    # Outside of the block above: as long as the error is handled, it keeps everything alive that the decoder had made.
+    warnings.warn("not enough memory to decode the picture whole; decoding it in tiles", stacklevel=2)
+    return finite_or_float32("the VAE's decoder", vae, partial(compute, tiled=True)).float()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 from copy import copy
@@ -424,6 +425,23 @@ def test_decoding_falls_back_to_tiles(pipe):
     with pytest.warns(UserWarning, match="decoding it in tiles"):
         (image,) = pipe("cat", steps=1, seed=0, progress=False)
     assert image.size == (64, 64)
+
+
+def test_the_failed_decoding_is_forgotten_before_the_tiles(pipe):
+    held, alive = [], []
+
+    def decode(latents, *, tiled=False):
+        if tiled:
+            alive.append(held[0]() is not None)
+            return pipe.vae.decode(latents, tiled=True)
+        large = torch.zeros(1000)
+        held.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    pipe.decoder = decode
+    with pytest.warns(UserWarning, match="decoding it in tiles"):
+        pipe("cat", steps=1, seed=0, progress=False)
+    assert alive == [False]
 
 
 def test_out_of_memory_says_what_to_change(pipe):

@@ -67,3 +67,8 @@ def use_attention_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _backend.reset(token)
+
+
+def attention_backend() -> str:
+    """The name of the back end in use."""
+    return next(name for name, function in ATTENTION_BACKENDS.items() if function is _backend.get())

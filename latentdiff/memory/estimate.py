@@ -6,7 +6,6 @@ before (interpreter, torch, a GPU's context) is not: it is there already when th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -19,7 +18,6 @@ _FEED_FORWARD = 18  # widths alive in a feed-forward: input, its norm, 8 inside,
 _DECODER = (
     4.5  # maps of the widest level at full size alive in a ResBlock: input, norm, activation, and the convolution's copies
 )
-LINEAR_ATTENTION = ("sdpa", "xformers", "sliced")
 
 
 @dataclass(frozen=True)
@@ -119,17 +117,16 @@ def in_gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
-def advice(job: Job, free: int, precisions: Iterable[str] = ()) -> str:
-    """The options that would make a job fit into `free` bytes, for people; empty if none would alone."""
-    guided = job.rows > 2
-    half = replace(job.weights, **{name: value // 2 for name, value in vars(job.weights).items()})
+def advice(job: Job, free: int) -> str:
+    """The options, each of which would alone make a job fit into `free` bytes; empty if none would."""
+    short = replace(job.weights, **{name: size * 2 // job.unet_bytes for name, size in vars(job.weights).items()})
     options = {
-        "--batch-size 1": job.changed(rows=2) if guided else None,
-        "--precision bf16": job.changed(weights=half, unet_bytes=2, vae_bytes=2) if job.unet_bytes > 2 else None,
-        "--low-memory": None if job.low_memory else job.changed(low_memory=True),
+        "--batch-size 1": job.changed(rows=2),
+        "--precision bf16": job.changed(weights=short, unet_bytes=2, vae_bytes=2),
+        "--attention sdpa": job.changed(quadratic=False),
+        "--low-memory": job.changed(low_memory=True),
     }
-    fitting = [name for name, changed in options.items() if changed and needed(changed, at_once=False) <= free]
-    return " or ".join(fitting)
+    return " or ".join(name for name, changed in options.items() if changed != job and needed(changed, at_once=False) <= free)
 
 
 def _ceil(a: int, b: int) -> int:
