@@ -141,7 +141,8 @@ class FinetuneConfig(StageSection):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time, the same gradients."""
     attention: Literal["auto", "sdpa", "xformers", "plain"] = "auto"
-    """Attention back end; auto is plain for small latents on a CPU, where it is faster, and PyTorch's kernels elsewhere."""
+    """Attention back end; auto is plain for small latents on a CPU in bf16, where it is faster, and PyTorch's
+    kernels elsewhere."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Precision of forward and backward passes; trained weights stay float32. auto is bf16 on a GPU that has it, else no."""
     base_precision: Literal["fp32", "bf16", "fp16"] = "fp32"

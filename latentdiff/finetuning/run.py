@@ -38,7 +38,7 @@ from latentdiff.training.objective import DiffusionObjective
 
 CONFIG = "config.yaml"
 
-# Latents of up to this many entries a channel are attended to faster without PyTorch's fused kernels, on a CPU.
+# Latents of up to this many entries a channel are attended to faster without PyTorch's fused kernels, on a CPU in bfloat16.
 _SMALL_LATENT = 32 * 32
 
 # Training images that samples are compared with.
@@ -163,7 +163,8 @@ def _attention(settings: FinetuneConfig, parts: Any, accelerator: Accelerator) -
     if settings.attention != "auto":
         return settings.attention
     side = settings.resolution / parts.vae.config.downscale if settings.resolution else parts.unet.config.sample_size
-    return "plain" if accelerator.device.type == "cpu" and side**2 <= _SMALL_LATENT else "sdpa"
+    few = side**2 <= _SMALL_LATENT and settings.mixed_precision == "bf16"
+    return "plain" if accelerator.device.type == "cpu" and few else "auto"
 
 
 def _speed_up(parts: Any, method: Method, settings: FinetuneConfig, accelerator: Accelerator, stack: ExitStack) -> None:

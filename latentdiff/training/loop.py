@@ -21,6 +21,7 @@ from latentdiff.training.data import Prefetch
 from latentdiff.training.ema import EMA
 from latentdiff.training.journal import Journal, Window, peak_memory
 from latentdiff.training.optimizer import (
+    clip_gradients,
     group_state,
     learning_rate,
     make_optimizer,
@@ -80,7 +81,9 @@ class Trainer:
         self.step = 0
         if settings.compile:
             task.compile()
-        self._wrapped = accelerator.prepare_model(task.module)
+        alone = accelerator.num_processes == 1 and accelerator.mixed_precision == "no"
+        # accelerate would load the compiler, 60 MB, to see whether this is a compiled module.
+        self._wrapped = task.module if alone else accelerator.prepare_model(task.module)
 
     def fit(self) -> None:
         """Train until `max_steps` steps are done.
@@ -186,7 +189,7 @@ class Trainer:
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         for group in self._groups:
-            norm = torch.nn.utils.clip_grad_norm_(group.parameters.values(), self.settings.grad_clip)
+            norm = clip_gradients(list(group.parameters.values()), self.settings.grad_clip)
             parts[f"grad_norm_{group.name}" if len(self._groups) > 1 else "grad_norm"] = norm
         if self.scaler:
             self.scaler.step(self.optimizer)  # leaves out a step whose scaled gradients overflow, and then scales less

@@ -59,7 +59,54 @@ def make_optimizer(groups: list[ParameterGroup], settings: StageSection) -> torc
         return library.Prodigy(
             param_groups, lr=settings.lr, betas=settings.betas, use_bias_correction=True, safeguard_warmup=True
         )
-    return torch.optim.AdamW(param_groups, lr=settings.lr, betas=settings.betas, fused=True)
+    return FusedAdamW(param_groups, lr=settings.lr, betas=settings.betas)
+
+
+class FusedAdamW(torch.optim.Optimizer):
+    """AdamW by the kernel of `torch.optim.AdamW(fused=True)`, to the bit.
+
+    torch's own class loads the compiler, torch._dynamo, when it is made: 60 MB and seconds, for nothing here.
+
+    Args:
+        param_groups: each with `params` and `weight_decay`.
+        lr: learning rate; `lr_scale` of a group is a factor on it.
+        betas: moment decays.
+    """
+
+    def __init__(self, param_groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(param_groups, {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.0})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.param_groups.append({**self.defaults, **param_group})
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None if set_to_none or parameter.grad is None else parameter.grad.zero_()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            members = [parameter for parameter in group["params"] if parameter.grad is not None]
+            states = [self._state_of(parameter) for parameter in members]
+            if not members:
+                continue
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                members, [parameter.grad for parameter in members],
+                [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [], steps,
+                lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
+                eps=group["eps"], amsgrad=False, maximize=False,
+            )  # fmt: skip
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state
 
 
 def _library(name: str, optimizer: str) -> Any:
@@ -69,6 +116,15 @@ def _library(name: str, optimizer: str) -> Any:
         raise MissingDependencyError(
             f"the optimizer {optimizer} needs {name}: pip install 'latentdiff[optimizers]'; or take optimizer adamw"
         ) from error
+
+
+def clip_gradients(parameters: Sequence[Parameter], largest: float) -> Tensor:
+    """Scale the gradients down to the norm `largest` where theirs is larger; returns the norm that they had."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if norm.device.type != "cpu" or norm > largest:  # asking a GPU would mean to wait for it
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm
 
 
 def learning_rate(step: int, settings: StageSection) -> float:

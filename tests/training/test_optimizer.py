@@ -4,7 +4,9 @@ from torch.nn import Parameter
 
 from latentdiff.training.config import StageSection
 from latentdiff.training.optimizer import (
+    FusedAdamW,
     ParameterGroup,
+    clip_gradients,
     learning_rate,
     make_optimizer,
     moments,
@@ -78,3 +80,35 @@ def test_moments_are_restored_exactly(memory_format):
     step(parameters, optimizer, 2)
     step(others, fresh, 2)
     assert torch.equal(parameters["kernel"], others["kernel"])
+
+
+def test_adamw_is_torchs_fused_one_to_the_bit():
+    torch.manual_seed(0)
+    kernel = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
+    mine, theirs = ([Parameter(kernel.clone()), Parameter(torch.ones(5))] for _ in range(2))
+    groups = [{"weight_decay": 0.1, "lr_scale": 1.0}, {"weight_decay": 0.0, "lr_scale": 1.0}]
+    own = FusedAdamW([{**group, "params": [p]} for group, p in zip(groups, mine, strict=True)], 1e-2, (0.9, 0.99))
+    reference = torch.optim.AdamW(
+        [{**group, "params": [p]} for group, p in zip(groups, theirs, strict=True)], lr=1e-2, betas=(0.9, 0.99), fused=True
+    )
+    for step in range(4):
+        for a, b in zip(mine, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in (own, reference):
+            set_learning_rate(optimizer, 1e-2 / (step + 1))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert mine[0].grad is None
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("largest", [0.5, 100.0])
+def test_gradients_are_clipped_as_by_torch(largest):
+    torch.manual_seed(0)
+    mine, theirs = ([Parameter(torch.zeros(4, 3)), Parameter(torch.zeros(5))] for _ in range(2))
+    for a, b in zip(mine, theirs, strict=True):
+        a.grad = torch.randn_like(a)
+        b.grad = a.grad.clone()
+    assert torch.equal(clip_gradients(mine, largest), torch.nn.utils.clip_grad_norm_(theirs, largest))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(mine, theirs, strict=True))
