@@ -8,7 +8,9 @@ from latentdiff.errors import ConfigError, UsageError
 from latentdiff.finetuning.config import METHOD_DEFAULTS, METHODS, FinetuneConfig, load_finetune_config, make_config
 from latentdiff.training.config import dump_config
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "finetune").glob("*.yaml"))
+CONFIGS = Path(__file__).parents[2] / "configs" / "finetune"
+OF_EXAMPLES = sorted(CONFIGS.glob("concept_*.yaml"))
+OF_METHODS = sorted(set(CONFIGS.glob("*.yaml")) - set(OF_EXAMPLES))
 
 
 def flags():
@@ -48,7 +50,7 @@ def test_a_saved_configuration_is_the_same():
     assert make_config(yaml.safe_load(dump_config(config)), "test") == config
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", OF_METHODS, ids=lambda path: path.stem)
 def test_shipped_configurations_state_the_defaults_of_their_method(path):
     values = yaml.safe_load(path.read_text())
     word = {"word": "<x>"} if values["method"] == "textual_inversion" else {}
@@ -58,7 +60,13 @@ def test_shipped_configurations_state_the_defaults_of_their_method(path):
 
 
 def test_there_is_a_configuration_for_every_method():
-    assert {yaml.safe_load(path.read_text())["method"] for path in CONFIGS} == set(METHODS)
+    assert {yaml.safe_load(path.read_text())["method"] for path in OF_METHODS} == set(METHODS)
+
+
+@pytest.mark.parametrize("path", OF_EXAMPLES, ids=lambda path: path.stem)
+def test_configurations_of_the_examples_teach_the_text_encoder_the_new_word(path):
+    config = load_finetune_config(path, {"data": ["x:80", "y"]})
+    assert config.train_text_encoder or "text_encoder" in config.targets
 
 
 @pytest.mark.parametrize(
