@@ -23,7 +23,7 @@ class PrecisionWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Precision:
-    """The number format of each part; `name` is "fp32", "bf16" or "fp16"."""
+    """The number format of each part; `name` is "fp32", "bf16", "fp16" or "int8"."""
 
     name: str
     text_encoder: torch.dtype
@@ -36,6 +36,8 @@ FORMATS = {
     "bf16": Precision("bf16", torch.bfloat16, torch.bfloat16, torch.bfloat16),
     # The activations of SD's VAE do not fit into float16: the field's black pictures come from there.
     "fp16": Precision("fp16", torch.float16, torch.float16, torch.float32),
+    # Of the modules, whose products `latentdiff.engines.int8` then rounds to 8 bits.
+    "int8": Precision("int8", torch.bfloat16, torch.bfloat16, torch.bfloat16),
 }
 
 
@@ -68,10 +70,12 @@ def pick_precision(name: str, device: torch.device, parameters: int) -> Precisio
         parameters: the size of the U-Net.
 
     Raises:
-        UsageError: there is no such precision.
+        UsageError: there is no such precision, or not on this device.
     """
     if name not in PRECISIONS:
         raise UsageError(f"expected a precision of {', '.join(PRECISIONS)}, found {name!r}")
+    if name == "int8" and device.type != "cpu":
+        raise UsageError(f"--precision int8 computes on the CPU, found {device.type}; add --device cpu or choose bf16")
     if name != "auto":
         return FORMATS[name]
     if device.type == "cuda":

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentdiff.attention import attention_backend
 from latentdiff.coding import decode_latents, embed_prompt, encode_pictures
 from latentdiff.conditioning import TextContext, checked_model
 from latentdiff.config import ScheduleConfig
@@ -33,6 +34,7 @@ from latentdiff.device import (
 )
 from latentdiff.embedded import embedded_model
 from latentdiff.engines import Decoder, Network
+from latentdiff.engines.choosing import engines_for
 from latentdiff.engines.cpu import accelerate
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.guidance import Guidance, guided_denoiser
@@ -105,6 +107,7 @@ class Pipeline:
         self.schedule = Schedule(schedule_config)
         self.name, self.model_hash, self.ema = name, model_hash, ema
         self.precision = precision_of(unet)
+        self.backend = "torch"
         self.loras = LoadedLoRAs(unet, text_encoder)
         self.words = LoadedWords(tokenizer, text_encoder)
         _check_fit("text embeddings", text_encoder.embedding_width, unet.config.cross_attention_dim)
@@ -120,6 +123,7 @@ class Pipeline:
         precision: str = "auto",
         ema: bool = False,
         prediction_type: str | None = None,
+        backend: str = "torch",
         low_memory: bool = False,
     ) -> Pipeline:
         """Load a model. Each part's weights are read when it is first used.
@@ -127,7 +131,8 @@ class Pipeline:
         Args:
             source: a folder in the diffusers layout, a hub id, or a single file; None is the embedded model.
             device: "auto", "cpu", "cuda", "cuda:N" or "mps"; see `pick_device`.
-            precision: "auto", "fp32", "bf16" or "fp16"; see `pick_precision`.
+            precision: "auto", "fp32", "bf16", "fp16" or "int8"; see `pick_precision`.
+            backend: "torch", "openvino" or "compile"; see `use_backend`.
             ema: take the averaged weights of a `.ckpt` that holds both.
             prediction_type: what the U-Net predicts, "epsilon", "v_prediction" or "sample", where the model
                 does not say or says it wrong.
@@ -146,7 +151,7 @@ class Pipeline:
             found.name = EMBEDDED_NAME
         size = sum(parameter.numel() for parameter in found.unet.parameters())
         pipe = cls.from_components(found, ema=ema, low_memory=low_memory)
-        return pipe.to(where, pick_precision(precision, where, size))
+        return pipe.to(where, pick_precision(precision, where, size)).use_backend(backend)
 
     @classmethod
     def from_components(cls, parts: Components, *, ema: bool = False, low_memory: bool = False) -> Pipeline:
@@ -181,7 +186,7 @@ class Pipeline:
         save_folder(parts, folder)
 
     def to(self, device: torch.device | str, precision: Precision | str | None = None) -> Pipeline:
-        """Move the model to `device`, and to `precision` if one is given ("fp32", "bf16", "fp16").
+        """Move the model to `device`, and to `precision` if one is given ("fp32", "bf16", "fp16", "int8").
 
         On a CPU the modules get their fast forms, see `latentdiff.engines.cpu`.
         """
@@ -193,6 +198,23 @@ class Pipeline:
                 accelerate(self.parts.module(name))
         self.loras.to(device, self.precision)
         self.words.to(device)
+        return self.use_backend(self.backend)
+
+    def use_backend(self, name: str) -> Pipeline:
+        """Compute the U-Net and the decoder by the back end `name` from now on; the modules stay as they are.
+
+        "torch" is the modules themselves. "openvino" and "compile" translate them at the first picture of each size; the
+        first is for CPUs, the second mostly for GPUs. Their pictures are those of the modules up to rounding. Where a LoRA or
+        another tap is on a module, or gradients are needed, they leave it to the modules or say that they cannot.
+
+        Raises:
+            UsageError: there is no such back end, or it cannot compute this model here.
+            MissingDependencyError: what it needs is not installed.
+        """
+        if name != "torch" or self.precision.name == "int8":
+            self.parts.require_whole(f"the back end {name} in {self.precision.name}")
+        self.network, self.decoder = engines_for(name, self.precision.name, self.parts.module("unet"), self.parts.module("vae"))
+        self.backend = name
         return self
 
     def load_lora(
@@ -408,12 +430,13 @@ class Pipeline:
             NotFiniteError: the model gives NaN or infinity.
             Cancelled: the callback returned False.
         """
-        job = self.parts.job(2 * max(part.stop - part.start for part in plan.parts), *shape[-2:])
+        rows = 2 * max(part.stop - part.start for part in plan.parts)
+        job = self.parts.job(rows, *shape[-2:], quadratic=attention_backend() == "plain")
         self.parts.check(job)
         positive, negative = text or self.encode([*plan.prompts, *plan.negatives]).chunk(2)
         self.parts.make_room("unet", denoising_bytes(job))
         finished = []
-        with progress_bar(plan.steps * len(plan.parts), plan.options.progress) as bar:
+        with self.parts.using("unet"), progress_bar(plan.steps * len(plan.parts), plan.options.progress) as bar:
             for part in plan.parts:
                 noise = NoiseStream(plan.seeds[part], shape, device=self.device)
                 begun = start(part, noise)
@@ -489,6 +512,7 @@ class Pipeline:
             ema=self.ema,
             prediction_type=self.schedule.config.prediction_type,
             precision=self.precision.name,
+            backend=self.backend,
             device=describe_device(self.device),
             versions=library_versions(),
             loras=self.adaptations(),

@@ -57,6 +57,7 @@ class Recipe:
     ema: bool = False
     given_latents: bool = False
     precision: str = ""
+    backend: str = "torch"
     device: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     task: str = "generate"

@@ -92,8 +92,11 @@ def test_named_precisions():
     assert pick_precision("fp16", CPU, SMALL) is FORMATS["fp16"]
     assert FORMATS["fp16"].vae == torch.float32  # the VAE of SD overflows float16
     assert precision_of(nn.Linear(1, 1).bfloat16()).name == "bf16"
-    with pytest.raises(UsageError, match="auto, fp32, bf16, fp16, found 'int8'"):
-        pick_precision("int8", CPU, SMALL)
+    with pytest.raises(UsageError, match="auto, fp32, bf16, fp16, int8, found 'int4'"):
+        pick_precision("int4", CPU, SMALL)
+    assert pick_precision("int8", CPU, SMALL).name == "int8"
+    with pytest.raises(UsageError, match="computes on the CPU, found cuda"):
+        pick_precision("int8", torch.device("cuda"), SMALL)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -17,7 +17,7 @@ from latentdiff.layout import read_ahead
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
 
-NAMES = ("model", "ema", "prediction_type", "loras", "device", "precision", "attention", "low_memory")
+NAMES = ("model", "ema", "prediction_type", "loras", "device", "precision", "backend", "attention", "low_memory")
 
 
 @contextmanager

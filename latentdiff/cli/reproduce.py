@@ -126,6 +126,7 @@ def _load(recipe: Recipe, model: str | None, device: str, precision: str | None)
         model,
         device=device,
         precision=precision or recipe.precision or "auto",
+        backend=recipe.backend,
         ema=recipe.ema,
         prediction_type=recipe.prediction_type if model else None,
     )
@@ -165,6 +166,7 @@ def _reasons(then: Recipe, now: Recipe) -> list[str]:
         "model hash": (then.model_hash[:10], now.model_hash[:10]),
         "device": (then.device, now.device),
         "precision": (then.precision, now.precision),
+        "back end": (then.backend, now.backend),
         "prediction type": (then.prediction_type, now.prediction_type),
     }
     pairs |= {name: (then.versions.get(name), now.versions.get(name)) for name in then.versions | now.versions}

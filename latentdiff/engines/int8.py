@@ -26,6 +26,7 @@ OUTER = 0.1  # share of the timesteps, at each end, that are computed in the U-N
 TIMESTEPS = 1000
 MIN_CHANNELS = 64  # a product over fewer is bound by rounding its input
 FF_ROWS = 1024  # tokens that go through a feed-forward at a time, per thread
+PIECE = 2**16  # numbers that are rounded at a time: few enough to stay in a core's cache
 _SENSITIVE = ("conv_in", "conv_out", "time_emb")  # parts of names
 
 Forward = Callable[..., Tensor]
@@ -121,13 +122,17 @@ class _Rounding:
 
 def _rounded(x: Tensor) -> tuple[Tensor, float, int] | None:
     low, high = min(0.0, float(x.amin())), max(0.0, float(x.amax()))
-    scale = max(high - low, 1e-12) / 255
+    scale = max(high - low, 1e-12) / 254  # one value is left free, so that rounding the zero point never overflows
     if not math.isfinite(scale):
         return None
     zero = round(-low / scale)
-    quantized = torch.quantize_per_tensor(x.float(), scale, zero, torch.quint8)
-    as_bytes = torch.empty(0, dtype=torch.uint8)
-    return as_bytes.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride()), scale, zero
+    rounded = torch.empty_like(x, dtype=torch.uint8)
+    is_map = x.ndim == 4
+    values, results = (each.permute(0, 2, 3, 1).flatten() if is_map else each.flatten() for each in (x, rounded))
+    for piece, result in zip(values.split(PIECE), results.split(PIECE), strict=True):
+        # The conversion cuts fractions off; what comes before it is positive, so a half makes that rounding.
+        result.copy_(piece.to(torch.float32, copy=True).mul_(1.0 / scale).add_(zero + 0.5))
+    return rounded, scale, zero
 
 
 class _Weight:

@@ -1,0 +1,39 @@
+"""From the name of a back end and of a precision to the engine."""
+
+from __future__ import annotations
+
+from latentdiff.engines import Decoder, Network
+from latentdiff.errors import UsageError
+from latentdiff.names import BACKEND_NAMES
+from latentdiff.unet import UNet
+from latentdiff.vae import VAE
+
+
+def engines_for(backend: str, precision: str, unet: UNet, vae: VAE) -> tuple[Network, Decoder]:
+    """What computes `unet` and `vae.decode`.
+
+    Args:
+        backend: "torch" for the modules themselves, "openvino" or "compile".
+        precision: "int8" rounds the U-Net to 8 bits, with the back end "torch" only; all others are what the modules have.
+
+    Raises:
+        UsageError: there is no such back end, or it cannot compute these modules.
+        MissingDependencyError: what it needs is not installed.
+    """
+    if backend not in BACKEND_NAMES:
+        raise UsageError(f"expected a back end of {', '.join(BACKEND_NAMES)}, found {backend!r}")
+    if precision == "int8" and backend != "torch":
+        raise UsageError(f"--precision int8 goes with --backend torch, found {backend}; leave one of them out")
+    if precision == "int8":
+        from latentdiff.engines.int8 import Int8Network
+
+        return Int8Network(unet), vae.decode
+    if backend == "openvino":
+        from latentdiff.engines.openvino import OpenVINODecoder, OpenVINONetwork
+
+        return OpenVINONetwork(unet), OpenVINODecoder(vae)
+    if backend == "compile":
+        from latentdiff.engines.compiled import CompiledDecoder, CompiledNetwork
+
+        return CompiledNetwork(unet), CompiledDecoder(vae)
+    return unet, vae.decode
