@@ -6,18 +6,20 @@ from pathlib import Path
 
 import click
 
-from latentdiff.cli.options import ANY_PATH
+from latentdiff.cli.options import ANY_PATH, EMA, PREDICTION_TYPE
 from latentdiff.cli.output import check_writable
 
 
 @click.command()
 @click.argument("source", metavar="IN")
 @click.argument("target", metavar="OUT", type=ANY_PATH)
-def convert(source: str, target: Path) -> None:
+@EMA
+@PREDICTION_TYPE
+def convert(source: str, target: Path, ema: bool, prediction_type: str | None) -> None:
     """Convert the model IN to OUT, loss-free: a name ending in .safetensors is a single file, others a folder."""
     check_writable(target)
     from latentdiff import checkpoints
 
-    for note in checkpoints.convert(source, target):
+    for note in checkpoints.convert(source, target, ema=ema, prediction_type=prediction_type):
         click.echo(f"note: {note}", err=True)
     click.echo(target)

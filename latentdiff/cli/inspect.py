@@ -7,8 +7,10 @@ import click
 
 @click.command()
 @click.argument("source", metavar="FILE|FOLDER|HUB_ID")
-def inspect(source: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print it as a JSON object, for programs.")
+def inspect(source: str, as_json: bool) -> None:
     """Say what a model file is: family, size, number format, prediction type, hash. Executes nothing in it."""
     from latentdiff import checkpoints
 
-    click.echo(checkpoints.inspect(source))
+    report = checkpoints.inspect(source)
+    click.echo(report.to_json() if as_json else report)

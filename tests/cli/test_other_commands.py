@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import latentdiff
 from latentdiff import Pipeline
+from latentdiff.checkpoints import convert
+from latentdiff.checkpoints.files import read_tensors
 from tests import peers
 from tests.cli.conftest import files
 
@@ -59,6 +64,13 @@ def test_inspect(command):
     assert done.code == 0 and "v_prediction" in done.out and "Stable Diffusion 2" in done.out
 
 
+def test_inspect_for_programs(command, sd1):
+    done = command("inspect", sd1, "--json")
+    report = json.loads(done.out)
+    assert done.code == 0 and report["kind"] == "diffusers folder" and report["short_hash"] == report["sha256"][:10]
+    assert report["parameters"]["unet"] > 0
+
+
 def test_inspect_what_is_no_model(command, workplace):
     (workplace / "page.safetensors").write_text("<!DOCTYPE html><html>")
     for source in ("page.safetensors", "nothing"):
@@ -75,6 +87,29 @@ def test_convert_there_and_back(command, sd1, workplace):
     ]
     # The weights are the same bits, but lie elsewhere in memory, and some kernels round differently there.
     assert np.abs(pictures[0] - pictures[1]).max() <= 1 and np.abs(pictures[0] - pictures[2]).max() <= 1
+
+
+def test_convert_takes_the_averaged_weights(command, workplace):
+    folder = peers.folder("sd1")
+    convert(folder, "model.safetensors")
+    file = read_tensors(Path("model.safetensors"))
+    tensors = file.tensors
+    averaged = {
+        f"model_ema.{name.removeprefix('model.').replace('.', '')}": 2 * tensor
+        for name, tensor in tensors.items()
+        if name.startswith("model.diffusion_model.")
+    }
+    save_file(tensors | averaged, "both.safetensors", file.metadata)
+    assert command("convert", "both.safetensors", "averaged", "--ema", "--prediction-type", "v_prediction").code == 0
+    assert command("convert", "both.safetensors", "last").code == 0
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    (last, first) = load_file(f"last/{weights}"), load_file(folder / weights)
+    for name, tensor in load_file(f"averaged/{weights}").items():
+        assert torch.equal(tensor, 2 * first[name]) and torch.equal(last[name], first[name])
+    config = json.loads((workplace / "averaged/scheduler/scheduler_config.json").read_text())
+    assert config["prediction_type"] == "v_prediction"
+    done = command("convert", folder, "x.safetensors", "--ema")
+    assert done.code == 1 and "load it without ema" in done.errors[0]
 
 
 def test_convert_failures_leave_nothing(command, sd1, workplace):
