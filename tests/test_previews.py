@@ -8,6 +8,7 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 from safetensors.torch import save_file
 
+from latentdiff import Pipeline
 from latentdiff.config import VAEConfig
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.previews import PreviewFile, TinyDecoder
@@ -83,3 +84,14 @@ def test_the_picture_is_the_same_with_previews(tmp_path):
     watched = pipe("cat", callback=PreviewFile(tmp_path / "preview.png", pipe.decode, every=1), **options)
     assert [image.tobytes() for image in plain] == [image.tobytes() for image in watched]
     assert Image.open(tmp_path / "preview.png").width > plain[0].width  # both on one sheet
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_decoding_in_the_loop_leaves_the_networks_in_place(low_memory):
+    pipe = Pipeline.load(peers.folder("sd1"), device="cpu", precision="fp32", low_memory=low_memory)
+    pipe.parts.expect_no_more()
+    options = {"steps": 2, "seed": 1, "progress": False}
+    seen = []
+    (watched,) = pipe("cat", callback=lambda step, t, x0: seen.append(pipe.decode(x0)), **options)
+    assert len(seen) == 2
+    assert watched.tobytes() == peers.ours("sd1")("cat", **options)[0].tobytes()

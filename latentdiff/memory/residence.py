@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Residence:
             self.parts["unet"] = StreamedPart(modules["unet"], stored["unet"])
         self.low_memory = low_memory
         self.keep: bool | None = False if low_memory else None
+        self._in_use: set[str] = set()
 
     @property
     def device(self) -> torch.device:
@@ -115,8 +117,17 @@ class Residence:
                 return
         if not self.keep:
             for other, part in self.parts.items():
-                if other != name:
+                if other != name and other not in self._in_use:
                     part.give_back()
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Keep a part whatever else is used inside the `with`: a callback of the loop may decode."""
+        self._in_use.add(name)
+        try:
+            yield
+        finally:
+            self._in_use.discard(name)
 
     def _free(self) -> int | None:
         """Bytes for the model and its work: what is free, and what the parts that are loaded have taken already."""
