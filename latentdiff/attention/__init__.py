@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 from latentdiff.attention.auto import auto_attention
@@ -50,7 +51,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         (N, heads, L, d), dtype of `q`.
     """
-    return _backend.get()(q, k, v)
+    # torch.compile cannot read a context variable, and makes kernels of its own of PyTorch's attention.
+    return sdpa_attention(q, k, v) if torch.compiler.is_compiling() else _backend.get()(q, k, v)
 
 
 @contextmanager

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import platform
+from itertools import product as combinations
 
 import torch
 from torch import Tensor
 
-MAX_SCORES = 2**20  # scores held at a time per thread: 4 MiB, about what stays in a core's caches
+MAX_SCORES = 2**19  # scores held at a time per thread, 2 MiB: larger blocks come fresh from the system at every call
+SAFE_EXPONENT = 64.0  # 2^±64 times any number of keys and values is an ordinary float32 and bf16
 
 
 def chunked_is_possible(q: Tensor) -> bool:
@@ -33,23 +35,23 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention in chunks of queries; each query's softmax is whole, so the result does not depend on the chunks.
 
     softmax(s) v = (e v) / (e 1) with e = 2^(s - max s), where the scale and log2(e) are in the queries already and the sum is
-    one more column of the product with v: the division then acts on (L, d) in place of (L, S) numbers.
+    one more column of the product with v: the division then acts on (L, d) in place of (L, S) numbers. The maximum only keeps
+    e in range, so it is left out where |s| <= |q| |k| says that no e can leave it.
     """
     batch, heads, length, size = q.shape
     keys = k.shape[2]
     q = (q.float() * (math.log2(math.e) / math.sqrt(size))).contiguous()
     k = k.float().contiguous()
-    ones = v.new_ones(batch, heads, 1, keys)
-    v = torch.cat([v.transpose(2, 3), ones], dim=2)  # (N, heads, d + 1, S)
+    v = torch.cat([v.transpose(2, 3), v.new_ones(batch, heads, 1, keys)], dim=2)  # (N, heads, d + 1, S)
+    is_safe = (q.norm(dim=3).amax(2) * k.norm(dim=3).amax(2) <= SAFE_EXPONENT).tolist()
     out = torch.empty(batch, length, heads, size, dtype=v.dtype)
     rows = max(16, MAX_SCORES * torch.get_num_threads() // keys)
     product = torch.ops.mkldnn._linear_pointwise  # (a, b) -> a bᵀ
-    for n in range(batch):
-        for head in range(heads):
-            for start in range(0, length, rows):
-                part = slice(start, start + rows)
-                scores = product(q[n, head, part], k[n, head], None, "none", [], "")
-                weights = scores.sub_(scores.amax(dim=1, keepdim=True)).exp2_().to(v.dtype)
-                sums = product(weights, v[n, head], None, "none", [], "")  # (rows, d + 1)
-                torch.div(sums[:, :size], sums[:, size:], out=out[n, part, head])
+    for n, head, start in combinations(range(batch), range(heads), range(0, length, rows)):
+        part = slice(start, start + rows)
+        scores = product(q[n, head, part], k[n, head], None, "none", [], "")
+        if not is_safe[n][head]:
+            scores -= scores.amax(dim=1, keepdim=True)
+        sums = product(scores.exp2_().to(v.dtype), v[n, head], None, "none", [], "")  # (rows, d + 1)
+        torch.div(sums[:, :size], sums[:, size:], out=out[n, part, head])
     return out.transpose(1, 2)

@@ -36,6 +36,17 @@ def test_scores_of_thousands_do_not_overflow() -> None:
     torch.testing.assert_close(chunked.chunked_attention(q, k, v).double(), expected, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_large_scores_are_as_exact_with_the_maximum_as_without(dtype: torch.dtype, monkeypatch) -> None:
+    q, k, v = (x.to(dtype) for x in tensors(90, 110, 16))
+    q = q * (40 / (q.norm(dim=3).max() * k.norm(dim=3).max()) * 4).item()  # exponents up to 58
+    expected = plain.plain_attention(q.double(), k.double(), v.double())
+    for safe in (64.0, 0.0):
+        monkeypatch.setattr(chunked, "SAFE_EXPONENT", safe)
+        error = (chunked.chunked_attention(q, k, v).double() - expected).abs().max() / expected.abs().max()
+        assert error < 3 * TOLERANCES[dtype]
+
+
 def test_heads_behind_tokens_need_no_copy_by_the_caller() -> None:
     q, k, v = (x.float() for x in tensors(50, 60, 8))
     expected = chunked.chunked_attention(q, k, v)
