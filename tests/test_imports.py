@@ -12,7 +12,10 @@ import pytest
 import latentdiff
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "transformers", "numpy", "PIL", "accelerate", "huggingface_hub", "pydantic", "yaml", "tqdm")
+HEAVY = (
+    "torch", "torch._dynamo", "transformers", "numpy", "PIL", "accelerate", "huggingface_hub", "pydantic", "yaml", "tqdm",
+    "scipy", "sympy", "matplotlib", "datasets",
+)  # fmt: skip
 
 
 def loaded_after(code: str) -> set[str]:
@@ -34,6 +37,13 @@ def test_help_is_light(command):
 
 def test_wrong_usage_is_light():
     assert loaded_after("from latentdiff.cli import run; assert run(['generate', '--sampler', 'x', 'cat']) == 2") == set()
+
+
+def test_a_picture_needs_little_beside_torch(tmp_path):
+    """The first picture comes so much sooner."""
+    arguments = ["generate", "a cat", "--seed", "0", "--steps", "1", "--out", str(tmp_path), "--device", "cpu"]
+    loaded = loaded_after(f"from latentdiff.cli import run; assert run({arguments}) == 0")
+    assert loaded == {"torch", "numpy", "PIL", "tqdm"}, "see with: python -X importtime -m latentdiff generate ..."
 
 
 def test_pipeline_is_there_when_asked_for():
