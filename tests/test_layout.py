@@ -11,7 +11,6 @@ from latentdiff.checkpoints.folder import weight_files
 from latentdiff.embedded import embedded_model
 from latentdiff.layout import PARTS, read_ahead
 
-
 pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be asked")
 
 
