@@ -86,9 +86,8 @@ def placed(tensor: Tensor, like: Tensor, device: torch.device | str) -> Tensor:
 
 
 def put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace a parameter or buffer, which may be of another device, by its dotted name."""
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
+    """Replace a parameter or buffer, by its name in the `state_dict`; the new one may lie on another device."""
+    owner, leaf = _place(module, name)
     old = getattr(owner, leaf)
     setattr(owner, leaf, nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
 
@@ -100,13 +99,16 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device 
         module: may lie on the meta device.
         tensors: by their names in its `state_dict`; weights that are not among them stay as they are.
     """
-    present = module.state_dict()
     for name, tensor in tensors.items():
-        put(module, name, placed(tensor, present[name], device))
+        put(module, name, placed(tensor, getattr(*_place(module, name)), device))
 
 
 def empty(module: nn.Module, names: Iterable[str]) -> None:
     """Take these weights out of a module; types, shapes and layouts stay."""
-    present = module.state_dict()
     for name in names:
-        put(module, name, torch.empty_like(present[name], device="meta"))
+        put(module, name, torch.empty_like(getattr(*_place(module, name)), device="meta"))
+
+
+def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf

@@ -31,6 +31,11 @@ def available_memory(device: torch.device, root: Path = _ROOT) -> int | None:
     return max(0, min(known)) if known else None
 
 
+def free_swap(device: torch.device, root: Path = _ROOT) -> int:
+    """Bytes that the system can move from memory to a disk, slowly, to make room for what is on a device."""
+    return _meminfo(root).get("SwapFree", 0) if device.type == "cpu" else 0
+
+
 def trim() -> None:
     """Give memory that was freed, but that the C library still holds, back to the system."""
     if sys.platform == "linux":

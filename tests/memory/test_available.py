@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentdiff.memory.available import available_memory
+from latentdiff.memory.available import available_memory, free_swap
 
 CPU = torch.device("cpu")
 GB = 10**9
@@ -62,6 +62,13 @@ def test_the_first_version_of_control_groups(root: Path):
     assert available_memory(CPU, root) == GB
     write(folder / "memory.limit_in_bytes", 2**63 - 4096)  # its way of writing "no limit"
     assert available_memory(CPU, root) > 7 * GB
+
+
+def test_swap_is_counted_apart(root: Path):
+    assert free_swap(CPU, root) == 0
+    write(root / "proc/meminfo", f"MemAvailable: 1 kB\nSwapFree: {GB // 1000} kB")
+    assert free_swap(CPU, root) == GB // 1000 * 1024 and free_swap(torch.device("cuda"), root) == 0
+    assert available_memory(CPU, root) == 1024
 
 
 def test_a_system_that_does_not_say(tmp_path: Path):
