@@ -46,12 +46,21 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     is_safe = (q.norm(dim=3).amax(2) * k.norm(dim=3).amax(2) <= SAFE_EXPONENT).tolist()
     out = torch.empty(batch, length, heads, size, dtype=v.dtype)
     rows = max(16, MAX_SCORES * torch.get_num_threads() // keys)
-    product = torch.ops.mkldnn._linear_pointwise  # (a, b) -> a bᵀ
     for n, head, start in combinations(range(batch), range(heads), range(0, length, rows)):
         part = slice(start, start + rows)
-        scores = product(q[n, head, part], k[n, head], None, "none", [], "")
-        if not is_safe[n][head]:
-            scores -= scores.amax(dim=1, keepdim=True)
-        sums = product(scores.exp2_().to(v.dtype), v[n, head], None, "none", [], "")  # (rows, d + 1)
+        sums = _weighted_sums(q[n, head, part], k[n, head], v[n, head], is_safe[n][head])
         torch.div(sums[:, :size], sums[:, size:], out=out[n, part, head])
     return out.transpose(1, 2)
+
+
+def _weighted_sums(q: Tensor, k: Tensor, v: Tensor, is_safe: bool) -> Tensor:
+    """q (rows, d), k (S, d), v (d + 1, S) -> (rows, d + 1).
+
+    A function of its own, so that the scores are freed before the next ones are made: those then take the same memory, which
+    is in the caches.
+    """
+    product = torch.ops.mkldnn._linear_pointwise  # (a, b) -> a bᵀ
+    scores = product(q, k, None, "none", [], "")
+    if not is_safe:
+        scores -= scores.amax(dim=1, keepdim=True)
+    return product(scores.exp2_().to(v.dtype), v, None, "none", [], "")
