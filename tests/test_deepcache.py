@@ -8,13 +8,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentdiff.deepcache import CacheSettings, DeepCache
 from latentdiff.errors import UsageError
+from latentdiff.guidance import Guidance
 from latentdiff.recipe import read_recipe
 from latentdiff.taps import Tap
+from latentdiff.tasks.operators import Denoise
+from latentdiff.tasks.restoring import restore
 from latentdiff.unet import UNet
 from tests import peers
 from tests.test_unet import build
@@ -267,3 +271,20 @@ def test_a_cached_picture_does_not_depend_on_its_batch(pipe) -> None:
     options = {**OPTIONS, "cache_interval": 3, "output": "latents"}
     together, alone = (pipe("cat", batch_size=size, **options) for size in (2, 1))
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+
+
+def test_denoisers_of_other_tasks_compute_all(pipe) -> None:
+    """Inversion, features and gradients ask for their denoiser without a cache, and restoring takes none."""
+    network = Counting(pipe.unet)
+    pipe.network = network
+    try:
+        levels = pipe.schedule.levels(6, "trailing")
+        denoiser = pipe.denoiser(*pipe.encode(["cat", ""]).chunk(2), Guidance(scale=3.0), levels)
+        with torch.no_grad():
+            for level in levels[:-1]:
+                denoiser(torch.zeros(1, 4, 8, 8), level)
+    finally:
+        pipe.network = pipe.unet
+    assert network.calls == 6
+    with pytest.raises(UsageError, match="restoring takes no cache_interval"):
+        restore(pipe, Image.new("RGB", (64, 64)), Denoise(noise_std=0.1), cache_interval=2)
