@@ -10,14 +10,13 @@ all steps in 8 bits.)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.engines.standing_in import has_taps, refuse_gradients, state_of
+from latentdiff.engines.standing_in import forms_in_force, has_taps, refuse_gradients, state_of
 from latentdiff.errors import UsageError
 from latentdiff.layers.transformer import Context, FeedForward
 from latentdiff.unet import UNet
@@ -65,7 +64,7 @@ class Int8Network:
             return self._unet(x, t, context)
         if self._state != state_of(self._unet):
             self._forms, self._state = _forms(self._unet, self._rounding), state_of(self._unet)
-        with torch.no_grad(), _in_force(self._forms):
+        with torch.no_grad(), forms_in_force(self._forms):
             out = self._unet(x, t, context)
         self._rounding.forget()
         return out
@@ -74,21 +73,6 @@ class Int8Network:
 def is_outer(t: float) -> bool:
     """Whether timestep `t` is one of the first or last, which are not rounded."""
     return not OUTER * TIMESTEPS <= t <= (1.0 - OUTER) * TIMESTEPS
-
-
-@contextmanager
-def _in_force(forms: dict[nn.Module, Forward]) -> Iterator[None]:
-    before = {module: module.__dict__.get("forward") for module in forms}
-    for module, form in forms.items():
-        module.forward = form
-    try:
-        yield
-    finally:
-        for module, form in before.items():
-            if form is None:
-                del module.__dict__["forward"]
-            else:
-                module.forward = form
 
 
 def _forms(unet: UNet, rounding: _Rounding) -> dict[nn.Module, Forward]:
@@ -121,10 +105,11 @@ class _Rounding:
 
 
 def _rounded(x: Tensor) -> tuple[Tensor, float, int] | None:
-    low, high = min(0.0, float(x.amin())), max(0.0, float(x.amax()))
-    scale = max(high - low, 1e-12) / 254  # one value is left free, so that rounding the zero point never overflows
-    if not math.isfinite(scale):
+    low, high = float(x.amin()), float(x.amax())
+    if not math.isfinite(high - low):
         return None
+    low, high = min(0.0, low), max(0.0, high)
+    scale = max(high - low, 1e-12) / 254  # one value is left free, so that rounding the zero point never overflows
     zero = round(-low / scale)
     rounded = torch.empty_like(x, dtype=torch.uint8)
     is_map = x.ndim == 4

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,22 @@ def plain_steps_in(module: nn.Module, engine: str) -> bool:
         return False
     warnings.warn(f"a LoRA or another tap is on the {type(module).__name__}: torch computes it, not {engine}", stacklevel=3)
     return True
+
+
+@contextmanager
+def forms_in_force(forms: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+    """Give modules other forwards inside the `with`; afterwards each has the one that it had."""
+    before = {module: module.__dict__.get("forward") for module in forms}
+    for module, form in forms.items():
+        module.forward = form
+    try:
+        yield
+    finally:
+        for module, form in before.items():
+            if form is None:
+                del module.__dict__["forward"]
+            else:
+                module.forward = form
 
 
 def refuse_gradients(engine: str, *inputs: Tensor) -> None:
