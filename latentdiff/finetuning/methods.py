@@ -48,6 +48,10 @@ class Method(ABC):
         """Inside, the networks compute with the adapter."""
         return nullcontext()
 
+    def networks(self) -> list[nn.Module]:
+        """Networks of which everything is trained."""
+        return []
+
     @abstractmethod
     def parameter_groups(self) -> list[ParameterGroup]:
         """What is trained."""
@@ -78,6 +82,9 @@ class Full(Method):
         self._trained = ("unet", "text_encoder") if self.trains_text else ("unet",)
         for part in self._trained:
             getattr(parts, part).float().requires_grad_(True)
+
+    def networks(self) -> list[nn.Module]:
+        return [getattr(self.parts, part) for part in self._trained]
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return self._groups(

@@ -35,6 +35,7 @@ from latentdiff.training.config import dump_config, read_yaml
 from latentdiff.training.lean import lean_layers
 from latentdiff.training.loop import Trainer
 from latentdiff.training.objective import DiffusionObjective
+from latentdiff.training.sharding import is_sharding
 
 CONFIG = "config.yaml"
 
@@ -132,7 +133,7 @@ def _run(settings: FinetuneConfig) -> Path:
         trainer = Trainer(task, settings, settings.out, accelerator)
         trainer.fit()
         task.close()
-        result = _finish(settings, trainer, method, material) if accelerator.is_main_process else _result(settings)
+        result = _finish(settings, trainer, method, material)
     accelerator.wait_for_everyone()
     return result
 
@@ -175,7 +176,7 @@ def _speed_up(parts: Any, method: Method, settings: FinetuneConfig, accelerator:
     for network in (parts.vae, parts.text_encoder):
         if network not in trained:
             accelerate(network)
-    if not settings.compile:
+    if not settings.compile and not is_sharding(accelerator):
         stack.enter_context(lean_layers(*trained))
 
 
@@ -236,8 +237,11 @@ def _finish(settings: FinetuneConfig, trainer: Trainer, method: Method, material
     """Write the result from the averaged weights, and the report."""
     if settings.result == "best":
         _take_best(settings, trainer)
-    with trainer.ema.swapped_in():
-        result = method.save(settings.out, _facts(settings, material))
+    main = trainer.accelerator.is_main_process
+    with trainer.ema.swapped_in(), trainer.whole():
+        result = method.save(settings.out, _facts(settings, material)) if main else _result(settings)
+    if not main:
+        return result
     data, written = material.samples.data, trainer.task.sample_files
     if written:
         training = material.training.tolist()

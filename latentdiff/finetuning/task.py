@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdiff.errors import MissingDependencyError
 from latentdiff.finetuning.loss import FinetuneLoss
@@ -60,6 +60,9 @@ class FinetuneTask(Task):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return self._method.parameter_groups()
+
+    def networks(self) -> list[nn.Module]:
+        return self._method.networks()
 
     def compile(self) -> None:
         self.module.unet.compile()

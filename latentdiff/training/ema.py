@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from latentdiff.training.sharding import is_split, own_part
+
 
 class EMA:
     """Averaged copies of parameters, in float32 on their device.
@@ -23,7 +25,8 @@ class EMA:
     def __init__(self, parameters: Mapping[str, Parameter], decay: float, every: int = 1) -> None:
         self._live = dict(parameters) if decay else {}
         self._decay, self._every = decay, every
-        self.average = {name: parameter.detach().clone() for name, parameter in self._live.items()}
+        # Of parameters that are split over processes, this process's part.
+        self.average = {name: own_part(parameter.detach()).clone() for name, parameter in self._live.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -35,7 +38,7 @@ class EMA:
         if done % self._every or not self._live:
             return
         keep = min(self._decay, (1 + done) / (10 + done)) ** self._every
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self._live.values()], 1 - keep)
+        torch._foreach_lerp_(list(self.average.values()), [own_part(p.detach()) for p in self._live.values()], 1 - keep)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -48,7 +51,13 @@ class EMA:
 
     def _swap(self) -> None:
         for name, parameter in self._live.items():
-            parameter.data, self.average[name] = self.average[name], parameter.data
+            if not is_split(parameter):
+                parameter.data, self.average[name] = self.average[name], parameter.data
+                continue
+            part = own_part(parameter)  # at a fixed place in memory
+            before = part.clone()
+            part.copy_(self.average[name])
+            self.average[name] = before
 
     def load(self, average: Mapping[str, Tensor]) -> None:
         """Restore saved averages; names and shapes must be those of the parameters."""

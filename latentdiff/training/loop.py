@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from latentdiff.errors import CheckpointError, ConfigError, DataError, LatentDiffError, NotFiniteError
@@ -30,11 +30,12 @@ from latentdiff.training.optimizer import (
     restore_moments,
     set_learning_rate,
 )
+from latentdiff.training.sharding import is_sharding, own_part, part_of, shard, synchronise, whole, wholes
 from latentdiff.training.signals import StopSignals
 from latentdiff.training.task import Task
 
 # They change the parameters that the optimizer and the averages were made of, which would then train nothing.
-_OTHER_KINDS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+_OTHER_KINDS = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class TrainingStopped(LatentDiffError):
@@ -57,8 +58,8 @@ class Trainer:
         self.task, self.settings, self.folder, self.accelerator = task, settings, folder, accelerator
         if accelerator.distributed_type in _OTHER_KINDS:
             raise ConfigError(
-                f"expected processes that work on their own part of the batch (DDP), found {accelerator.distributed_type.value}"
-                " in accelerate's configuration; configs/accelerate/ddp.yaml is one that works"
+                f"expected processes that work by DDP or FSDP, found {accelerator.distributed_type.value} in accelerate's"
+                " configuration; configs/accelerate/ddp.yaml is one that works"
             )
         splits = accelerator.num_processes * settings.accumulation
         if settings.batch_size % splits:
@@ -68,6 +69,7 @@ class Trainer:
             )
         self._micro_batch = settings.batch_size // splits
         task.module.to(accelerator.device)
+        self._split = self._shard() if is_sharding(accelerator) else []
         self._groups = task.parameter_groups()
         self.parameters = {name: p for group in self._groups for name, p in group.parameters.items()}
         averaged = task.averaged()
@@ -81,7 +83,7 @@ class Trainer:
         self.step = 0
         if settings.compile:
             task.compile()
-        alone = accelerator.num_processes == 1 and accelerator.mixed_precision == "no"
+        alone = self._split or accelerator.num_processes == 1 and accelerator.mixed_precision == "no"
         # accelerate would load the compiler, 60 MB, to see whether this is a compiled module.
         self._wrapped = task.module if alone else accelerator.prepare_model(task.module)
 
@@ -156,22 +158,49 @@ class Trainer:
         Raises:
             CheckpointError: it holds other weights than this task trains.
         """
-        _copy_into(self.parameters, checkpoint.weights, path)
-        _copy_into(self.ema.average, checkpoint.ema, path)
+        _copy_into(self.parameters, checkpoint.weights, self.parameters, path)
+        _copy_into(self.ema.average, checkpoint.ema, self.parameters, path)
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
+        weights, averages, kept = self._whole_state()
         if self.accelerator.is_main_process:
-            kept = moments(self.optimizer, self.parameters)
             state = self._state()
             if any(of_groups := group_state(self.optimizer)):
                 state["optimizer_groups"] = of_groups
             if self.scaler:
                 state["gradient_scale"] = self.scaler.state_dict()
-            checkpoint = Checkpoint(self.step, self.parameters, self.ema.average, kept, state)
+            checkpoint = Checkpoint(self.step, weights, averages, kept, state)
             spare = self.task.steps_to_keep()
             save_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.settings.keep_checkpoints, spare=spare)
         self.accelerator.wait_for_everyone()
+
+    def _whole_state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Weights, averages and moments; of split ones, the whole is put together for the main process."""
+        kept = moments(self.optimizer, self.parameters)
+        if not self._split:
+            return self.parameters, self.ema.average, kept
+        main, of = self.accelerator.is_main_process, self.parameters
+        parts = {name: own_part(parameter) for name, parameter in of.items()}
+        owners = {key: of[key.rsplit("/", 1)[0]] for key in kept}
+        return (
+            wholes(parts, of, keep=main), wholes(self.ema.average, of, keep=main), wholes(kept, owners, keep=main)
+        )  # fmt: skip
+
+    def _shard(self) -> list[nn.Module]:
+        networks, settings = self.task.networks(), self.settings
+        if not networks or settings.optimizer != "adamw" or settings.compile or getattr(self.accelerator, "scaler", None):
+            raise ConfigError(
+                "FSDP splits models that are trained in full, with optimizer adamw, in float32 or bf16, not compiled;"
+                " for everything else take DDP, as in configs/accelerate/ddp.yaml"
+            )
+        shard(networks, self.accelerator.device)
+        self.accelerator.print(f"the model is split over {self.accelerator.num_processes} processes (FSDP)")
+        return networks
+
+    def whole(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the main process has all of the weights where they were split; all processes must enter."""
+        return whole(self._split, here=self.accelerator.is_main_process)
 
     def _train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
         """One optimizer step; returns the detached parts of the loss and the gradient norm, without waiting for the device."""
@@ -180,8 +209,10 @@ class Trainer:
         for micro in range(self.settings.accumulation):
             batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in next(batches).items()}
             is_last = micro == self.settings.accumulation - 1
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self._wrapped):
-                losses = self._wrapped(batch, self.step)
+            synchronise(self._split, is_last)
+            with contextlib.nullcontext() if is_last or self._split else self.accelerator.no_sync(self._wrapped):
+                with self.accelerator.autocast() if self._split else contextlib.nullcontext():
+                    losses = self._wrapped(batch, self.step)
                 loss = losses["loss"] / self.settings.accumulation
                 (self.scaler.scale(loss) if self.scaler else loss).backward()
             for name, loss in losses.items():
@@ -270,9 +301,11 @@ class Trainer:
     def _on_main(self, action: Callable[[], dict[str, float] | None], *, averaged: bool = True) -> dict[str, float]:
         """Run something with the averaged weights in place, on the main process while the others wait."""
         result = {}
-        if self.accelerator.is_main_process:
-            with self.ema.swapped_in() if averaged else contextlib.nullcontext(), torch.inference_mode():
-                result = action() or {}
+        with self.ema.swapped_in() if averaged and self._split else contextlib.nullcontext(), self.whole():
+            if self.accelerator.is_main_process:
+                swapped = self.ema.swapped_in() if averaged and not self._split else contextlib.nullcontext()
+                with swapped, torch.inference_mode():
+                    result = action() or {}
         self.accelerator.wait_for_everyone()
         return result
 
@@ -290,16 +323,18 @@ class Trainer:
         check_space(self.folder, 4 * 4 * sum(p.numel() for p in self.parameters.values()))
 
 
-def _copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Path) -> None:
+def _copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], of: Mapping[str, Tensor], path: Path) -> None:
+    """Copy `saved` to `live`, what belongs to the parameters `of` the same names."""
     if differing := sorted(set(live) ^ set(saved)):
         raise CheckpointError(
             f"{path} holds other weights than this configuration trains, first {differing[0]}; choose another `run`"
         )
     with torch.no_grad():
         for name, tensor in live.items():
-            if tensor.shape != saved[name].shape:
+            source = part_of(saved[name], of[name])
+            if own_part(tensor).shape != source.shape:
                 raise CheckpointError(
                     f"{path}: {name} has the shape {tuple(saved[name].shape)}, this configuration needs {tuple(tensor.shape)};"
                     " choose another `run`"
                 )
-            tensor.copy_(saved[name])
+            own_part(tensor).copy_(source)

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from latentdiff.errors import MissingDependencyError
 from latentdiff.training.config import StageSection
+from latentdiff.training.sharding import is_split, own_part, part_of
 
 # Entries of Prodigy's groups that change while it runs.
 _REMEMBERED = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")
@@ -63,7 +64,7 @@ def make_optimizer(groups: list[ParameterGroup], settings: StageSection) -> torc
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """AdamW by the kernel of `torch.optim.AdamW(fused=True)`, to the bit.
+    """AdamW by the kernel of `torch.optim.AdamW(fused=True)`, to the bit; of split parameters, on this process's part.
 
     torch's own class loads the compiler, torch._dynamo, when it is made: 60 MB and seconds, for nothing here.
 
@@ -87,14 +88,14 @@ class FusedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            members = [parameter for parameter in group["params"] if parameter.grad is not None]
+            members = [parameter for parameter in group["params"] if parameter.grad is not None and own_part(parameter).numel()]
             states = [self._state_of(parameter) for parameter in members]
             if not members:
                 continue
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1)
             torch._fused_adamw_(
-                members, [parameter.grad for parameter in members],
+                [own_part(parameter) for parameter in members], [own_part(parameter.grad) for parameter in members],
                 [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [], steps,
                 lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
                 eps=group["eps"], amsgrad=False, maximize=False,
@@ -104,8 +105,8 @@ class FusedAdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg"] = torch.zeros_like(own_part(parameter), memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(own_part(parameter), memory_format=torch.preserve_format)
         return state
 
 
@@ -120,9 +121,14 @@ def _library(name: str, optimizer: str) -> Any:
 
 def clip_gradients(parameters: Sequence[Parameter], largest: float) -> Tensor:
     """Scale the gradients down to the norm `largest` where theirs is larger; returns the norm that they had."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [own_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if norm.device.type != "cpu" or norm > largest:  # asking a GPU would mean to wait for it
+    if any(map(is_split, parameters)):
+        square = norm.square()
+        torch.distributed.all_reduce(square)
+        norm = square.sqrt()
+        torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
+    elif norm.device.type != "cpu" or norm > largest:  # asking a GPU would mean to wait for it
         torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return norm
 
@@ -157,7 +163,9 @@ def restore_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, P
             continue
         # Fused kernels walk through memory, so a moment must lie there in the order of its parameter.
         alike = value.shape == parameter.shape and value.dtype == parameter.dtype
-        memory = torch.empty_like(parameter) if alike else torch.empty_like(value, device=parameter.device)
+        place = own_part(parameter)
+        value = part_of(value, parameter)
+        memory = torch.empty_like(place) if alike else torch.empty_like(value, device=parameter.device)
         optimizer.state[parameter][kind] = memory.detach().copy_(value)
 
 

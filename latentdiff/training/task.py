@@ -41,6 +41,10 @@ class Task(ABC):
         """Names of the parameter groups that have an averaged copy; all unless overridden."""
         return {group.name for group in self.parameter_groups()}
 
+    def networks(self) -> list[nn.Module]:
+        """Networks all of whose parameters are trained, which may be split over processes; none unless overridden."""
+        return []
+
     def compile(self) -> None:
         """Compile the networks in place."""
         self.module.compile()

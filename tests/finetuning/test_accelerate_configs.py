@@ -13,6 +13,7 @@ FOLDER = Path(__file__).parents[2] / "configs" / "accelerate"
 EXPECTED = {
     "ddp": (DistributedType.MULTI_GPU, 1, 8),
     "ddp-machines": (DistributedType.MULTI_GPU, 16, 128),
+    "fsdp": (DistributedType.FSDP, 1, 8),
     "cpu": (DistributedType.MULTI_GPU, 1, 2),  # with MULTI_CPU, accelerate starts a single process unless there is MPI
 }
 
@@ -39,6 +40,6 @@ def test_the_command_of_the_file_is_understood(name):
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(placed))
     assert args.module and args.training_script == "latentdiff"
     assert args.training_script_args[0] == "finetune"
-    assert args.multi_gpu and args.num_processes == EXPECTED[name][2]
+    assert (args.use_fsdp if name == "fsdp" else args.multi_gpu) and args.num_processes == EXPECTED[name][2]
     if name == "ddp-machines":
         assert (args.machine_rank, args.main_process_ip) == (3, "10.0.0.7")

@@ -412,3 +412,45 @@ def test_two_processes_equal_one(tmp, method):
     for name in first:
         if not name.endswith(("exp_avg", "exp_avg_sq")):
             torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--train-text-encoder", "--accumulation", "2", "--ema-decay", "0")])
+def test_two_processes_that_split_the_model_equal_one(tmp, more):
+    """FSDP: weights, averages and moments in the checkpoint, validation losses, the result; and resumed."""
+    steps = (
+        "--method",
+        "full",
+        "--lr",
+        "1e-3",
+        "--grad-clip",
+        "0.05",
+        "--validation-share",
+        "0.3",
+        "--validate-every",
+        "2",
+        *more,
+    )
+    subprocess.run(**command_of(tmp, tmp / "one", "--max-steps", "4", *steps), check=True, capture_output=True)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+    split = command_of(tmp, tmp / "two", "--max-steps", "4", *steps, launcher=torchrun)
+    split["env"] = {**split["env"], "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    done = subprocess.run(**split, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "split over 2 processes" in done.stdout
+    first, second = state_of(tmp / "one"), state_of(tmp / "two")
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+    results = [load_file(tmp / run / "model" / "unet" / "diffusion_pytorch_model.safetensors") for run in ("one", "two")]
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, rtol=2e-3, atol=2e-4)
+    losses = [[entry["val_mse"] for entry in log_of(tmp / run) if "val_mse" in entry] for run in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    split["args"] = [*torchrun, "latentdiff", "finetune", "--resume", str(tmp / "two"), "--max-steps", "6"]
+    done = subprocess.run(**split, capture_output=True, text=True)
+    assert done.returncode == 0 and "resumed" in done.stdout, done.stderr[-2000:]
+    subprocess.run(**command_of(tmp, tmp / "whole", "--max-steps", "6", *steps), check=True, capture_output=True)
+    whole, resumed = state_of(tmp / "whole"), state_of(tmp / "two")
+    for name in whole:
+        torch.testing.assert_close(resumed[name], whole[name], rtol=5e-3, atol=5e-4, msg=lambda m, n=name: f"{n}: {m}")

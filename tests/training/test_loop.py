@@ -225,10 +225,15 @@ def test_compiled_training_is_the_same(tmp_path, monkeypatch):
     assert compiled == ["_Loss"]
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_what_would_split_the_parameters_is_refused(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
-    with pytest.raises(ConfigError, match=rf"\(DDP\), found {kind} in accelerate's configuration"):
+def test_deepspeed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(ConfigError, match="DDP or FSDP, found DEEPSPEED in accelerate's configuration"):
+        trainer(tmp_path)
+
+
+def test_what_is_not_trained_in_full_cannot_be_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ConfigError, match="FSDP splits models that are trained in full"):
         trainer(tmp_path)
 
 
