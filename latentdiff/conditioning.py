@@ -9,12 +9,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from latentdiff.denoise import is_asynchronous
 from latentdiff.device import finite_or_float32
 from latentdiff.engines import Network
 from latentdiff.guidance import Model
 from latentdiff.layers.transformer import ProjectedContext
 from latentdiff.schedule import Level
 from latentdiff.unet import UNet
+
+_AS_WIDE_AS_FLOAT32 = (torch.bfloat16, torch.float32)  # in their exponents
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ def checked_model(network: Network, unet: UNet, levels: Sequence[Level], *, extr
             computes = network if dtype == text.dtype else unet
             return computes(x.to(dtype), t, text.for_unet_in(dtype))
 
+        if is_asynchronous(x.device) and text.dtype in _AS_WIDE_AS_FLOAT32:
+            return compute(next(unet.parameters()).dtype)  # float32 would overflow as well; the loop checks, and need not wait
         return finite_or_float32("the U-Net", unet, compute, where=names.get(t, f"at timestep {t:g}"))
 
     return model

@@ -49,20 +49,44 @@ def denoise(
         after_step: (x, next_level) -> x, for what has to hold after every step (known regions, say).
 
     Raises:
-        NotFiniteError: the latents became NaN or infinite.
+        NotFiniteError: the latents became NaN or infinite. On a GPU that is noticed one step later, so that the host need not
+            wait for each step, and at the last step at once.
     """
     last = _Remember(denoiser)
     state = None
+    checks: list[_FiniteCheck] = []
     for index, (level, next_level) in enumerate(pairwise(levels)):
         x, state = step(last, x, level, next_level, state, noise or _no_noise)
         if after_step is not None:
             x = after_step(x, next_level)
-        if not torch.isfinite(x).all():
-            raise NotFiniteError(
-                f"latents must stay finite, found NaN or infinity after step {index + 1} of {len(levels) - 1} "
-                f"(timestep {level.t:g}); use a higher precision"
-            )
+        checks.append(_FiniteCheck(x, f"step {index + 1} of {len(levels) - 1} (timestep {level.t:g})"))
+        may_wait = is_asynchronous(x.device) and index + 2 < len(levels)
+        while len(checks) > may_wait:
+            checks.pop(0).read()
         yield DenoiseStep(index, len(levels) - 1, level, next_level, x, last.prediction)
+
+
+def is_asynchronous(device: torch.device) -> bool:
+    """Whether reading a number from `device` makes the host wait for all work that it was given."""
+    return device.type == "cuda"
+
+
+class _FiniteCheck:
+    """Whether latents are finite: asked at once, read later, without waiting for what the GPU was given since."""
+
+    def __init__(self, x: Tensor, where: str) -> None:
+        self._where, self._done = where, None
+        self._answer = torch.isfinite(x).all()
+        if x.device.type == "cuda":
+            self._answer = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(self._answer, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record(torch.cuda.current_stream(x.device))
+
+    def read(self) -> None:
+        if self._done is not None:
+            self._done.synchronize()
+        if not self._answer:
+            raise NotFiniteError(f"latents must stay finite, found NaN or infinity after {self._where}; use a higher precision")
 
 
 class _Remember:

@@ -76,6 +76,21 @@ def test_latents_that_are_not_finite_are_an_error_that_names_the_step() -> None:
         list(denoise(overflowing, X, LEVELS, DDIM))
 
 
+@pytest.mark.parametrize("bad", [0, 1, 3, 4])
+def test_on_a_gpu_the_error_comes_a_step_later_and_names_the_right_step(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
+    monkeypatch.setattr("latentdiff.denoise.is_asynchronous", lambda device: True)
+    seen = []
+
+    def step(denoiser, x, level, next_level, state, noise):
+        denoiser(x, level)
+        return (x * float("nan") if level == LEVELS[bad] else x), None
+
+    with pytest.raises(NotFiniteError, match=rf"after step {bad + 1} of 5 "):
+        for done in denoise(lambda x, level: Prediction(x, x), X, LEVELS, step):
+            seen.append(done.index)
+    assert seen == list(range(min(bad + 1, 4)))
+
+
 @pytest.mark.parametrize("step", [get_sampler("ddpm").step, get_sampler("ddim", eta=0.5).step])
 def test_a_stochastic_step_without_noise_is_refused(step) -> None:
     with pytest.raises(UsageError, match="NoiseStream"):
