@@ -86,7 +86,7 @@ def test_on_a_gpu_the_error_comes_a_step_later_and_names_the_right_step(monkeypa
         return (x * float("nan") if level == LEVELS[bad] else x), None
 
     with pytest.raises(NotFiniteError, match=rf"after step {bad + 1} of 5 "):
-        for done in denoise(lambda x, level: Prediction(x, x), X, LEVELS, step):
+        for done in denoise(lambda x, level: Prediction(x, x, x), X, LEVELS, step):
             seen.append(done.index)
     assert seen == list(range(min(bad + 1, 4)))
 
