@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from latentdiff.cli.generate import generate as generate_command
 from latentdiff.image import open_image
 from latentdiff.previews import TinyDecoder
 from latentdiff.recipe import read_recipe
@@ -82,3 +83,8 @@ def test_a_preview_is_written_and_changes_nothing(generate, tmp_path, tiny):
 def test_a_decoder_without_previews_is_refused(generate):
     done = generate("--preview-decoder", "tiny.safetensors")
     assert done.code == 2 and "--preview FILE.png" in done.err
+
+
+def test_help_says_what_fast_takes():
+    (line,) = (option.help for option in generate_command.params if option.name == "fast")
+    assert all(str(value) in line for value in FAST.values())
