@@ -10,8 +10,9 @@ Contenders, each a program of its own, in turns, another one first in every roun
     latentdiff bare    the same work: no caches
     latentdiff cached  latents and text embeddings cached (the time to fill the caches is shown apart)
 All train the U-Net alone with AdamW in float32 (or --precision bf16), the same loss, without averaged weights, validation
-and samples, on the same pictures. Rates are images per second after the warm-up steps, medians over the rounds; peak memory is
-that of the whole program, from its start until the model is saved.
+and samples, on the same pictures. Rates are images per second after the warm-up steps, medians over the rounds, on the clock
+and, for machines where others work too, per second of processor time; peak memory is that of the whole program, from its start
+until the model is saved.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ LR = 1e-5
 @dataclass
 class Measured:
     rates: list[float] = field(default_factory=list)  # images per second
+    cpu_rates: list[float] = field(default_factory=list)  # images per second of processor time
     peaks_mb: list[float] = field(default_factory=list)
     prepare_s: list[float] = field(default_factory=list)
 
@@ -102,12 +104,11 @@ def train_diffusers(args: argparse.Namespace) -> dict[str, float]:
     text_encoder.to(accelerator.device, dtype=weight_dtype)
     vae.to(accelerator.device, dtype=weight_dtype)
 
-    step, seconds, started = 0, 0.0, 0.0
+    step, started = 0, _now(accelerator.device)
     while step < args.steps:
         for batch in loader:
             if step == args.warmup:
-                _wait(accelerator.device)
-                started = time.perf_counter()
+                started = _now(accelerator.device)
             with accelerator.accumulate(unet):
                 latents = vae.encode(batch["pixel_values"].to(weight_dtype)).latent_dist.sample()
                 latents = latents * vae.config.scaling_factor
@@ -132,21 +133,32 @@ def train_diffusers(args: argparse.Namespace) -> dict[str, float]:
             step += 1
             if step == args.steps:
                 break
-    _wait(accelerator.device)
-    seconds = time.perf_counter() - started
+    rates = _rates(args, started, _now(accelerator.device))
     pipeline = StableDiffusionPipeline.from_pretrained(
         model, text_encoder=text_encoder, vae=vae, unet=accelerator.unwrap_model(unet), safety_checker=None
     )
     pipeline.save_pretrained(args.out / "model")
-    return {"rate": (args.steps - args.warmup) * args.batch / seconds, "prepare": 0.0}
+    return {**rates, "prepare": 0.0}
 
 
 def train_latentdiff(args: argparse.Namespace, *, cached: bool) -> dict[str, float]:
-    """`latentdiff finetune --method full`, doing the same work; the time of the steps is that of its log."""
+    """`latentdiff finetune --method full`, doing the same work."""
     from latentdiff import finetune
     from latentdiff.finetuning import run as module
+    from latentdiff.training.loop import Trainer
 
-    started = time.perf_counter()
+    marks: list[tuple[float, float]] = []
+    take_step = Trainer._train_step
+
+    def marked(self: Trainer, batches: Any) -> Any:
+        if self.step == args.warmup:
+            marks.append(_now(self.accelerator.device))
+        parts = take_step(self, batches)
+        if self.step == args.steps - 1:
+            marks.append(_now(self.accelerator.device))
+        return parts
+
+    Trainer._train_step = marked
     prepared: list[float] = []
     build = module.build_caches
 
@@ -177,15 +189,23 @@ def train_latentdiff(args: argparse.Namespace, *, cached: bool) -> dict[str, flo
         cache_latents=cached,
         cache_text=cached,
         sample_count=0,
-        log_every=args.warmup,
+        log_every=args.steps,
         checkpoint_every=args.steps,
         validate_every=args.steps,
         preview_every=args.steps,
     )
-    lines = (args.out / "log.jsonl").read_text().splitlines()
-    windows = [entry["images_per_second"] for entry in map(json.loads, lines) if "loss" in entry][1:]
-    print(f"whole program after imports: {time.perf_counter() - started:.1f} s", file=sys.stderr)
-    return {"rate": len(windows) / sum(1 / rate for rate in windows), "prepare": sum(prepared)}
+    return {**_rates(args, *marks), "prepare": sum(prepared)}
+
+
+def _now(device: Any) -> tuple[float, float]:
+    """Seconds on the clock, and of all processors for this program."""
+    _wait(device)
+    return time.perf_counter(), time.process_time()
+
+
+def _rates(args: argparse.Namespace, start: tuple[float, float], end: tuple[float, float]) -> dict[str, float]:
+    images = (args.steps - args.warmup) * args.batch
+    return {"rate": images / (end[0] - start[0]), "cpu_rate": images / (end[1] - start[1])}
 
 
 def _wait(device: Any) -> None:
@@ -220,9 +240,11 @@ def race(args: argparse.Namespace) -> dict[str, Measured]:
             with tempfile.TemporaryDirectory() as out:
                 found = run_contender(name, Path(out) / "run", args)
             results[name].rates.append(found["rate"])
+            results[name].cpu_rates.append(found["cpu_rate"])
             results[name].peaks_mb.append(found["peak_mb"])
             results[name].prepare_s.append(found["prepare"])
-            print(f"round {number + 1}: {name}: {found['rate']:.2f} images/s, {found['peak_mb']:.0f} MB", file=sys.stderr)
+            rates = f"{found['rate']:.2f} images/s, {found['cpu_rate']:.2f} images/CPU s"
+            print(f"round {number + 1}: {name}: {rates}, {found['peak_mb']:.0f} MB", file=sys.stderr)
     return results
 
 
@@ -258,15 +280,17 @@ def make_pictures(folder: Path, count: int, resolution: int) -> None:
 
 def table(results: dict[str, Measured]) -> str:
     """The medians as Markdown."""
-    theirs = results["diffusers"]
-    rate, peak = statistics.median(theirs.rates), statistics.median(theirs.peaks_mb)
-    lines = ["| | images/s | of diffusers | peak MB | of diffusers | caches filled in |", "|---|---|---|---|---|---|"]
+    kinds = ("rates", "cpu_rates", "peaks_mb")
+    base = {kind: statistics.median(getattr(results["diffusers"], kind)) for kind in kinds}
+    lines = ["| | images/s | of diffusers | images/CPU s | of diffusers | peak MB | of diffusers | caches filled in |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     for name, result in results.items():
-        own_rate, own_peak = statistics.median(result.rates), statistics.median(result.peaks_mb)
+        own = {kind: statistics.median(getattr(result, kind)) for kind in kinds}
+        figures = [
+            f"{own[kind]:.{digits}f} | {own[kind] / base[kind]:.2f}x" for kind, digits in zip(kinds, (2, 2, 0), strict=True)
+        ]
         prepare = f"{statistics.median(result.prepare_s):.1f} s" if "cached" in name else ""
-        lines.append(
-            f"| {name} | {own_rate:.2f} | {own_rate / rate:.2f}x | {own_peak:.0f} | {own_peak / peak:.2f}x | {prepare} |"
-        )
+        lines.append(f"| {name} | {' | '.join(figures)} | {prepare} |")
     return "\n".join(lines)
 
 
