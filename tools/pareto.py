@@ -58,6 +58,7 @@ def name_of(options: Options) -> str:
 
 
 EXACT: Options = {"sampler": "ddim", "steps": 50, "spacing": "trailing"}
+WORK_LABEL = "U-Net work, share of 50 guided steps"
 EVERYWHERE = 1000.0  # above any noise level
 
 
@@ -202,6 +203,7 @@ class Row:
     low: float
     high: float
     decibels: float
+    errors: dict[str, float]  # mean square error of each picture
 
 
 def rows(out: Path) -> list[Row]:
@@ -230,17 +232,20 @@ def rows(out: Path) -> list[Row]:
                 low=low,
                 high=high,
                 decibels=psnr(found.error[key] for key in shared),
+                errors={key: found.error[key] for key in shared},
             )
         )
     return sorted(made, key=lambda row: row.work)
 
 
 def on_front(row: Row, others: Sequence[Row]) -> bool:
-    """Whether no candidate on as many pictures costs less and is at least as near to the exact picture."""
-    return not any(
-        other.work <= row.work and other.decibels >= row.decibels and other is not row and other.pictures >= row.pictures
-        for other in others
-    )
+    """Whether no other costs at most as much and is at least as near to the exact pictures, of those that both made."""
+    return not any(other is not row and other.work <= row.work and is_as_near(other, row) for other in others)
+
+
+def is_as_near(row: Row, other: Row) -> bool:
+    shared = row.errors.keys() & other.errors.keys()
+    return bool(shared) and psnr(row.errors[key] for key in shared) >= psnr(other.errors[key] for key in shared)
 
 
 def table(found: Sequence[Row]) -> str:
@@ -260,23 +265,27 @@ def table(found: Sequence[Row]) -> str:
 
 
 def plot(found: Sequence[Row], path: Path) -> None:
-    """Distance and prompt truth against work, with the candidate that is the preset (needs matplotlib)."""
+    """Distance and change of prompt truth against work, with the candidate that is the preset (needs matplotlib)."""
     from matplotlib.figure import Figure
 
     shown = [row for row in found if row.name != name_of(EXACT)]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, field, label in zip(
-        figure.subplots(1, 2), ("decibels", "right"), ("PSNR to the exact picture, dB", "right pictures"), strict=True
-    ):
-        for kind in dict.fromkeys(kind_of(row.name) for row in shown):
-            own = [row for row in shown if kind_of(row.name) == kind]
-            axes.plot([row.work for row in own], [getattr(row, field) for row in own], "o", label=kind, alpha=0.8)
-        for row in (row for row in shown if row.name == name_of({"spacing": "trailing", **FAST})):
-            axes.annotate("--fast", (row.work, getattr(row, field)), textcoords="offset points", xytext=(6, 6))
-        axes.set(xlabel="U-Net work, share of 50 guided steps", ylabel=label, xlim=(0, None))
-    exact = next(row for row in found if row.name == name_of(EXACT))
-    axes.axhline(exact.right, color="grey", linewidth=0.8, label="exact")
-    axes.legend(fontsize=8)
+    kinds = list(dict.fromkeys(kind_of(row.name) for row in shown))
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    distance, truth = figure.subplots(1, 2)
+    for index, kind in enumerate(kinds):
+        own = [row for row in shown if kind_of(row.name) == kind]
+        work, change = [row.work for row in own], [row.change for row in own]
+        marker = {"marker": "osD^v<>PX*h"[index % 11], "linestyle": "", "color": f"C{index % 10}", "label": kind}
+        distance.plot(work, [row.decibels for row in own], **marker)
+        spread = [[row.change - row.low for row in own], [row.high - row.change for row in own]]
+        truth.errorbar(work, change, spread, elinewidth=0.6, **marker)
+    for row in (row for row in shown if row.name == name_of(FAST)):
+        for axes, value in ((distance, row.decibels), (truth, row.change)):
+            axes.annotate("--fast", (row.work, value), textcoords="offset points", xytext=(-14, 10))
+    distance.set(xlabel=WORK_LABEL, ylabel="PSNR to the exact picture, dB", xlim=(0, None))
+    truth.set(xlabel=WORK_LABEL, ylabel="change of right pictures (95 %)", xlim=(0, None))
+    truth.axhline(0.0, color="grey", linewidth=0.8)
+    distance.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
