@@ -331,8 +331,9 @@ def _choose_model(args: argparse.Namespace, scratch: Path) -> None:
     """Fill in the model and its resolution; random models are made by another process, so that this one stays small."""
     if args.sd15 or args.tiny:
         args.model = scratch / "model"
-        command = [sys.executable, str(ROOT / "tools" / "bench.py"), "--save-model", str(args.model)]
-        subprocess.run([*command, *(["--tiny"] if args.tiny else [])], check=True, cwd=ROOT)
+        command = [sys.executable, str(ROOT / "tools" / "bench_models.py"), str(args.model)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run([*command, "--shape", "tiny" if args.tiny else "sd15"], check=True, cwd=ROOT, env=environment)
         args.steps, args.rounds = (4, 1) if args.tiny else (args.steps, args.rounds)
         args.warmup = 2 if args.tiny else args.warmup
     args.model = args.model or ROOT / "weights"

@@ -249,10 +249,11 @@ class _NormSiluConvFunction(torch.autograd.Function):
             return None, None, None, of_kernel, of_bias, None, None
         of_normed = torch.ops.aten.silu_backward(of_active, normed).contiguous(memory_format=_memory_format(x))
         count, channels, height, width = x.shape
+        # torch's kernel for maps with channels last needs a place for the gradient of its input (a crash in torch 2.13).
         of_x, of_scale, of_shift = torch.ops.aten.native_group_norm_backward(
-            of_normed, x, mean, rstd, scale, count, channels, height * width, ctx.groups, [for_x, for_scale, for_shift]
+            of_normed, x, mean, rstd, scale, count, channels, height * width, ctx.groups, [True, for_scale, for_shift]
         )
-        return of_x, of_scale, of_shift, of_kernel, of_bias, None, None
+        return of_x if for_x else None, of_scale, of_shift, of_kernel, of_bias, None, None
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
