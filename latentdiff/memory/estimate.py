@@ -15,9 +15,8 @@ from latentdiff.memory.streaming import block_bytes
 
 TILE_OVERHEAD = 3  # float32 pictures of a tiled decode: the sum, its weights, and the tile
 _FEED_FORWARD = 18  # widths alive in a feed-forward: input, its norm, 8 inside, and 4 of the gate and 4 of the product
-_DECODER = (
-    4.5  # maps of the widest level at full size alive in a ResBlock: input, norm, activation, and the convolution's copies
-)
+_DECODER = 3  # maps of the second level's width at the picture's size alive in a ResBlock: input, norm, two of half the width
+_SLACK = 64 * 2**20  # what an allocator keeps of memory that was freed, at most (glibc's `M_TRIM_THRESHOLD`)
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def denoising_bytes(job: Job) -> int:
             for heads, count, present in zip(config.num_heads, tokens, config.attention_levels, strict=True)
             if present
         )
-    return (kept + widest + attention) * job.unet_bytes
+    return (kept + widest + attention) * job.unet_bytes + _SLACK
 
 
 def decoding_bytes(job: Job) -> int:
@@ -100,7 +99,7 @@ def decoding_bytes(job: Job) -> int:
     # At the size of the picture the decoder comes from the second level's width and goes to the first's.
     whole = _DECODER * widths[min(1, len(widths) - 1)] * height * width * factor**2 * job.vae_bytes
     picture = TILE_OVERHEAD * job.vae.out_channels * job.height * job.width * factor**2 * 4
-    return int(whole) + picture
+    return whole + picture + _SLACK
 
 
 def needed(job: Job, *, at_once: bool) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from latentdiff.device import Precision
 from latentdiff.errors import LatentDiffError, UsageError
-from latentdiff.memory.available import available_memory
+from latentdiff.memory.available import available_memory, free_swap
 from latentdiff.memory.estimate import Job, Weights, advice, in_gigabytes, needed, weight_bytes
 from latentdiff.memory.parts import Part
 from latentdiff.memory.streaming import StreamedPart
@@ -92,15 +92,15 @@ class Residence:
         )
 
     def check(self, job: Job) -> None:
-        """Raise a LatentDiffError, or warn where it is close, if a job does not fit into the memory that is free now."""
+        """Raise a LatentDiffError if a job does not fit into the memory that is free now; warn where it is close, or swaps."""
         free = self._free()
         if free is None or (need := needed(job, at_once=self.keep is True)) <= CLOSE * free:
             return
         found = f"about {in_gigabytes(need)} of memory for the model and this picture, and {in_gigabytes(free)} are free"
         options = " or ".join(filter(None, [advice(job, free), "a smaller --width and --height"]))
-        if need > free:
+        if need > free + free_swap(self.device):
             raise LatentDiffError(f"not enough memory: it takes {found}; try {options}")
-        warnings.warn(f"it takes {found}, which is close; if it fails, try {options}", MemoryWarning, stacklevel=2)
+        warnings.warn(f"it takes {found}; if it fails or is slow, try {options}", MemoryWarning, stacklevel=2)
 
     def make_room(self, name: str, need: int) -> None:
         """Give the other parts' memory back, if they are to be kept no longer than they are used, or memory is short.
