@@ -20,11 +20,15 @@ from latentdiff.cli.options import (
     NO_METADATA,
     NUM_IMAGES,
     OUT,
+    PREVIEW,
+    PREVIEW_DECODER,
+    PREVIEW_EVERY,
     SAMPLER_OPTIONS,
     SEED,
     STEPS,
     WIDTH,
 )
+from latentdiff.cli.previews import preview_file
 from latentdiff.cli.ranks import joined
 from latentdiff.errors import UsageError
 
@@ -50,6 +54,9 @@ from latentdiff.errors import UsageError
 @HEIGHT
 @MODEL_OPTIONS
 @BATCH_SIZE
+@PREVIEW
+@PREVIEW_EVERY
+@PREVIEW_DECODER
 @click.option("--sheet", type=ANY_PATH, metavar="FILE.png", help="Also write all pictures on one sheet with their prompts.")
 @NO_METADATA
 def generate(
@@ -61,6 +68,9 @@ def generate(
     skip_existing: bool,
     no_metadata: bool,
     sheet: Path | None,
+    preview: Path | None,
+    preview_every: int,
+    preview_decoder: Path | None,
     **settings: Any,
 ) -> int:
     """Make pictures of one or more prompts and print where they lie.
@@ -72,7 +82,9 @@ def generate(
         raise UsageError("expected a prompt, or a file of prompts with --prompts; found neither")
     if out.suffix == ".png" and len(texts) * num_images > 1:
         raise UsageError(f"expected a folder for {len(texts) * num_images} pictures, found --out {out}")
-    for place in filter(None, (out, sheet)):
+    if preview_decoder and not preview:
+        raise UsageError("expected --preview FILE.png with --preview-decoder, which only previews use")
+    for place in filter(None, (out, sheet, preview)):
         output.check_writable(place)
     with joined() as ranks:
         if not ranks.can_talk and ranks.count > 1 and (seed is None or sheet):
@@ -80,6 +92,8 @@ def generate(
         settings["device"] = ranks.device(settings["device"])
         with loaded_model(settings) as pipe:
             first = ranks.agree(lambda: drawn_seed(seed))
+            if preview and ranks.is_first:
+                settings["callback"] = preview_file(pipe, preview, preview_every, preview_decoder)
             job = Job(pipe, settings, skip_existing=skip_existing, metadata=not no_metadata, ranks=ranks)
             pictures = job.plan(out, texts, range(first, first + num_images))
             code = ranks.worst(job.run(pictures))
