@@ -1,16 +1,19 @@
 """How often inpainting takes a thing out of a scene, or puts another in its place, by the judge: a table and pictures.
 
     python tools/make_scenes.py data/scenes-test --count 2000 --split test --seed 1
-    python tools/compare_inpainting.py data/scenes-test --count 50 --sheet docs/editing-inpainting.png
+    python tools/compare_inpainting.py data/scenes-test --count 60 --sheet docs/editing-inpainting.png
 
-Of two things in a held-out scene, the box of one is masked. "out": the prompt names the other alone, and nothing must be seen
-in the box. "in": the prompt names a third thing beside the other, which must be seen in the box. In both, the other must still
-be seen outside, and no pixel outside the mask may have changed.
+Of two things in a held-out scene, the box of one is masked.
+
+"out" is right if the judge sees nothing with its middle in the box, and still sees the other thing outside it. "in" is right if
+the judge sees the third thing that was asked for in the box, and still the other outside. No pixel outside the mask may have
+changed. The judge has to see both things in the scene itself; scenes where it does not are counted and left out.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -32,7 +35,7 @@ from latentdiff.pipeline import Pipeline
 from latentdiff.tasks import inpaint
 
 MARGIN = 6  # pixels of the mask around the thing
-ON_SHEET = 4  # scenes
+ON_SHEET = 8  # scenes
 
 Box = tuple[int, int, int, int]
 
@@ -99,15 +102,55 @@ def keeps(case: Case, verdict: Verdict) -> bool:
     return case.kept in nouns_seen(case, verdict, inside=False)
 
 
+def is_out(case: Case, verdict: Verdict) -> bool:
+    return not nouns_seen(case, verdict, inside=True) and keeps(case, verdict)
+
+
+def is_in(case: Case, verdict: Verdict) -> bool:
+    return case.new in nouns_seen(case, verdict, inside=True) and keeps(case, verdict)
+
+
 def unchanged_outside(case: Case, result: Image.Image) -> bool:
     outside = np.asarray(case.mask()) == 0
     return np.array_equal(np.asarray(result)[outside], np.asarray(case.source.convert("RGB"))[outside])
 
 
+def seen_before(cases: list[Case], judge: Judge) -> list[Case]:
+    """The cases in which the judge sees both things where they are."""
+    verdicts = judge([case.source for case in cases])
+    return [
+        case
+        for case, seen in zip(cases, verdicts, strict=True)
+        if case.gone in nouns_seen(case, seen, inside=True) and keeps(case, seen)
+    ]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to inpaint."""
+
+    name: str
+    is_right: Callable[[Case, Verdict], bool]
+    prompt: Callable[[Case], str]
+    options: dict[str, Any]
+    shown: bool = False
+
+
+WAYS = [
+    Way("out: --remove", is_out, lambda case: "", {"remove": True}, shown=True),
+    Way("out: --remove, the background named", is_out, lambda case: f"{case.background} background", {"remove": True}),
+    Way("out: --remove --strength 0, the fill without the model", is_out, lambda case: "", {"remove": True, "strength": 0.0}),
+    Way("out: the whole picture named", is_out, lambda case: case.prompt(case.kept), {}),
+    Way("in: --only-masked, the thing named", is_in, lambda case: case.prompt(case.new), {"only_masked": True}, shown=True),
+    Way("in: the thing named", is_in, lambda case: case.prompt(case.new), {}),
+    Way("in: the whole picture named", is_in, lambda case: case.prompt(case.new, case.kept), {}),
+]
+
+
 @click.command()
 @click.argument("scenes", type=click.Path(path_type=Path))
 @click.option("--model", help="As for `latentdiff generate`; without it, the embedded one.")
-@click.option("--count", type=click.IntRange(1), default=50, show_default=True, help="Scenes.")
+@click.option("--count", type=click.IntRange(1), default=60, show_default=True, help="Scenes.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=25, show_default=True)
 @click.option("--guidance", type=float, default=5.0, show_default=True)
@@ -117,29 +160,34 @@ def main(
     scenes: Path, model: str | None, count: int, seed: int, steps: int, guidance: float, repeats: int, sheet: Path | None
 ) -> None:
     """Paint things out of SCENES and into them, and print how often that works."""
-    cases = read_cases(scenes, count, seed)
     pipe, judge = Pipeline.load(model), Judge.load(embedded_judge())
-    right: dict[str, list[bool]] = {"out": [], "in": [], "outside unchanged": []}
-    shown: list[tuple[Image.Image, str]] = []
-    for number, case in enumerate(tqdm(cases, desc="inpainting", unit="scene")):
-        options = {"steps": steps, "guidance_scale": guidance, "repeats": repeats, "seed": number, "progress": False}
-        out, into = (
-            inpaint(pipe, case.source, case.mask(), case.prompt(*nouns), **options)[0]
-            for nouns in ((case.kept,), (case.new, case.kept))
-        )
-        seen_out, seen_in = judge([out, into])
-        right["out"].append(not nouns_seen(case, seen_out, inside=True) and keeps(case, seen_out))
-        right["in"].append(case.new in nouns_seen(case, seen_in, inside=True) and keeps(case, seen_in))
-        right["outside unchanged"].append(all(unchanged_outside(case, result) for result in (out, into)))
-        if number < ON_SHEET:
-            shown += [(case.source, "before"), (out, f"without the {case.gone}"), (into, f"{case.new} in its place")]
-    print("| inpainting | right |\n|---|---|")
-    for name, values in right.items():
-        score = Score.of(values)
-        print(f"| {name} | {score.value:.2f} [{score.low:.2f}, {score.high:.2f}] |")
+    found = read_cases(scenes, count, seed)
+    cases = seen_before(found, judge)
+    print(f"the judge sees both things in {len(cases)} of {len(found)} scenes\n\n| inpainting | right |\n|---|---|")
+    pictures: dict[str, list[Image.Image]] = {}
+    unchanged: list[bool] = []
+    for way in WAYS:
+        results = []
+        for number, case in enumerate(tqdm(cases, desc=way.name, unit="scene", leave=False)):
+            options = {"steps": steps, "guidance_scale": guidance, "repeats": repeats, "seed": number, "progress": False}
+            results += inpaint(pipe, case.source, case.mask(), way.prompt(case), **options, **way.options)
+        unchanged += [unchanged_outside(*pair) for pair in zip(cases, results, strict=True)]
+        pictures[way.name] = results
+        print_score(way.name, [way.is_right(*pair) for pair in zip(cases, judge(results), strict=True)])
+    print_score("outside unchanged", unchanged)
     if sheet:
-        pictures, captions = zip(*shown, strict=True)
-        save_png(contact_sheet(pictures, captions, columns=3 * ON_SHEET // 2), sheet)
+        out, into = (pictures[way.name] for way in WAYS if way.shown)
+        shown: list[tuple[Image.Image, str]] = []
+        for case, *edited in list(zip(cases, out, into, strict=True))[:ON_SHEET]:
+            names = ("before", f"without the {case.gone}", f"{case.new} in its place")
+            shown += zip((case.source, *edited), names, strict=True)
+        images, captions = zip(*shown, strict=True)
+        save_png(contact_sheet(images, captions, columns=6), sheet)
+
+
+def print_score(name: str, values: list[bool]) -> None:
+    score = Score.of(values)
+    print(f"| {name} | {score.value:.2f} [{score.low:.2f}, {score.high:.2f}] |", flush=True)
 
 
 if __name__ == "__main__":

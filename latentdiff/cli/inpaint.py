@@ -10,25 +10,28 @@ import click
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import ANY_PATH, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS
 from latentdiff.cli.output import check_results, save_results
+from latentdiff.errors import UsageError
 
 
 @click.command()
 @click.argument("picture", type=ANY_PATH)
-@click.argument("prompt")
+@click.argument("prompt", default="")
 @click.option("--mask", type=ANY_PATH, metavar="FILE", help="A picture of the same size, white where to paint.")
+@click.option("--remove", is_flag=True, help="Take away what the mask covers; PROMPT may say what is behind it.")
 @click.option(
     "--strength",
     type=float,
-    default=1.0,
-    show_default=True,
     metavar="X",
-    help="0 to 1: less than 1 keeps something of what was there.",
+    help="0 to 1: less than 1 keeps something of what was there.  [default: 1, with --remove 0.5]",
 )
 @click.option("--grow", type=int, default=0, show_default=True, metavar="PIXELS", help="Widen the mask by this much.")
 @click.option("--blur", type=float, default=0.0, show_default=True, metavar="PIXELS", help="Soften its edge by this much.")
 @click.option("--only-masked", is_flag=True, help="Cut the masked part out and paint it at the model's full resolution.")
 @click.option(
-    "--padding", type=int, default=32, show_default=True, metavar="PIXELS", help="What --only-masked shows around the mask."
+    "--padding",
+    type=int,
+    metavar="PIXELS",
+    help="What --only-masked shows around the mask.  [default: 1/16 of the training's side]",
 )
 @click.option(
     "--extend",
@@ -59,7 +62,13 @@ def inpaint(
     seed: int | None,
     **settings: Any,
 ) -> None:
-    """Paint PROMPT where the mask of PICTURE is white; where it is black, no pixel changes."""
+    """Paint PROMPT where the mask of PICTURE is white; where it is black, no pixel changes.
+
+    To put a thing in, say what it stands on as well, and paint the masked part alone:
+    --only-masked "a red balloon on a blue background".
+    """
+    if not prompt and not settings["remove"] and not any(settings["extend"]):
+        raise UsageError("expected a PROMPT that says what to paint, or --remove to take away what the mask covers")
     check_results(out, compare, settings["num_images"])
     from latentdiff import tasks
     from latentdiff.image import as_rgb, open_image

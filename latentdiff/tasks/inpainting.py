@@ -31,11 +31,15 @@ from latentdiff.recipe import Recipe
 from latentdiff.request import Plan, Sampling
 from latentdiff.schedule import Level
 from latentdiff.tasks.editing import begin_at, extended, warn_if_large, with_recipes
-from latentdiff.tasks.masks import Box, composed, latent_mask, prepared_mask, surroundings
+from latentdiff.tasks.masks import Box, composed, filled, latent_mask, prepared_mask, surroundings
 from latentdiff.tasks.sources import Picture, file_of, open_source
 from latentdiff.vae import LatentDistribution
 
 TASK = "inpaint"
+# Where something is removed, the walk begins from its surroundings at this strength: from more noise than that, models make
+# something new of it.
+REMOVAL_STRENGTH = 0.5
+PADDING_SHARE = 16  # of the side of the training's pictures
 Margins = tuple[int, int, int, int]
 
 
@@ -50,6 +54,7 @@ class InpaintSettings:
     padding: int = 32
     extend: Margins = (0, 0, 0, 0)
     repeats: int = 1
+    remove: bool = False
 
 
 def inpaint(
@@ -58,11 +63,12 @@ def inpaint(
     mask: Picture | None,
     prompt: str | Sequence[str],
     *,
-    strength: float = 1.0,
+    remove: bool = False,
+    strength: float | None = None,
     grow: int = 0,
     blur: float = 0.0,
     only_masked: bool = False,
-    padding: int = 32,
+    padding: int | None = None,
     extend: Margins = (0, 0, 0, 0),
     repeats: int = 1,
     **options: Any,
@@ -76,10 +82,15 @@ def inpaint(
         image: any picture of Pillow, or a file; it is turned upright by its EXIF entry, and transparency lies on white.
             Sides that are no multiples of the VAE's factor (8) are extended by their last pixels and cut again at the end.
         mask: of the picture's size, white where to paint; None with `extend` alone.
-        strength: 0 to 1; 1 paints from pure noise, less keeps something of what was there, 0 gives the picture back as it is.
+        prompt: what shall be there; with `only_masked` of the masked part alone.
+        remove: take away what the mask covers: it is filled smoothly from around before anything else, and the model mends
+            that. The prompt, which may be empty, says what is behind it.
+        strength: 0 to 1; 1 paints from pure noise, less keeps something of what was there, or of the fill, 0 gives the picture
+            back as it is, or filled. None is 1, and 0.5 to remove.
         grow, blur: pixels by which the mask is widened, and the standard deviation of the blur that then softens its edge.
         only_masked: cut the masked part out with `padding` pixels around it, paint it at the size of the training's
-            pictures, and put it back. For details of large pictures.
+            pictures, and put it back. For details of large pictures, and for things as large as the mask. None as padding is
+            1/16 of the side of the training's pictures: 32 for 512.
         extend: outpainting: pixels to add on the left, top, right and bottom, and to paint.
         repeats: how often each step is taken, with the noise put back in between, so that the painted part fits the kept one
             better (Lugmayr et al. 2022, section 4.2). The cost grows with it.
@@ -94,12 +105,15 @@ def inpaint(
         NotFiniteError: the model gives NaN or infinity.
         Cancelled: the callback returned False.
     """
+    if strength is None:
+        strength = REMOVAL_STRENGTH if remove else 1.0
     settings = InpaintSettings(
+        remove=remove,
         strength=strength,
         grow=grow,
         blur=blur,
         only_masked=only_masked,
-        padding=padding,
+        padding=round(min(pipe.default_size) / PADDING_SHARE) if padding is None else padding,
         extend=tuple(extend),
         repeats=repeats,
     )
@@ -112,6 +126,8 @@ def inpaint(
         given = open_source(mask)
         wanted, sources["mask"] = given.image, given.entry
     picture, area = canvas(original, wanted, settings)
+    if remove:
+        picture = composed(picture, filled(picture, area), area)
     if not plan.steps:
         images = [picture.copy() for _ in plan.prompts]
     elif only_masked:

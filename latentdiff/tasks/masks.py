@@ -62,6 +62,39 @@ def composed(picture: Image.Image, painted: Image.Image, mask: Image.Image) -> I
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
+def filled(picture: Image.Image, mask: Image.Image) -> Image.Image:
+    """The picture with every pixel of the mask that is not black replaced by a smooth mean of the kept ones around it.
+
+    Pull and push (Gortler et al. 1996, section 3.5): means of the kept pixels over ever larger blocks, from which the finer
+    ones take what they lack.
+
+    Raises:
+        UsageError: the mask leaves nothing to take the place of what it covers.
+    """
+    kept = torch.from_numpy(np.asarray(mask) == 0)[None, None].double()  # (1, 1, H, W)
+    if not kept.any():
+        raise UsageError(
+            "expected a mask that leaves something of the picture to fill the rest from, found one without any black"
+        )
+    colours = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].double()  # (1, 3, H, W)
+    smooth = _pulled_and_pushed(colours * kept, kept)
+    return Image.fromarray(smooth[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
+
+
+def _pulled_and_pushed(weighted: Tensor, weight: Tensor) -> Tensor:
+    """Colours (1, 3, H, W) from weighted ones and their weights (1, 1, H, W) in [0, 1], not all 0."""
+    height, width = weight.shape[-2:]
+    if height == width == 1:
+        return weighted / weight
+    even = (0, width % 2, 0, height % 2)
+    sums = 4.0 * F.avg_pool2d(F.pad(weighted, even), 2)
+    weights = 4.0 * F.avg_pool2d(F.pad(weight, even), 2)
+    share = weights.clamp(max=1.0) / weights.clamp(min=1e-12)  # a block that is known well enough counts as one
+    coarse = _pulled_and_pushed(sums * share, weights * share)
+    finer = F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False)[..., :height, :width]
+    return weighted + (1.0 - weight) * finer
+
+
 def surroundings(mask: Image.Image, padding: int) -> Box:
     """The painted area with `padding` pixels around it, widened to a square as far as the picture allows."""
     left, top, right, bottom = mask.getbbox()

@@ -145,3 +145,10 @@ def test_gif(command, sd1, workplace):
         assert (animation.n_frames, animation.info["duration"], animation.info["loop"]) == (3, 100, 0)
         assert json.loads(animation.info["comment"])["task"] == "interpolate"
     assert command("interpolate", "cat", "dog", "--out", "a.gif", "--model", sd1, *QUICK).code == 2
+
+
+def test_removing_needs_no_prompt(command, sd1, sources):
+    options = ("--mask", "mask.png", *QUICK, "--model", sd1, "--out", "a.png")
+    assert command("inpaint", "photo.png", *options).code == 2
+    assert command("inpaint", "photo.png", "--remove", *options).code == 0
+    assert command("reproduce", "a.png", "--model", sd1).code == 0

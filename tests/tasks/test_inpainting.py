@@ -14,7 +14,7 @@ from latentdiff.recipe import read_recipe
 from latentdiff.schedule import Level
 from latentdiff.tasks import TASKS, inpaint
 from latentdiff.tasks.inpainting import _down_or_up
-from latentdiff.tasks.masks import latent_mask
+from latentdiff.tasks.masks import filled, latent_mask
 from tests import peers
 from tests.tasks.pictures import SCHEDULERS, apart, in_diffusers, mask, picture, pixels
 
@@ -219,3 +219,29 @@ def test_the_recipe_makes_the_picture_again(tmp_path, family):
 def test_cells_beyond_the_picture_count_what_lies_inside():
     cells = latent_mask(mask((8, 8, 9, 9), 9, 9), 8)
     assert torch.equal(cells[0, 0], torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
+
+
+def test_removing_begins_from_the_surroundings():
+    source, hole = Image.new("RGB", (64, 64), (200, 40, 90)), mask(BOX)
+    source.paste((0, 255, 0), BOX)
+    (bare,) = inpaint(shared("sd1"), source, hole, "", remove=True, strength=0.0, **QUICK)
+    assert np.array_equal(pixels(bare), pixels(Image.new("RGB", (64, 64), (200, 40, 90))))
+    (result,) = inpaint(shared("sd1"), source, hole, "", remove=True, **QUICK)
+    (other,) = inpaint(shared("sd1"), bare, hole, "", strength=0.5, **QUICK)
+    assert np.array_equal(pixels(result), pixels(other))
+    assert read_recipe(dict(result.info)).task_settings["strength"] == 0.5
+
+
+def test_removing_everything_is_refused():
+    with pytest.raises(UsageError, match="leaves something"):
+        inpaint(shared("sd1"), picture(), mask((0, 0, 64, 64)), "", remove=True, **QUICK)
+
+
+def test_the_fill_goes_smoothly_from_rim_to_rim():
+    ramp = Image.fromarray(np.repeat(np.arange(0, 256, 4, dtype=np.uint8)[None, :, None], 64, 0).repeat(3, 2))
+    found = pixels(filled(ramp, mask(BOX))).astype(int)
+    assert np.abs(found - pixels(ramp)).max() < 40
+    assert (np.diff(found[40, :, 0]) >= -1).all()
+    odd, hole = picture(61, 43), mask((10, 20, 30, 29), 61, 43)
+    kept = np.asarray(hole) == 0
+    assert np.array_equal(pixels(filled(odd, hole))[kept], pixels(odd)[kept])
