@@ -8,10 +8,9 @@ Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Mode
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from PIL import Image
@@ -20,44 +19,21 @@ from torch import Tensor
 from latentdiff.attention import attention_backend
 from latentdiff.coding import decode_latents, embed_prompt, encode_pictures
 from latentdiff.conditioning import TextContext, checked_model
-from latentdiff.config import ScheduleConfig
 from latentdiff.deepcache import UNCACHED, CacheSettings, DeepCache
 from latentdiff.denoise import denoise
-from latentdiff.device import (
-    FORMATS,
-    Precision,
-    describe_device,
-    explained_out_of_memory,
-    pick_device,
-    pick_precision,
-    precision_of,
-)
-from latentdiff.embedded import embedded_model
-from latentdiff.engines import Decoder, Network
-from latentdiff.engines.choosing import engines_for
-from latentdiff.engines.cpu import accelerate
-from latentdiff.errors import CheckpointError, UsageError
+from latentdiff.device import describe_device, explained_out_of_memory
+from latentdiff.errors import UsageError
 from latentdiff.guidance import Guidance, guided_denoiser
 from latentdiff.image import to_pil
 from latentdiff.latents import NoiseStream
-from latentdiff.lora.loaded import LoadedLoRAs
-from latentdiff.lora.words import LoadedWords, is_word_file
 from latentdiff.memory.estimate import decoding_bytes, denoising_bytes
-from latentdiff.memory.residence import Residence
+from latentdiff.model import LoadedModel
 from latentdiff.parameterization import Denoiser, parameterization
 from latentdiff.progress import Callback, progress_bar, report
 from latentdiff.recipe import Recipe, library_versions
 from latentdiff.request import Plan, Sampling, latent_shape
-from latentdiff.schedule import Level, Schedule
-from latentdiff.unet import UNet
-from latentdiff.vae import VAE, LatentDistribution
-
-if TYPE_CHECKING:
-    from latentdiff.checkpoints import Components
-    from latentdiff.lora.loading import LoadReport
-    from latentdiff.text_encoder import TextEncoder
-
-EMBEDDED_NAME = "latentdiff-embedded"  # what recipes call the embedded model
+from latentdiff.schedule import Level
+from latentdiff.vae import LatentDistribution
 
 
 @dataclass(frozen=True)
@@ -69,240 +45,8 @@ class Start:
     extra_channels: Tensor | None = None  # see `Pipeline.denoiser`
 
 
-class Pipeline:
-    """A text-to-image model: tokenizer, text encoder, U-Net, VAE and noise schedule, each usable alone.
-
-    Args:
-        tokenizer: a `Tokenizer`, or one of transformers.
-        text_encoder: token ids (N, L) -> embeddings (N, L, C).
-        name, model_hash, ema: what recipes say about the model.
-        stored: the weights of parts that are on the meta device, see `Residence`; they are read at their first use.
-        low_memory: see `load`.
-
-    Attributes:
-        parts: which of the networks are in memory; `parts.keep` says how long they stay there.
-
-    Raises:
-        CheckpointError: the parts do not fit one another.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        text_encoder: torch.nn.Module,
-        unet: UNet,
-        vae: VAE,
-        schedule_config: ScheduleConfig,
-        *,
-        name: str = "",
-        model_hash: str = "",
-        ema: bool = False,
-        stored: Mapping[str, Mapping[str, Tensor]] | None = None,
-        low_memory: bool = False,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.parts = Residence({"text_encoder": text_encoder, "unet": unet, "vae": vae}, stored or {}, low_memory=low_memory)
-        self._network: Network | None = None
-        self._decoder: Decoder | None = None
-        self.schedule = Schedule(schedule_config)
-        self.name, self.model_hash, self.ema = name, model_hash, ema
-        self.precision = precision_of(unet)
-        self.backend = "torch"
-        self.loras = LoadedLoRAs(unet, text_encoder)
-        self.words = LoadedWords(tokenizer, text_encoder)
-        _check_fit("text embeddings", text_encoder.embedding_width, unet.config.cross_attention_dim)
-        _check_fit("latent channels", vae.config.latent_channels, unet.config.out_channels)
-        _check_inputs(unet.config.in_channels, vae.config.latent_channels)
-
-    @classmethod
-    def load(
-        cls,
-        source: str | os.PathLike[str] | None = None,
-        *,
-        device: str = "auto",
-        precision: str = "auto",
-        ema: bool = False,
-        prediction_type: str | None = None,
-        backend: str = "torch",
-        low_memory: bool = False,
-    ) -> Pipeline:
-        """Load a model. Each part's weights are read when it is first used.
-
-        Args:
-            source: a folder in the diffusers layout, a hub id, or a single file; None is the embedded model.
-            device: "auto", "cpu", "cuda", "cuda:N" or "mps"; see `pick_device`.
-            precision: "auto", "fp32", "bf16", "fp16" or "int8"; see `pick_precision`.
-            backend: "torch", "openvino" or "compile"; see `use_backend`.
-            ema: take the averaged weights of a `.ckpt` that holds both.
-            prediction_type: what the U-Net predicts, "epsilon", "v_prediction" or "sample", where the model
-                does not say or says it wrong.
-            low_memory: keep only the part that is used, of the U-Net only two blocks at a time, and decode pictures that
-                are larger than those of the training in tiles. Slower; the picture is otherwise the same.
-
-        Raises:
-            CheckpointError: there is no model there, or it is damaged or of another kind.
-            UsageError: this machine has no such device.
-        """
-        from latentdiff.checkpoints import load_components
-
-        where = pick_device(device)
-        found = load_components(source or embedded_model(), ema=ema, prediction_type=prediction_type, weights=False)
-        if source is None:
-            found.name = EMBEDDED_NAME
-        size = sum(parameter.numel() for parameter in found.unet.parameters())
-        pipe = cls.from_components(found, ema=ema, low_memory=low_memory)
-        return pipe.to(where, pick_precision(precision, where, size)).use_backend(backend)
-
-    @classmethod
-    def from_components(cls, parts: Components, *, ema: bool = False, low_memory: bool = False) -> Pipeline:
-        """A pipeline of parts that are loaded already, as they are: nothing is copied, moved or converted."""
-        return cls(
-            parts.tokenizer,
-            parts.text_encoder,
-            parts.unet,
-            parts.vae,
-            parts.schedule_config,
-            name=parts.name,
-            model_hash=parts.hash,
-            ema=ema,
-            stored=parts.stored,
-            low_memory=low_memory,
-        )
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the model as a folder in the diffusers layout, in the precision that it has here, without its LoRAs."""
-        from latentdiff.checkpoints import Components, save_folder
-
-        self.parts.require_whole("saving")
-        parts = Components(
-            self.tokenizer,
-            self.text_encoder,
-            self.unet,
-            self.vae,
-            self.schedule.config,
-            self.name,
-            self.model_hash,
-        )
-        save_folder(parts, folder)
-
-    def to(self, device: torch.device | str, precision: Precision | str | None = None) -> Pipeline:
-        """Move the model to `device`, and to `precision` if one is given ("fp32", "bf16", "fp16", "int8").
-
-        On a CPU the modules get their fast forms, see `latentdiff.engines.cpu`.
-        """
-        if precision is not None:
-            self.precision = FORMATS[precision] if isinstance(precision, str) else precision
-        self.parts.to(device, self.precision)
-        if self.device.type == "cpu":
-            for name in ("text_encoder", "unet", "vae"):
-                accelerate(self.parts.module(name))
-        self.loras.to(device, self.precision)
-        self.words.to(device)
-        return self.use_backend(self.backend)
-
-    def use_backend(self, name: str) -> Pipeline:
-        """Compute the U-Net and the decoder by the back end `name` from now on; the modules stay as they are.
-
-        "torch" is the modules themselves. "openvino" and "compile" translate them at the first picture of each size; the
-        first is for CPUs, the second mostly for GPUs. Their pictures are those of the modules up to rounding. Where a LoRA or
-        another tap is on a module, or gradients are needed, they leave it to the modules or say that they cannot.
-
-        Raises:
-            UsageError: there is no such back end, or it cannot compute this model here.
-            MissingDependencyError: what it needs is not installed.
-        """
-        if name != "torch" or self.precision.name == "int8":
-            self.parts.require_whole(f"the back end {name} in {self.precision.name}")
-        self.network, self.decoder = engines_for(name, self.precision.name, self.parts.module("unet"), self.parts.module("vae"))
-        self.backend = name
-        return self
-
-    def load_lora(
-        self,
-        path: str | os.PathLike[str],
-        scale: float = 1.0,
-        name: str | None = None,
-        *,
-        allow_partial: bool = False,
-    ) -> LoadReport | str:
-        """Adapt the model by a LoRA file; several act at once. The model's own weights stay as they are.
-
-        Args:
-            path: in the dialect of kohya's tools, of PEFT or of diffusers; or a folder that the last two wrote. The embedding
-                of a word, as textual inversion makes it, is taken too; it has no scale.
-            scale: strength; 1 is as trained.
-            name: what `unload_lora` calls it; None is the path as it is given here.
-            allow_partial: leave out what does not fit, as long as something does.
-
-        Returns:
-            A report that says "matched 264 of 264 layers".
-
-        Raises:
-            CheckpointError: there is no such file, it is damaged, no LoRA, or one for another model.
-        """
-        self.parts.ready("text_encoder"), self.parts.ready("unet")  # what is loaded goes where they lie
-        if is_word_file(path):
-            report = self.words.load(path, os.fspath(path) if name is None else name)
-            self.tokenizer = self.words.tokenizer
-            return report
-        return self.loras.load(path, scale, name, allow_partial, self.precision)
-
-    def unload_lora(self, name: str | None = None) -> None:
-        """Take a LoRA off again, or all of them: pictures are as before, bit for bit."""
-        is_word = name in self.words
-        if is_word or name is None:
-            self.words.unload(name)
-            self.tokenizer = self.words.tokenizer
-        if not is_word:
-            self.loras.unload(name)
-
-    def adaptations(self) -> list[dict[str, Any]]:
-        """What recipes say of the LoRAs and words that are loaded."""
-        return [*self.loras.describe(), *self.words.describe()]
-
-    @property
-    def text_encoder(self) -> TextEncoder:
-        """Token ids (N, L) -> embeddings (N, L, C)."""
-        return self.parts.ready("text_encoder")
-
-    @property
-    def unet(self) -> UNet:
-        """Noisy latents, timestep and text -> raw prediction."""
-        return self.parts.ready("unet")
-
-    @property
-    def vae(self) -> VAE:
-        """Pictures to latents and back."""
-        return self.parts.ready("vae")
-
-    @property
-    def network(self) -> Network:
-        """What computes the U-Net: itself, or what an engine made of it; see `latentdiff.engines`."""
-        return self._network or self.unet
-
-    @network.setter
-    def network(self, network: Network) -> None:
-        self._network = None if network is self.parts.module("unet") else network
-
-    @property
-    def decoder(self) -> Decoder:
-        """What computes `vae.decode`."""
-        return self._decoder or self.vae.decode
-
-    @decoder.setter
-    def decoder(self, decoder: Decoder) -> None:
-        self._decoder = None if decoder == self.parts.module("vae").decode else decoder
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the pictures that the model was trained on."""
-        side = self.parts.module("unet").config.sample_size * self.parts.module("vae").config.downscale
-        return side, side
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lies and latents are made."""
-        return self.parts.device
+class Pipeline(LoadedModel):
+    """A text-to-image model, and what it can be asked for; `LoadedModel` says how it is loaded, moved and adapted."""
 
     @overload
     def __call__(self, prompt: str | Sequence[str], *, output: Literal["latents"], **options: Any) -> Tensor: ...
@@ -519,11 +263,6 @@ class Pipeline:
             **fields,
         )
 
-    @property
-    def is_for_inpainting(self) -> bool:
-        """Whether the U-Net sees, after the latents, a mask and the latents of the picture under it."""
-        return self.parts.module("unet").config.in_channels == 2 * self.parts.module("vae").config.latent_channels + 1
-
     def check_text_to_image(self) -> None:
         """Raise a UsageError if the model cannot do without a picture and a mask."""
         if self.is_for_inpainting:
@@ -532,16 +271,3 @@ class Pipeline:
                 f"expected a text-to-image model with {latent} U-Net input channels, found {found}: this model is for "
                 "inpainting and needs a picture and a mask"
             )
-
-
-def _check_fit(what: str, found: int, expected: int) -> None:
-    if found != expected:
-        raise CheckpointError(f"the model's parts do not fit: the U-Net expects {expected} {what}, found {found}")
-
-
-def _check_inputs(found: int, latent: int) -> None:
-    if found not in (latent, 2 * latent + 1):
-        raise CheckpointError(
-            f"expected a U-Net with {latent} input channels, or {2 * latent + 1} for inpainting (latents, mask and masked "
-            f"latents), found {found}: models that take other inputs are not supported"
-        )

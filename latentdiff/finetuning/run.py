@@ -28,7 +28,7 @@ from latentdiff.finetuning.report import best_step, write_report
 from latentdiff.finetuning.sheets import SampleSheets
 from latentdiff.finetuning.signal import fixed_part, sample_prompts
 from latentdiff.finetuning.task import FinetuneTask
-from latentdiff.pipeline import EMBEDDED_NAME
+from latentdiff.model import EMBEDDED_NAME
 from latentdiff.schedule import Schedule
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
 from latentdiff.training.config import dump_config, read_yaml
