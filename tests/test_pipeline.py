@@ -194,7 +194,8 @@ def test_recipe_of_a_picture(shared):
         "guidance_scale": 3.5, "guidance_rescale": 0.2, "guidance_interval": [0.5, 5.0], "spacing": "trailing",
         "width": 64, "height": 64, "model": "sd1", "model_hash": 0, "prediction_type": "epsilon", "ema": False,
         "given_latents": False, "precision": "fp32", "device": "cpu", "versions": 0, "task": "generate", "task_settings": {},
-        "sources": {}, "loras": [], "schema": 1,
+        "sources": {}, "loras": [], "backend": "torch", "cache_interval": 1, "cache_branch": 0,
+        "cache_centre": None, "schema": 1,
     }  # fmt: skip
     assert recipe["versions"].keys() == {"latentdiff", "torch", "tokenizers"}
     assert len(recipe["model_hash"]) == 64
@@ -206,7 +207,7 @@ def test_recipe_of_a_picture(shared):
     [
         ({"steps": 0}, "steps must be 1 to 1000"),
         ({"steps": 1001}, "steps must be 1 to 1000"),
-        ({"sampler": "heun"}, "ddim, ddpm, euler, dpmpp-2m, found 'heun'"),
+        ({"sampler": "heun"}, "ddim, ddpm, euler, dpmpp-2m, unipc, found 'heun'"),
         ({"eta": 0.5, "sampler": "euler"}, "eta belongs to the ddim sampler"),
         ({"eta": 1.5}, "eta must lie in 0 to 1"),
         ({"spacing": "even"}, "leading, trailing, linspace, karras"),
