@@ -51,6 +51,7 @@ class Convolution(Operator):
         self.kernel = check_kernel(kernel)  # (kh, kw), float64
         self.centre = centre or (kernel.shape[0] // 2, kernel.shape[1] // 2)
         self.factor, self.border = factor, border
+        self._windows: dict[tuple[object, ...], Tensor] = {}  # iterations ask for the same one again and again
 
     def apply(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -133,9 +134,12 @@ class Convolution(Operator):
 
     def _window(self, padded: Tensor) -> Tensor:
         """The Fourier transform of the kernel as a window that begins at the first pixel of a mirrored picture."""
-        grid = padded.new_zeros(padded.shape[-2:])
-        grid[: self.kernel.shape[0], : self.kernel.shape[1]] = self.kernel.flip(0, 1).to(padded)
-        return torch.fft.rfft2(grid)
+        key = (padded.shape[-2:], padded.dtype, padded.device)
+        if key not in self._windows:
+            grid = padded.new_zeros(padded.shape[-2:])
+            grid[: self.kernel.shape[0], : self.kernel.shape[1]] = self.kernel.flip(0, 1).to(padded)
+            self._windows[key] = torch.fft.rfft2(grid)
+        return self._windows[key]
 
     def _power(self, y: Tensor) -> Tensor:
         """The eigenvalues of A Aᵀ on the grid (h, w) of y: the mean over the s² frequencies that decimation folds together."""
