@@ -40,7 +40,13 @@ def test_help_of_every_command(command, name):
 
 def test_help_shows_choices_and_defaults(command):
     out = " ".join(command("generate", "--help").out.split())
-    for said in ("[ddim|ddpm|euler|dpmpp-2m]", "[default: ddim]", "[default: 25]", "[auto|fp32|bf16|fp16]", "multiple of 8"):
+    for said in (
+        "[ddim|ddpm|euler|dpmpp-2m|unipc]",
+        "[default: ddim]",
+        "[default: 25]",
+        "[auto|fp32|bf16|fp16|int8]",
+        "multiple of 8",
+    ):
         assert said in out
 
 
@@ -132,9 +138,11 @@ def test_train_hands_over_and_draws_previews(command, workplace, monkeypatch):
         return settings
 
     def train(config, stages, preview):
-        components = types.SimpleNamespace(**{
-            **vars(peers.ours("sd1")), "schedule_config": peers.ours("sd1").schedule.config, "hash": "",
-        })  # fmt: skip
+        ours = peers.ours("sd1")
+        components = types.SimpleNamespace(
+            tokenizer=ours.tokenizer, text_encoder=ours.text_encoder, unet=ours.unet, vae=ours.vae,
+            schedule_config=ours.schedule.config, name="sd1", hash="", stored={},
+        )  # fmt: skip
         components.unet.train()
         preview(components, workplace / "preview.png")
         assert components.unet.training and not components.vae.training
