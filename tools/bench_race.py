@@ -77,7 +77,8 @@ def race(case: str, what: str, specs: Mapping[str, Spec], repeat: int, compare: 
     """
     results = [Result(case, what, name) for name in specs]
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-        workers = [stack.enter_context(Worker(spec)) for spec in specs.values()]
+        # The last one first: converters stand there, which for a while need twice their memory.
+        workers = [stack.enter_context(Worker(spec)) for spec in reversed(specs.values())][::-1]
         order = list(zip(workers, results, strict=True))
         for worker, result in order:
             result.ready = worker.ready

@@ -7,6 +7,7 @@ its public interface, as its users would. The protocol is lines of JSON: {"ready
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import sys
@@ -123,6 +124,7 @@ def openvino(spec: Spec) -> Run:
     example = (torch.cat([latents, latents]), torch.ones(2 * spec.batch), embeddings)
     unet = compiled(pipe.unet, *example)
     del pipe.unet, pipe.vae  # OpenVINO has its own copy of the weights
+    gc.collect()
     return step_of(pipe.scheduler, embeddings, latents, lambda x, t, text: unet(x, t.expand(len(x)).float(), text))
 
 
