@@ -99,8 +99,13 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device 
         module: may lie on the meta device.
         tensors: by their names in its `state_dict`; weights that are not among them stay as they are.
     """
+    copied = []
     for name, tensor in tensors.items():
-        put(module, name, placed(tensor, getattr(*_place(module, name)), device))
+        made = placed(tensor, getattr(*_place(module, name)), device)
+        put(module, name, made)
+        copied += [tensor] if made is not tensor else []
+    for tensor in copied:
+        release(tensor)  # again: reading its neighbours, the system has read some pages of it too
 
 
 def empty(module: nn.Module, names: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from latentdiff.layers.resnet import Downsample, ResnetBlock, Upsample
 from latentdiff.layers.transformer import SpatialTransformer
 from latentdiff.mapping import empty, placed, prefetch, put, release
+from latentdiff.memory.available import trim
 from latentdiff.memory.parts import Part
 
 _BLOCKS = (ResnetBlock, SpatialTransformer, Downsample, Upsample)
@@ -93,6 +94,7 @@ class StreamedPart(Part):
     def _bring(self, block: nn.Module, like: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         own = self._blocks[block]
         if self._copies is None:
+            trim()  # what this thread allocated and another one freed stays with the C library otherwise, and grows by the step
             for tensor in own.values():
                 prefetch(tensor)
             return {name: placed(tensor, like[name], self._device) for name, tensor in own.items()}, None

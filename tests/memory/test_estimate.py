@@ -13,7 +13,7 @@ from latentdiff.attention import use_attention_backend
 from latentdiff.config import UNetConfig, VAEConfig
 from latentdiff.engines.cpu import accelerate
 from latentdiff.memory.available import trim
-from latentdiff.memory.estimate import Job, Weights, advice, decoding_bytes, denoising_bytes, needed, weight_bytes
+from latentdiff.memory.estimate import _SLACK, Job, Weights, advice, decoding_bytes, denoising_bytes, needed, weight_bytes
 from latentdiff.unet import UNet
 from latentdiff.vae import VAE
 
@@ -73,7 +73,8 @@ def random(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def within(estimate: int, measured: int) -> bool:
-    return abs(estimate - measured) <= 0.25 * measured
+    """Within a quarter, beside what the allocator happens to keep: that depends on what the process did before."""
+    return abs(estimate - measured) <= 0.25 * measured + _SLACK
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
