@@ -52,13 +52,12 @@ class Settings:
         return specs
 
     def in_openvino(self, case: str, precision: str) -> dict[str, Spec]:
-        """Who races through OpenVINO: apart from the others, since not all of them fit into 24 GB at once."""
+        """Who races OpenVINO: apart from the others, since not all of them fit into 24 GB at once."""
         if "openvino" not in self.peers or self.device != "cpu":
             return {}
         ours = self.contenders(case, precision)["latentdiff"]
         return {
             "latentdiff": ours,
-            "latentdiff --backend openvino": replace(ours, variant="openvino"),
             "diffusers' modules in OpenVINO": replace(ours, library="openvino"),
         }
 

@@ -11,6 +11,7 @@ import gc
 import json
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,8 +114,13 @@ def openvino(spec: Spec) -> Run:
     latents = start_latents(spec, torch.device("cpu"))
 
     def compiled(module: Any, *example: Any) -> Callable[..., Any]:
-        model = ov.convert_model(module.eval(), example_input=example, input=[tuple(x.shape) for x in example])
-        ready = ov.Core().compile_model(model, "CPU", hint)
+        with tempfile.TemporaryDirectory() as folder:  # by way of a file, so that the weights of torch can go
+            model = ov.convert_model(module.eval(), example_input=example, input=[tuple(x.shape) for x in example])
+            ov.save_model(model, f"{folder}/model.xml", compress_to_fp16=False)
+            module.to("meta")
+            del model
+            gc.collect()
+            ready = ov.Core().compile_model(f"{folder}/model.xml", "CPU", hint)
         return lambda *inputs: torch.from_numpy(ready([x.numpy() for x in inputs])[0])
 
     if spec.case == "decode":
@@ -123,8 +129,6 @@ def openvino(spec: Spec) -> Run:
     embeddings = torch.randn(2 * spec.batch, 77, pipe.unet.config.cross_attention_dim)
     example = (torch.cat([latents, latents]), torch.ones(2 * spec.batch), embeddings)
     unet = compiled(pipe.unet, *example)
-    del pipe.unet, pipe.vae  # OpenVINO has its own copy of the weights
-    gc.collect()
     return step_of(pipe.scheduler, embeddings, latents, lambda x, t, text: unet(x, t.expand(len(x)).float(), text))
 
 
