@@ -223,7 +223,9 @@ class Runner:
         return found, (time.perf_counter() - start) / len(found.images)
 
 
-def compare(runner: Runner, all_cases: list[Case], scenes: list[Image.Image]) -> tuple[dict[str, Row], Image.Image]:
+def compare(
+    runner: Runner, all_cases: list[Case], scenes: list[Image.Image], prompts: list[str]
+) -> tuple[dict[str, Row], Image.Image]:
     """All cases on all scenes, and a sheet with a row per case and scene."""
     rows: dict[str, Row] = {case.name: Row() for case in all_cases}
     pictures, captions = [], []
@@ -231,7 +233,7 @@ def compare(runner: Runner, all_cases: list[Case], scenes: list[Image.Image]) ->
         row = rows[case.name]
         for number, scene in enumerate(tqdm(scenes, desc=case.name, leave=False)):
             damaged = Damaged.of(case, to_tensor([scene]), number)
-            found, seconds = runner(damaged, number)
+            found, seconds = runner(damaged, number, prompt=prompts[number])
             classical = case.classical(damaged.operator, damaged.y, damaged.truth)
             row.damaged.append(damaged.psnr(damaged.shown()))
             row.classical.append(damaged.psnr(classical))
@@ -277,8 +279,8 @@ def verdict(case: Case, row: Row) -> str:
     return ("yes" if all(found) else "no") if found else ""
 
 
-def read_scenes(folder: Path, count: int) -> list[Image.Image]:
-    """The first scenes of a folder that tools/make_scenes.py made.
+def read_scenes(folder: Path, count: int) -> tuple[list[Image.Image], list[str]]:
+    """The first scenes of a folder that tools/make_scenes.py made, and their captions.
 
     Raises:
         DataError: there are too few.
@@ -286,10 +288,10 @@ def read_scenes(folder: Path, count: int) -> list[Image.Image]:
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
         raise DataError(f"expected scenes in {folder}, found no metadata.jsonl; make them with tools/make_scenes.py")
-    names = [json.loads(line)["file_name"] for line in metadata.read_text(encoding="utf-8").splitlines()[:count]]
-    if len(names) < count:
-        raise DataError(f"expected {count} scenes in {folder}, found {len(names)}")
-    return [as_rgb(open_image(folder / name)) for name in names]
+    lines = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines()[:count]]
+    if len(lines) < count:
+        raise DataError(f"expected {count} scenes in {folder}, found {len(lines)}")
+    return [as_rgb(open_image(folder / line["file_name"])) for line in lines], [line["text"] for line in lines]
 
 
 @click.command()
@@ -300,26 +302,29 @@ def read_scenes(folder: Path, count: int) -> list[Image.Image]:
 @click.option("--samples", type=int, default=8, show_default=True, help="Of each scene.")
 @click.option("--steps", type=int, default=50, show_default=True)
 @click.option("--only", help="Cases whose names hold this word.")
+@click.option("--captions", is_flag=True, help="Prompt with the scenes' captions; without, with nothing.")
 @click.option("--methods", type=int, default=0, show_default=True, help="Also compare all methods, on so many scenes.")
 @click.option("--quick", is_flag=True, help="2 scenes, 2 samples and 10 steps.")
 @click.option("--sheet", type=click.Path(path_type=Path), help="Write pictures of the first scenes.")
 def main(
-    scenes: Path, model: str | None, device: str, count: int, samples: int, steps: int, only: str | None, methods: int,
-    quick: bool, sheet: Path | None,
+    scenes: Path, model: str | None, device: str, count: int, samples: int, steps: int, only: str | None, captions: bool,
+    methods: int, quick: bool, sheet: Path | None,
 ) -> None:  # fmt: skip
     """Restore SCENES from known damage and print a table."""
     if quick:
         count, samples, steps = 2, 2, 10
     others = 32  # scenes that only the Wiener filter's spectrum is taken from
-    found = read_scenes(scenes, count + others)
+    found, texts = read_scenes(scenes, count + others)
     all_cases = cases(median_spectrum(found[count:]))
     pictures = found[:count]
     chosen = [case for case in all_cases if only is None or only in case.name]
     pipe = Pipeline.load(model, device=device)
     floor = [psnr(pipe.decode(pipe.encode_images(x).mode()).cpu().clamp(-1, 1), x) for x in map(to_tensor, zip(pictures))]
     runner = Runner(pipe, samples, steps)
-    rows, drawn = compare(runner, chosen, pictures)
-    click.echo(f"{count} scenes, {steps} steps, no prompt; the VAE's floor is {mean_and_margin(floor)} dB; holes count alone\n")
+    prompts = texts if captions else [""] * count
+    rows, drawn = compare(runner, chosen, pictures, prompts)
+    asked, reach = "captions as prompts" if captions else "no prompt", mean_and_margin(floor)
+    click.echo(f"{count} scenes, {steps} steps, {asked}; the VAE's floor is {reach} dB; holes count alone\n")
     click.echo(f"| damage | damaged | classical | a sample | mean of {samples} | r / noise | reached | seconds a sample |")
     click.echo("|---|---|---|---|---|---|---|---|")
     for case in chosen:
