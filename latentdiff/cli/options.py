@@ -99,7 +99,7 @@ SPACING = click.option("--spacing", type=click.Choice(SPACING_NAMES), help="Of t
 FAST = click.option(
     "--fast",
     is_flag=True,
-    help="Nearly the same picture in a fraction of the time: 10 steps of dpmpp-2m, trailing, where these are not given.",
+    help="Nearly the same picture in a fraction of the time: 12 steps of dpmpp-2m, trailing, where these are not given.",
 )
 CACHE_INTERVAL = click.option(
     "--cache-interval",
