@@ -9,6 +9,8 @@
 What is measured:
     step       one guided denoising step (both halves, DDIM) of a 512x512 picture, in every precision
     decode     the VAE decoder, latents to a 512x512 picture
+    int8       the step in 8 bits against bfloat16
+    openvino   step and decoder against the same modules in OpenVINO, apart because of their memory
     picture    whole pictures in 50 steps; on a GPU also a batch of 16, and the time to compile
     fast       a whole picture with `--fast`, against diffusers' default: 50 steps of PNDM in float32
     agreement  how far bf16 and int8 pictures of 20 steps are from float32 ones, in dB

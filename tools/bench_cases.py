@@ -68,22 +68,33 @@ def cases(name: str, settings: Settings) -> list[Result]:
 
 
 def step(settings: Settings) -> list[Result]:
-    results = []
-    for precision in settings.precisions:
-        results += race("step", precision, settings.contenders("step", precision), settings.repeat, relative)
-        results += race("step", f"{precision}, OpenVINO", settings.in_openvino("step", precision), settings.repeat)
-    if settings.device == "cpu":
-        ours = settings.contenders("step", "bf16")["latentdiff"]
-        pair = {"latentdiff bf16": ours, "latentdiff int8": replace(ours, precision="int8")}
-        results += race("step", "int8", pair, settings.repeat, relative)
-    return results
+    return _in_turns("step", settings)
 
 
 def decode(settings: Settings) -> list[Result]:
+    return _in_turns("decode", settings)
+
+
+def _in_turns(case: str, settings: Settings) -> list[Result]:
     results = []
     for precision in settings.precisions:
-        results += race("decode", precision, settings.contenders("decode", precision), settings.repeat, relative)
-        results += race("decode", f"{precision}, OpenVINO", settings.in_openvino("decode", precision), settings.repeat)
+        results += race(case, precision, settings.contenders(case, precision), settings.repeat, relative)
+    return results
+
+
+def int8(settings: Settings) -> list[Result]:
+    if settings.device != "cpu":
+        return []
+    ours = settings.contenders("step", "bf16")["latentdiff"]
+    pair = {"latentdiff bf16": ours, "latentdiff int8": replace(ours, precision="int8")}
+    return race("step", "int8", pair, settings.repeat, relative)
+
+
+def openvino(settings: Settings) -> list[Result]:
+    results = []
+    for case in ("step", "decode"):
+        for precision in settings.precisions:
+            results += race(case, f"{precision}, OpenVINO", settings.in_openvino(case, precision), settings.repeat)
     return results
 
 
@@ -180,6 +191,8 @@ def native_size(folder: Path) -> int:
 CASES: dict[str, Callable[[Settings], list[Result]]] = {
     "step": step,
     "decode": decode,
+    "int8": int8,
+    "openvino": openvino,
     "picture": picture,
     "fast": fast,
     "agreement": agreement,

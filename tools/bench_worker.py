@@ -169,7 +169,7 @@ def timed(run: Run, device: str) -> tuple[Any, float]:
 
     wait()
     start = time.perf_counter()
-    with torch.inference_mode():
+    with torch.no_grad():
         output = run()
     wait()
     return output, time.perf_counter() - start

@@ -95,6 +95,8 @@ class _Rounding:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, float, int] | None:
         """x, dense -> (rounded, scale, zero point) with x = scale (rounded - zero point); None if x is not finite."""
+        if x.is_inference():  # does not count its changes, so what was rounded before may be another one
+            return _rounded(x)
         if self._last is None or self._last[0] is not x or self._last[1] != x._version:
             self._last, self._result = (x, x._version), _rounded(x)
         return self._result

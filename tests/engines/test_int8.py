@@ -104,6 +104,14 @@ def test_changed_weights_are_rounded_anew(pipe: Pipeline) -> None:
     assert relative(after, pipe.unet(x, 500.0, text)) < 0.1 < relative(after, before)
 
 
+@torch.inference_mode()
+def test_inference_mode_gives_the_same(pipe: Pipeline) -> None:
+    x, text, network = torch.randn(1, pipe.vae.config.latent_channels, 12, 12), pipe.encode([PROMPT]), Int8Network(pipe.unet)
+    inside = network(x, 500.0, text)
+    with torch.inference_mode(False), torch.no_grad():
+        assert torch.equal(inside, network(x.clone(), 500.0, text.clone()))
+
+
 def test_gradients_are_refused(pipe: Pipeline) -> None:
     x = torch.randn(1, pipe.unet.config.in_channels, 12, 12, requires_grad=True)
     with pytest.raises(UsageError, match="no gradients"):
