@@ -39,7 +39,13 @@ def test_options_not_given_have_defaults_and_those_given_win():
     plain, fast = Sampling().settled(), Sampling(fast=True).settled()
     assert (plain.steps, plain.sampler, plain.guidance_scale, plain.cache_interval) == (25, "ddim", 5.0, 1)
     assert {name: getattr(fast, name) for name in FAST} == FAST
-    for name, value in {"steps": 25, "sampler": "ddim", "guidance_scale": 2.0, "spacing": "leading", "cache_interval": 1}.items():
+    for name, value in {
+        "steps": 25,
+        "sampler": "ddim",
+        "guidance_scale": 2.0,
+        "spacing": "leading",
+        "cache_interval": 1,
+    }.items():
         own = Sampling(fast=True, **{name: value}).settled()
         assert getattr(own, name) == value
         assert all(getattr(own, other) == FAST[other] for other in FAST if other != name)
