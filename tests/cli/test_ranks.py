@@ -120,7 +120,16 @@ def launch(command: list[object], folder: Path) -> list[tuple[int, str, str]]:
     return [(process.returncode, *output) for process, output in zip(running, outputs, strict=True)]
 
 
-def test_two_processes(command, sd1, workplace):
+@pytest.fixture
+def one_thread():
+    """As the processes of `launch` have: the number of threads decides how sums are rounded."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_processes(command, sd1, workplace, one_thread):
     both = launch(["-m", "latentdiff", *arguments(sd1, "shared"), "--sheet", "sheet.png"], workplace)
     assert [code for code, _, _ in both] == [0, 0], both
     (seed,) = [line for _, _, err in both for line in err.splitlines() if line.startswith("seed: ")]
