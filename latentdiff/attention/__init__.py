@@ -2,7 +2,8 @@
 
 | back end   | where    | memory in the number of tokens L         |
 |------------|----------|------------------------------------------|
-| `auto`     | anywhere | linear: `sdpa`, or `chunked` on a CPU    |
+| `auto`     | anywhere | linear: on a CPU `chunked` or `sdpa`, on |
+|            |          | a GPU the fastest that was found there   |
 | `sdpa`     | anywhere | what PyTorch picks, mostly linear        |
 | `xformers` | CUDA     | linear; needs the extra `xformers`       |
 | `sliced`   | anywhere | one slice of queries at a time           |
