@@ -1,21 +1,23 @@
 """Attention on a CPU as matrix products over a few hundred queries at a time, for inference.
 
 torch's fused kernel leaves its products on a CPU to MKL, which runs at half the speed of oneDNN on processors of other makers,
-and computes bf16 in float32; torch's softmax spends most of its time in MKL's `exp`. Here oneDNN multiplies, scores stay in
-float32, and `exp2` is torch's own.
+and computes bf16 in float32; torch's softmax spends most of its time in MKL's `exp`. Here oneDNN multiplies, and the
+exponential is torch's `exp2` or, in bf16, part of the product.
 """
 
 from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Callable
 from itertools import product as combinations
 
 import torch
 from torch import Tensor
 
-MAX_SCORES = 2**19  # scores held at a time per thread, 2 MiB: larger blocks come fresh from the system at every call
-SAFE_EXPONENT = 64.0  # 2^±64 times any number of keys and values is an ordinary float32 and bf16
+MAX_SCORES = 2**19  # float32 scores held at a time per thread, 2 MiB: larger blocks come fresh from the system at every call
+SAFE_SCORE = 44.0  # e^±44 times any number of keys and values is an ordinary float32 and bf16
+MARGIN = 8.0  # sigmoid(-8) is e^-8 but for a share of 3e-4, a sixth of what rounding to bf16 may change
 
 
 def chunked_is_possible(q: Tensor) -> bool:
@@ -34,33 +36,49 @@ def onednn_products() -> bool:
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention in chunks of queries; each query's softmax is whole, so the result does not depend on the chunks.
 
-    softmax(s) v = (e v) / (e 1) with e = 2^(s - max s), where the scale and log2(e) are in the queries already and the sum is
-    one more column of the product with v: the division then acts on (L, d) in place of (L, S) numbers. The maximum only keeps
-    e in range, so it is left out where |s| <= |q| |k| says that no e can leave it.
+    softmax(s) v = (e v) / (e 1) with e = exp(s - c), where c may be any number of the query's, the scale is in the keys
+    already, and the sum is one more column of the product with v: the division then acts on (L, d) in place of (L, S) numbers.
     """
     batch, heads, length, size = q.shape
-    keys = k.shape[2]
-    q = (q.float() * (math.log2(math.e) / math.sqrt(size))).contiguous()
-    k = k.float().contiguous()
-    v = torch.cat([v.transpose(2, 3), v.new_ones(batch, heads, 1, keys)], dim=2)  # (N, heads, d + 1, S)
-    is_safe = (q.norm(dim=3).amax(2) * k.norm(dim=3).amax(2) <= SAFE_EXPONENT).tolist()
+    k = k.float()
+    # A score that all keys share changes nothing; without it, the greatest score of a query is 0 or more.
+    k = (k - k.mean(dim=2, keepdim=True)) / math.sqrt(size)
+    v = torch.cat([v.transpose(2, 3), v.new_ones(batch, heads, 1, k.shape[2])], dim=2)  # (N, heads, d + 1, S)
+    bounds = (torch.linalg.vector_norm(q, dim=3, dtype=k.dtype).amax(2) * k.norm(dim=3).amax(2)).tolist()  # |s| <= |q| |k|
+    q = q.contiguous()
     out = torch.empty(batch, length, heads, size, dtype=v.dtype)
-    rows = max(16, MAX_SCORES * torch.get_num_threads() // keys)
-    for n, head, start in combinations(range(batch), range(heads), range(0, length, rows)):
-        part = slice(start, start + rows)
-        sums = _weighted_sums(q[n, head, part], k[n, head], v[n, head], is_safe[n][head])
-        torch.div(sums[:, :size], sums[:, size:], out=out[n, part, head])
+    for n, head in combinations(range(batch), range(heads)):
+        exponentials, rows = _exponentials(k[n, head], bounds[n][head], v.dtype)
+        for start in range(0, length, rows):
+            part = slice(start, start + rows)
+            # The exponentials are freed here before the next ones are made, which then take the same memory, in the caches.
+            sums = _product(exponentials(q[n, head, part]), v[n, head])
+            torch.div(sums[:, :size], sums[:, size:], out=out[n, part, head])
     return out.transpose(1, 2)
 
 
-def _weighted_sums(q: Tensor, k: Tensor, v: Tensor, is_safe: bool) -> Tensor:
-    """q (rows, d), k (S, d), v (d + 1, S) -> (rows, d + 1).
+def _exponentials(k: Tensor, bound: float, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], int]:
+    """What makes of queries (rows, d) the exponentials (rows, S) of their scores in `dtype`, and for how many rows at a time.
 
-    A function of its own, so that the scores are freed before the next ones are made: those then take the same memory, which
-    is in the caches.
+    The maximum only keeps them in range, so it is left out where `bound` says that no score can leave it. oneDNN then
+    computes bf16 without a pass over the scores: far below 0 the sigmoid, which it can apply to a product, is exp.
     """
-    product = torch.ops.mkldnn._linear_pointwise  # (a, b) -> a bᵀ
-    scores = product(q, k, None, "none", [], "")
+    rows = max(16, MAX_SCORES * torch.get_num_threads() // len(k))
+    is_safe = bound <= SAFE_SCORE
+    if is_safe and dtype == torch.bfloat16:
+        keys, shift = k.to(dtype), torch.full((len(k),), -bound - MARGIN, dtype=dtype)
+        return lambda q: _product(q, keys, shift, "sigmoid"), 2 * rows
+    keys = k * math.log2(math.e)
+    return lambda q: _powers_of_two(_product(q.float(), keys), is_safe).to(dtype), rows
+
+
+def _powers_of_two(scores: Tensor, is_safe: bool) -> Tensor:
+    """scores (rows, S) -> 2^(score - c), in place; c is the greatest score of the row unless all are safe."""
     if not is_safe:
         scores -= scores.amax(dim=1, keepdim=True)
-    return product(scores.exp2_().to(v.dtype), v, None, "none", [], "")
+    return scores.exp2_()
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
+    """a (L, d), b (S, d), bias (S,) -> a bᵀ + bias, followed by "sigmoid" if that is asked for; by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, then, [], "")

@@ -39,12 +39,30 @@ def test_scores_of_thousands_do_not_overflow() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_large_scores_are_as_exact_with_the_maximum_as_without(dtype: torch.dtype, monkeypatch) -> None:
     q, k, v = (x.to(dtype) for x in tensors(90, 110, 16))
-    q = q * (40 / (q.norm(dim=3).max() * k.norm(dim=3).max()) * 4).item()  # exponents up to 58
+    q = q * (40 / (q.norm(dim=3).max() * k.norm(dim=3).max()) * 4).item()  # scores up to 40
     expected = plain.plain_attention(q.double(), k.double(), v.double())
-    for safe in (64.0, 0.0):
-        monkeypatch.setattr(chunked, "SAFE_EXPONENT", safe)
+    for safe in (44.0, 0.0):
+        monkeypatch.setattr(chunked, "SAFE_SCORE", safe)
         error = (chunked.chunked_attention(q, k, v).double() - expected).abs().max() / expected.abs().max()
         assert error < 3 * TOLERANCES[dtype]
+
+
+def test_bfloat16_takes_no_pass_over_the_scores_whatever_the_keys_have_in_common(monkeypatch) -> None:
+    q, k, v = (x.bfloat16() for x in tensors(90, 110, 16))
+    k = k + 64.0
+    expected = plain.plain_attention(q.double(), k.double(), v.double())
+    monkeypatch.delattr(chunked, "_powers_of_two")
+    error = (chunked.chunked_attention(q, k, v).double() - expected).abs().max() / expected.abs().max()
+    assert error < TOLERANCES[torch.bfloat16]
+
+
+def test_a_query_far_from_all_keys_keeps_its_weights() -> None:
+    q, k, v = (x.bfloat16() for x in tensors(30, 40, 16))
+    q[:, :, 1:] *= 1e-3
+    q[:, :, 0] *= 40 / (q[:, :, 0].norm(dim=2) * k.norm(dim=3).amax(2) / 4).amax().item()
+    expected = plain.plain_attention(q.double(), k.double(), v.double())
+    error = (chunked.chunked_attention(q, k, v).double() - expected).abs().max() / expected.abs().max()
+    assert error < 3 * TOLERANCES[torch.bfloat16]
 
 
 def test_heads_behind_tokens_need_no_copy_by_the_caller() -> None:
