@@ -2,6 +2,7 @@
 
     python tools/make_concept.py object data/teapot     # a new thing, "a teapot on a pink background"
     python tools/make_concept.py style data/sepia       # a new style, "a cat in sepia style"
+    python tools/make_concept.py object data/fresh --test-seed 1  # the same training pictures, other held-out prompts
 
 The folder gets `train/` (what to fine-tune on), `test/` (real pictures of what was held out) and `prompts.jsonl` (held-out
 prompts), which `score_concept.py` scores. Held out are, for the object, three backgrounds and a third of its companions, and
@@ -85,17 +86,18 @@ def style_caption(plan: Plan) -> str:
     return f"{prompt(plan).removeprefix('a photo of ').rsplit(' on ', 1)[0]} in {STYLE} style"
 
 
-def write_concept(kind: str, out: Path, seed: int, font: Path) -> None:
-    """Write the three parts of a data set; `kind` is "object" or "style"."""
+def write_concept(kind: str, out: Path, seed: int, font: Path, test_seed: int | None = None) -> None:
+    """Write the three parts of a data set; `kind` is "object" or "style", `test_seed` another seed for what is held out."""
     plans, finish = (object_plans, None) if kind == "object" else (style_plans, in_sepia)
-    for split, count in (("train", PICTURES), ("test", TEST_PICTURES)):
-        rng = Random(f"{seed}/{kind}/{split}")
+    test_seed = seed if test_seed is None else test_seed
+    for split, count, own_seed in (("train", PICTURES, seed), ("test", TEST_PICTURES, test_seed)):
+        rng = Random(f"{own_seed}/{kind}/{split}")
         lines = []
         for number, scene in enumerate(islice(drawn(plans(rng, split), rng, font, finish), count)):
             text = caption(scene[0], rng) if kind == "object" else style_caption(scene[0])
             lines.append(_write_picture(out / split, number, scene, text))
         write_lines(out / split / "metadata.jsonl", lines)
-    rng = Random(f"{seed}/{kind}/prompts")
+    rng = Random(f"{test_seed}/{kind}/prompts")
     by_prompt: dict[str, dict[str, Any]] = {}
     for plan, _, _ in drawn(plans(rng, "test"), rng, font, finish):
         line = _prompt_line(kind, plan, rng)
@@ -128,10 +130,11 @@ def _prompt_line(kind: str, plan: Plan, rng: Random) -> dict[str, Any]:
 @click.argument("kind", type=click.Choice(["object", "style"]))
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--test-seed", type=int, help="Another seed for the held-out pictures and prompts.  [default: that of --seed]")
 @click.option("--font", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Path of NotoColorEmoji.ttf.")
-def main(kind: str, out: Path, seed: int, font: Path | None) -> None:
+def main(kind: str, out: Path, seed: int, test_seed: int | None, font: Path | None) -> None:
     try:
-        write_concept(kind, out, seed, font or find_font())
+        write_concept(kind, out, seed, font or find_font(), test_seed)
     except (LatentDiffError, OSError) as error:
         sys.exit(f"error: {error}")
 

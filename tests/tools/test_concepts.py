@@ -50,6 +50,14 @@ def test_nothing_held_out_is_trained_on(folder):
     assert about(train) and about(test) and not about(train) & about(test)
 
 
+def test_another_test_seed_changes_only_what_was_held_out(folder, tmp_path):
+    kind = folder.name.rstrip("0123456789")
+    make_concept.write_concept(kind, tmp_path, 0, font(), test_seed=1)
+    assert lines(tmp_path / "train/metadata.jsonl") == lines(folder / "train/metadata.jsonl")
+    assert lines(tmp_path / "prompts.jsonl") != lines(folder / "prompts.jsonl")
+    assert lines(tmp_path / "test/metadata.jsonl") != lines(folder / "test/metadata.jsonl")
+
+
 def test_the_new_thing_is_in_no_random_plan():
     assert not set(scene_language.NEW_NOUNS) & set(scene_language.NOUNS)
     assert not set(concept_judge.STRANGE) & set(concept_judge.STRANGE_TEST)
