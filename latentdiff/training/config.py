@@ -128,7 +128,7 @@ class StageSection(Section):
     accumulation: PositiveInt = 1
     """Micro-batches that a process splits its part of the batch into; less memory, same gradients."""
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
-    """adamw8bit needs the package bitsandbytes and a GPU that it supports; prodigy needs prodigyopt, with a lr of about 1."""
+    """adamw8bit needs bitsandbytes, for a GPU or, in version 0.50, a CPU; prodigy needs prodigyopt, with a lr of about 1."""
     lr: Annotated[float, Field(gt=0)]
     """Learning rate after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 200
