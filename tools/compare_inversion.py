@@ -32,13 +32,14 @@ from latentdiff.image import contact_sheet, save_png, to_tensor
 from latentdiff.parameterization import Denoiser
 from latentdiff.pipeline import Pipeline
 from latentdiff.samplers import ddim
-from latentdiff.tasks import invert, translate
+from latentdiff.tasks import image_to_image, invert, translate
 from latentdiff.tasks.inversion import Inversion, reconstruct
 from latentdiff.tasks.inversion.artefact import psnr
 from latentdiff.tasks.inversion.direct import on_pivots
 from latentdiff.tasks.inversion.run import walk_down, with_null_text
 
-EDITS = ("features", "direct", "null-text", "negative-prompt", "edict", "ddim")
+EDITS = ("features", "direct", "null-text", "negative-prompt", "edict", "ddim", "edit", "edit of the inversion")
+EDIT_STRENGTH = 0.8  # of the last two, which are image_to_image
 
 
 @dataclass
@@ -128,22 +129,44 @@ def reconstructions(pipe: Pipeline, cases: list[EditCase], steps: int, guidance:
     return rows, floor
 
 
+def print_reconstructions(pipe: Pipeline, cases: list[EditCase], steps: int, guidance: float) -> None:
+    """The first table."""
+    rows, floor = reconstructions(pipe, cases, steps, guidance)
+    about = "prompts that say what the scene shows, without guidance where none is named"
+    click.echo(f"{len(cases)} scenes, {steps} steps, {about}\n")
+    click.echo("| reconstruction | error of the latents | PSNR, dB | seconds |\n|---|---|---|---|")
+    for name, row in rows.items():
+        error, decibels = mean_and_margin(row.latents), mean_and_margin(row.decibels)
+        click.echo(f"| {name} | {error} | {decibels} | {np.mean(row.seconds):.1f} |")
+    click.echo(f"| the VAE alone | 0 | {mean_and_margin(floor)} | |\n")
+
+
 def edits(
-    pipe: Pipeline, cases: list[EditCase], steps: int, guidance: float
+    pipe: Pipeline, cases: list[EditCase], steps: int, guidance: float, methods: list[str]
 ) -> dict[str, tuple[list[Image.Image], list[float]]]:
     """The pictures and the seconds, inversion included, of every method."""
-    made: dict[str, tuple[list[Image.Image], list[float]]] = {method: ([], []) for method in EDITS}
+    made: dict[str, tuple[list[Image.Image], list[float]]] = {method: ([], []) for method in methods}
     for case in tqdm(cases, desc="editing", leave=False):
-        for method in EDITS:
+        for method in methods:
             start = time.perf_counter()
-            options = {} if method == "edict" else {"guidance_scale": guidance}  # its inversion has its own
-            (image,) = translate(
-                pipe, case.source, case.target.text, method=method, source_prompt=case.source_prompt, steps=steps,
-                progress=False, **options,
-            )  # fmt: skip
+            image = edited(pipe, case, method, steps, guidance)
             made[method][0].append(image)
             made[method][1].append(time.perf_counter() - start)
     return made
+
+
+def edited(pipe: Pipeline, case: EditCase, method: str, steps: int, guidance: float) -> Image.Image:
+    """The picture that one method makes."""
+    same = {"steps": steps, "progress": False}
+    if not method.startswith("edit"):
+        options = {} if method == "edict" else {"guidance_scale": guidance}  # its inversion has its own
+        prompts = {"source_prompt": case.source_prompt, "method": method}
+        return translate(pipe, case.source, case.target.text, **prompts, **same, **options)[0]
+    source = case.source
+    if method != "edit":
+        source = invert(pipe, source, prompt=case.source_prompt, measure=False, **same)
+    options = {"strength": EDIT_STRENGTH, "guidance_scale": guidance, "seed": 0}
+    return image_to_image(pipe, source, case.target.text, **same, **options)[0]
 
 
 @click.command()
@@ -153,19 +176,17 @@ def edits(
 @click.option("--count", type=int, default=16, show_default=True, help="Scenes.")
 @click.option("--steps", type=int, default=50, show_default=True)
 @click.option("--guidance", type=float, default=5.0, show_default=True)
+@click.option("--only", help="Edits whose names hold this word, and no inversions.")
 @click.option("--sheet", type=click.Path(path_type=Path), help="Write pictures of the first scenes.")
-def main(scenes: Path, model: str | None, device: str, count: int, steps: int, guidance: float, sheet: Path | None) -> None:
+def main(
+    scenes: Path, model: str | None, device: str, count: int, steps: int, guidance: float, only: str | None, sheet: Path | None
+) -> None:
     """Compare inversions and edits on SCENES and print two tables."""
     cases = read_cases(scenes, count)
     pipe, judge = Pipeline.load(model, device=device), Judge.load(embedded_judge())
-    rows, floor = reconstructions(pipe, cases, steps, guidance)
-    click.echo(f"{count} scenes, {steps} steps, prompts that say what the scene shows, without guidance where none is named\n")
-    click.echo("| reconstruction | error of the latents | PSNR, dB | seconds |\n|---|---|---|---|")
-    for name, row in rows.items():
-        error, decibels = mean_and_margin(row.latents), mean_and_margin(row.decibels)
-        click.echo(f"| {name} | {error} | {decibels} | {np.mean(row.seconds):.1f} |")
-    click.echo(f"| the VAE alone | 0 | {mean_and_margin(floor)} | |\n")
-    made = edits(pipe, cases, steps, guidance)
+    if only is None:
+        print_reconstructions(pipe, cases, steps, guidance)
+    made = edits(pipe, cases, steps, guidance, [method for method in EDITS if only is None or only in method])
     click.echo("| edit | structure x 1000 | colours shared | text right | seconds |\n|---|---|---|---|---|")
     for method, (images, seconds) in made.items():
         structure = [1000 * structure_distance(case.source, image) for case, image in zip(cases, images, strict=True)]

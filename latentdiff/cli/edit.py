@@ -9,11 +9,11 @@ import click
 
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import ANY_PATH, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS
-from latentdiff.cli.output import check_results, save_results
+from latentdiff.cli.output import check_results, save_results, shown_source
 
 
 @click.command()
-@click.argument("picture", type=ANY_PATH)
+@click.argument("picture", type=ANY_PATH, metavar="PICTURE|INVERSION")
 @click.argument("prompt")
 @click.option(
     "--strength", type=float, default=0.6, show_default=True, metavar="X", help="0 to 1: how far to go from the picture."
@@ -26,12 +26,15 @@ from latentdiff.cli.output import check_results, save_results
 def edit(
     picture: Path, prompt: str, out: Path, compare: Path | None, no_metadata: bool, seed: int | None, **settings: Any
 ) -> None:
-    """Change PICTURE towards PROMPT (image to image): noise it as far as --strength says and denoise it."""
+    """Change PICTURE towards PROMPT (image to image): noise it as far as --strength says and denoise it.
+
+    What `latentdiff invert` wrote serves as well as a picture, and keeps more of it: the walk begins from the picture's own
+    noise, so a seed changes nothing unless the sampler draws noise. It takes all steps of the inversion by default.
+    """
     check_results(out, compare, settings["num_images"])
-    from latentdiff.image import as_rgb, open_image
     from latentdiff.tasks import image_to_image
 
-    source = as_rgb(open_image(picture))
     with loaded_model(settings) as pipe:
         images = image_to_image(pipe, picture, prompt, seed=drawn_seed(seed), **settings)
-    save_results(images, out, {"source": source}, compare=compare, metadata=not no_metadata)
+        before = {"source": shown_source(pipe, picture)} if compare else {}
+    save_results(images, out, before, compare=compare, metadata=not no_metadata)

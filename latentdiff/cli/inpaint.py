@@ -17,6 +17,12 @@ from latentdiff.errors import UsageError
 @click.argument("picture", type=ANY_PATH)
 @click.argument("prompt", default="")
 @click.option("--mask", type=ANY_PATH, metavar="FILE", help="A picture of the same size, white where to paint.")
+@click.option(
+    "--inversion",
+    type=ANY_PATH,
+    metavar="FILE",
+    help="What `latentdiff invert` made of PICTURE: paint from its noise, which keeps the layout of what was there.",
+)
 @click.option("--remove", is_flag=True, help="Take away what the mask covers; PROMPT may say what is behind it.")
 @click.option(
     "--strength",

@@ -46,7 +46,7 @@ from latentdiff.names import INVERSION_NAMES
 def invert(picture: Path, out: Path | None, no_check: bool, **settings: Any) -> None:
     """Invert PICTURE: find the noise, and every step of the way, from which sampling leads back to it.
 
-    The file that is written serves `translate` in place of the picture.
+    The file that is written serves `translate` and `edit` in place of the picture, and `inpaint --inversion` beside it.
     """
     out = out or Path(picture.stem + ".inversion")
     if out.exists():

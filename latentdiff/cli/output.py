@@ -18,6 +18,8 @@ from latentdiff.recipe import read_recipe
 if TYPE_CHECKING:
     from PIL import Image
 
+    from latentdiff.pipeline import Pipeline
+
 LONGEST_SLUG = 100  # bytes; file systems take 255 for the whole name
 
 
@@ -98,6 +100,17 @@ def check_results(out: Path, compare: Path | None, count: int) -> None:
         check_writable(place)
     if out.suffix == ".png" and out.exists():
         raise UsageError(f"{out} is there already; remove it or choose another name with --out")
+
+
+def shown_source(pipe: Pipeline, picture: Path) -> Image.Image:
+    """The picture; of an inversion, what the VAE keeps of it."""
+    from latentdiff.image import as_rgb, open_image, to_pil
+    from latentdiff.tasks.inversion import Inversion, is_inversion
+
+    if not is_inversion(picture):
+        return as_rgb(open_image(picture))
+    found = Inversion.load(picture)
+    return to_pil(pipe.decode(found.latents[-1:]))[0].crop((0, 0, *found.size))
 
 
 def _free(folder: Path, prompt: str, seed: int) -> Path:

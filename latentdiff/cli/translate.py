@@ -18,13 +18,11 @@ from latentdiff.cli.options import (
     RESULT_OPTIONS,
     SPACING,
 )
-from latentdiff.cli.output import check_results, save_results
+from latentdiff.cli.output import check_results, save_results, shown_source
 from latentdiff.errors import UsageError
 from latentdiff.names import BLEND_NAMES, TRANSLATION_NAMES
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from latentdiff.pipeline import Pipeline
     from latentdiff.tasks.features import PnPSpec
 
@@ -114,7 +112,7 @@ def translate(
             inversion=_given(given),
             **settings,
         )
-        before = {"source": _source(pipe, picture)} if compare else {}
+        before = {"source": shown_source(pipe, picture)} if compare else {}
     save_results(images, out, before, compare=compare, metadata=not no_metadata)
 
 
@@ -129,14 +127,3 @@ def _specification(pipe: Pipeline, feature_blocks: tuple[str, ...], attn_blocks:
     named = {"feature_blocks": feature_blocks, "attn_blocks": attn_blocks}
     named = {name: blocks for name, blocks in named.items() if blocks}
     return replace(default_spec(pipe.unet.config), **named) if named else None
-
-
-def _source(pipe: Pipeline, picture: Path) -> Image.Image:
-    """The picture; of an inversion, what the VAE keeps of it."""
-    from latentdiff.image import as_rgb, open_image, to_pil
-    from latentdiff.tasks.inversion import Inversion, is_inversion
-
-    if not is_inversion(picture):
-        return as_rgb(open_image(picture))
-    found = Inversion.load(picture)
-    return to_pil(pipe.decode(found.latents[-1:]))[0].crop((0, 0, *found.size))

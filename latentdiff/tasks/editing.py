@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from latentdiff.errors import UsageError
@@ -17,25 +15,29 @@ from latentdiff.latents import NoiseStream
 from latentdiff.pipeline import Pipeline, Start
 from latentdiff.recipe import Recipe
 from latentdiff.request import Plan, Sampling
-from latentdiff.tasks.sources import Picture, file_of, open_source
+from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
+from latentdiff.tasks.inversion.run import invert
+from latentdiff.tasks.sources import Picture, extended, file_of, open_source, resized, warn_if_large
 
 TASK = "edit"
-# From this many times the area of the training's pictures on, a model's pictures fall apart into repetitions.
-MUCH_LARGER = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditSettings:
-    """What a recipe holds of an edit besides the sampling; sizes in pixels, as asked for."""
+    """What a recipe holds of an edit besides the sampling; sizes in pixels, as asked for.
+
+    inversion: the arguments of `invert` by which its start was found, if it began from an inversion in memory.
+    """
 
     strength: float
     width: int | None = None
     height: int | None = None
+    inversion: dict[str, Any] | None = None
 
 
 def image_to_image(
     pipe: Pipeline,
-    image: Picture,
+    image: Picture | Inversion,
     prompt: str | Sequence[str],
     *,
     strength: float = 0.6,
@@ -48,8 +50,13 @@ def image_to_image(
     The picture is noised to the level where the last `int(steps * strength)` steps begin, and those are taken, as in
     diffusers' img2img; so the cost is `strength` times that of generating. With strength 0 it is given back as it is.
 
+    An inversion begins on its own trajectory instead of from drawn noise: under the prompt that it was made with, without
+    guidance, the picture comes back; under another, more of the picture stays than noise would leave.
+
     Args:
         image: any picture of Pillow, or a file; it is turned upright by its EXIF entry, and transparency lies on white.
+            Or its inversion, a file or an `Inversion`, made with the same model; the steps, by default all of its own, have to
+            pass through its noise levels. Seeds then make a difference only to samplers that draw noise.
         strength: 0 to 1, how far to go from the picture.
         width, height: bring the picture to this size first; one alone keeps its proportions, None is its own size. Sides
             that are no multiples of the VAE's factor (8) are extended by their last pixels and cut again at the end.
@@ -59,12 +66,15 @@ def image_to_image(
         RGB pictures of that size with their recipe in `image.info`.
 
     Raises:
-        UsageError: an argument outside its domain.
+        UsageError: an argument outside its domain, or steps that do not fit the inversion.
         DataError: the file is missing or no picture.
+        CheckpointError: the inversion was made with another model.
         NotFiniteError: the model gives NaN or infinity.
         Cancelled: the callback returned False.
     """
     pipe.check_text_to_image()
+    if given := given_inversion(image):
+        return _from_inversion(pipe, *given, prompt, strength, (width, height), options)
     source = open_source(image)
     plan = begin_at(Sampling(**options).plan(prompt, pipe.schedule), strength)
     picture = resized(as_rgb(source.image), width, height)
@@ -75,8 +85,12 @@ def image_to_image(
 
 def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.Image:
     """The picture of a recipe once more."""
-    settings = recipe.settings_as(EditSettings)
-    return image_to_image(pipe, file_of(sources, "image"), recipe.prompt, **asdict(settings), **recipe.sampling())[0]
+    settings = asdict(recipe.settings_as(EditSettings))
+    inverting = settings.pop("inversion")
+    source: Picture | Inversion = sources["inversion"] if "inversion" in sources else file_of(sources, "image")
+    if inverting is not None:
+        source = invert(pipe, source, measure=False, progress=False, **inverting)
+    return image_to_image(pipe, source, recipe.prompt, **settings, **recipe.sampling())[0]
 
 
 def begin_at(plan: Plan, strength: float) -> Plan:
@@ -96,41 +110,6 @@ def begin_at(plan: Plan, strength: float) -> Plan:
     return replace(plan, levels=plan.levels[plan.steps - taken :])
 
 
-def resized(picture: Image.Image, width: int | None, height: int | None) -> Image.Image:
-    """The picture at a size in pixels; one side alone keeps the proportions.
-
-    Raises:
-        UsageError: a side below 1.
-    """
-    for name, side in (("width", width), ("height", height)):
-        if side is not None and side < 1:
-            raise UsageError(f"expected a {name} of 1 or more, found {side}")
-    if width is None and height is None:
-        return picture
-    width = width or max(1, round(picture.width * height / picture.height))
-    height = height or max(1, round(picture.height * width / picture.width))
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def extended(picture: Image.Image, factor: int) -> Image.Image:
-    """The picture with its last column and row repeated until both sides are multiples of `factor`."""
-    right, bottom = -picture.width % factor, -picture.height % factor
-    if not right and not bottom:
-        return picture
-    return Image.fromarray(np.pad(np.asarray(picture), ((0, bottom), (0, right), (0, 0)), mode="edge"))
-
-
-def warn_if_large(pipe: Pipeline, picture: Image.Image, remedy: str) -> None:
-    """Say so if a picture is much larger than those that the model was trained on."""
-    height, width = pipe.default_size
-    if picture.width * picture.height > MUCH_LARGER * width * height:
-        warnings.warn(
-            f"the picture has {picture.width} x {picture.height} pixels and the model was trained on {width} x {height}; "
-            f"{remedy}",
-            stacklevel=3,
-        )
-
-
 def with_recipes(
     pipe: Pipeline,
     images: list[Image.Image],
@@ -145,6 +124,38 @@ def with_recipes(
         recipe = pipe.recipe(**fields, **size, task=task, task_settings=settings, sources=sources)
         image.info = dict(recipe.to_chunks())
     return images
+
+
+def following(options: Mapping[str, Any], inversion: Inversion) -> Sampling:
+    """The options, with the steps and the spacing of an inversion where they are left open."""
+    own = {"steps": inversion.steps, "spacing": inversion.settings["spacing"]}
+    left_open = {name for name in own if options.get(name) is None}
+    return Sampling(**{**options, **{name: own[name] for name in left_open if not options.get("fast")}})
+
+
+def _from_inversion(
+    pipe: Pipeline,
+    found: Inversion,
+    sources: dict[str, dict[str, str]],
+    prompt: str | Sequence[str],
+    strength: float,
+    size: tuple[int | None, int | None],
+    options: Mapping[str, Any],
+) -> list[Image.Image]:
+    if size != (None, None):
+        raise UsageError("expected no size with an inversion, which has its own; invert the picture with that size")
+    found.check_model(pipe.model_hash)
+    plan = begin_at(following(options, found).plan(prompt, pipe.schedule), strength)
+    begin = found.at(plan.levels[0]).to(pipe.device)  # (1, C, h, w)
+
+    def start(part: slice, noise: NoiseStream) -> Start:
+        return Start(begin.repeat(part.stop - part.start, 1, 1, 1))
+
+    shape = tuple(begin.shape[1:])
+    latents = pipe.sample(plan, shape, start) if plan.steps else begin.repeat(len(plan.prompts), 1, 1, 1)
+    images = [image.crop((0, 0, *found.size)) for image in to_pil(pipe.decode(latents))]
+    anew = {"prompt": found.prompt, **found.settings} if "image" in sources else None
+    return with_recipes(pipe, images, plan, TASK, asdict(EditSettings(strength=strength, inversion=anew)), sources)
 
 
 def _walk(pipe: Pipeline, picture: Image.Image, plan: Plan) -> list[Image.Image]:

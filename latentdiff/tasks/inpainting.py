@@ -8,32 +8,26 @@ sees the mask and the picture without the masked part instead (Rombach et al. 20
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
 
-from latentdiff.denoise import Noise, Step
 from latentdiff.errors import UsageError
-from latentdiff.image import as_rgb, to_pil, to_tensor
-from latentdiff.latents import NoiseStream
-from latentdiff.parameterization import Denoiser
-from latentdiff.pipeline import Pipeline, Start
+from latentdiff.image import as_rgb
+from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
 from latentdiff.request import Plan, Sampling
-from latentdiff.schedule import Level
-from latentdiff.tasks.editing import begin_at, extended, warn_if_large, with_recipes
-from latentdiff.tasks.masks import Box, composed, filled, latent_mask, prepared_mask, surroundings
-from latentdiff.tasks.sources import Picture, file_of, open_source
-from latentdiff.vae import LatentDistribution
+from latentdiff.tasks.editing import begin_at, following, with_recipes
+from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
+from latentdiff.tasks.inversion.run import invert
+from latentdiff.tasks.masks import Box, composed, filled, prepared_mask, surroundings
+from latentdiff.tasks.painting import painted, repeated
+from latentdiff.tasks.sources import Picture, file_of, open_source, warn_if_large
 
 TASK = "inpaint"
 # Where something is removed, the walk begins from its surroundings at this strength: from more noise than that, models make
@@ -45,7 +39,10 @@ Margins = tuple[int, int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class InpaintSettings:
-    """What a recipe holds of an inpainting besides the sampling; lengths in pixels."""
+    """What a recipe holds of an inpainting besides the sampling; lengths in pixels.
+
+    inversion: the arguments of `invert` by which the trajectory was found, if it was given in memory.
+    """
 
     strength: float
     grow: int = 0
@@ -55,6 +52,7 @@ class InpaintSettings:
     extend: Margins = (0, 0, 0, 0)
     repeats: int = 1
     remove: bool = False
+    inversion: dict[str, Any] | None = None
 
 
 def inpaint(
@@ -63,6 +61,7 @@ def inpaint(
     mask: Picture | None,
     prompt: str | Sequence[str],
     *,
+    inversion: Inversion | str | os.PathLike[str] | None = None,
     remove: bool = False,
     strength: float | None = None,
     grow: int = 0,
@@ -83,6 +82,9 @@ def inpaint(
             Sides that are no multiples of the VAE's factor (8) are extended by their last pixels and cut again at the end.
         mask: of the picture's size, white where to paint; None with `extend` alone.
         prompt: what shall be there; with `only_masked` of the masked part alone.
+        inversion: of this picture: the masked part begins on its trajectory in place of from noise, and the rest stays on it,
+            so that what is painted keeps the layout of what was there. The steps, by default all of its own, have to be among
+            its noise levels. Not with `remove`, `only_masked` and `extend`, which paint on another picture than its own.
         remove: take away what the mask covers: it is filled smoothly from around before anything else, and the model mends
             that. The prompt, which may be empty, says what is behind it.
         strength: 0 to 1; 1 paints from pure noise, less keeps something of what was there, or of the fill, 0 gives the picture
@@ -100,8 +102,10 @@ def inpaint(
         RGB pictures with their recipe in `image.info`.
 
     Raises:
-        UsageError: an argument outside its domain; a mask of another size or without anything to paint.
+        UsageError: an argument outside its domain; a mask of another size or without anything to paint; an inversion of
+            another picture.
         DataError: a file is missing or no picture.
+        CheckpointError: the inversion was made with another model.
         NotFiniteError: the model gives NaN or infinity.
         Cancelled: the callback returned False.
     """
@@ -119,7 +123,11 @@ def inpaint(
     )
     source = open_source(image)
     sources = {"image": source.entry}
-    plan = repeated(begin_at(Sampling(**options).plan(prompt, pipe.schedule), strength), repeats)
+    sampling, found = Sampling(**options), None
+    if inversion is not None:
+        found, settings, described = _given(pipe, inversion, settings)
+        sampling, sources = following(options, found), described | sources
+    plan = repeated(begin_at(sampling.plan(prompt, pipe.schedule), strength), repeats)
     original = as_rgb(source.image)
     wanted = None
     if mask is not None:
@@ -134,39 +142,40 @@ def inpaint(
         images = _paint_cutout(pipe, picture, area, plan, settings)
     else:
         warn_if_large(pipe, picture, "paint only the masked part (only_masked, --only-masked)")
-        images = [composed(picture, painted, area) for painted in _paint(pipe, picture, area, plan, settings)]
+        done = painted(pipe, picture, area, plan, from_noise=strength == 1.0, inversion=found)
+        images = [composed(picture, one, area) for one in done]
     return with_recipes(pipe, images, plan, TASK, asdict(settings), sources)
 
 
 def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.Image:
     """The picture of a recipe once more."""
     settings = asdict(recipe.settings_as(InpaintSettings))
-    return inpaint(pipe, file_of(sources, "image"), sources.get("mask"), recipe.prompt, **settings, **recipe.sampling())[0]
+    image = file_of(sources, "image")
+    inversion, inverting = sources.get("inversion"), settings.pop("inversion")
+    if inverting is not None:
+        inversion = invert(pipe, image, measure=False, progress=False, **inverting)
+    options = {**settings, **recipe.sampling(), "inversion": inversion}
+    return inpaint(pipe, image, sources.get("mask"), recipe.prompt, **options)[0]
 
 
-def repeated(plan: Plan, repeats: int) -> Plan:
-    """The plan with each step taken `repeats` times, and a step back up in noise between them.
+def _given(
+    pipe: Pipeline, inversion: Inversion | str | os.PathLike[str], settings: InpaintSettings
+) -> tuple[Inversion, InpaintSettings, dict[str, dict[str, str]]]:
+    """The inversion to paint from, and what the recipe says of it.
 
     Raises:
-        UsageError: less than once.
+        UsageError: it cannot be that of the picture painted on.
     """
-    if repeats < 1:
-        raise UsageError(f"expected repeats of 1 or more, found {repeats}")
-    if repeats == 1 or not plan.steps:
-        return plan
-    levels = [level for pair in pairwise(plan.levels) for level in pair * repeats]
-    levels = [level for level, before in zip(levels, [None, *levels], strict=False) if level is not before]
-    return replace(plan, levels=levels, sampler=replace(plan.sampler, step=partial(_down_or_up, plan.sampler.step)))
-
-
-def _down_or_up(
-    down: Step, denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: Any, noise: Noise
-) -> tuple[Tensor, Any]:
-    """A sampler's step; where the next level is noisier, a draw from q(x_next | x), which ends a solver's history."""
-    if next_level.alpha_cumprod > level.alpha_cumprod:
-        return down(denoiser, x, level, next_level, state, noise)
-    kept = next_level.alpha / level.alpha
-    return kept * x + math.sqrt(1.0 - kept**2) * noise(), None
+    if settings.remove or settings.only_masked or any(settings.extend):
+        raise UsageError("expected no inversion with remove, only_masked or extend: they paint on another picture than its own")
+    given = given_inversion(inversion)
+    if given is None:
+        raise UsageError(f"expected an inversion, which `latentdiff invert` makes, found {inversion}")
+    found, described = given
+    found.check_model(pipe.model_hash)
+    if "image" in described:
+        settings = replace(settings, inversion={"prompt": found.prompt, **found.settings})
+    return found, settings, described
 
 
 def canvas(picture: Image.Image, mask: Image.Image | None, settings: InpaintSettings) -> tuple[Image.Image, Image.Image]:
@@ -205,8 +214,8 @@ def _paint_cutout(
     cutout = picture.crop(box).resize(size, Image.Resampling.LANCZOS)
     area = mask.crop(box).resize(size, Image.Resampling.BILINEAR)  # which does not ring, as Lanczos does
     results = []
-    for painted in _paint(pipe, cutout, area, plan, settings):
-        part = painted.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.LANCZOS)
+    for one in painted(pipe, cutout, area, plan, from_noise=settings.strength == 1.0):
+        part = one.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.LANCZOS)
         result = picture.copy()
         result.paste(composed(picture.crop(box), part, mask.crop(box)), box)
         results.append(result)
@@ -220,72 +229,3 @@ def _work_size(box: Box, pipe: Pipeline) -> tuple[int, int]:
     box_width, box_height = box[2] - box[0], box[3] - box[1]
     scale = math.sqrt(width * height / (box_width * box_height))
     return tuple(factor * max(1, round(side * scale / factor)) for side in (box_width, box_height))
-
-
-def _paint(pipe: Pipeline, picture: Image.Image, mask: Image.Image, plan: Plan, settings: InpaintSettings) -> list[Image.Image]:
-    """The pictures as the VAE decodes them, kept parts too."""
-    factor = pipe.vae.config.downscale
-    encoded = pipe.encode_images(to_tensor([extended(picture, factor)]))
-    cells = latent_mask(mask, factor).to(pipe.device)  # (1, 1, h, w)
-    starts = _starts_with_extra_channels if pipe.is_for_inpainting else _starts_with_blending
-    start = starts(pipe, picture, mask, cells, encoded, plan, from_noise=settings.strength == 1.0)
-    latents = pipe.sample(plan, tuple(encoded.mean.shape[1:]), start)
-    return [image.crop((0, 0, *picture.size)) for image in to_pil(pipe.decode(latents))]
-
-
-def _starts_with_blending(
-    pipe: Pipeline,
-    picture: Image.Image,
-    mask: Image.Image,
-    cells: Tensor,
-    encoded: LatentDistribution,
-    plan: Plan,
-    *,
-    from_noise: bool,
-) -> Callable[[slice, NoiseStream], Start]:
-    """For an ordinary model: after each step, what is to be kept is put back, with the start noise at the level reached."""
-
-    def start(part: slice, noise: NoiseStream) -> Start:
-        latents = encoded.sample(noise())  # (N, C, h, w); the order of draws is that of diffusers
-        eps = noise()
-
-        def put_back(x: Tensor, level: Level) -> Tensor:
-            known = latents if level.is_clean else level.alpha * latents + level.sigma * eps
-            return cells * x + (1.0 - cells) * known
-
-        return Start(_first_latents(plan, latents, eps, from_noise), after_step=put_back)
-
-    return start
-
-
-def _starts_with_extra_channels(
-    pipe: Pipeline,
-    picture: Image.Image,
-    mask: Image.Image,
-    cells: Tensor,
-    encoded: LatentDistribution,
-    plan: Plan,
-    *,
-    from_noise: bool,
-) -> Callable[[slice, NoiseStream], Start]:
-    """For an inpainting model, which was trained with masks of 0 and 1, and mid-grey in place of what they hide."""
-    factor = pipe.vae.config.downscale
-    visible = torch.from_numpy(np.asarray(mask) == 0)  # (H, W)
-    right, bottom = -mask.width % factor, -mask.height % factor
-    visible = F.pad(visible[None, None].float(), (0, right, 0, bottom), value=1.0)
-    shown = pipe.encode_images(to_tensor([extended(picture, factor)]) * visible)
-
-    def start(part: slice, noise: NoiseStream) -> Start:
-        count = part.stop - part.start
-        latents = None if from_noise else encoded.sample(noise())
-        eps = noise()
-        hidden = (cells > 0).to(eps).expand(count, -1, -1, -1)
-        extra = torch.cat([hidden, shown.sample(noise())], dim=1)  # (N, 1 + C, h, w)
-        return Start(_first_latents(plan, latents, eps, from_noise), extra_channels=extra)
-
-    return start
-
-
-def _first_latents(plan: Plan, latents: Tensor | None, eps: Tensor, from_noise: bool) -> Tensor:
-    first = plan.levels[0]
-    return plan.start_scale * eps if from_noise else first.alpha * latents + first.sigma * eps

@@ -20,10 +20,10 @@ from latentdiff.pipeline import Pipeline, Start
 from latentdiff.recipe import Recipe
 from latentdiff.request import Plan, Sampling
 from latentdiff.schedule import Level
-from latentdiff.tasks.editing import warn_if_large, with_recipes
+from latentdiff.tasks.editing import with_recipes
 from latentdiff.tasks.operators import Inside, Operator, describe, from_description
 from latentdiff.tasks.restoration import Autoencoder, Method, Problem, get_method, within_noise
-from latentdiff.tasks.sources import Picture, open_source
+from latentdiff.tasks.sources import Picture, open_source, warn_if_large
 
 TASK = "restore"
 STEPS = {"diffpir": 50, "dps": 250, "psld": 250, "resample": 100, "graikos": 200}

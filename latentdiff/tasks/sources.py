@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from latentdiff.errors import DataError
+from latentdiff.errors import DataError, UsageError
 from latentdiff.image import open_image
+from latentdiff.pipeline import Pipeline
+
+# From this many times the area of the training's pictures on, a model's pictures fall apart into repetitions.
+MUCH_LARGER = 4
 
 Picture = Image.Image | str | os.PathLike[str]
 
@@ -60,6 +66,41 @@ def hash_of_file(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def resized(picture: Image.Image, width: int | None, height: int | None) -> Image.Image:
+    """The picture at a size in pixels; one side alone keeps the proportions.
+
+    Raises:
+        UsageError: a side below 1.
+    """
+    for name, side in (("width", width), ("height", height)):
+        if side is not None and side < 1:
+            raise UsageError(f"expected a {name} of 1 or more, found {side}")
+    if width is None and height is None:
+        return picture
+    width = width or max(1, round(picture.width * height / picture.height))
+    height = height or max(1, round(picture.height * width / picture.width))
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def extended(picture: Image.Image, factor: int) -> Image.Image:
+    """The picture with its last column and row repeated until both sides are multiples of `factor`."""
+    right, bottom = -picture.width % factor, -picture.height % factor
+    if not right and not bottom:
+        return picture
+    return Image.fromarray(np.pad(np.asarray(picture), ((0, bottom), (0, right), (0, 0)), mode="edge"))
+
+
+def warn_if_large(pipe: Pipeline, picture: Image.Image, remedy: str) -> None:
+    """Say so if a picture is much larger than those that the model was trained on."""
+    height, width = pipe.default_size
+    if picture.width * picture.height > MUCH_LARGER * width * height:
+        warnings.warn(
+            f"the picture has {picture.width} x {picture.height} pixels and the model was trained on {width} x {height}; "
+            f"{remedy}",
+            stacklevel=3,
+        )
 
 
 def _hash_of_pixels(image: Image.Image) -> str:

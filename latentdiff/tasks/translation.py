@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,9 +25,9 @@ from latentdiff.recipe import Recipe
 from latentdiff.request import batches, make_guidance, one_per_picture
 from latentdiff.schedule import Level
 from latentdiff.tasks.features import PnPSpec, default_spec, replay, with_source_features
-from latentdiff.tasks.inversion.artefact import Inversion, is_inversion
+from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert, null_text_denoiser, walk_down, with_null_text
-from latentdiff.tasks.sources import Picture, hash_of_file
+from latentdiff.tasks.sources import Picture
 
 TASK = "translate"
 INVERSION_OF = {"edict": "edict"}  # how a method inverts a picture, where it is not by fixed point
@@ -250,12 +249,8 @@ def _inverted(
     progress: bool,
 ) -> tuple[Inversion, dict[str, dict[str, str]]]:
     """The inversion to edit from, and what the recipe says of the sources."""
-    found, role = None, {}
-    if isinstance(source, Inversion):
-        found, role = source, {"image": source.source}
-    elif isinstance(source, (str, os.PathLike)) and is_inversion(source):
-        found, role = Inversion.load(source), {"inversion": {"file": Path(source).name, "sha256": hash_of_file(source)}}
-    if found is None:
+    given = given_inversion(source)
+    if given is None:
         if steps is not None:
             options = {"steps": steps, **options}
         if method == "edict" and guidance_scale is not None:
@@ -263,6 +258,7 @@ def _inverted(
         options = {"method": INVERSION_OF.get(method, "fixed-point"), "prompt": prompt, **options}
         found = invert(pipe, source, measure=False, callback=callback, progress=progress, **options)
         return found.thinned(steps or found.steps), {"image": found.source}
+    found, role = given
     if options or prompt:
         raise UsageError("expected no settings of the inversion and no source prompt with a picture that is inverted already")
     found.check_model(pipe.model_hash)

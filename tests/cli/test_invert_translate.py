@@ -104,3 +104,22 @@ def test_an_inversion_made_with_another_model_is_refused(command, workplace, sd1
     done = command("translate", "a.inversion", "red fox", "--model", peers.folder("sd2"))
     assert done.code == 1
     assert "the inversion was made with the model 'sd1'" in done.errors[0]
+
+
+def test_edit_and_inpaint_take_an_inversion(command, workplace, sd1, photo):
+    Image.new("L", (64, 48), 255).save("mask.png")
+    assert command("invert", photo, "--prompt", "the cat", "--steps", 4, "--no-check", "--model", sd1).code == 0
+    done = command(
+        "edit", "photo.inversion", "red fox", "--seed", 1, "--model", sd1, "--out", "fox.png", "--compare", "row.png"
+    )
+    assert (done.code, done.out.split()) == (0, ["fox.png", "row.png"]), done.err
+    recipe = read_recipe(open_image("fox.png").info)
+    assert (recipe.task, recipe.steps, list(recipe.sources)) == ("edit", 4, ["inversion"])
+    options = ("--mask", "mask.png", "--inversion", "photo.inversion", "--seed", 1, "--model", sd1, "--out", "hole.png")
+    assert command("inpaint", photo, "red fox", *options).code == 0
+    assert set(read_recipe(open_image("hole.png").info).sources) == {"image", "mask", "inversion"}
+    for name in ("fox.png", "hole.png"):
+        done = command("reproduce", name, "--model", sd1)
+        assert (done.code, done.out) == (0, "identical: every pixel is the same\n")
+    done = command("edit", "photo.inversion", "red fox", "--steps", 3, "--strength", 1, "--model", sd1)
+    assert done.code == 2 and "take its own 4 steps" in done.errors[0]

@@ -166,7 +166,8 @@ def test_the_recipe_makes_the_picture_again(tmp_path):
         **QUICK,
     )
     recipe = read_recipe(image.info)
-    assert recipe.task == "edit" and recipe.task_settings == {"strength": 0.5, "width": 24, "height": None}
+    assert recipe.task == "edit"
+    assert recipe.task_settings == {"strength": 0.5, "width": 24, "height": None, "inversion": None}
     assert recipe.sources["image"]["file"] == "a.png" and len(recipe.sources["image"]["sha256"]) == 64
     assert apart(TASKS["edit"](shared("sd1"), recipe, {"image": tmp_path / "a.png"}), image) == 0
     assert "Denoising strength: 0.5" in image.info["parameters"]

@@ -13,8 +13,8 @@ from latentdiff.progress import Cancelled
 from latentdiff.recipe import read_recipe
 from latentdiff.schedule import Level
 from latentdiff.tasks import TASKS, inpaint
-from latentdiff.tasks.inpainting import _down_or_up
 from latentdiff.tasks.masks import filled, latent_mask
+from latentdiff.tasks.painting import down_or_up
 from tests import peers
 from tests.tasks.pictures import SCHEDULERS, apart, in_diffusers, mask, picture, pixels
 
@@ -185,7 +185,7 @@ def test_a_step_back_up_keeps_the_distribution():
     low, high = Level(100.0, 0.8), Level(500.0, 0.3)
     draws = torch.randn(2, 200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x0 = 2.0
-    x, state = _down_or_up(None, None, low.alpha * x0 + low.sigma * draws[0], low, high, "history", lambda: draws[1])
+    x, state = down_or_up(None, None, low.alpha * x0 + low.sigma * draws[0], low, high, "history", lambda: draws[1])
     assert state is None
     assert x.mean().item() == pytest.approx(high.alpha * x0, abs=0.01)
     assert x.std().item() == pytest.approx(high.sigma, abs=0.01)

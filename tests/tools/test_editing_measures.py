@@ -82,5 +82,5 @@ def test_both_tools_print_their_tables(scenes, tmp_path):
     done = CliRunner().invoke(compare_inversion.main, [str(scenes), "--count", "2", "--steps", "2", "--sheet", str(sheet)])
     assert done.exit_code == 0, done.output
     lines = [line for line in done.output.splitlines() if line.strip().startswith("| ")]
-    assert len(lines) == 9 + 1 + 6 + 2  # ways, the floor, edits, two heads
+    assert len(lines) == 9 + 1 + 8 + 2  # ways, the floor, edits, two heads
     assert sheet.exists()

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from latentdiff.errors import CheckpointError, DataError, UsageError
 from latentdiff.files import atomic_path
 from latentdiff.schedule import Level
+from latentdiff.tasks.sources import Picture, hash_of_file
 
 FORMAT = "latentdiff.inversion"
 SCHEMA = 1
@@ -72,6 +74,21 @@ class Inversion:
             )
         kept = [round(index * self.steps / steps) for index in range(steps + 1)]
         return replace(self, latents=self.latents[kept], levels=tuple(self.levels[i] for i in kept), nulls=None)
+
+    def at(self, level: Level) -> Tensor:
+        """The latents (1, C, h, w) at one of its noise levels.
+
+        Raises:
+            UsageError: it has none there.
+        """
+        for index, own in enumerate(self.levels):
+            if own.is_clean == level.is_clean and (own.is_clean or math.isclose(own.t, level.t, abs_tol=1e-3)):
+                return self.latents[index : index + 1]
+        raise UsageError(
+            f"the inversion holds no latents at timestep {level.t:g}, where these steps pass; take its own "
+            f"{self.steps} steps or a part of them such as {self.steps} / 2, the spacing with which it was inverted, and the "
+            "sampler ddim, ddpm or euler"
+        )
 
     def noise_statistics(self) -> dict[str, float]:
         """Mean, standard deviation and neighbours' correlation of the noisiest latents; of unit noise, 0, 1 and 0."""
@@ -143,6 +160,21 @@ def is_inversion(path: str | os.PathLike[str]) -> bool:
             return (file.metadata() or {}).get("format") == FORMAT
     except (OSError, SafetensorError):
         return False
+
+
+def given_inversion(source: Picture | Inversion) -> tuple[Inversion, dict[str, dict[str, str]]] | None:
+    """The inversion that is given in place of a picture, and what recipes say of where it came from; None is a picture.
+
+    One in memory is known by the picture that it was made of, from which it can be made again.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    if isinstance(source, Inversion):
+        return source, {"image": source.source}
+    if isinstance(source, (str, os.PathLike)) and is_inversion(source):
+        return Inversion.load(source), {"inversion": {"file": Path(source).name, "sha256": hash_of_file(source)}}
+    return None
 
 
 def psnr(a: Tensor, b: Tensor) -> float:

@@ -23,12 +23,11 @@ from latentdiff.pipeline import Pipeline
 from latentdiff.progress import Callback, progress_bar, report
 from latentdiff.samplers import SAMPLERS, ddim
 from latentdiff.schedule import Level
-from latentdiff.tasks.editing import extended, resized, warn_if_large
 from latentdiff.tasks.inversion import edict
 from latentdiff.tasks.inversion.artefact import Inversion, psnr
 from latentdiff.tasks.inversion.ddim import Quantity, high_step, low_step, quantity_of
 from latentdiff.tasks.inversion.null_text import NullTextSettings, optimise
-from latentdiff.tasks.sources import Picture, open_source
+from latentdiff.tasks.sources import Picture, extended, open_source, resized, warn_if_large
 
 EDICT_GUIDANCE = 3.0  # the paper's
 LARGEST_NOISE_STD = 1.3  # above, EDICT's two latents have drifted apart
