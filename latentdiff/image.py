@@ -1,14 +1,17 @@
-"""Pictures between the VAE's tensors, PIL and PNG files."""
+"""Pictures between the VAE's tensors, PIL, PNG files and animations."""
 
 from __future__ import annotations
 
+import io
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence, PngImagePlugin
 from torch import Tensor
 
 from latentdiff.errors import DataError
@@ -42,20 +45,47 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], *, metadata: bool
         plain.save(temporary, format="PNG", pnginfo=chunks)
 
 
+def gif_of(frames: Sequence[Image.Image], fps: float, comment: str = "") -> bytes:
+    """An endless GIF of pictures of one size, in 256 colours each; times are rounded to 1/100 s."""
+    file = io.BytesIO()
+    duration = round(1000 / fps)
+    frames[0].save(
+        file, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0, comment=comment.encode()
+    )  # fmt: skip
+    return file.getvalue()
+
+
+def frames_of(animation: bytes | str | os.PathLike[str]) -> list[Image.Image]:
+    """The frames of an animation, its bytes or a file, in RGB; of equal neighbours the encoder may have made one.
+
+    Raises:
+        DataError: there is no such file, or it is damaged or no picture.
+    """
+    from_memory = isinstance(animation, bytes)
+    with _opened(io.BytesIO(animation) if from_memory else animation, "the animation" if from_memory else animation) as image:
+        return [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+
+
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """Read a picture with its text chunks.
 
     Raises:
         DataError: there is no such file, or it is damaged or no picture.
     """
+    with _opened(path, path) as image:
+        image.load()
+        return image
+
+
+@contextmanager
+def _opened(file: BinaryIO | str | os.PathLike[str], name: str | os.PathLike[str]) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
+        with Image.open(file) as image:
+            yield image
     except FileNotFoundError as error:
-        raise DataError(f"no picture at {os.fspath(path)}") from error
+        raise DataError(f"no picture at {os.fspath(name)}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read {os.fspath(path)} as a picture: {error}") from error
+        raise DataError(f"cannot read {os.fspath(name)} as a picture: {error}") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

@@ -1,6 +1,7 @@
 """The recipe of a picture: everything needed to make it again, carried in two text chunks of its PNG file.
 
-`latentdiff` holds the whole recipe as JSON; `parameters` holds what the web UIs of the field read, in their format.
+`latentdiff` holds the whole recipe as JSON; `parameters` holds what the web UIs of the field read, in their format. A GIF has
+one text, its comment, which holds the JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from latentdiff.errors import DataError
 
 JSON_CHUNK = "latentdiff"
 TEXT_CHUNK = "parameters"
+COMMENT = "comment"  # of a GIF; Pillow gives it as bytes
 
 SAMPLER_TITLES = {"ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "dpmpp-2m": "DPM++ 2M", "unipc": "UniPC"}
 NEGATIVE = "Negative prompt:"
@@ -103,7 +105,7 @@ class Recipe:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Recipe:
+    def from_json(cls, text: str | bytes) -> Recipe:
         """Read what `to_json` wrote.
 
         Raises:
@@ -205,8 +207,14 @@ def library_versions() -> dict[str, str]:
     return {"latentdiff": __version__, "torch": torch.__version__, "tokenizers": tokenizers.__version__}
 
 
+def has_comment(info: Mapping[str, Any]) -> bool:
+    """Whether the comment in `PIL.Image.Image.info` is a recipe; other programs leave texts of any kind there."""
+    comment = info.get(COMMENT)
+    return isinstance(comment, bytes) and comment.startswith(b'{"prompt"')
+
+
 def read_recipe(info: Mapping[str, Any]) -> Recipe:
-    """The recipe in `PIL.Image.Image.info`, from the JSON chunk or else from the text of the web UIs.
+    """The recipe in `PIL.Image.Image.info`: from the JSON chunk, or the text of the web UIs, or the comment of a GIF.
 
     Raises:
         DataError: there is none, or it cannot be read.
@@ -215,6 +223,8 @@ def read_recipe(info: Mapping[str, Any]) -> Recipe:
         return Recipe.from_json(info[JSON_CHUNK])
     if isinstance(info.get(TEXT_CHUNK), str):
         return Recipe.from_parameters(info[TEXT_CHUNK])
+    if has_comment(info):
+        return Recipe.from_json(info[COMMENT])
     raise DataError("the picture carries no recipe: it was made with --no-metadata, edited, or made elsewhere")
 
 

@@ -21,12 +21,14 @@ from latentdiff.checkpoints.writing import NAMES_OF_TYPES
 from latentdiff.errors import CheckpointError
 from latentdiff.mapping import map_file, mapped_tensor
 
-SAFETENSORS, TORCH, OLD_TORCH, PNG = "safetensors", "torch archive", "torch pickle (before 1.6)", "PNG image"
+SAFETENSORS, TORCH, OLD_TORCH = "safetensors", "torch archive", "torch pickle (before 1.6)"
+PNG, GIF = "PNG image", "GIF image"
 
 _LFS = b"version https://git-lfs"
 _MAGIC = (
     (_LFS, "Git-LFS pointer"),
     (b"\x89PNG\r\n\x1a\n", PNG),
+    (b"GIF8", GIF),
     (b"\xff\xd8\xff", "JPEG image"),
     (b"GGUF", "GGUF file"),
     (b"\x80\x02", OLD_TORCH),

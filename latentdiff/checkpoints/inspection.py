@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from latentdiff.checkpoints.architecture import ORIGINAL_PREFIXES, family_name, identify, lora_dialect
-from latentdiff.checkpoints.files import PNG, SAFETENSORS, TensorFile, read_tensors, sniff
+from latentdiff.checkpoints.files import GIF, PNG, SAFETENSORS, TensorFile, read_tensors, sniff
 from latentdiff.checkpoints.folder import EXTRAS, INDEX, listing, read_folder
 from latentdiff.checkpoints.hashing import SHORT, file_hash, model_hash
 from latentdiff.checkpoints.hub import locate
@@ -22,6 +22,7 @@ from latentdiff.checkpoints.original import has_ema, read_original
 from latentdiff.checkpoints.raw import RawModel
 from latentdiff.errors import LatentDiffError
 from latentdiff.layout import PARTS
+from latentdiff.recipe import COMMENT, JSON_CHUNK, TEXT_CHUNK, has_comment
 
 _LABELS = {
     "kind": "kind",
@@ -99,7 +100,7 @@ def inspect(source: str | os.PathLike[str]) -> Report:
 def _inspect_file(path: Path) -> Report:
     kind = sniff(path)
     report = Report(os.fspath(path), kind, bytes=path.stat().st_size, sha256=file_hash(path))
-    if kind == PNG:
+    if kind in (PNG, GIF):
         _describe_picture(report, path)
         return report
     try:
@@ -188,7 +189,8 @@ def _describe_picture(report: Report, path: Path) -> None:
         with Image.open(path) as image:
             image.load()
             report.family = f"{image.width}x{image.height} pixels"
-            chunks = [name for name in ("latentdiff", "parameters") if name in image.info]
+            chunks = [name for name in (JSON_CHUNK, TEXT_CHUNK) if name in image.info]
+            chunks += [COMMENT] if has_comment(image.info) else []
     except (OSError, SyntaxError, ValueError) as error:
         report.problem = f"the picture is damaged: {error}"
         return

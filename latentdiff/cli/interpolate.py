@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -23,9 +23,6 @@ from latentdiff.cli.options import (
 from latentdiff.cli.output import check_writable
 from latentdiff.errors import UsageError
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 
 @click.command()
 @click.argument("prompts", nargs=-1, metavar="PROMPT PROMPT...")
@@ -38,7 +35,7 @@ if TYPE_CHECKING:
     default="frames",
     show_default=True,
     metavar="FOLDER|FILE.gif",
-    help="A new or empty folder for frame-000.png, ..., or an animation; only frames can be reproduced.",
+    help="A new or empty folder for frame-000.png, ..., or an animation, in 256 colours a frame.",
 )
 @click.option(
     "--seed",
@@ -61,12 +58,14 @@ def interpolate(prompts: tuple[str, ...], fps: float, out: Path, seed: int | Non
         raise UsageError(f"expected two prompts or more to go between, found {len(prompts)}")
     _check_place(out)
     from latentdiff import tasks
+    from latentdiff.files import atomic_path
     from latentdiff.image import save_png
 
     with loaded_model(settings) as pipe:
         frames = tasks.interpolate(pipe, prompts, seed=drawn_seed(seed), **settings)
     if out.suffix == ".gif":
-        _save_gif(frames, out, fps, metadata=not no_metadata)
+        with atomic_path(out) as temporary:
+            temporary.write_bytes(tasks.interpolation.animation(frames, fps, metadata=not no_metadata))
     else:
         digits = max(3, len(str(len(frames) - 1)))
         for number, frame in enumerate(frames):
@@ -79,21 +78,3 @@ def _check_place(out: Path) -> None:
     is_taken = out.is_file() or out.is_dir() and (out.suffix == ".gif" or any(out.iterdir()))
     if is_taken:
         raise UsageError(f"{out} is there already; remove it or choose another place with --out")
-
-
-def _save_gif(frames: list[Image.Image], path: Path, fps: float, *, metadata: bool) -> None:
-    """Write an endless animation; its comment says how the first frame was made."""
-    from latentdiff.files import atomic_path
-    from latentdiff.recipe import read_recipe
-
-    comment = read_recipe(frames[0].info).to_json().encode() if metadata else b""
-    with atomic_path(path) as temporary:
-        frames[0].save(
-            temporary,
-            format="GIF",
-            save_all=True,
-            append_images=frames[1:],
-            duration=round(1000 / fps),
-            loop=0,
-            comment=comment,
-        )

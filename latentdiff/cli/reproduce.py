@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import click
 
 from latentdiff.cli.loras import loras_of, with_loras
 from latentdiff.cli.options import ANY_PATH, DEVICE
+from latentdiff.cli.output import check_writable
 from latentdiff.errors import CheckpointError, DataError, UsageError
 from latentdiff.names import PRECISIONS
 from latentdiff.recipe import Recipe, read_recipe
@@ -37,7 +39,7 @@ ROUNDING = 2
 )
 @DEVICE
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Number format.  [default: the recipe's]")
-@click.option("--out", type=ANY_PATH, metavar="FILE.png", help="Write the new picture there.")
+@click.option("--out", type=ANY_PATH, metavar="FILE.png|FILE.gif", help="Write the new picture there.")
 @click.option(
     "--lora-dir", type=ANY_PATH, metavar="FOLDER", help="Where the recipe's LoRAs lie.  [default: here or beside PICTURE]"
 )
@@ -50,17 +52,16 @@ def reproduce(
     out: Path | None,
     lora_dir: Path | None,
 ) -> int:
-    """Make PICTURE again from its recipe, report the pixel difference and why there is one.
+    """Make PICTURE again from its recipe, report the pixel difference and why there is one. An animation is one, too.
 
     What an edited picture was made from is looked for beside it, and where --source says.
 
     The exit code is 0 if the pictures agree up to rounding (2 of 255 grey levels), else 1.
     """
-    from latentdiff.cli.output import check_writable
-    from latentdiff.image import open_image, save_png
+    from latentdiff.image import frames_of, open_image
 
     if out:
-        check_writable(out)
+        check_writable(out.parent if out.suffix == ".gif" else out)
     original = open_image(picture)
     recipe = read_recipe(original.info)
     if recipe.given_latents:
@@ -71,12 +72,25 @@ def reproduce(
     with with_loras(pipe, loras):
         again = _make(pipe, recipe, sources)
     if out:
-        save_png(again, out)
+        _save(again, out)
         click.echo(out)
-    return _report(original, again, recipe)
+    if isinstance(again, bytes):
+        return _report(frames_of(picture), frames_of(again), recipe)
+    return _report([original], [again], recipe)
 
 
-def _make(pipe: Pipeline, recipe: Recipe, sources: dict[str, Path]) -> Image.Image:
+def _save(again: Image.Image | bytes, path: Path) -> None:
+    from latentdiff.files import atomic_path
+    from latentdiff.image import save_png
+
+    if isinstance(again, bytes):
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(again)
+    else:
+        save_png(again, path)
+
+
+def _make(pipe: Pipeline, recipe: Recipe, sources: dict[str, Path]) -> Image.Image | bytes:
     if recipe.task == "generate":
         return pipe(recipe.prompt, width=recipe.width, height=recipe.height, **recipe.sampling())[0]
     from latentdiff.tasks import TASKS
@@ -143,19 +157,23 @@ def _same_hash(recipe: Recipe, pipe: Pipeline) -> bool:
     return bool(recipe.model_hash) and pipe.model_hash.startswith(recipe.model_hash)
 
 
-def _report(original: Image.Image, again: Image.Image, recipe: Recipe) -> int:
+def _report(original: Sequence[Image.Image], again: Sequence[Image.Image], recipe: Recipe) -> int:
+    """Of one picture each, or of as many frames."""
     import numpy as np
 
-    if original.size != again.size:
-        raise DataError(f"the picture has been resized: it is {original.size}, its recipe says {again.size}")
-    pair = (np.asarray(image.convert("RGB"), dtype=np.int16) for image in (original, again))
+    sizes = original[0].size, again[0].size
+    if sizes[0] != sizes[1]:
+        raise DataError(f"the picture has been resized: it is {sizes[0]}, its recipe says {sizes[1]}")
+    if len(original) != len(again):
+        raise DataError(f"the animation has been edited: it has {len(original)} frames, made again {len(again)}")
+    pair = (np.stack([np.asarray(one.convert("RGB"), dtype=np.int16) for one in images]) for images in (original, again))
     difference = np.abs(np.subtract(*pair))
     worst, mean = int(difference.max()), float(difference.mean())
     if worst == 0:
         click.echo("identical: every pixel is the same")
         return 0
     click.echo(f"difference: at most {worst}, on average {mean:.3f} of 255 grey levels")
-    for reason in _reasons(recipe, read_recipe(again.info)):
+    for reason in _reasons(recipe, read_recipe(again[0].info)):
         click.echo(f"  {reason}")
     return 0 if worst <= ROUNDING else 1
 

@@ -18,8 +18,9 @@ from latentdiff.tasks.inversion import invert as invert
 from latentdiff.tasks.restoring import restore as restore
 from latentdiff.tasks.translation import translate as translate
 
-# (model, recipe, files of its sources by role) -> the picture once more; by the `task` that recipes name.
-TASKS: dict[str, Callable[[Pipeline, Recipe, Mapping[str, Path]], Image.Image]] = {
+# (model, recipe, files of its sources by role) -> the picture once more, or the bytes of an animation; by the `task` that
+# recipes name.
+TASKS: dict[str, Callable[[Pipeline, Recipe, Mapping[str, Path]], Image.Image | bytes]] = {
     editing.TASK: editing.again,
     inpainting.TASK: inpainting.again,
     interpolation.TASK: interpolation.again,

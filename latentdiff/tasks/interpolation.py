@@ -12,24 +12,26 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.errors import UsageError
-from latentdiff.image import to_pil
+from latentdiff.image import gif_of, to_pil
 from latentdiff.latents import NoiseStream, start_noise
 from latentdiff.pipeline import Pipeline, Start
-from latentdiff.recipe import Recipe
+from latentdiff.recipe import Recipe, read_recipe
 from latentdiff.request import Sampling, latent_shape, seed_of_each
 
 TASK = "interpolate"
+SLOWEST, FASTEST = 0.1, 50.0  # frames per second
 NEARLY_PARALLEL = 1e-4  # radians; below, the arc is a line
 
 
 @dataclass(frozen=True, kw_only=True)
 class InterpolateSettings:
-    """What a recipe holds of a frame besides the sampling: the way, and the place on it."""
+    """What a recipe holds of a frame, or of an animation of all of them, besides the sampling: the way, and the place on it."""
 
     prompts: list[str]
     seeds: list[int]  # one per prompt
     frames: int
-    frame: int  # from 0
+    frame: int | None  # from 0; None is all of them
+    fps: float | None = None  # of an animation
 
 
 def interpolate(
@@ -75,16 +77,38 @@ def interpolate(
     return _frames(pipe, ways, sampling, (height, width))
 
 
-def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.Image:
-    """The frame of a recipe once more.
+def animation(frames: Sequence[Image.Image], fps: float, *, metadata: bool = True) -> bytes:
+    """The frames of one way as a GIF; its comment is the recipe of them all, from which `reproduce` makes it again.
+
+    Args:
+        fps: frames per second, 0.1 to 50, which is about what players can do.
+        metadata: whether to write the recipe.
+
+    Raises:
+        UsageError: a speed outside.
+    """
+    if not SLOWEST <= fps <= FASTEST:
+        raise UsageError(f"expected {SLOWEST:g} to {FASTEST:g} frames per second, found {fps:g}")
+    if not metadata:
+        return gif_of(frames, fps)
+    first = read_recipe(frames[0].info)
+    recipe = replace(first, task_settings={**first.task_settings, "frame": None, "fps": fps})
+    return gif_of(frames, fps, recipe.to_json())
+
+
+def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.Image | bytes:
+    """The frame of a recipe once more, or the animation.
 
     Raises:
         UsageError: the place is not on the way.
     """
     way = recipe.settings_as(InterpolateSettings)
-    if not (0 <= way.frame < way.frames and 2 <= len(way.prompts) == len(way.seeds)):
-        raise UsageError(f"expected a frame on the way between prompts with their seeds, found {way}")
-    return _frames(pipe, [way], Sampling(**recipe.sampling()), (recipe.height, recipe.width))[0]
+    whole = way.frame is None and way.fps is not None
+    if not (whole or 0 <= (-1 if way.frame is None else way.frame) < way.frames) or not 2 <= len(way.prompts) == len(way.seeds):
+        raise UsageError(f"expected a frame on the way between prompts with their seeds, or all and their speed, found {way}")
+    ways = [replace(way, frame=i, fps=None) for i in range(way.frames)] if whole else [way]
+    frames = _frames(pipe, ways, Sampling(**recipe.sampling()), (recipe.height, recipe.width))
+    return animation(frames, way.fps) if whole else frames[0]
 
 
 def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from latentdiff.image import open_image, save_png
+from latentdiff.image import frames_of, gif_of, open_image, save_png
 from latentdiff.recipe import read_recipe
 from tests import peers
 from tests.cli.conftest import files
@@ -138,13 +139,49 @@ def test_frames_and_reproduce(command, sd1, workplace):
     assert done.code == 2 and "frames is there already" in done.errors[0]
 
 
-def test_gif(command, sd1, workplace):
-    done = command("interpolate", "cat", "red fox", "--frames", 3, "--fps", 10, "--out", "a.gif", "--model", sd1, *QUICK)
-    assert done.code == 0 and files(workplace) == ["a.gif"]
+def test_gif_and_reproduce(command, sd1, workplace):
+    options = ("--frames", 3, "--fps", 10, "--model", sd1, *QUICK)
+    assert command("interpolate", "cat", "red fox", *options, "--out", "a.gif").code == 0
+    assert command("interpolate", "cat", "red fox", *options).code == 0
+    assert files(workplace)[0] == "a.gif"
     with Image.open("a.gif") as animation:
         assert (animation.n_frames, animation.info["duration"], animation.info["loop"]) == (3, 100, 0)
-        assert json.loads(animation.info["comment"])["task"] == "interpolate"
+        recipe = read_recipe(animation.info)
+    assert (recipe.task, recipe.task_settings["frame"], recipe.task_settings["fps"]) == ("interpolate", None, 10.0)
+    for number, frame in enumerate(frames_of("a.gif")):  # but for the choice of 256 colours, the frames
+        away = pixels(frame) - pixels(open_image(f"frames/frame-{number:03}.png"))
+        assert np.abs(away).mean() < 16
+    done = command("reproduce", "a.gif", "--model", sd1, "--out", "b.gif")
+    assert (done.code, done.out) == (0, "b.gif\nidentical: every pixel is the same\n")
+    assert Path("b.gif").read_bytes() == Path("a.gif").read_bytes()
+    assert "recipe present (comment)" in command("inspect", "a.gif").out
     assert command("interpolate", "cat", "dog", "--out", "a.gif", "--model", sd1, *QUICK).code == 2
+
+
+def test_gifs_that_are_not_what_their_recipe_makes(command, sd1, workplace):
+    options = ("--frames", 3, "--model", sd1, *QUICK)
+    assert command("interpolate", "cat", "red fox", *options, "--out", "a.gif").code == 0
+    comment = Image.open("a.gif").info["comment"].decode()
+    frames = frames_of("a.gif")
+    for wrong, code, message in (
+        ([frames[0], frames[2]], 1, "the animation has been edited: it has 2 frames, made again 3"),
+        ([frame.resize((8, 8)) for frame in frames], 1, "has been resized"),
+    ):
+        Path("b.gif").write_bytes(gif_of(wrong, 12.0, comment))
+        done = command("reproduce", "b.gif", "--model", sd1)
+        assert done.code == code and message in done.errors[0]
+    Path("b.gif").write_bytes(gif_of([frames[0], frames[1].rotate(180), frames[2]], 12.0, comment))
+    done = command("reproduce", "b.gif", "--model", sd1)
+    assert done.code == 1 and done.out.startswith("difference: at most")
+    Path("b.gif").write_bytes(gif_of(frames, 12.0, comment.replace('"fps": 12.0', '"fps": 0.0')))
+    done = command("reproduce", "b.gif", "--model", sd1)
+    assert done.code == 2 and "0.1 to 50 frames per second, found 0" in done.errors[0]
+    Path("b.gif").write_bytes(Path("a.gif").read_bytes()[:-400])
+    done = command("reproduce", "b.gif", "--model", sd1)
+    assert done.code == 1 and len(done.errors) == 1
+    assert command("interpolate", "cat", "red fox", *options, "--out", "c.gif", "--no-metadata").code == 0
+    done = command("reproduce", "c.gif", "--model", sd1)
+    assert done.code == 1 and "carries no recipe" in done.errors[0]
 
 
 def test_removing_needs_no_prompt(command, sd1, sources):

@@ -51,7 +51,7 @@ def test_a_frame_does_not_depend_on_its_batch_and_is_made_again(sampler):
     frames = interpolate(shared("sd1"), ["cat", "dog"], batch_size=3, **options)
     recipe = read_recipe(frames[3].info)
     assert recipe.task == "interpolate" and recipe.prompt == "cat -> dog" and frames[3].size == (40, 64)
-    assert recipe.task_settings == {"prompts": ["cat", "dog"], "seeds": [3, 4], "frames": 5, "frame": 3}
+    assert recipe.task_settings == {"prompts": ["cat", "dog"], "seeds": [3, 4], "frames": 5, "frame": 3, "fps": None}
     assert apart(TASKS["interpolate"](shared("sd1"), recipe, {}), frames[3]) <= 1
 
 
@@ -76,7 +76,7 @@ def test_the_callback_cancels():
         interpolate(shared("sd1"), ["cat", "dog"], callback=lambda *_: False, **QUICK)
 
 
-WAY = {"prompts": ["cat", "dog"], "seeds": [3, 4], "frames": 5, "frame": 3}
+WAY = {"prompts": ["cat", "dog"], "seeds": [3, 4], "frames": 5, "frame": 3, "fps": None}
 
 
 @pytest.mark.parametrize(
