@@ -3,6 +3,7 @@
     pip install scikit-image
     python tools/make_scenes.py data/scenes-test --count 2000 --split test --seed 1
     python tools/compare_restoration.py data/scenes-test --count 16 --sheet docs/editing-restoration.png
+    python tools/compare_restoration.py data/scenes-test --time 5         what each costs beside plain generation
     python tools/compare_restoration.py data/scenes-test --quick          a few scenes and steps, to see that it runs
 
 PSNR in dB of colours in [-1, 1], higher is better. A sample of the posterior lies about 3 dB below the best estimate even if
@@ -17,6 +18,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import click
@@ -267,6 +269,32 @@ def methods_table(runner: Runner, all_cases: list[Case], scenes: list[Image.Imag
             click.echo(f"| {method} | {case.name} | {values} |")
 
 
+def costs_table(pipe: Pipeline, all_cases: list[Case], scene: Image.Image, steps: int, rounds: int) -> None:
+    """The processor time of one sample against that of plain guided generation in as many steps, one after the other."""
+
+    def spent(work: Callable[[], object]) -> float:
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+
+    ways: dict[str, Callable[[], object]] = {"plain generation": lambda: pipe("a cat", steps=steps, seed=0, progress=False)}
+    for case in all_cases:
+        damaged = Damaged.of(case, to_tensor([scene]), 0)
+        options = {"steps": steps, "seed": 0, "progress": False}
+        ways[case.name] = partial(restore, pipe, damaged.y, damaged.operator, **options)
+    for work in ways.values():
+        work()
+    taken = {name: [] for name in ways}
+    for _ in tqdm(range(rounds), desc="timing", leave=False):
+        for name, work in ways.items():
+            taken[name].append(spent(work))
+    plain = np.array(taken["plain generation"])
+    click.echo(f"{steps} steps, medians of {rounds} rounds, {torch.get_num_threads()} threads\n")
+    click.echo("| work | processor seconds | times plain |\n|---|---|---|")
+    for name, seconds in taken.items():
+        click.echo(f"| {name} | {np.median(seconds):.2f} | {np.median(np.array(seconds) / plain):.2f} |")
+
+
 def verdict(case: Case, row: Row) -> str:
     """Whether the mean reached its goal and the samples explain the measurement."""
     found = []
@@ -304,11 +332,12 @@ def read_scenes(folder: Path, count: int) -> tuple[list[Image.Image], list[str]]
 @click.option("--only", help="Cases whose names hold this word.")
 @click.option("--captions", is_flag=True, help="Prompt with the scenes' captions; without, with nothing.")
 @click.option("--methods", type=int, default=0, show_default=True, help="Also compare all methods, on so many scenes.")
+@click.option("--time", "rounds", type=int, default=0, help="Only measure what a sample costs, in so many rounds.")
 @click.option("--quick", is_flag=True, help="2 scenes, 2 samples and 10 steps.")
 @click.option("--sheet", type=click.Path(path_type=Path), help="Write pictures of the first scenes.")
 def main(
     scenes: Path, model: str | None, device: str, count: int, samples: int, steps: int, only: str | None, captions: bool,
-    methods: int, quick: bool, sheet: Path | None,
+    methods: int, rounds: int, quick: bool, sheet: Path | None,
 ) -> None:  # fmt: skip
     """Restore SCENES from known damage and print a table."""
     if quick:
@@ -319,6 +348,9 @@ def main(
     pictures = found[:count]
     chosen = [case for case in all_cases if only is None or only in case.name]
     pipe = Pipeline.load(model, device=device)
+    if rounds:
+        costs_table(pipe, chosen, pictures[0], steps, rounds)
+        return
     floor = [psnr(pipe.decode(pipe.encode_images(x).mode()).cpu().clamp(-1, 1), x) for x in map(to_tensor, zip(pictures))]
     runner = Runner(pipe, samples, steps)
     prompts = texts if captions else [""] * count

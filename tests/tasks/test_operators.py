@@ -264,3 +264,22 @@ def test_own_functions_and_foreign_names_are_not_described():
     ):
         with pytest.raises(DataError):
             ops.from_description(values)
+
+
+@pytest.mark.parametrize("kernel", [gaussian_blur(1.5), motion_blur(9.0, 45.0)], ids=["gaussian", "motion"])
+@pytest.mark.parametrize("rho", [2e-3, 1e-2, 0.2])
+def test_at_mirrors_single_precision_is_solved_as_far_as_noise_allows(kernel, rho, monkeypatch):
+    draws = torch.Generator().manual_seed(0)
+    noise_std = 0.02
+    operator = ops.Deblur(kernel, noise_std=noise_std)
+    x, error = (ops.Deblur(gaussian_blur(2.0)).apply(torch.randn(2, 3, 64, 48, generator=draws)) for _ in range(2))
+    y = operator.apply(x) + noise_std * torch.randn(x.shape, generator=draws)
+    z = x + error
+    exact = operator.prox(y.double(), z.double(), rho).float()
+    products, apply = [], ops.Deblur.apply
+    monkeypatch.setattr(ops.Deblur, "apply", lambda self, x: products.append(0) or apply(self, x))
+    found = operator.prox(y, z, rho)
+    assert len(products) <= 20
+    missed, best = (ops.residual(operator, y, one) for one in (found, exact))
+    assert (missed - best).abs().max() < 0.1 * noise_std
+    assert (found - exact).square().mean().sqrt() < 0.25 * (exact - x).square().mean().sqrt()

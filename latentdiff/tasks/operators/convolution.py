@@ -18,6 +18,12 @@ RESAMPLING_KERNELS = ("box", "bicubic", "gaussian")
 # Frequencies that the kernel weakens below this share of its strongest count as lost: `pinv` leaves them at zero.
 LOST = {torch.float32: 1e-3, torch.float64: 1e-8}
 
+# What conjugate gradients may leave of Aᵀ (y - A x), as a share of what the noise of y puts there.
+SHARE_OF_NOISE = {torch.float32: 0.1, torch.float64: 0.0}
+# The least weight of a frequency, as a share of the strongest, in the guess by the periodic border. Those that the kernel
+# takes away inside are not lost at mirrors, and the guess would be far too large there.
+LEAST_AT_MIRRORS = 0.05
+
 
 class Convolution(Operator):
     """y[i] = sum over j of k[j] x[s i + c - j] + n, on each colour channel alone, c being the kernel's centre.
@@ -108,16 +114,24 @@ class Convolution(Operator):
         return z + self._adjoint_of_spectrum(missing / (self._power(y) + rho))
 
     def _prox_at_mirrors(self, y: Tensor, z: Tensor, rho: float) -> Tensor:
-        """Conjugate gradients, helped by the solution for the periodic border, which is the same away from it."""
+        """Conjugate gradients, helped by the solution for the periodic border, which is about the same away from it."""
         if self.factor > 1:
             return super().prox(y, z, rho)
-        inverse = 1.0 / (self._transfer(z, half=True).abs().square() + rho)
+        power = self._transfer(z, half=True).abs().square()
+        inverse = 1.0 / (power + max(rho, LEAST_AT_MIRRORS * power.max().item()))
+        noise = self.noise_std * self.kernel.square().sum().sqrt().item()  # of Aᵀ y
 
         def periodic(x: Tensor) -> Tensor:
             return torch.fft.irfft2(torch.fft.rfft2(x) * inverse, s=x.shape[-2:])
 
         right = self.adjoint(y) + rho * z
-        return conjugate_gradient(lambda x: self.adjoint(self.apply(x)) + rho * x, right, z, precondition=periodic)
+        return conjugate_gradient(
+            lambda x: self.adjoint(self.apply(x)) + rho * x,
+            right,
+            z,
+            allowed=SHARE_OF_NOISE[right.dtype] * noise,
+            precondition=periodic,
+        )
 
     def _padding(self) -> tuple[int, int, int, int]:
         """Pixels beyond the left, right, top and bottom border that the kernel reaches."""

@@ -114,6 +114,7 @@ def conjugate_gradient(
     start: Tensor,
     *,
     iterations: int = MAX_ITERATIONS,
+    allowed: float = 0.0,
     precondition: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
     """Solve `matrix(x) = right` for a symmetric positive (semi)definite matrix (Hestenes & Stiefel 1952); all (N, C, H, W).
@@ -121,6 +122,7 @@ def conjugate_gradient(
     Every image of the batch is its own system: the others change nothing for it.
 
     Args:
+        allowed: what may be missing at the end, root mean square, where that is more than the tolerance.
         precondition: x -> about the solution for the right side x, symmetric and positive definite as well.
     """
     tiny = torch.finfo(right.dtype).tiny
@@ -129,7 +131,7 @@ def conjugate_gradient(
         return (a * b).sum(dim=(1, 2, 3), keepdim=True)  # (N, 1, 1, 1)
 
     x, missing = start, right - matrix(start)
-    enough = TOLERANCE[right.dtype] ** 2 * inner(right, right)
+    enough = (TOLERANCE[right.dtype] ** 2 * inner(right, right)).clamp(min=allowed**2 * right[0].numel())
     better = precondition(missing)
     direction, size = better, inner(missing, better)
     for _ in range(iterations):

@@ -20,6 +20,7 @@ LEAST_NOISE = 1e-3
 
 # What the pull towards the measurement is solved for lies in here; see `within_noise`.
 WEAKEST, STRONGEST, BISECTIONS = 1e4, 1e-6, 14
+NEAR_ENOUGH = 0.99  # of the noise
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,11 @@ def _within_noise(operator: Operator, y: Tensor, x: Tensor, noise_std: float) ->
     for _ in range(BISECTIONS):
         middle = (low * high) ** 0.5
         candidate = operator.prox(y, x, middle)
-        if residual(operator, y, candidate).item() <= noise_std:
+        missed = residual(operator, y, candidate).item()
+        if missed <= noise_std:
             low, best = middle, candidate
+            if missed >= NEAR_ENOUGH * noise_std:
+                break
         else:
             high = middle
     return best
