@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
+from latentdiff.calibration import calibration_examples
 from latentdiff.config import ScheduleConfig
 from latentdiff.device import FORMATS, Precision, pick_device, pick_precision, precision_of
 from latentdiff.embedded import embedded_model
-from latentdiff.engines import Decoder, Network
+from latentdiff.engines import Decoder, Example, Network
 from latentdiff.engines.choosing import engines_for
 from latentdiff.engines.cpu import accelerate
 from latentdiff.errors import CheckpointError
@@ -169,15 +170,23 @@ class LoadedModel:
         first is for CPUs, the second mostly for GPUs. Their pictures are those of the modules up to rounding. Where a LoRA or
         another tap is on a module, or gradients are needed, they leave it to the modules or say that they cannot.
 
+        With the precision "int8", "openvino" first makes a few pictures and fits its numbers to what the U-Net sees there. For
+        Stable Diffusion that takes minutes and much memory, once: the result is kept in the cache folder.
+
         Raises:
             UsageError: there is no such back end, or it cannot compute this model here.
             MissingDependencyError: what it needs is not installed.
         """
         if name != "torch" or self.precision.name == "int8":
             self.parts.require_whole(f"the back end {name} in {self.precision.name}")
-        self.network, self.decoder = engines_for(name, self.precision.name, self.parts.module("unet"), self.parts.module("vae"))
+        unet, vae = self.parts.module("unet"), self.parts.module("vae")
+        self.network, self.decoder = engines_for(name, self.precision.name, unet, vae, self._examples)
         self.backend = name
         return self
+
+    def _examples(self) -> list[Example]:
+        channels = self.vae.config.latent_channels
+        return calibration_examples(self.tokenizer, self.text_encoder, self.unet, self.schedule, channels)
 
     def load_lora(
         self,

@@ -19,6 +19,7 @@ FLOORS: list[list[set[str]]] = [
     [{"engines"}, {"checkpoints"}],
     [{"conditioning"}, {"coding"}, {"deepcache"}, {"previews"}, {"memory"}],
     [{"lora"}, {"request"}],
+    [{"calibration"}],
     [{"model"}, {"training"}],
     [{"pipeline"}],
     [{"evaluation"}, {"tasks"}, {"finetuning"}],

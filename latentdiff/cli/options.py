@@ -38,7 +38,8 @@ PRECISION = click.option(
     type=click.Choice(PRECISIONS),
     default="auto",
     show_default=True,
-    help="Number format; auto is the fastest one that keeps the picture, int8 is faster still on a CPU and approximate.",
+    help="Number format; auto is the fastest one that keeps the picture, int8 is faster still on a CPU, most with "
+    "--backend openvino, and approximate.",
 )
 BACKEND = click.option(
     "--backend",

@@ -11,10 +11,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from latentdiff.layers.transformer import Context
+from latentdiff.layers.transformer import Context, ProjectedContext
 
 # (x (N, C, h, w), t, text embeddings or what `UNet.project_context` made of them) -> raw prediction (N, C_out, h, w).
 Network = Callable[[Tensor, Tensor | float, Context], Tensor]
+Example = tuple[Tensor, float, ProjectedContext]  # what a network was called with
 
 
 class Decoder(Protocol):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from latentdiff.engines import Decoder, Network
+from collections.abc import Callable, Sequence
+
+from latentdiff.engines import Decoder, Example, Network
 from latentdiff.errors import UsageError
 from latentdiff.names import BACKEND_NAMES
 from latentdiff.unet import UNet
 from latentdiff.vae import VAE
 
 
-def engines_for(backend: str, precision: str, unet: UNet, vae: VAE) -> tuple[Network, Decoder]:
+def engines_for(
+    backend: str, precision: str, unet: UNet, vae: VAE, examples: Callable[[], Sequence[Example]]
+) -> tuple[Network, Decoder]:
     """What computes `unet` and `vae.decode`.
 
     Args:
         backend: "torch" for the modules themselves, "openvino" or "compile".
-        precision: "int8" rounds the U-Net to 8 bits, with the back end "torch" only; all others are what the modules have.
+        precision: "int8" rounds the U-Net to 8 bits, not with "compile"; all others are what the modules have.
+        examples: gives what the U-Net sees while it makes pictures, for engines that need to know; called when they do.
 
     Raises:
         UsageError: there is no such back end, or it cannot compute these modules.
@@ -22,15 +27,18 @@ def engines_for(backend: str, precision: str, unet: UNet, vae: VAE) -> tuple[Net
     """
     if backend not in BACKEND_NAMES:
         raise UsageError(f"expected a back end of {', '.join(BACKEND_NAMES)}, found {backend!r}")
-    if precision == "int8" and backend != "torch":
-        raise UsageError(f"--precision int8 goes with --backend torch, found {backend}; leave one of them out")
-    if precision == "int8":
+    if precision == "int8" and backend == "compile":
+        raise UsageError("--precision int8 goes with --backend torch or openvino, found compile; leave one of them out")
+    if precision == "int8" and backend == "torch":
         from latentdiff.engines.int8 import Int8Network
 
         return Int8Network(unet), vae.decode
     if backend == "openvino":
         from latentdiff.engines.openvino import OpenVINODecoder, OpenVINONetwork
+        from latentdiff.engines.openvino_int8 import OpenVINOInt8Network
 
+        if precision == "int8":
+            return OpenVINOInt8Network(unet, examples), OpenVINODecoder(vae)
         return OpenVINONetwork(unet), OpenVINODecoder(vae)
     if backend == "compile":
         from latentdiff.engines.compiled import CompiledDecoder, CompiledNetwork

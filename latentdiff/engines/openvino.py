@@ -6,29 +6,32 @@ weights; each shape that occurs is then compiled from that file, with its sizes 
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Hashable
-from contextlib import nullcontext
-from functools import cache
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from latentdiff import __version__
 from latentdiff.attention import use_attention_backend
 from latentdiff.device import in_float32
 from latentdiff.engines.cache import cache_folder
-from latentdiff.engines.standing_in import fingerprint, plain_steps_in, refuse_gradients, state_of
+from latentdiff.engines.standing_in import fingerprint, forms_in_force, plain_steps_in, refuse_gradients, state_of
 from latentdiff.errors import MissingDependencyError, UsageError
-from latentdiff.layers.transformer import Context, ProjectedContext
+from latentdiff.layers.transformer import Context, FeedForward, ProjectedContext
 from latentdiff.unet import UNet
 from latentdiff.vae import VAE
 
 HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _NAME = "OpenVINO"
+_TELEMETRY = "openvino_telemetry"
 
 
 class OpenVINONetwork:
@@ -44,7 +47,8 @@ class OpenVINONetwork:
     def __init__(self, unet: UNet) -> None:
         self._unet = unet
         self._layers = [module.attn2 for module in unet.modules() if hasattr(module, "attn2")]
-        self._compiled = _Compiled(unet, _FlatUNet(unet, self._layers))
+        self._flat = _FlatUNet(unet, self._layers)
+        self._compiled = _Compiled(unet, self._model_file)
         self._last: tuple[Context, list[Tensor]] | None = None
 
     def __call__(self, x: Tensor, t: Tensor | float, context: Context) -> Tensor:
@@ -54,6 +58,9 @@ class OpenVINONetwork:
             return self._unet(x, t, context)
         times = torch.as_tensor(t, dtype=torch.float32).reshape(-1)  # (N,) or (1,)
         return self._compiled(x, times, *self._keys_values(context))
+
+    def _model_file(self, inputs: list[Tensor]) -> Path:
+        return converted(self._unet, self._flat, inputs)
 
     def _keys_values(self, context: Context) -> list[Tensor]:
         if self._last is None or self._last[0] is not context:
@@ -67,7 +74,7 @@ class OpenVINODecoder:
 
     def __init__(self, vae: VAE) -> None:
         self._vae = vae
-        self._compiled = _Compiled(vae, _FlatDecoder(vae))
+        self._compiled = _Compiled(vae, partial(converted, vae, _FlatDecoder(vae)))
 
     def __call__(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
         """See `VAE.decode`."""
@@ -78,14 +85,18 @@ class OpenVINODecoder:
 
 
 class _Compiled:
-    """A module with float32 inputs as OpenVINO models, one for each shape, made again when the weights change."""
+    """A module with float32 inputs as OpenVINO models, one for each shape, made again when the weights change.
 
-    def __init__(self, module: nn.Module, flat: nn.Module) -> None:
-        self._module, self._flat = module, flat
+    Args:
+        file: gives for example inputs the file of the model, with open shapes.
+    """
+
+    def __init__(self, module: nn.Module, file: Callable[[list[Tensor]], Path]) -> None:
+        self._module, self._file = module, file
         self._models: dict[Hashable, Callable[..., Any]] = {}
         self._state: Hashable = None
         _hint(module)
-        _openvino()
+        openvino_package()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The module's output, in the dtype of the first input."""
@@ -100,8 +111,8 @@ class _Compiled:
         return torch.from_numpy(out).to(inputs[0].dtype)
 
     def _compile(self, inputs: list[Tensor]) -> Callable[..., Any]:
-        core = _openvino().Core()
-        model = core.read_model(_converted(self._module, self._flat, inputs))
+        core = openvino_package().Core()
+        model = core.read_model(self._file(inputs))
         model.reshape({index: list(each.shape) for index, each in enumerate(inputs)})
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -134,24 +145,42 @@ class _FlatDecoder(nn.Module):
         return self.vae.decode(latents)
 
 
-@torch.no_grad()
-def _converted(module: nn.Module, flat: nn.Module, inputs: list[Tensor]) -> Path:
+def converted(module: nn.Module, flat: nn.Module, inputs: list[Tensor]) -> Path:
     """The file of the module as OpenVINO has it, with open shapes; from the cache, or else made and put there."""
-    openvino = _openvino()
-    is_short = next(module.parameters()).dtype != torch.float32
-    release = openvino.__version__.split("-")[0]
-    name = f"{type(module).__name__.lower()}-{fingerprint(module)}-{release}-{__version__}"
+    return cached_model(module, "", lambda file: convert(module, flat, inputs, file))
+
+
+def cached_model(module: nn.Module, form: str, make: Callable[[Path], None]) -> Path:
+    """The file of one form of `module` in the cache; `make` writes one that is missing, to a path in a folder of its own."""
+    release = openvino_package().__version__.split("-")[0]
+    name = f"{type(module).__name__.lower()}{form}-{fingerprint(module)}-{release}-{__version__}"
     folder = cache_folder("openvino")
     if not (folder / name).is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as making:
-            with in_float32(module) if is_short else nullcontext(), use_attention_backend("sdpa"):
-                traced = _traced(flat, tuple(inputs))
-                # float16 holds what bf16 weights say, up to 3e-8, in the same space.
-                model = openvino.convert_model(traced, example_input=tuple(inputs))
-                openvino.save_model(model, Path(making, "model.xml"), compress_to_fp16=is_short)
+            make(Path(making, "model.xml"))
             _publish(Path(making), folder / name)
     return folder / name / "model.xml"
+
+
+@torch.no_grad()
+def convert(module: nn.Module, flat: nn.Module, inputs: list[Tensor], file: Path) -> None:
+    """Write the module, which `flat` makes a function of tensors, as OpenVINO has it, with open shapes."""
+    openvino = openvino_package()
+    is_short = next(module.parameters()).dtype != torch.float32
+    forms = {part: partial(_feed_forward, part) for part in module.modules() if isinstance(part, FeedForward)}
+    with in_float32(module) if is_short else nullcontext(), use_attention_backend("sdpa"), forms_in_force(forms):
+        traced = _traced(flat, tuple(inputs))
+        # float16 holds what bf16 weights say, up to 3e-8, in the same space.
+        model = openvino.convert_model(traced, example_input=tuple(inputs))
+        openvino.save_model(model, file, compress_to_fp16=is_short)
+
+
+def _feed_forward(block: FeedForward, x: Tensor) -> Tensor:
+    """Value and gate as products of their own: OpenVINO then puts GELU into the second, and copies no halves."""
+    inner, outer = block.net[0].proj, block.net[2]
+    (value, gate), (value_bias, gate_bias) = inner.weight.chunk(2), inner.bias.chunk(2)
+    return outer(F.linear(x, value, value_bias) * F.gelu(F.linear(x, gate, gate_bias)))
 
 
 def _traced(flat: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
@@ -183,9 +212,29 @@ def _hint(module: nn.Module) -> str:
 
 
 @cache
-def _openvino() -> Any:
+def openvino_package() -> Any:
+    """OpenVINO.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
     try:
-        import openvino
+        with without_telemetry():
+            import openvino
+            import openvino.tools.ovc
     except ImportError as error:
         raise MissingDependencyError("openvino is not installed; run: pip install 'latentdiff[openvino]'") from error
     return openvino
+
+
+@contextmanager
+def without_telemetry() -> Iterator[None]:
+    """Let what is imported inside the `with` find no openvino_telemetry, which would report each use to its maker."""
+    before = sys.modules.get(_TELEMETRY, _TELEMETRY)
+    sys.modules[_TELEMETRY] = None
+    try:
+        yield
+    finally:
+        del sys.modules[_TELEMETRY]
+        if before is not _TELEMETRY:
+            sys.modules[_TELEMETRY] = before

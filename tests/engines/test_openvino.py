@@ -134,6 +134,6 @@ def test_float16_is_refused(pipe: Pipeline) -> None:
 
 def test_missing_openvino_names_the_extra(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    engine._openvino.cache_clear()
+    engine.openvino_package.cache_clear()
     with pytest.raises(MissingDependencyError, match=r"latentdiff\[openvino\]"):
         OpenVINONetwork(pipe.unet)
