@@ -40,6 +40,7 @@ GUIDANCE_WITH_PROMPT = 3.0
 EIGHT_BITS = 2.0 / 255.0 / 12.0**0.5
 # Options of `Sampling` that mean something here; sampler and levels are the method's.
 OPTIONS = {"negative_prompt", "guidance_rescale", "guidance_interval", "seed", "batch_size", "callback", "progress"}
+SMALL = 256 * 256  # pixels; two such pictures at once are encoded faster than one after the other
 WHITE = 0.25  # the standard deviation, in [-1, 1], that is white in a picture of the uncertainty
 
 
@@ -188,13 +189,14 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
 
 
 def autoencoder_of(pipe: Pipeline) -> Autoencoder:
-    """The pipeline's VAE as functions that gradients pass; one picture at a time, float32 outside."""
+    """The pipeline's VAE as functions that gradients pass; one picture at a time, or two small ones; float32 outside."""
 
     def encode(pictures: Tensor) -> Tensor:
-        def one(picture: Tensor) -> Tensor:
-            return finite_or_float32("the VAE's encoder", pipe.vae, lambda dtype: pipe.vae.encode(picture.to(dtype)).mode())
+        def one(part: Tensor) -> Tensor:
+            return finite_or_float32("the VAE's encoder", pipe.vae, lambda dtype: pipe.vae.encode(part.to(dtype)).mode())
 
-        return torch.cat([one(picture).float() for picture in pictures.split(1)])
+        at_once = 2 if pictures.shape[-2] * pictures.shape[-1] <= SMALL else 1
+        return torch.cat([one(part).float() for part in pictures.split(at_once)])
 
     def decode(latents: Tensor) -> Tensor:
         def one(latent: Tensor) -> Tensor:

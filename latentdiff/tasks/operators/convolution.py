@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from latentdiff.errors import UsageError
 from latentdiff.tasks.operators.kernels import box_kernel, check_kernel, cubic_kernel, gaussian_kernel
 from latentdiff.tasks.operators.operator import Operator, Shape, conjugate_gradient
+from latentdiff.tasks.operators.separable import LONGEST, Axis, filtered_back, lines_of
 
 BORDERS = ("periodic", "reflect")
 RESAMPLING_KERNELS = ("box", "bicubic", "gaussian")
@@ -29,7 +30,8 @@ class Convolution(Operator):
     """y[i] = sum over j of k[j] x[s i + c - j] + n, on each colour channel alone, c being the kernel's centre.
 
     With the border "periodic" (the picture repeats) adjoint, pseudo-inverse and proximal map are exact and cost a few FFTs;
-    with "reflect" (the picture is mirrored about its outermost pixels) they are computed by conjugate gradients.
+    with "reflect" (the picture is mirrored about its outermost pixels) they are exact for kernels that are an outer product,
+    such as a Gaussian, and computed by conjugate gradients for others and for sides above 1024 pixels.
 
     Args:
         kernel: (kh, kw), as large as the picture at most.
@@ -57,7 +59,10 @@ class Convolution(Operator):
         self.kernel = check_kernel(kernel)  # (kh, kw), float64
         self.centre = centre or (kernel.shape[0] // 2, kernel.shape[1] // 2)
         self.factor, self.border = factor, border
-        self._windows: dict[tuple[object, ...], Tensor] = {}  # iterations ask for the same one again and again
+        self._lines = lines_of(self.kernel)
+        # Iterations ask for the same ones again and again.
+        self._windows: dict[tuple[object, ...], Tensor] = {}
+        self._axes: dict[tuple[object, ...], tuple[Axis, Axis]] = {}
 
     def apply(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -100,7 +105,11 @@ class Convolution(Operator):
     def pinv(self, y: Tensor) -> Tensor:
         """A⁺ y; frequencies that the kernel has all but lost stay zero."""
         if self.border == "reflect":
-            return super().pinv(y)
+            if (axes := self._separated(y)) is None:
+                return super().pinv(y)
+            values = torch.outer(axes[0].s, axes[1].s)
+            kept = values > LOST[y.dtype] * values.max()
+            return filtered_back(y, *axes, torch.where(kept, 1.0 / values.where(kept, 1.0), 0.0))
         power = self._power(y)  # (h, w)
         lost = power <= LOST[y.dtype] ** 2 * power.max()
         inverse = torch.where(lost, 0.0, 1.0 / power.where(~lost, 1.0))
@@ -115,6 +124,9 @@ class Convolution(Operator):
 
     def _prox_at_mirrors(self, y: Tensor, z: Tensor, rho: float) -> Tensor:
         """Conjugate gradients, helped by the solution for the periodic border, which is about the same away from it."""
+        if (axes := self._separated(y)) is not None:
+            values = torch.outer(axes[0].s, axes[1].s)
+            return z + filtered_back(y - self.apply(z), *axes, values / (values.square() + rho))
         if self.factor > 1:
             return super().prox(y, z, rho)
         power = self._transfer(z, half=True).abs().square()
@@ -132,6 +144,17 @@ class Convolution(Operator):
             allowed=SHARE_OF_NOISE[right.dtype] * noise,
             precondition=periodic,
         )
+
+    def _separated(self, y: Tensor) -> tuple[Axis, Axis] | None:
+        """Both axes of pictures with measurements y (N, c, h, w), mirrored; None if they cannot be separated."""
+        sides = self.picture_shape(tuple(y.shape[1:]))[1:]
+        if self._lines is None or max(sides) > LONGEST:
+            return None
+        key = (sides, y.dtype, y.device)
+        if key not in self._axes:
+            ways = zip(self._lines, self.centre, sides, strict=True)
+            self._axes[key] = tuple(Axis.of(line, centre, self.factor, side).like(y) for line, centre, side in ways)
+        return self._axes[key]
 
     def _padding(self) -> tuple[int, int, int, int]:
         """Pixels beyond the left, right, top and bottom border that the kernel reaches."""

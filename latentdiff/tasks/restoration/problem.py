@@ -74,8 +74,8 @@ class Problem:
         Only the change goes through the encoder, z + E(after) - E(before), so that what encoder and decoder lose does not add
         up over the steps.
         """
-        encode = self.autoencoder.encode
-        return latents + encode(after) - encode(before)
+        pairs = map(self.autoencoder.encode, torch.stack([after, before], dim=1))  # (2, C, h, w) each
+        return latents + torch.cat([pair[:1] - pair[1:] for pair in pairs])
 
 
 class Method(Protocol):
@@ -131,8 +131,7 @@ def within_noise(operator: Operator, y: Tensor, x: Tensor, noise_std: float) -> 
 def _within_noise(operator: Operator, y: Tensor, x: Tensor, noise_std: float) -> Tensor:
     if residual(operator, y, x).item() <= noise_std:
         return x
-    low, high = STRONGEST, WEAKEST  # residual(low) <= noise_std, if anything is
-    best = operator.prox(y, x, low)
+    low, high, best = STRONGEST, WEAKEST, None  # residual(low) <= noise_std, if anything is
     for _ in range(BISECTIONS):
         middle = (low * high) ** 0.5
         candidate = operator.prox(y, x, middle)
@@ -143,4 +142,4 @@ def _within_noise(operator: Operator, y: Tensor, x: Tensor, noise_std: float) ->
                 break
         else:
             high = middle
-    return best
+    return operator.prox(y, x, low) if best is None else best
