@@ -44,3 +44,9 @@ def test_picture_names_the_model(pipe: Pipeline) -> None:
     recipe = read_recipe(image.info)
     assert (recipe.model, recipe.width, recipe.height) == ("latentdiff-embedded", 96, 96)
     assert recipe.model_hash == pipe.model_hash != ""
+
+
+@pytest.mark.parametrize("word", ["foxes", "snowmen", "cherries", "cacti", "buses", "cats"])
+def test_plurals_are_words_that_it_knows(pipe: Pipeline, word: str) -> None:
+    _, *tokens, _ = pipe.tokenizer(f"two {word}")["input_ids"]
+    assert len(tokens) == 2

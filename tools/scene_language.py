@@ -36,6 +36,7 @@ NEW_NOUNS = {"teapot": "🫖"}
 _PLURALS = {
     "butterfly": "butterflies", "octopus": "octopuses", "fish": "fish", "sheep": "sheep", "strawberry": "strawberries",
     "cherry": "cherries", "cactus": "cacti", "leaf": "leaves", "bus": "buses", "dress": "dresses",
+    "fox": "foxes", "snowman": "snowmen",
 }  # fmt: skip
 
 COUNTS = {1: "one", 2: "two", 3: "three", 4: "four"}
