@@ -77,12 +77,12 @@ def filled(picture: Image.Image, mask: Image.Image) -> Image.Image:
             "expected a mask that leaves something of the picture to fill the rest from, found one without any black"
         )
     colours = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].double()  # (1, 3, H, W)
-    smooth = _pulled_and_pushed(colours * kept, kept)
+    smooth = pulled_and_pushed(colours * kept, kept)
     return Image.fromarray(smooth[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
 
 
-def _pulled_and_pushed(weighted: Tensor, weight: Tensor) -> Tensor:
-    """Colours (1, 3, H, W) from weighted ones and their weights (1, 1, H, W) in [0, 1], not all 0."""
+def pulled_and_pushed(weighted: Tensor, weight: Tensor) -> Tensor:
+    """Colours (N, 3, H, W) from weighted ones and their weights (1, 1, H, W) in [0, 1], not all 0; see `filled`."""
     height, width = weight.shape[-2:]
     if height == width == 1:
         return weighted / weight
@@ -90,7 +90,7 @@ def _pulled_and_pushed(weighted: Tensor, weight: Tensor) -> Tensor:
     sums = 4.0 * F.avg_pool2d(F.pad(weighted, even), 2)
     weights = 4.0 * F.avg_pool2d(F.pad(weight, even), 2)
     share = weights.clamp(max=1.0) / weights.clamp(min=1e-12)  # a block that is known well enough counts as one
-    coarse = _pulled_and_pushed(sums * share, weights * share)
+    coarse = pulled_and_pushed(sums * share, weights * share)
     finer = F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False)[..., :height, :width]
     return weighted + (1.0 - weight) * finer
 

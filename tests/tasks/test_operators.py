@@ -311,3 +311,17 @@ def test_at_mirrors_single_precision_is_solved_as_far_as_noise_allows(kernel, rh
     assert (missed - best).abs().max() < 0.1 * noise_std
     # What is left open is in doubt anyway: the result is no further from the truth than the exact one.
     assert (found - x).square().mean() <= 1.2 * (exact - x).square().mean()
+
+
+def test_a_change_is_carried_on_to_missing_pixels_and_nowhere_else():
+    known = ~half_missing()
+    ramp = torch.linspace(0.1, 0.3, SIZE[1], dtype=torch.float64).expand(2, 3, *SIZE)
+    for operator in (ops.Inpaint(half_missing()), ops.Inside(ops.Inpaint(half_missing()), SIZE, (16, 16))):
+        change = torch.nn.functional.pad(ramp * known, (0, 0, 0, 4 if isinstance(operator, ops.Inside) else 0))
+        found = operator.completed(change)
+        part = found[..., : SIZE[0], :]
+        assert part[..., known].equal(change[..., : SIZE[0], :][..., known])
+        assert (part - ramp)[..., ~known].abs().max() < 0.05
+        assert not found[..., SIZE[0] :, :].any()
+    nothing = ops.Inpaint(torch.ones(SIZE))
+    assert nothing.completed(ramp) is ramp and ops.Denoise().completed(ramp) is ramp

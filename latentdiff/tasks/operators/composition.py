@@ -119,6 +119,10 @@ class Inside(Operator):
         part = self.crop(z)
         return z + self._embed(self.operator.prox(y, part, rho) - part)
 
+    def completed(self, change: Tensor) -> Tensor:
+        """As the operator does on the part; beside it nothing changes."""
+        return self._embed(self.operator.completed(self.crop(change)))
+
     def read(self, damaged: Tensor) -> Tensor:
         """As the operator reads it."""
         return self.operator.read(damaged)

@@ -82,6 +82,14 @@ class Operator(ABC):
         right = self.adjoint(y) + rho * z
         return conjugate_gradient(lambda x: self.adjoint(self.apply(x)) + rho * x, right, z)
 
+    def completed(self, change: Tensor) -> Tensor:
+        """What the measurement changed in pictures (N, 3, H, W), carried on to where it says nothing.
+
+        Where a picture is wrong, it is wrong in the neighbourhood as well. Most operators see all of it and leave the change
+        as it is.
+        """
+        return change
+
     def observed(self, picture: Shape) -> Tensor:
         """Which entries of a measurement say something, (c, h, w) of 1 and 0; all of them, unless a mask hides some."""
         return torch.ones(self.measurement_shape(picture))

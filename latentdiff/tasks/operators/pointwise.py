@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UsageError
+from latentdiff.tasks.masks import pulled_and_pushed
 from latentdiff.tasks.operators.operator import Operator, Shape
 
 # The share of red, green and blue in the luminance (ITU-R BT.601), as Pillow and the reference methods have it.
@@ -89,6 +90,11 @@ class Inpaint(Operator):
         """(M y + rho z) / (M + rho)."""
         known = self.known.to(z)
         return (known * y + rho * z) / (known + rho)
+
+    def completed(self, change: Tensor) -> Tensor:
+        """Missing pixels take on the smooth mean of the known ones around them."""
+        known = self.known.to(change)[None, None]
+        return pulled_and_pushed(change * known, known) if known.any() else change
 
     def read(self, damaged: Tensor) -> Tensor:
         """The known pixels.

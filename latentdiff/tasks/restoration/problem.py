@@ -120,11 +120,11 @@ def within_noise(operator: Operator, y: Tensor, x: Tensor, noise_std: float) -> 
 
     This is the discrepancy principle (Morozov 1966): the pull of the proximal map is chosen, for each picture, so that the root
     mean square of y - A x becomes `noise_std`. Pictures that explain the measurement that well already stay as they are. Where
-    the operator copies pixels that were measured without noise, they are put back exactly. Costs at most 16 proximal maps a
-    picture.
+    the operator copies pixels that were measured without noise, they are put back exactly, and what they change is carried on
+    to missing ones (`Operator.completed`). Costs at most 15 proximal maps a picture.
     """
     if operator.noise_std == 0.0 and operator.copies_pixels:
-        return operator.project(y, x)
+        return x + operator.completed(operator.project(y, x) - x)
     return torch.cat([_within_noise(operator, *pair, noise_std) for pair in zip(y.split(1), x.split(1), strict=True)])
 
 
