@@ -108,6 +108,48 @@ def test_fixed_point_iterations_converge_to_the_exact_inverse_in_both_quantities
     assert rms(sample(mixture(), noises[0], levels, ddim.step) - x) < 1e-10
 
 
+def test_iterations_that_run_away_stop_at_their_best():
+    level, next_level = SCHEDULE.levels(10, "trailing")[-3:-1][::-1]
+    _, shift = coefficients(next_level, level, "eps")
+    down = level.alpha / next_level.alpha
+    slopes = torch.tensor([0.5, -3.0], dtype=torch.float64) * down / shift  # each correction is so many times the last one
+
+    def steep(slopes):
+        def denoiser(x, level):
+            eps = slopes.view(-1, 1, 1, 1) * x
+            return Prediction((x - level.sigma * eps) / level.alpha, eps, eps)
+
+        return denoiser
+
+    def walked(slopes, x, iterations):
+        calls = []
+        found, _ = high_step("eps", iterations, calls.append)(steep(slopes), x, level, next_level, None, None)
+        return found, calls
+
+    together, calls = walked(slopes, X, 8)
+    assert calls == [next_level]
+    converging, calls = walked(slopes[:1], X[:1], 8)
+    assert not calls and together[:1].equal(converging)
+    first, calls = walked(slopes[1:], X[1:], 0)
+    assert not calls and together[1:].equal(first)  # every correction is larger than the one before
+    exact = X[:1] / (down + shift * slopes[0])
+    assert rms(converging - exact) < 0.01 * rms(walked(slopes[:1], X[:1], 1)[0] - exact)
+
+
+def test_corrections_that_overflow_leave_the_last_good_latents():
+    level, next_level = SCHEDULE.levels(10, "trailing")[-3:-1][::-1]
+    turns = []
+
+    def denoiser(x, level):
+        turns.append(level)
+        eps = torch.full_like(x, math.inf if len(turns) > 1 else 0.5)
+        return Prediction(x, eps, eps)
+
+    astray = []
+    found, _ = high_step("eps", 4, astray.append)(denoiser, X, level, next_level, None, None)
+    assert torch.isfinite(found).all() and len(turns) == 2 and astray == [next_level]
+
+
 def test_the_velocity_inverts_where_no_signal_is_left():
     schedule = Schedule(replace(CONFIG, prediction_type="v_prediction", rescale_betas_zero_snr=True))
     levels = schedule.levels(50, "trailing")

@@ -130,13 +130,19 @@ def _walk_up(pipe: Pipeline, inversion: Inversion, callback: Callback | None, ba
     coupled = inversion.method == "edict"
     if coupled:
         x = torch.cat([x, x])
-    trajectory = [x]
-    for step in denoise(source_denoiser(pipe, inversion), x, levels[::-1], _upward_step(pipe, inversion)):
+    trajectory, astray = [x], []
+    for step in denoise(source_denoiser(pipe, inversion), x, levels[::-1], _upward_step(pipe, inversion, astray)):
         bar.update()
         report(step, callback)
         trajectory.append(step.x)
     found = torch.stack(trajectory[::-1])  # (S + 1, 1 or 2, C, h, w)
     inversion = replace(inversion, latents=found[:, 0], partner=found[0, 1] if coupled else None)
+    if astray:
+        warnings.warn(
+            f"the corrections grew in place of converging at {len(astray)} of {inversion.steps} steps, the first at timestep "
+            f"{astray[0].t:g}; the best of each was kept. More steps, or a prompt that says what the picture shows, may help",
+            stacklevel=2,
+        )
     std = inversion.noise_statistics()["std"]
     if coupled and std > LARGEST_NOISE_STD:
         warnings.warn(
@@ -147,7 +153,8 @@ def _walk_up(pipe: Pipeline, inversion: Inversion, callback: Callback | None, ba
     return inversion
 
 
-def _upward_step(pipe: Pipeline, inversion: Inversion) -> Step:
+def _upward_step(pipe: Pipeline, inversion: Inversion, astray: list[Level]) -> Step:
+    """`astray` receives the levels at which corrections did not converge."""
     quantity = quantity_of(pipe.schedule.config.prediction_type)
     match inversion.method:
         case "edict":
@@ -155,7 +162,8 @@ def _upward_step(pipe: Pipeline, inversion: Inversion) -> Step:
         case "ddim-low":
             return low_step
         case _:
-            return high_step(quantity, 0 if inversion.method == "ddim-high" else inversion.settings["iterations"])
+            iterations = 0 if inversion.method == "ddim-high" else inversion.settings["iterations"]
+            return high_step(quantity, iterations, astray.append)
 
 
 def _coupling(inversion: Inversion) -> tuple[float, Quantity]:
