@@ -8,7 +8,7 @@ from latentdiff.attention.chunked import chunked_attention, chunked_is_possible
 from latentdiff.attention.fastest import cuda_attention
 from latentdiff.attention.sdpa import sdpa_attention
 
-MIN_SCORES = 2**14  # of one head; below, `chunked` takes longer to start than it saves
+MIN_SCORES = 3 * 2**13  # of one head; below, `chunked` takes longer to start than it saves
 
 
 def auto_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -40,21 +40,25 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     already, and the sum is one more column of the product with v: the division then acts on (L, d) in place of (L, S) numbers.
     """
     batch, heads, length, size = q.shape
-    k = k.float()
-    # A score that all keys share changes nothing; without it, the greatest score of a query is 0 or more.
-    k = (k - k.mean(dim=2, keepdim=True)) / math.sqrt(size)
-    v = torch.cat([v.transpose(2, 3), v.new_ones(batch, heads, 1, k.shape[2])], dim=2)  # (N, heads, d + 1, S)
-    bounds = (torch.linalg.vector_norm(q, dim=3, dtype=k.dtype).amax(2) * k.norm(dim=3).amax(2)).tolist()  # |s| <= |q| |k|
-    q = q.contiguous()
     out = torch.empty(batch, length, heads, size, dtype=v.dtype)
     for n, head in combinations(range(batch), range(heads)):
-        exponentials, rows = _exponentials(k[n, head], bounds[n][head], v.dtype)
-        for start in range(0, length, rows):
-            part = slice(start, start + rows)
-            # The exponentials are freed here before the next ones are made, which then take the same memory, in the caches.
-            sums = _product(exponentials(q[n, head, part]), v[n, head])
-            torch.div(sums[:, :size], sums[:, size:], out=out[n, part, head])
+        _attend(q[n, head], k[n, head], v[n, head], out[n, :, head])
     return out.transpose(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    """One head: queries (L, d), keys and values (S, d) -> out (L, d). All that is made here fits into the caches."""
+    size, dtype = q.shape[1], v.dtype
+    q, k = q.contiguous(), k.float()
+    # A score that all keys share changes nothing; without it, the greatest score of a query is 0 or more.
+    k = (k - k.mean(dim=0)) / math.sqrt(size)
+    v = torch.cat([v.transpose(0, 1), v.new_ones(1, len(k))])  # (d + 1, S)
+    bound = float(torch.linalg.vector_norm(q, dim=1, dtype=k.dtype).amax() * k.norm(dim=1).amax())  # |s| <= |q| |k|
+    exponentials, rows = _exponentials(k, bound, dtype)
+    for some, result in zip(q.split(rows), out.split(rows), strict=True):
+        # The exponentials are freed here before the next ones are made, which then take the same memory, in the caches.
+        sums = _product(exponentials(some), v)
+        torch.div(sums[:, :size], sums[:, size:], out=result)
 
 
 def _exponentials(k: Tensor, bound: float, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], int]:
