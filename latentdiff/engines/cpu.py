@@ -24,6 +24,7 @@ from latentdiff.layers.transformer import FeedForward
 
 MIN_ROWS = 16  # below, a product is bound by reading its weights, whoever computes it
 MAX_MAP = 512  # pixels of a batch, up to which a convolution is faster as one matrix product
+MAX_KERNELS = 2**22  # numbers of a weight that are added up at a time: the sums are memory beside the weights
 FF_ROWS = 1024  # tokens that go through a feed-forward at a time, per thread
 
 
@@ -120,16 +121,18 @@ def _upsample(block: Upsample, x: Tensor, size: torch.Size | None = None) -> Ten
     height, width = x.shape[-2:]
     if size not in (None, (2 * height, 2 * width)) or x.shape[0] * height * width < MAX_MAP or _has_taps(block.conv):
         return None
-    weight = block.conv.weight
+    weight, bias = block.conv.weight.permute(0, 2, 3, 1), block.conv.bias  # (O, 3, 3, I), as it lies in memory
     shape = (x.shape[0], weight.shape[0], 2 * height, 2 * width)
     out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     padded = F.pad(x, (1, 1, 1, 1))
-    for i in range(2):
-        rows = _halves(weight, i, dim=2)
-        for j in range(2):
-            kernel = _halves(rows, j, dim=3).contiguous(memory_format=torch.channels_last)  # (O, I, 2, 2)
-            part = padded[:, :, i : i + height + 1, j : j + width + 1]
-            out[:, :, i::2, j::2] = F.conv2d(part, kernel, block.conv.bias)
+    outputs = max(1, MAX_KERNELS // weight[0].numel())
+    for some in map(slice, range(0, len(weight), outputs), range(outputs, len(weight) + outputs, outputs)):
+        for i in range(2):
+            rows = _halves(weight[some], i, dim=1)
+            for j in range(2):
+                kernel = _halves(rows, j, dim=2).permute(0, 3, 1, 2)  # (some of O, I, 2, 2)
+                part = padded[:, :, i : i + height + 1, j : j + width + 1]
+                out[:, some, i::2, j::2] = F.conv2d(part, kernel, bias[some])
     return out
 
 
