@@ -87,7 +87,11 @@ def int8(settings: Settings) -> list[Result]:
         return []
     ours = settings.contenders("step", "bf16")["latentdiff"]
     pair = {"latentdiff bf16": ours, "latentdiff int8": replace(ours, precision="int8")}
-    return race("step", "int8", pair, settings.repeat, relative)
+    results = race("step", "int8", pair, settings.repeat, relative)
+    if "openvino" in settings.peers:  # apart, since the first time takes 16 GB
+        pair = {"latentdiff bf16": ours, "latentdiff int8, OpenVINO": replace(ours, precision="int8", variant="openvino")}
+        results += race("step", "int8, OpenVINO", pair, settings.repeat, relative)
+    return results
 
 
 def openvino(settings: Settings) -> list[Result]:
