@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import numpy as np
@@ -81,8 +82,13 @@ def test_nothing_is_printed_for_programs_to_stumble_on(tmp_path, monkeypatch: py
     exact = pipe.unet(x, 500.0, text)
     assert relative(pipe.network(x, 500.0, text), exact) < 0.1
     assert capfd.readouterr().out == ""
-    assert sys.modules.get("openvino_telemetry") is None
     assert [path.name[:9] for path in (tmp_path / "openvino").iterdir()] == ["unet-int8"]
+
+
+def test_no_use_is_reported_to_the_maker() -> None:
+    program = "import sys; from latentdiff.engines.openvino_int8 import _nncf, openvino_package; openvino_package(), _nncf()"
+    program += "; assert 'openvino_telemetry' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 @torch.no_grad()
