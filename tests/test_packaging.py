@@ -55,7 +55,7 @@ def test_version() -> None:
 
 
 def test_every_import_is_a_declared_dependency() -> None:
-    known = {"open_clip": "open_clip_torch"}  # an extra that may not be installed here; the others are named as they are imported
+    known = {"open_clip": "open_clip_torch"}  # what is imported under another name, and may be absent
     installed = packages_distributions()
     optional = [line for name, lines in EXTRAS.items() if name != "test" for line in lines]
     declared = distribution_names(PROJECT["dependencies"] + optional)
