@@ -78,9 +78,10 @@ def painted(
     cells = latent_mask(mask, factor).to(pipe.device)  # (1, 1, h, w)
     if inversion is not None:
         start = starts_on_trajectory(inversion, cells, encoded, plan)
+    elif pipe.is_for_inpainting:
+        start = _starts_with_extra_channels(pipe, picture, mask, cells, encoded, plan, from_noise=from_noise)
     else:
-        starts = _starts_with_extra_channels if pipe.is_for_inpainting else _starts_with_blending
-        start = starts(pipe, picture, mask, cells, encoded, plan, from_noise=from_noise)
+        start = _starts_with_blending(cells, encoded, plan, from_noise=from_noise)
     latents = pipe.sample(plan, tuple(encoded.mean.shape[1:]), start)
     return [image.crop((0, 0, *picture.size)) for image in to_pil(pipe.decode(latents))]
 
@@ -108,14 +109,7 @@ def starts_on_trajectory(
 
 
 def _starts_with_blending(
-    pipe: Pipeline,
-    picture: Image.Image,
-    mask: Image.Image,
-    cells: Tensor,
-    encoded: LatentDistribution,
-    plan: Plan,
-    *,
-    from_noise: bool,
+    cells: Tensor, encoded: LatentDistribution, plan: Plan, *, from_noise: bool
 ) -> Callable[[slice, NoiseStream], Start]:
     """For an ordinary model: after each step, what is to be kept is put back, with the start noise at the level reached."""
 
