@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentdiff.errors import LatentDiffError as LatentDiffError
-    from latentdiff.finetuning.run import finetune as finetune
     from latentdiff.pipeline import Pipeline as Pipeline
+    from latentdiff.training.finetuning.run import finetune as finetune
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Pipeline": "latentdiff.pipeline",
     "LatentDiffError": "latentdiff.errors",
-    "finetune": "latentdiff.finetuning.run",
+    "finetune": "latentdiff.training.finetuning.run",
 }
 __all__ = ["LatentDiffError", "Pipeline", "__version__", "finetune"]  # noqa: F822 (three of them by __getattr__)
 

@@ -9,25 +9,26 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from latentdiff.calibration import calibration_examples
-from latentdiff.config import ScheduleConfig
+from latentdiff.adapters.lora.loaded import LoadedLoRAs
+from latentdiff.adapters.textual_inversion import LoadedWords, is_word_file
+from latentdiff.checkpoints.embedded import embedded_model
 from latentdiff.device import FORMATS, Precision, pick_device, pick_precision, precision_of
-from latentdiff.embedded import embedded_model
-from latentdiff.engines import Decoder, Example, Network
+from latentdiff.diffusion.config import ScheduleConfig
+from latentdiff.diffusion.schedule import Schedule
+from latentdiff.engines import Example
+from latentdiff.engines.calibration import calibration_examples
 from latentdiff.engines.choosing import engines_for
 from latentdiff.engines.cpu import accelerate
 from latentdiff.errors import CheckpointError
-from latentdiff.lora.loaded import LoadedLoRAs
-from latentdiff.lora.words import LoadedWords, is_word_file
 from latentdiff.memory.residence import Residence
-from latentdiff.schedule import Schedule
-from latentdiff.unet import UNet
-from latentdiff.vae import VAE
+from latentdiff.networks.functions import Decoder, Network
+from latentdiff.networks.unet import UNet
+from latentdiff.networks.vae import VAE
 
 if TYPE_CHECKING:
-    from latentdiff.checkpoints import Components
-    from latentdiff.lora.loading import LoadReport
-    from latentdiff.text_encoder import TextEncoder
+    from latentdiff.adapters.lora.loading import LoadReport
+    from latentdiff.checkpoints.components import Components
+    from latentdiff.networks.text_encoder import TextEncoder
 
 EMBEDDED_NAME = "latentdiff-embedded"  # what recipes call the embedded model
 
@@ -106,7 +107,7 @@ class LoadedModel:
             CheckpointError: there is no model there, or it is damaged or of another kind.
             UsageError: this machine has no such device.
         """
-        from latentdiff.checkpoints import load_components
+        from latentdiff.checkpoints.components import load_components
 
         where = pick_device(device)
         found = load_components(source or embedded_model(), ema=ema, prediction_type=prediction_type, weights=False)
@@ -134,7 +135,7 @@ class LoadedModel:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model as a folder in the diffusers layout, in the precision that it has here, without its LoRAs."""
-        from latentdiff.checkpoints import Components, save_folder
+        from latentdiff.checkpoints.components import Components, save_folder
 
         self.parts.require_whole("saving")
         parts = Components(

@@ -16,24 +16,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.attention import attention_backend
-from latentdiff.coding import decode_latents, embed_prompt, encode_pictures
-from latentdiff.conditioning import TextContext, checked_model
-from latentdiff.deepcache import UNCACHED, CacheSettings, DeepCache
-from latentdiff.denoise import denoise
 from latentdiff.device import describe_device, explained_out_of_memory
+from latentdiff.diffusion.denoise import denoise
+from latentdiff.diffusion.guidance import Guidance, guided_denoiser
+from latentdiff.diffusion.latents import NoiseStream
+from latentdiff.diffusion.parameterization import Denoiser, parameterization
+from latentdiff.diffusion.progress import Callback, progress_bar, report
+from latentdiff.diffusion.schedule import Level
+from latentdiff.engines.deepcache import UNCACHED, CacheSettings, DeepCache
 from latentdiff.errors import UsageError
-from latentdiff.guidance import Guidance, guided_denoiser
 from latentdiff.image import to_pil
-from latentdiff.latents import NoiseStream
 from latentdiff.memory.estimate import decoding_bytes, denoising_bytes
 from latentdiff.model import LoadedModel
-from latentdiff.parameterization import Denoiser, parameterization
-from latentdiff.progress import Callback, progress_bar, report
+from latentdiff.networks.attention import attention_backend
+from latentdiff.networks.conditioning import TextContext
+from latentdiff.networks.functions import checked_model, decode_latents, embed_prompt, encode_pictures
+from latentdiff.networks.vae import LatentDistribution
 from latentdiff.recipe import Recipe, library_versions
 from latentdiff.request import Plan, Sampling, latent_shape
-from latentdiff.schedule import Level
-from latentdiff.vae import LatentDistribution
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from latentdiff.config import VAEConfig
-from latentdiff.deepcache import CacheSettings
+from latentdiff.diffusion.guidance import Guidance
+from latentdiff.diffusion.progress import Callback
+from latentdiff.diffusion.samplers import Sampler, get_sampler
+from latentdiff.diffusion.schedule import Level, Schedule
+from latentdiff.engines.deepcache import CacheSettings
 from latentdiff.errors import UsageError
-from latentdiff.guidance import Guidance
-from latentdiff.progress import Callback
-from latentdiff.prompt import as_list
-from latentdiff.samplers import Sampler, get_sampler
-from latentdiff.schedule import Level, Schedule
+from latentdiff.networks.config import VAEConfig
+from latentdiff.prompts.tokenize import as_list
 
 DEFAULT_BATCH_SIZE = 4
 

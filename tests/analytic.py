@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from latentdiff.denoise import Noise, Step, denoise
-from latentdiff.parameterization import Denoiser, Prediction
-from latentdiff.schedule import Level
+from latentdiff.diffusion.denoise import Noise, Step, denoise
+from latentdiff.diffusion.parameterization import Denoiser, Prediction
+from latentdiff.diffusion.schedule import Level
 
 # The mixture of the order-of-convergence proof: two modes of different width and weight on the line.
 MEANS, STDS, WEIGHTS = (-1.0, 0.6), (0.25, 0.4), (0.35, 0.65)

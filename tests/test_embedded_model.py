@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from latentdiff import Pipeline
-from latentdiff.embedded import embedded_model
-from latentdiff.latents import start_noise
+from latentdiff.checkpoints.embedded import embedded_model
+from latentdiff.diffusion.latents import start_noise
 from latentdiff.recipe import read_recipe
 
 PROMPT = "two cats and a rocket on a blue background"

@@ -59,11 +59,11 @@ def test_version_is_that_of_the_package():
 
 
 def test_names_agree_with_what_they_name():
-    from latentdiff.attention import ATTENTION_BACKENDS
     from latentdiff.device import FORMATS
+    from latentdiff.diffusion.samplers import SAMPLERS
     from latentdiff.names import ATTENTION_NAMES, PRECISIONS, SAMPLER_NAMES
+    from latentdiff.networks.attention import ATTENTION_BACKENDS
     from latentdiff.recipe import SAMPLER_TITLES
-    from latentdiff.samplers import SAMPLERS
 
     assert tuple(SAMPLERS) == SAMPLER_NAMES == tuple(SAMPLER_TITLES)
     assert tuple(ATTENTION_BACKENDS) == ATTENTION_NAMES

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentdiff.config import ScheduleConfig
+from latentdiff.diffusion.config import ScheduleConfig
+from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import UsageError
 from latentdiff.request import FAST, Sampling, batches, one_per_picture, seed_of_each
-from latentdiff.schedule import Schedule
 
 
 @given(st.integers(1, 200), st.none() | st.integers(1, 250))

@@ -144,7 +144,7 @@ def train_diffusers(args: argparse.Namespace) -> dict[str, float]:
 def train_latentdiff(args: argparse.Namespace, *, cached: bool) -> dict[str, float]:
     """`latentdiff finetune --method full`, doing the same work."""
     from latentdiff import finetune
-    from latentdiff.finetuning import run as module
+    from latentdiff.training.finetuning import run as module
     from latentdiff.training.loop import Trainer
 
     marks: list[tuple[float, float]] = []

@@ -72,7 +72,7 @@ def save_model(shape: Shape, folder: Path, precision: str = "fp32") -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from latentdiff.config import ScheduleConfig
+    from latentdiff.diffusion.config import ScheduleConfig
     from tests.tiny import tokenizer
 
     dtype = getattr(torch, DTYPES[precision])

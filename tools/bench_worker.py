@@ -63,8 +63,8 @@ def ours(spec: Spec) -> Run:
     if spec.case == "decode":
         return lambda: pipe.decode(latents)
 
-    from latentdiff.guidance import Guidance
-    from latentdiff.samplers import get_sampler
+    from latentdiff.diffusion.guidance import Guidance
+    from latentdiff.diffusion.samplers import get_sampler
 
     sampler = get_sampler("ddim")
     levels = sampler.levels(pipe.schedule, STEPS)

@@ -26,7 +26,7 @@ from PIL import Image
 from scene_language import NOUNS, Plan, Thing, prompt
 from tqdm import tqdm
 
-from latentdiff.embedded import embedded_judge
+from latentdiff.checkpoints.embedded import embedded_judge
 from latentdiff.errors import DataError, LatentDiffError
 from latentdiff.evaluation.judge import Judge, Verdict
 from latentdiff.evaluation.protocol import Score

@@ -23,15 +23,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.denoise import denoise
-from latentdiff.embedded import embedded_judge
+from latentdiff.checkpoints.embedded import embedded_judge
+from latentdiff.diffusion.denoise import denoise
+from latentdiff.diffusion.guidance import Guidance
+from latentdiff.diffusion.parameterization import Denoiser
+from latentdiff.diffusion.samplers import ddim
 from latentdiff.errors import LatentDiffError
 from latentdiff.evaluation.judge import Judge
-from latentdiff.guidance import Guidance
 from latentdiff.image import contact_sheet, save_png, to_tensor
-from latentdiff.parameterization import Denoiser
 from latentdiff.pipeline import Pipeline
-from latentdiff.samplers import ddim
 from latentdiff.tasks import image_to_image, invert, translate
 from latentdiff.tasks.inversion import Inversion, reconstruct
 from latentdiff.tasks.inversion.artefact import psnr

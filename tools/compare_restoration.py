@@ -35,7 +35,7 @@ from latentdiff.image import as_rgb, contact_sheet, open_image, save_png, to_pil
 from latentdiff.pipeline import Pipeline
 from latentdiff.tasks import restore
 from latentdiff.tasks.inversion.artefact import psnr
-from latentdiff.tasks.operators import (
+from latentdiff.tasks.restoration.operators import (
     Colourise,
     Deblur,
     Denoise,
@@ -45,7 +45,7 @@ from latentdiff.tasks.operators import (
     gaussian_blur,
     motion_blur,
 )
-from latentdiff.tasks.restoring import Restoration
+from latentdiff.tasks.restoration.task import Restoration
 
 # (operator, measurement (1, c, h, w), truth, for those that may choose their best) -> a picture (1, 3, H, W).
 Classical = Callable[[Operator, Tensor, Tensor], Tensor]

@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 
 from latentdiff.errors import LatentDiffError
 from latentdiff.files import atomic_path
-from latentdiff.training.data import read_folder
+from latentdiff.training.captioned_folder import read_folder
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"

@@ -26,18 +26,18 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentdiff.attention import use_attention_backend
-from latentdiff.config import UNetConfig
-from latentdiff.deepcache import CacheSettings, DeepCache
-from latentdiff.embedded import embedded_judge
+from latentdiff.checkpoints.embedded import embedded_judge
+from latentdiff.engines.deepcache import CacheSettings, DeepCache
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.prompts import EvaluationPrompt, read_prompts
 from latentdiff.evaluation.protocol import SEEDS_APART, judged
 from latentdiff.evaluation.statistics import bootstrap_interval
 from latentdiff.files import atomic_path
+from latentdiff.networks.attention import use_attention_backend
+from latentdiff.networks.config import UNetConfig
+from latentdiff.networks.unet import UNet
 from latentdiff.pipeline import Pipeline
 from latentdiff.request import FAST, Plan, Sampling
-from latentdiff.unet import UNet
 
 BATCH = 16
 SD_TEXT = (1, 77, 768)

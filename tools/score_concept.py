@@ -26,8 +26,8 @@ from make_scenes import find_font
 from PIL import Image
 from tqdm import tqdm
 
+from latentdiff.checkpoints.embedded import embedded_judge
 from latentdiff.cli.loras import parse_scaled
-from latentdiff.embedded import embedded_judge
 from latentdiff.errors import DataError, LatentDiffError
 from latentdiff.evaluation.judge import Judge, Verdict
 from latentdiff.evaluation.prompts import read_prompts

@@ -27,15 +27,15 @@ from editing_measures import (
 )
 from tqdm import tqdm
 
-from latentdiff.embedded import embedded_judge
+from latentdiff.checkpoints.embedded import embedded_judge
 from latentdiff.errors import LatentDiffError
 from latentdiff.evaluation.judge import Judge
 from latentdiff.files import atomic_path
+from latentdiff.networks.unet import UNet
 from latentdiff.pipeline import Pipeline
 from latentdiff.tasks import invert, translate
 from latentdiff.tasks.features import PnPSpec, default_spec
 from latentdiff.tasks.inversion import Inversion
-from latentdiff.unet import UNet
 
 LEAK = 1.1  # how many times the likeness of colours without injection is still no leak
 

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from tqdm import trange
 
 from latentdiff.errors import CheckpointError, LatentDiffError
-from latentdiff.text_encoder import TextEncoder
+from latentdiff.networks.text_encoder import TextEncoder
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from latentdiff.training.config import load_config
 from latentdiff.training.diffusion_stage import load_tokenizer, tokenize

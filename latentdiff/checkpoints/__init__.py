@@ -1,130 +1,23 @@
-"""Models on disk: loading them in whichever layout they lie, saving, converting, and saying what a file is."""
+"""Models on disk: loading them in whichever layout they lie, saving, converting, and saying what a file is.
 
-from __future__ import annotations
-
-import os
-import warnings
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from latentdiff.checkpoints.conversion import convert, read_model
-from latentdiff.checkpoints.folder import model_index, write_folder
-from latentdiff.checkpoints.hashing import model_hash
-from latentdiff.checkpoints.inspection import Report, inspect
-from latentdiff.checkpoints.modules import module_without_weights, parse_config
-from latentdiff.checkpoints.raw import RawModel
-from latentdiff.checkpoints.tokenizer import open_tokenizer, tokenizer_files
-from latentdiff.config import ScheduleConfig
-from latentdiff.errors import ConfigError
-from latentdiff.layout import PARTS
-from latentdiff.mapping import fill
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from latentdiff.text_encoder import TextEncoder
-    from latentdiff.tokenizer import Tokenizer
-    from latentdiff.unet import UNet
-    from latentdiff.vae import VAE
-
-__all__ = ["Components", "Report", "convert", "inspect", "load_components", "save_folder"]
-
-
-@dataclass
-class Components:
-    """The parts of a model, each usable alone, and what recipes call it."""
-
-    tokenizer: Tokenizer
-    text_encoder: TextEncoder
-    unet: UNet
-    vae: VAE
-    schedule_config: ScheduleConfig
-    name: str = ""
-    hash: str = ""  # 64 hex digits; the first ten are what web UIs show
-    stored: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # see `load_components`
-
-
-def load_components(
-    source: str | os.PathLike[str],
-    *,
-    ema: bool = False,
-    prediction_type: str | None = None,
-    dtype: torch.dtype | None = None,
-    weights: bool = True,
-) -> Components:
-    """Load a model from a diffusers folder, a hub id, or an original single file (`.safetensors`, `.ckpt`).
-
-    Tensors of safetensors files are mapped, not copied, and keep their types unless `dtype` is given.
-
-    Args:
-        source: where it is. A hub id is looked up in the local cache first.
-        ema: take the averaged weights of a single file that holds both.
-        prediction_type: "epsilon", "v_prediction" or "sample", where the model does not say or says it wrong.
-        dtype: of all weights; None keeps those of the file. What has to be converted is, tensor by tensor: no more than
-            one of them is in memory in both types.
-        weights: False leaves the parts on the meta device, with the mapped tensors in `Components.stored` by part and name:
-            they fit, and nothing of them has been read.
-
-    Raises:
-        CheckpointError: nothing is there, or it is damaged, incomplete, or of another kind.
-        ConfigError: the configuration describes another architecture.
-    """
-    raw = read_model(source, ema=ema, prediction_type=prediction_type)
-    for warning in raw.warnings:
-        warnings.warn(warning, stacklevel=2)
-    modules: dict[str, Any] = {}
-    stored: dict[str, dict[str, Tensor]] = {}
-    for part in PARTS:
-        modules[part], stored[part] = module_without_weights(raw, part, dtype)
-        if weights:
-            fill(modules[part], stored.pop(part))
-    return Components(
-        tokenizer=open_tokenizer(raw.tokenizer),
-        **modules,
-        stored=stored,
-        schedule_config=parse_config("scheduler", raw.configs["scheduler"]),
-        name=_name(source, raw),
-        hash=model_hash(raw.weight_files),
-    )
-
-
-def _name(source: str | os.PathLike[str], raw: RawModel) -> str:
-    """What people call the model: a file's name without suffix, a folder's name, or the hub id."""
-    path = raw.source.resolve()
-    if not Path(source).expanduser().exists():
-        return os.fspath(source)
-    return path.name if path.is_dir() else path.stem
-
-
-def save_folder(components: Components, folder: str | os.PathLike[str]) -> None:
-    """Write a model in the diffusers folder layout, in the types that its weights have; it opens in diffusers.
-
-    The folder is built beside its place and renamed to it: it is there whole, or not at all. An existing one
-    is replaced only if it holds nothing but a model.
-
-    Raises:
-        CheckpointError: `folder` holds something else.
-        ConfigError: the text encoder is not one that the layout can hold.
-    """
-    text_config = getattr(components.text_encoder, "config", None)
-    if text_config is None:
-        raise ConfigError(
-            f"the diffusers layout holds CLIP text encoders under transformers' names, found a "
-            f"{type(components.text_encoder).__name__}; save its parts by hand"
-        )
-    unet_config = components.unet.config.to_diffusers()
-    raw = RawModel(
-        source=Path(folder),
-        tensors={part: dict(getattr(components, part).state_dict()) for part in PARTS},
-        configs={
-            "unet": unet_config,
-            "vae": components.vae.config.to_diffusers(),
-            "text_encoder": dict(text_config),
-            "scheduler": components.schedule_config.to_diffusers(),
-            "model_index": model_index(unet_config["in_channels"]),
-        },
-        tokenizer=tokenizer_files(components.tokenizer),
-    )
-    write_folder(raw, Path(folder))
+components    a model's parts, loaded from any layout; written as a folder
+conversion    from one layout to another, to the bit
+inspection    what a file or folder is
+folder        the diffusers folder layout: reading and writing
+original      the single-file layout of the original code
+hub           hub ids and the local cache
+files         tensors of .safetensors, .ckpt and .bin files, without running code from them
+mapping       tensors as views of a file's pages
+raw           a model as names and tensors, before modules are made
+modules       modules without weights, and putting weights into them
+architecture  what the configurations of a folder must be
+infer         configurations from the shapes of tensors
+prediction    what a U-Net predicts, found by trying
+tables        the names of tensors in foreign layouts
+keymap        tables of names that read in both directions
+tokenizer     the files of a tokenizer
+layout        where a folder keeps its weights
+hashing       what a model is called in recipes
+embedded      where the model that comes along lies
+writing       files that are there whole or not at all
+"""

@@ -9,7 +9,7 @@ from latentdiff.checkpoints.folder import read_folder, write_folder
 from latentdiff.checkpoints.hub import locate
 from latentdiff.checkpoints.original import read_original, write_original
 from latentdiff.checkpoints.raw import RawModel
-from latentdiff.config import PREDICTION_TYPES
+from latentdiff.diffusion.config import PREDICTION_TYPES
 from latentdiff.errors import CheckpointError, UsageError
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")

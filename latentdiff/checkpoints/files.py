@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff.checkpoints.mapping import map_file, mapped_tensor
 from latentdiff.checkpoints.writing import NAMES_OF_TYPES
 from latentdiff.errors import CheckpointError
-from latentdiff.mapping import map_file, mapped_tensor
 
 SAFETENSORS, TORCH, OLD_TORCH = "safetensors", "torch archive", "torch pickle (before 1.6)"
 PNG, GIF = "PNG image", "GIF image"

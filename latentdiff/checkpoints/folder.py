@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from latentdiff.checkpoints.files import TensorFile, read_tensors
+from latentdiff.checkpoints.layout import PARTS, STEMS, weight_candidates
 from latentdiff.checkpoints.raw import PART_LABELS, RawModel, with_usual_names
 from latentdiff.checkpoints.writing import write_safetensors
 from latentdiff.errors import CheckpointError, LatentDiffError
 from latentdiff.files import atomic_path
-from latentdiff.layout import PARTS, STEMS, weight_candidates
 
 INDEX = "model_index.json"
 EXTRAS = "original_extras.safetensors"  # what an original single file holds beyond the parts of a folder

@@ -8,9 +8,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from latentdiff.checkpoints.folder import CONFIGS, INDEX, shard_names, weight_files
+from latentdiff.checkpoints.layout import PARTS, weight_candidates
 from latentdiff.checkpoints.raw import PART_LABELS
 from latentdiff.errors import CheckpointError
-from latentdiff.layout import PARTS, weight_candidates
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")

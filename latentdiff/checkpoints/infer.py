@@ -14,8 +14,9 @@ from typing import Any
 from latentdiff.checkpoints.architecture import ORIGINAL_PREFIXES
 from latentdiff.checkpoints.folder import model_index
 from latentdiff.checkpoints.keymap import Shape
-from latentdiff.config import ScheduleConfig, UNetConfig, VAEConfig
+from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.errors import CheckpointError
+from latentdiff.networks.config import UNetConfig, VAEConfig
 
 Shapes = Mapping[str, Shape]
 _OPEN_CLIP_H_LAYERS = 24

@@ -17,11 +17,11 @@ from latentdiff.checkpoints.files import GIF, PNG, SAFETENSORS, TensorFile, read
 from latentdiff.checkpoints.folder import EXTRAS, INDEX, listing, read_folder
 from latentdiff.checkpoints.hashing import SHORT, file_hash, model_hash
 from latentdiff.checkpoints.hub import locate
+from latentdiff.checkpoints.layout import PARTS
 from latentdiff.checkpoints.modules import check_fits, parse_config, shapes_of
 from latentdiff.checkpoints.original import has_ema, read_original
 from latentdiff.checkpoints.raw import RawModel
 from latentdiff.errors import LatentDiffError
-from latentdiff.layout import PARTS
 from latentdiff.recipe import COMMENT, JSON_CHUNK, TEXT_CHUNK, has_comment
 
 _LABELS = {

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from latentdiff.checkpoints.keymap import Shape, compare
+from latentdiff.checkpoints.mapping import fill, put
 from latentdiff.checkpoints.raw import PART_LABELS, RawModel
-from latentdiff.config import ScheduleConfig, UNetConfig, VAEConfig
+from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.errors import CheckpointError, ConfigError, LatentDiffError
-from latentdiff.mapping import fill, put
-from latentdiff.text_encoder import TextEncoder
-from latentdiff.unet import UNet
-from latentdiff.vae import VAE
+from latentdiff.networks.config import UNetConfig, VAEConfig
+from latentdiff.networks.text_encoder import TextEncoder
+from latentdiff.networks.unet import UNet
+from latentdiff.networks.vae import VAE
 
 _CONFIGS = {"unet": UNetConfig, "vae": VAEConfig, "scheduler": ScheduleConfig}
 

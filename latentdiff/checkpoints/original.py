@@ -18,12 +18,12 @@ from latentdiff.checkpoints.files import TensorFile, read_tensors
 from latentdiff.checkpoints.folder import save_tensors
 from latentdiff.checkpoints.infer import infer_configs, is_open_clip
 from latentdiff.checkpoints.keymap import KeyMap, compare
+from latentdiff.checkpoints.layout import PARTS
 from latentdiff.checkpoints.modules import POSITION_IDS, build_module, check_fits, expected_shapes, parse_config, shapes_of
 from latentdiff.checkpoints.prediction import PredictionType, probe_prediction_type, read_prediction_type
 from latentdiff.checkpoints.raw import PART_LABELS, RawModel
 from latentdiff.checkpoints.tokenizer import clip_tokenizer_files, with_clip_vocabulary, without_clip_vocabulary
 from latentdiff.errors import CheckpointError, ConfigError
-from latentdiff.layout import PARTS
 
 METADATA = "latentdiff"  # the metadata entry in which `convert` keeps what the layout has no place for
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.checkpoints.keymap import KeyMap, expand
-from latentdiff.config import UNetConfig, VAEConfig
+from latentdiff.networks.config import UNetConfig, VAEConfig
 
 # --- U-Net ---
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import CheckpointError
-from latentdiff.tokenizer import MERGES, VOCABULARY, WHOLE, Tokenizer, vocabulary_and_merges
+from latentdiff.prompts.tokenizer import MERGES, VOCABULARY, WHOLE, Tokenizer, vocabulary_and_merges
 
 _VOCABULARY_FILES = (VOCABULARY, MERGES, WHOLE)
 

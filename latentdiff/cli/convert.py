@@ -18,8 +18,8 @@ from latentdiff.cli.output import check_writable
 def convert(source: str, target: Path, ema: bool, prediction_type: str | None) -> None:
     """Convert the model IN to OUT, loss-free: a name ending in .safetensors is a single file, others a folder."""
     check_writable(target)
-    from latentdiff import checkpoints
+    from latentdiff.checkpoints.conversion import convert as convert_model
 
-    for note in checkpoints.convert(source, target, ema=ema, prediction_type=prediction_type):
+    for note in convert_model(source, target, ema=ema, prediction_type=prediction_type):
         click.echo(f"note: {note}", err=True)
     click.echo(target)

@@ -12,9 +12,9 @@ from latentdiff.cli.output import check_writable
 from latentdiff.errors import UsageError
 
 if TYPE_CHECKING:
-    from latentdiff.data import Dataset
-    from latentdiff.data.check import CheckReport
     from latentdiff.pipeline import Pipeline
+    from latentdiff.training.data import Dataset
+    from latentdiff.training.data.check import CheckReport
 
 
 @click.group()
@@ -71,9 +71,9 @@ def check(
         if sheet.suffix != ".png":
             raise UsageError(f"expected a name that ends in .png for --sheet, found {sheet}")
         check_writable(sheet)
-    from latentdiff.data.captions import lost_words
-    from latentdiff.data.check import check as look
     from latentdiff.pipeline import Pipeline
+    from latentdiff.training.data.captions import lost_words
+    from latentdiff.training.data.check import check as look
 
     # What only the report needs is allowed here, so that it names everything that is wrong at once.
     reading = {"caption_column": options["caption_column"], "background": options["background"], "verify": False}
@@ -94,14 +94,14 @@ def check(
 
 
 def _read(sources: tuple[str, ...], reading: dict[str, Any]) -> Dataset:
-    from latentdiff.data import read_dataset
+    from latentdiff.training.data import read_dataset
 
     return read_dataset(sources, allow_missing=True, **reading)
 
 
 def _preprocessing(pipe: Pipeline, resolution: int | None, options: dict[str, Any]) -> Any:
-    from latentdiff.data.buckets import default_step
-    from latentdiff.data.check import Preprocessing
+    from latentdiff.training.data.buckets import default_step
+    from latentdiff.training.data.check import Preprocessing
 
     side = resolution or min(pipe.default_size)
     return Preprocessing(
@@ -112,8 +112,8 @@ def _preprocessing(pipe: Pipeline, resolution: int | None, options: dict[str, An
 
 
 def _write_sheet(path: Path, count: int, pipe: Pipeline, training: Dataset, report: CheckReport) -> None:
-    from latentdiff.data.sheet import training_sheet
     from latentdiff.image import save_png
+    from latentdiff.training.data.sheet import training_sheet
 
     drawn, psnr = training_sheet(
         training, report.buckets, lambda image: pipe.decode(pipe.encode_images(image).mode()), count=count

@@ -28,7 +28,7 @@ class _ConfigCommand(click.Command):
     """A command that has a flag for every key of the configuration, which is read only when the command is used."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        from latentdiff.finetuning.config import FinetuneConfig
+        from latentdiff.training.finetuning.config import FinetuneConfig
 
         fields, known = FinetuneConfig.model_fields, {parameter.name for parameter in self.params}
         names = dict.fromkeys((*_FIRST, *fields))
@@ -73,7 +73,7 @@ def _metavar(kinds: list[Any]) -> str:
 
 
 def _default(name: str, field: FieldInfo) -> str:
-    from latentdiff.finetuning.config import METHOD_DEFAULTS
+    from latentdiff.training.finetuning.config import METHOD_DEFAULTS
 
     of_methods = {method: values.get(name, field.default) for method, values in METHOD_DEFAULTS.items()}
     if len(set(of_methods.values())) > 1:
@@ -96,7 +96,7 @@ def finetune(config: Path | None, resume: Path | None, **flags: Any) -> None:
     """
     from accelerate import PartialState
 
-    from latentdiff.finetuning.run import resolve, run
+    from latentdiff.training.finetuning.run import resolve, run
 
     given = {name: value for name, value in flags.items() if value is not None and value != ()}
     result = run(resolve(resume, config, _as_values(given)))

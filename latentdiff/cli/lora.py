@@ -17,7 +17,7 @@ from latentdiff.cli.output import check_writable
 from latentdiff.names import LORA_DIALECTS
 
 if TYPE_CHECKING:
-    from latentdiff.checkpoints import Components
+    from latentdiff.checkpoints.components import Components
 
 _LONGEST = 100  # characters of a metadata entry that are shown
 _KINDS = {
@@ -41,8 +41,8 @@ def lora() -> None:
 def merge(files: tuple[str, ...], model: str | None, out: Path) -> None:
     """Put one or more LoRAs into a model's weights and write it as a folder in the diffusers layout."""
     check_writable(out)
-    from latentdiff import lora as adapters
-    from latentdiff.checkpoints import save_folder
+    from latentdiff.adapters import lora as adapters
+    from latentdiff.checkpoints.components import save_folder
 
     parts = _load(model)
     loaded = []
@@ -70,7 +70,7 @@ def merge(files: tuple[str, ...], model: str | None, out: Path) -> None:
 def convert(source: str, target: Path, dialect: str, model: str | None) -> None:
     """Write the LoRA file IN with other names. The model that it was made for tells what the names mean."""
     check_writable(target.parent)
-    from latentdiff import lora as adapters
+    from latentdiff.adapters import lora as adapters
 
     parts = _load(model)
     found, report = adapters.load_lora(source, parts.unet, parts.text_encoder)
@@ -83,8 +83,8 @@ def convert(source: str, target: Path, dialect: str, model: str | None) -> None:
 @click.argument("file", metavar="FILE")
 def inspect(file: str) -> None:
     """Say what a LoRA file adapts, how strongly, and what it was made from. Executes nothing in it."""
+    from latentdiff.adapters.lora import made_for, read_lora
     from latentdiff.checkpoints.hashing import file_hash
-    from latentdiff.lora import made_for, read_lora
 
     found = read_lora(file)
     click.echo(found.path)
@@ -102,8 +102,8 @@ def inspect(file: str) -> None:
 
 
 def _load(model: str | None) -> Components:
-    from latentdiff.checkpoints import load_components
-    from latentdiff.embedded import embedded_model
+    from latentdiff.checkpoints.components import load_components
+    from latentdiff.checkpoints.embedded import embedded_model
 
     return load_components(model or embedded_model())
 

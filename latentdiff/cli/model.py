@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from latentdiff.checkpoints.embedded import embedded_model
+from latentdiff.checkpoints.layout import read_ahead
 from latentdiff.cli.loras import with_loras
-from latentdiff.embedded import embedded_model
-from latentdiff.layout import read_ahead
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
@@ -29,7 +29,7 @@ def loaded_model(settings: dict[str, Any]) -> Iterator[Pipeline]:
     chosen = {name: settings.pop(name) for name in NAMES}
     read_ahead(Path(chosen["model"] or embedded_model()).expanduser())
 
-    from latentdiff.attention import use_attention_backend
+    from latentdiff.networks.attention import use_attention_backend
     from latentdiff.pipeline import Pipeline
 
     attention, loras = chosen.pop("attention"), chosen.pop("loras")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from latentdiff.cli.loras import LORAS
-from latentdiff.config import PREDICTION_TYPES
+from latentdiff.diffusion.config import PREDICTION_TYPES
 from latentdiff.names import ATTENTION_NAMES, BACKEND_NAMES, PRECISIONS, SAMPLER_NAMES, SPACING_NAMES
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]

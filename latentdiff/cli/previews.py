@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from latentdiff.diffusion.progress import Callback
     from latentdiff.pipeline import Pipeline
-    from latentdiff.progress import Callback
 
 
 def preview_file(pipe: Pipeline, path: Path, every: int, decoder: Path | None) -> Callback:
     """What writes previews to `path`, by the tiny decoder in that file or else by the model's VAE."""
-    from latentdiff.previews import PreviewFile, TinyDecoder
+    from latentdiff.cli.tiny_decoder import PreviewFile, TinyDecoder
 
     if decoder is None:
         return PreviewFile(path, pipe.decode, every=every)

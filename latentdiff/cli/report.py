@@ -14,6 +14,6 @@ def report(run: Path) -> None:
 
     A fine-tuning writes it at its end; this does it at any time, also while it runs. The file needs no network and no scripts.
     """
-    from latentdiff.finetuning.report import write_report
+    from latentdiff.training.finetuning.report import write_report
 
     click.echo(write_report(run))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from latentdiff.tasks.operators import Operator
+    from latentdiff.tasks.restoration.operators import Operator
 
 # Which options belong to which operators.
 OWNERS = {"mask": ("inpaint",), "factor": ("super-resolution",), "kernel": ("deblur", "super-resolution")}
@@ -162,7 +162,7 @@ def _blur(text: str) -> Tensor:
     import torch
 
     from latentdiff.image import as_8_bit, open_image
-    from latentdiff.tasks.operators import gaussian_blur, motion_blur
+    from latentdiff.tasks.restoration.operators import gaussian_blur, motion_blur
 
     shape, *numbers = text.split(":")
     if shape in ("gaussian", "motion") and numbers:

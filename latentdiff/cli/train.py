@@ -49,7 +49,7 @@ def _preview(settings: TrainingConfig) -> Callable[[Any, Path], None]:
     """Previews of a run: the first held-out captions, drawn by the pipeline that `generate` uses."""
     from latentdiff.image import contact_sheet, save_png
     from latentdiff.pipeline import Pipeline
-    from latentdiff.training.data import read_folder
+    from latentdiff.training.captioned_folder import read_folder
 
     prompts = read_folder(settings.data.validation, limit=PREVIEW_PICTURES).captions
 

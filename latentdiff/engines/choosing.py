@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from latentdiff.engines import Decoder, Example, Network
+from latentdiff.engines import Example
 from latentdiff.errors import UsageError
 from latentdiff.names import BACKEND_NAMES
-from latentdiff.unet import UNet
-from latentdiff.vae import VAE
+from latentdiff.networks.functions import Decoder, Network
+from latentdiff.networks.unet import UNet
+from latentdiff.networks.vae import VAE
 
 
 def engines_for(

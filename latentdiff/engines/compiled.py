@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.engines.cache import cache_folder
-from latentdiff.engines.graphs import GraphedFunction
+from latentdiff.engines.cuda_graphs import GraphedFunction
 from latentdiff.engines.standing_in import forms_in_force, plain_steps_in, refuse_gradients, state_of
 from latentdiff.errors import MissingDependencyError
-from latentdiff.layers.resnet import Downsample, ResnetBlock, Upsample
-from latentdiff.layers.transformer import Context, ProjectedContext, SpatialTransformer
-from latentdiff.unet import UNet
-from latentdiff.vae import VAE
+from latentdiff.networks.layers.resnet import Downsample, ResnetBlock, Upsample
+from latentdiff.networks.layers.transformer import Context, ProjectedContext, SpatialTransformer
+from latentdiff.networks.unet import UNet
+from latentdiff.networks.vae import VAE
 
 _NAME = "torch.compile"
 MAX_TRANSLATIONS = 128  # of one kind of block: channels in and out, times the sizes and batches that occur

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.attention.chunked import onednn_products
-from latentdiff.layers.resnet import ResnetBlock, Upsample
-from latentdiff.layers.transformer import FeedForward
+from latentdiff.networks.attention.chunked import onednn_products
+from latentdiff.networks.layers.resnet import ResnetBlock, Upsample
+from latentdiff.networks.layers.transformer import FeedForward
 
 MIN_ROWS = 16  # below, a product is bound by reading its weights, whoever computes it
 MAX_MAP = 512  # pixels of a batch, up to which a convolution is faster as one matrix product

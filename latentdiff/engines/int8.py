@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from latentdiff.engines.standing_in import forms_in_force, has_taps, refuse_gradients, state_of
 from latentdiff.errors import UsageError
-from latentdiff.layers.transformer import Context, FeedForward
-from latentdiff.unet import UNet
+from latentdiff.networks.layers.transformer import Context, FeedForward
+from latentdiff.networks.unet import UNet
 
 OUTER = 0.1  # share of the timesteps, at each end, that are computed in the U-Net's own precision
 TIMESTEPS = 1000

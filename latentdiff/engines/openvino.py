@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff import __version__
-from latentdiff.attention import use_attention_backend
 from latentdiff.device import in_float32
 from latentdiff.engines.cache import cache_folder
 from latentdiff.engines.standing_in import fingerprint, forms_in_force, plain_steps_in, refuse_gradients, state_of
 from latentdiff.errors import MissingDependencyError, UsageError
-from latentdiff.layers.transformer import Context, FeedForward, ProjectedContext
-from latentdiff.unet import UNet
-from latentdiff.vae import VAE
+from latentdiff.networks.attention import use_attention_backend
+from latentdiff.networks.layers.transformer import Context, FeedForward, ProjectedContext
+from latentdiff.networks.unet import UNet
+from latentdiff.networks.vae import VAE
 
 HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _NAME = "OpenVINO"

@@ -24,8 +24,8 @@ from latentdiff.engines import Example
 from latentdiff.engines.int8 import is_outer
 from latentdiff.engines.openvino import OpenVINONetwork, cached_model, convert, openvino_package, without_telemetry
 from latentdiff.errors import MissingDependencyError
-from latentdiff.layers.transformer import Context
-from latentdiff.unet import UNet
+from latentdiff.networks.layers.transformer import Context
+from latentdiff.networks.unet import UNet
 
 SMOOTH_PRODUCTS = 0.5  # share of the differences between channels that SmoothQuant moves from activations to weights
 SMOOTH_CONVOLUTIONS = 0.5

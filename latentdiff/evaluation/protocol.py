@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from PIL import Image
 from tqdm.auto import tqdm
 
-from latentdiff.embedded import embedded_judge
+from latentdiff.checkpoints.embedded import embedded_judge
 from latentdiff.errors import DataError, UsageError
 from latentdiff.evaluation.judge import Judge, Verdict
 from latentdiff.evaluation.prompts import TASKS, EvaluationPrompt

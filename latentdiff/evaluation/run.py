@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from latentdiff.embedded import embedded_judge
+from latentdiff.checkpoints.embedded import embedded_judge
 from latentdiff.errors import UsageError
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.prompts import EvaluationPrompt, read_prompts

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from latentdiff.config import UNetConfig, VAEConfig
 from latentdiff.memory.streaming import block_bytes
+from latentdiff.networks.config import UNetConfig, VAEConfig
 
 TILE_OVERHEAD = 3  # float32 pictures of a tiled decode: the sum, its weights, and the tile
 _FEED_FORWARD = 18  # widths alive in a feed-forward: input, its norm, 8 inside, and 4 of the gate and 4 of the product

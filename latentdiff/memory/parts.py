@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from latentdiff.mapping import empty, fill, release
+from latentdiff.checkpoints.mapping import empty, fill, release
 from latentdiff.memory.available import trim
 
 

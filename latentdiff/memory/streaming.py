@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.layers.resnet import Downsample, ResnetBlock, Upsample
-from latentdiff.layers.transformer import SpatialTransformer
-from latentdiff.mapping import empty, placed, prefetch, put, release
+from latentdiff.checkpoints.mapping import empty, placed, prefetch, put, release
 from latentdiff.memory.available import trim
 from latentdiff.memory.parts import Part
+from latentdiff.networks.layers.resnet import Downsample, ResnetBlock, Upsample
+from latentdiff.networks.layers.transformer import SpatialTransformer
 
 _BLOCKS = (ResnetBlock, SpatialTransformer, Downsample, Upsample)
 # The text goes through these before the blocks run, once per prompt; they are small.

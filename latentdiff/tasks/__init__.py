@@ -9,13 +9,15 @@ from PIL import Image
 
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
-from latentdiff.tasks import editing, inpainting, interpolation, restoring, translation
+from latentdiff.tasks import editing, inpainting, interpolation, translation
 from latentdiff.tasks.editing import image_to_image as image_to_image
 from latentdiff.tasks.inpainting import inpaint as inpaint
 from latentdiff.tasks.interpolation import interpolate as interpolate
 from latentdiff.tasks.inversion import Inversion as Inversion
 from latentdiff.tasks.inversion import invert as invert
-from latentdiff.tasks.restoring import restore as restore
+from latentdiff.tasks.restoration import operators as operators
+from latentdiff.tasks.restoration import task as restoration
+from latentdiff.tasks.restoration.task import restore as restore
 from latentdiff.tasks.translation import translate as translate
 
 # (model, recipe, files of its sources by role) -> the picture once more, or the bytes of an animation; by the `task` that
@@ -24,6 +26,6 @@ TASKS: dict[str, Callable[[Pipeline, Recipe, Mapping[str, Path]], Image.Image | 
     editing.TASK: editing.again,
     inpainting.TASK: inpainting.again,
     interpolation.TASK: interpolation.again,
-    restoring.TASK: restoring.again,
+    restoration.TASK: restoration.again,
     translation.TASK: translation.again,
 }

@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
+from latentdiff.diffusion.latents import NoiseStream
 from latentdiff.errors import UsageError
 from latentdiff.image import as_rgb, to_pil, to_tensor
-from latentdiff.latents import NoiseStream
 from latentdiff.pipeline import Pipeline, Start
 from latentdiff.recipe import Recipe
 from latentdiff.request import Plan, Sampling

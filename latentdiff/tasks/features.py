@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.config import UNetConfig
+from latentdiff.diffusion.guidance import Model
+from latentdiff.diffusion.parameterization import Denoiser, Prediction
+from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
-from latentdiff.guidance import Model
-from latentdiff.layers.resnet import ResnetBlock
-from latentdiff.layers.transformer import SpatialTransformer
-from latentdiff.parameterization import Denoiser, Prediction
-from latentdiff.schedule import Level
-from latentdiff.taps import Tap, find_module
-from latentdiff.unet import UNet
+from latentdiff.networks.config import UNetConfig
+from latentdiff.networks.layers.resnet import ResnetBlock
+from latentdiff.networks.layers.transformer import SpatialTransformer
+from latentdiff.networks.taps import Tap, find_module
+from latentdiff.networks.unet import UNet
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
 from latentdiff.request import Plan, Sampling
 from latentdiff.tasks.editing import begin_at, following, with_recipes
+from latentdiff.tasks.inpainting_walk import painted, repeated
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert
 from latentdiff.tasks.masks import Box, composed, filled, prepared_mask, surroundings
-from latentdiff.tasks.painting import painted, repeated
 from latentdiff.tasks.sources import Picture, file_of, open_source, warn_if_large
 
 TASK = "inpaint"

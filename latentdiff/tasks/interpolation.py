@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentdiff.diffusion.latents import NoiseStream, start_noise
 from latentdiff.errors import UsageError
 from latentdiff.image import gif_of, to_pil
-from latentdiff.latents import NoiseStream, start_noise
 from latentdiff.pipeline import Pipeline, Start
 from latentdiff.recipe import Recipe, read_recipe
 from latentdiff.request import Sampling, latent_shape, seed_of_each

@@ -12,18 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.conditioning import TextContext, checked_model
 from latentdiff.device import explained_out_of_memory
+from latentdiff.diffusion.guidance import UNGUIDED, Guidance, blended_denoiser, guided_denoiser
+from latentdiff.diffusion.parameterization import Denoiser, parameterization
+from latentdiff.diffusion.progress import Callback, progress_bar
+from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
-from latentdiff.guidance import UNGUIDED, Guidance, blended_denoiser, guided_denoiser
 from latentdiff.image import to_pil
 from latentdiff.names import BLEND_NAMES, TRANSLATION_NAMES
-from latentdiff.parameterization import Denoiser, parameterization
+from latentdiff.networks.conditioning import TextContext
+from latentdiff.networks.functions import checked_model
 from latentdiff.pipeline import Pipeline
-from latentdiff.progress import Callback, progress_bar
 from latentdiff.recipe import Recipe
 from latentdiff.request import batches, make_guidance, one_per_picture
-from latentdiff.schedule import Level
 from latentdiff.tasks.features import PnPSpec, default_spec, replay, with_source_features
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert, null_text_denoiser, walk_down, with_null_text

@@ -1,7 +1,7 @@
 """Training from nothing: captioned folder -> VAE -> cached latents -> U-Net and text encoder -> model folder.
 
 config          the YAML of a run, validated
-data            captioned folders, decoded images (what fine-tuning reads is in `latentdiff.data`)
+data            captioned folders, decoded images (what fine-tuning reads is in `latentdiff.training.data`)
 loop            the one training loop; a `Task` says what is trained
 vae_stage       Task: images -> latents -> images
 latent_cache    latents of a data set as distributions, on disk

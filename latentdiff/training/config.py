@@ -22,8 +22,9 @@ from pydantic import (
     model_validator,
 )
 
-from latentdiff.config import ScheduleConfig, UNetConfig, VAEConfig
+from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.errors import ConfigError
+from latentdiff.networks.config import UNetConfig, VAEConfig
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latentdiff.attention import use_attention_backend
 from latentdiff.checkpoints.folder import read_tokenizer
 from latentdiff.checkpoints.tokenizer import open_tokenizer
-from latentdiff.data.randomness import SampleOrder, normal, uniform
+from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import CheckpointError, ConfigError
-from latentdiff.schedule import Schedule
-from latentdiff.tokenizer import Tokenizer
+from latentdiff.networks.attention import use_attention_backend
+from latentdiff.prompts.tokenizer import Tokenizer
+from latentdiff.training.captioned_folder import CaptionedFolder
 from latentdiff.training.config import DiffusionStageSection
-from latentdiff.training.data import CaptionedFolder
+from latentdiff.training.data.randomness import SampleOrder, normal, uniform
 from latentdiff.training.latent_cache import CachedLatents
 from latentdiff.training.objective import DiffusionObjective, draw_timesteps
 from latentdiff.training.optimizer import ParameterGroup

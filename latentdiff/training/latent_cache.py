@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from latentdiff.errors import NotFiniteError
 from latentdiff.files import atomic_path
-from latentdiff.training.data import CaptionedFolder
+from latentdiff.networks.vae import VAE
+from latentdiff.training.captioned_folder import CaptionedFolder
 from latentdiff.training.networks import encoder_hash
 from latentdiff.training.vae_stage import to_signed
-from latentdiff.vae import VAE
 
 _SHARD = 1024
 _BATCH = 32

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from latentdiff.attention.chunked import onednn_products
-from latentdiff.layers.resnet import ResnetBlock
-from latentdiff.layers.transformer import FeedForward
+from latentdiff.networks.attention.chunked import onednn_products
+from latentdiff.networks.layers.resnet import ResnetBlock
+from latentdiff.networks.layers.transformer import FeedForward
 
 # Up to so many pixels in a batch of maps, the gradient of a 3x3 kernel is one product with the pixels' surroundings: oneDNN's
 # own gradient is as fast for more, and up to eight times slower for the fewest.

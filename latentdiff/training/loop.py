@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latentdiff.errors import CheckpointError, ConfigError, DataError, LatentDiffError, NotFiniteError
+from latentdiff.training.captioned_folder import Prefetch
 from latentdiff.training.checkpoint import Checkpoint, check_space, load_checkpoint, newest_checkpoint, save_checkpoint
 from latentdiff.training.config import StageSection
-from latentdiff.training.data import Prefetch
 from latentdiff.training.ema import EMA
 from latentdiff.training.journal import Journal, Window, peak_memory
 from latentdiff.training.optimizer import (
@@ -31,7 +31,7 @@ from latentdiff.training.optimizer import (
     set_learning_rate,
 )
 from latentdiff.training.sharding import is_sharding, own_part, part_of, shard, synchronise, whole, wholes
-from latentdiff.training.signals import StopSignals
+from latentdiff.training.stop_signals import StopSignals
 from latentdiff.training.task import Task
 
 # They change the parameters that the optimizer and the averages were made of, which would then train nothing.

@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from latentdiff.checkpoints.files import read_tensors
-from latentdiff.config import UNetConfig, VAEConfig
-from latentdiff.data.randomness import torch_seed
 from latentdiff.errors import CheckpointError
 from latentdiff.files import atomic_path
-from latentdiff.text_encoder import TextEncoder
+from latentdiff.networks.config import UNetConfig, VAEConfig
+from latentdiff.networks.text_encoder import TextEncoder
+from latentdiff.networks.unet import UNet
+from latentdiff.networks.vae import VAE
 from latentdiff.training.config import TextEncoderSection
-from latentdiff.unet import UNet
-from latentdiff.vae import VAE
+from latentdiff.training.data.randomness import torch_seed
 
 _Network = TypeVar("_Network", bound=nn.Module)
 

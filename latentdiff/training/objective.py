@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latentdiff.data.randomness import Key, uniform
-from latentdiff.parameterization import min_snr_weight, training_target
-from latentdiff.schedule import Schedule
+from latentdiff.diffusion.parameterization import min_snr_weight, training_target
+from latentdiff.diffusion.schedule import Schedule
+from latentdiff.training.data.randomness import Key, uniform
 
 
 class DiffusionObjective(nn.Module):

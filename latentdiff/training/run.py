@@ -14,21 +14,21 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 
-from latentdiff.checkpoints import Components, save_folder
+from latentdiff.checkpoints.components import Components, save_folder
+from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.files import atomic_path
-from latentdiff.schedule import Schedule
-from latentdiff.text_encoder import TextEncoder
+from latentdiff.networks.text_encoder import TextEncoder
+from latentdiff.networks.unet import UNet
+from latentdiff.networks.vae import VAE
+from latentdiff.training.captioned_folder import CaptionedFolder, decoded_images, read_folder
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
 from latentdiff.training.config import StageSection, TrainingConfig, VAEStageSection, dump_config
-from latentdiff.training.data import CaptionedFolder, decoded_images, read_folder
 from latentdiff.training.diffusion_stage import DiffusionTask, load_tokenizer, tokenize
 from latentdiff.training.latent_cache import cached_latents
 from latentdiff.training.loop import Trainer
 from latentdiff.training.networks import load_vae, new_text_encoder, new_unet, save_vae, seeded
 from latentdiff.training.vae_stage import VAETask, measure_scaling_factor
-from latentdiff.unet import UNet
-from latentdiff.vae import VAE
 
 STAGES = ("vae", "decoder", "diffusion")
 

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from latentdiff.layers.resnet import ResnetBlock
-from latentdiff.layers.transformer import SpatialTransformer
+from latentdiff.networks.layers.resnet import ResnetBlock
+from latentdiff.networks.layers.transformer import SpatialTransformer
 
 # What is gathered for its forward pass and let go after it; the rest of a network is gathered as one.
 _BLOCKS = (ResnetBlock, SpatialTransformer)

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from latentdiff.data.randomness import SampleOrder, normal, uniform
 from latentdiff.errors import ConfigError
 from latentdiff.files import atomic_path
+from latentdiff.networks.vae import VAE
+from latentdiff.training.captioned_folder import CaptionedFolder
 from latentdiff.training.config import VAEStageSection
-from latentdiff.training.data import CaptionedFolder
+from latentdiff.training.data.randomness import SampleOrder, normal, uniform
 from latentdiff.training.optimizer import ParameterGroup
 from latentdiff.training.task import Task
-from latentdiff.vae import VAE
 
 # Images over which the standard deviation of the latents is measured.
 _SCALE_IMAGES = 2000

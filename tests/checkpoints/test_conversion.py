@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentdiff.checkpoints import convert, load_components
+from latentdiff.checkpoints.components import load_components
+from latentdiff.checkpoints.conversion import convert
 from latentdiff.checkpoints.files import read_tensors
 from latentdiff.errors import CheckpointError, UsageError
 from tests import tiny

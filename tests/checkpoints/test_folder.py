@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from latentdiff.checkpoints import Components, load_components, save_folder
+from latentdiff.checkpoints.components import Components, load_components, save_folder
 from latentdiff.checkpoints.folder import read_folder, weight_files
+from latentdiff.checkpoints.layout import PARTS
 from latentdiff.checkpoints.modules import build_module, parse_config
 from latentdiff.errors import CheckpointError, ConfigError, LatentDiffError
-from latentdiff.layout import PARTS
 from tests import tiny
 
 FOLDERS = pytest.mark.parametrize("folder", [tiny.sd1_folder, tiny.sd2_folder, tiny.inpaint_folder])

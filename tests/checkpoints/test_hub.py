@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from latentdiff.checkpoints import hub, load_components
+from latentdiff.checkpoints import hub
+from latentdiff.checkpoints.components import load_components
 from latentdiff.errors import CheckpointError
 from tests import tiny
 from tests.checkpoints.test_folder import shard

@@ -11,8 +11,10 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
-from latentdiff.checkpoints import convert, inspect, load_components
-from latentdiff.embedded import embedded_model
+from latentdiff.checkpoints.components import load_components
+from latentdiff.checkpoints.conversion import convert
+from latentdiff.checkpoints.embedded import embedded_model
+from latentdiff.checkpoints.inspection import inspect
 from latentdiff.errors import CheckpointError
 from tests import tiny
 from tests.checkpoints import compvis

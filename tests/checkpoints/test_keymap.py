@@ -12,8 +12,8 @@ from latentdiff.checkpoints.infer import infer_configs, infer_unet, infer_vae
 from latentdiff.checkpoints.keymap import KeyMap, compare
 from latentdiff.checkpoints.modules import expected_shapes
 from latentdiff.checkpoints.original import layouts
-from latentdiff.config import UNetConfig, VAEConfig
 from latentdiff.errors import CheckpointError
+from latentdiff.networks.config import UNetConfig, VAEConfig
 from tests.checkpoints import compvis
 
 # As published beside the weights (unet/config.json, vae/config.json, text_encoder/config.json).

@@ -11,7 +11,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from latentdiff.checkpoints import convert, load_components
+from latentdiff.checkpoints.components import load_components
+from latentdiff.checkpoints.conversion import convert
 from latentdiff.checkpoints.files import read_tensors
 from latentdiff.checkpoints.original import read_original
 from latentdiff.checkpoints.prediction import probe_prediction_type

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentdiff.data.transforms import prepare
+from latentdiff.training.data.transforms import prepare
 from tests import peers
-from tests.data.build import encoded, jsonl_folder, picture, shard
+from tests.training.data.build import encoded, jsonl_folder, picture, shard
 
 SIZE = (80, 64)
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from latentdiff.cli.generate import generate as generate_command
+from latentdiff.cli.tiny_decoder import TinyDecoder
 from latentdiff.image import open_image
-from latentdiff.previews import TinyDecoder
 from latentdiff.recipe import read_recipe
 from latentdiff.request import FAST
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentdiff.diffusion.latents import start_noise
 from latentdiff.image import open_image
-from latentdiff.latents import start_noise
 from latentdiff.recipe import read_recipe
 from tests import peers
 from tests.cli.conftest import files
@@ -80,7 +80,7 @@ def test_pictures_of_several_prompts(generate, workplace):
     [("", "picture-0"), ("!?", "picture-0"), ("../../etc/passwd", "etc-passwd-0"), ("Eine Füchsin, 狐!", "eine-füchsin-狐-0"),
      ("狐" * 300, "狐" * 33 + "-0"), ("a" * 300, "a" * 100 + "-0")],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore::latentdiff.prompt.PromptWarning")
+@pytest.mark.filterwarnings("ignore::latentdiff.prompts.tokenize.PromptWarning")
 def test_names_are_safe(generate, workplace, prompt, name):
     assert generate(prompt, "--seed", 0, "--steps", 1).code == 0
     assert files(workplace) == [f"pictures/{name}.png"]

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from latentdiff.adapters.lora import lora_metadata, save_lora
 from latentdiff.image import open_image
-from latentdiff.lora import lora_metadata, save_lora
 from latentdiff.recipe import read_recipe
 from tests import peers
+from tests.adapters.lora.conftest import make, our_outputs
 from tests.cli.conftest import files
-from tests.lora.conftest import make, our_outputs
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_merge(command, sd1, loras, pipe):
 
     from diffusers import StableDiffusionPipeline
 
-    from tests.lora.conftest import their_outputs
+    from tests.adapters.lora.conftest import their_outputs
 
     merged = StableDiffusionPipeline.from_pretrained("merged", safety_checker=None)
     for a, b in zip(our_outputs(pipe), their_outputs(merged), strict=True):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import latentdiff
 from latentdiff import Pipeline
-from latentdiff.checkpoints import convert
+from latentdiff.checkpoints.conversion import convert
 from latentdiff.checkpoints.files import read_tensors
 from tests import peers
 from tests.cli.conftest import files
@@ -60,7 +60,7 @@ def test_unreadable_file_is_one_line(command, monkeypatch):
     def fail(source):
         raise PermissionError(13, "Permission denied", source)
 
-    monkeypatch.setattr("latentdiff.checkpoints.inspect", fail)
+    monkeypatch.setattr("latentdiff.checkpoints.inspection.inspect", fail)
     done = command("inspect", "model.ckpt")
     assert (done.code, done.err) == (1, "error: [Errno 13] Permission denied: 'model.ckpt'\n")
 
@@ -126,8 +126,8 @@ def test_convert_failures_leave_nothing(command, sd1, workplace):
 
 
 def test_train_hands_over_and_draws_previews(command, workplace, monkeypatch):
+    import latentdiff.training.captioned_folder
     import latentdiff.training.config
-    import latentdiff.training.data
     import latentdiff.training.run
 
     seen = {}
@@ -151,9 +151,8 @@ def test_train_hands_over_and_draws_previews(command, workplace, monkeypatch):
 
     monkeypatch.setattr(latentdiff.training.config, "load_config", load_config)
     monkeypatch.setattr(latentdiff.training.run, "train", train)
-    monkeypatch.setattr(
-        latentdiff.training.data, "read_folder", lambda folder, limit: types.SimpleNamespace(captions=["cat", "dog"])
-    )
+    folder = types.SimpleNamespace(captions=["cat", "dog"])
+    monkeypatch.setattr(latentdiff.training.captioned_folder, "read_folder", lambda path, limit: folder)
     done = command("train", "a.yaml", "--set", "seed=3", "--out", "runs/y", "--stage", "vae")
     assert (done.code, done.out) == (0, "runs/x/model\n")
     assert seen["config"] == (Path("a.yaml"), ["seed=3", "run=runs/y"])

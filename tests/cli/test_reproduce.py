@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from latentdiff import Pipeline
+from latentdiff.diffusion.latents import start_noise
 from latentdiff.image import open_image, save_png
-from latentdiff.latents import start_noise
 from tests import peers
 from tests.cli.conftest import files, load
 

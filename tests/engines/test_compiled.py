@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from latentdiff import Pipeline
-from latentdiff.engines import compiled, graphs
+from latentdiff.engines import compiled
+from latentdiff.engines import cuda_graphs as graphs
 from latentdiff.engines.compiled import CompiledDecoder, CompiledNetwork, check_compiler
-from latentdiff.engines.graphs import GraphedFunction
+from latentdiff.engines.cuda_graphs import GraphedFunction
 from latentdiff.errors import MissingDependencyError, UsageError
-from latentdiff.taps import Tap
+from latentdiff.networks.taps import Tap
 from tests import peers
 
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from latentdiff.attention.chunked import onednn_products
-from latentdiff.config import UNetConfig, VAEConfig
+from latentdiff.adapters.lora import LoRA, LoRASpec
 from latentdiff.engines import cpu
-from latentdiff.layers.resnet import ResnetBlock, Upsample
-from latentdiff.layers.transformer import FeedForward
-from latentdiff.lora import LoRA, LoRASpec
-from latentdiff.taps import Tap
-from latentdiff.unet import UNet
-from latentdiff.vae import VAE
+from latentdiff.networks.attention.chunked import onednn_products
+from latentdiff.networks.config import UNetConfig, VAEConfig
+from latentdiff.networks.layers.resnet import ResnetBlock, Upsample
+from latentdiff.networks.layers.transformer import FeedForward
+from latentdiff.networks.taps import Tap
+from latentdiff.networks.unet import UNet
+from latentdiff.networks.vae import VAE
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not onednn_products(), reason="torch without oneDNN's products")

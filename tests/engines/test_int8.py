@@ -11,8 +11,8 @@ from latentdiff import Pipeline
 from latentdiff.engines import int8
 from latentdiff.engines.int8 import Int8Network, is_outer
 from latentdiff.errors import UsageError
-from latentdiff.layers.transformer import FeedForward
-from latentdiff.taps import Tap
+from latentdiff.networks.layers.transformer import FeedForward
+from latentdiff.networks.taps import Tap
 
 pytestmark = pytest.mark.skipif(not int8.int8_is_possible(), reason="needs a CPU with VNNI instructions")
 

@@ -11,7 +11,7 @@ from latentdiff import Pipeline
 from latentdiff.engines import openvino as engine
 from latentdiff.engines.openvino import OpenVINODecoder, OpenVINONetwork
 from latentdiff.errors import MissingDependencyError, UsageError
-from latentdiff.taps import Tap
+from latentdiff.networks.taps import Tap
 from tests import peers
 
 pytest.importorskip("openvino")

@@ -14,7 +14,7 @@ from latentdiff.engines import openvino_int8 as engine
 from latentdiff.engines.int8 import is_outer
 from latentdiff.engines.openvino_int8 import OpenVINOInt8Network
 from latentdiff.errors import MissingDependencyError
-from latentdiff.taps import Tap
+from latentdiff.networks.taps import Tap
 from tests import peers
 
 pytest.importorskip("openvino")

@@ -10,13 +10,13 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from latentdiff.adapters.lora import LoRA, LoRASpec, save_lora
 from latentdiff.cli.evaluate import evaluate as command
 from latentdiff.errors import DataError, UsageError
 from latentdiff.evaluation import run
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.prompts import TASKS, EvaluationPrompt, read_prompts
 from latentdiff.evaluation.protocol import evaluate
-from latentdiff.lora import LoRA, LoRASpec, save_lora
 from latentdiff.recipe import read_recipe
 from tests import peers
 from tests.scenes import JUDGE, font, make_scenes, scene_language

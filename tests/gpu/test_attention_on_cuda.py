@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from latentdiff.attention import attention, use_attention_backend
+from latentdiff.networks.attention import attention, use_attention_backend
 
 pytestmark = [
     pytest.mark.gpu,

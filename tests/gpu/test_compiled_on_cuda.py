@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latentdiff import Pipeline
-from latentdiff.engines.graphs import GraphedFunction
+from latentdiff.engines.cuda_graphs import GraphedFunction
 from latentdiff.errors import NotFiniteError
 from tests import tiny
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from latentdiff.attention import use_attention_backend
-from latentdiff.config import UNetConfig, VAEConfig
 from latentdiff.engines.cpu import accelerate
 from latentdiff.memory.available import trim
 from latentdiff.memory.estimate import _SLACK, Job, Weights, advice, decoding_bytes, denoising_bytes, needed, weight_bytes
-from latentdiff.unet import UNet
-from latentdiff.vae import VAE
+from latentdiff.networks.attention import use_attention_backend
+from latentdiff.networks.config import UNetConfig, VAEConfig
+from latentdiff.networks.unet import UNet
+from latentdiff.networks.vae import VAE
 
 WIDTHS = (64, 128, 128, 128)
 UNET = UNetConfig.from_diffusers(

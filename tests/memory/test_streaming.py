@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff import Pipeline
+from latentdiff.adapters.lora.adapter import LoRA
+from latentdiff.adapters.lora.spec import LoRASpec
 from latentdiff.device import PrecisionWarning
 from latentdiff.errors import UsageError
-from latentdiff.layers.resnet import ResnetBlock
-from latentdiff.layers.transformer import SpatialTransformer
-from latentdiff.lora.adapter import LoRA
-from latentdiff.lora.spec import LoRASpec
 from latentdiff.memory.streaming import StreamedPart, block_bytes
+from latentdiff.networks.layers.resnet import ResnetBlock
+from latentdiff.networks.layers.transformer import SpatialTransformer
 from tests import peers
 
 

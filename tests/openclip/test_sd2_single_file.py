@@ -12,7 +12,8 @@ from torch import nn
 
 open_clip = pytest.importorskip("open_clip", reason="needs the extra openclip")
 
-from latentdiff.checkpoints import convert, load_components  # noqa: E402
+from latentdiff.checkpoints.components import load_components  # noqa: E402
+from latentdiff.checkpoints.conversion import convert  # noqa: E402
 from tests import tiny  # noqa: E402
 
 TEXT = "cond_stage_model.model."

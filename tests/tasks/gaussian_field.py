@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentdiff.denoise import Noise, Step
-from latentdiff.parameterization import Denoiser, Prediction
-from latentdiff.schedule import Level, posterior_variance
-from latentdiff.tasks.operators import Operator
+from latentdiff.diffusion.denoise import Noise, Step
+from latentdiff.diffusion.parameterization import Denoiser, Prediction
+from latentdiff.diffusion.schedule import Level, posterior_variance
+from latentdiff.tasks.restoration.operators import Operator
 
 SHAPE = (1, 2, 3)
 SIZE = math.prod(SHAPE)

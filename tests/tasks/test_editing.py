@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentdiff.diffusion.progress import Cancelled
 from latentdiff.errors import DataError, UsageError
 from latentdiff.image import save_png, to_pil, to_tensor
-from latentdiff.progress import Cancelled
 from latentdiff.recipe import read_recipe
 from latentdiff.tasks import TASKS, image_to_image
 from tests import peers

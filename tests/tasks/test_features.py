@@ -8,18 +8,19 @@ from itertools import pairwise
 import pytest
 import torch
 
-from latentdiff.attention import attention
-from latentdiff.config import ScheduleConfig, UNetConfig
-from latentdiff.denoise import denoise
+from latentdiff.diffusion.config import ScheduleConfig
+from latentdiff.diffusion.denoise import denoise
+from latentdiff.diffusion.guidance import UNGUIDED, Guidance, blended_denoiser, guided_denoiser
+from latentdiff.diffusion.parameterization import parameterization
+from latentdiff.diffusion.samplers import ddim
+from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import UsageError
-from latentdiff.guidance import UNGUIDED, Guidance, blended_denoiser, guided_denoiser
-from latentdiff.layers import transformer
-from latentdiff.parameterization import parameterization
-from latentdiff.samplers import ddim
-from latentdiff.schedule import Schedule
-from latentdiff.taps import Tap
+from latentdiff.networks.attention import attention
+from latentdiff.networks.config import UNetConfig
+from latentdiff.networks.layers import transformer
+from latentdiff.networks.taps import Tap
+from latentdiff.networks.unet import UNet
 from latentdiff.tasks.features import PnPSpec, default_spec, replay, with_source_features
-from latentdiff.unet import UNet
 from tests.analytic import sample
 from tests.tiny import randomize
 

@@ -17,10 +17,10 @@ from latentdiff.image import save_png, to_pil, to_tensor
 from latentdiff.recipe import read_recipe
 from latentdiff.request import Sampling
 from latentdiff.tasks import TASKS, image_to_image, inpaint
+from latentdiff.tasks.inpainting_walk import starts_on_trajectory
 from latentdiff.tasks.inversion import Inversion, invert, reconstruct
 from latentdiff.tasks.inversion.artefact import psnr
 from latentdiff.tasks.masks import latent_mask
-from latentdiff.tasks.painting import starts_on_trajectory
 from tests import peers
 from tests.tasks.pictures import apart, mask, picture, pixels
 

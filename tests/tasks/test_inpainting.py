@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
+from latentdiff.diffusion.progress import Cancelled
+from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.image import save_png
-from latentdiff.progress import Cancelled
 from latentdiff.recipe import read_recipe
-from latentdiff.schedule import Level
 from latentdiff.tasks import TASKS, inpaint
+from latentdiff.tasks.inpainting_walk import down_or_up
 from latentdiff.tasks.masks import filled, latent_mask
-from latentdiff.tasks.painting import down_or_up
 from tests import peers
 from tests.tasks.pictures import SCHEDULERS, apart, in_diffusers, mask, picture, pixels
 

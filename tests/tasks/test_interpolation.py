@@ -5,8 +5,8 @@ from functools import cache
 import pytest
 import torch
 
+from latentdiff.diffusion.progress import Cancelled
 from latentdiff.errors import DataError, UsageError
-from latentdiff.progress import Cancelled
 from latentdiff.recipe import Recipe, read_recipe
 from latentdiff.tasks import TASKS, interpolate
 from latentdiff.tasks.interpolation import slerp

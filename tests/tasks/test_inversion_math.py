@@ -9,13 +9,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from latentdiff.config import ScheduleConfig
-from latentdiff.denoise import denoise
+from latentdiff.diffusion.config import ScheduleConfig
+from latentdiff.diffusion.denoise import denoise
+from latentdiff.diffusion.guidance import Guidance
+from latentdiff.diffusion.parameterization import Prediction, parameterization
+from latentdiff.diffusion.samplers import ddim
+from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import UsageError
-from latentdiff.guidance import Guidance
-from latentdiff.parameterization import Prediction, parameterization
-from latentdiff.samplers import ddim
-from latentdiff.schedule import Schedule
 from latentdiff.tasks.inversion import edict
 from latentdiff.tasks.inversion.ddim import coefficients, high_step, low_step
 from latentdiff.tasks.inversion.direct import on_pivots

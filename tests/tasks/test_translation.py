@@ -12,10 +12,10 @@ from diffusers import DDIMInverseScheduler
 from PIL import Image
 from safetensors.torch import save_file
 
+from latentdiff.diffusion.progress import Cancelled
 from latentdiff.errors import CheckpointError, DataError, UsageError
 from latentdiff.image import to_tensor
 from latentdiff.names import INVERSION_NAMES, TRANSLATION_NAMES
-from latentdiff.progress import Cancelled
 from latentdiff.recipe import read_recipe
 from latentdiff.tasks.features import PnPSpec
 from latentdiff.tasks.inversion import Inversion, invert, reconstruct

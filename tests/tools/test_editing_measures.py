@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from latentdiff.embedded import embedded_judge
+from latentdiff.checkpoints.embedded import embedded_judge
 from latentdiff.errors import DataError
 from latentdiff.evaluation.judge import Judge
 from tests.scenes import font, make_scenes  # puts tools/ on the path

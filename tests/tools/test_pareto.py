@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from latentdiff.config import ScheduleConfig
+from latentdiff.diffusion.config import ScheduleConfig
+from latentdiff.diffusion.schedule import Schedule
 from latentdiff.request import FAST, Sampling
-from latentdiff.schedule import Schedule
 from tools import pareto
 
 SCHEDULE = Schedule(ScheduleConfig(set_alpha_to_one=True, timestep_spacing="trailing"))

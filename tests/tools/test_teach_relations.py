@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from latentdiff.embedded import embedded_model
-from latentdiff.text_encoder import TextEncoder
+from latentdiff.checkpoints.embedded import embedded_model
+from latentdiff.networks.text_encoder import TextEncoder
 from latentdiff.training.diffusion_stage import load_tokenizer
 from tests.scenes import scene_language
 

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import ConfigError
-from latentdiff.schedule import Schedule
+from latentdiff.training.captioned_folder import CaptionedFolder
 from latentdiff.training.config import DiffusionStageSection
-from latentdiff.training.data import CaptionedFolder
 from latentdiff.training.diffusion_stage import DiffusionTask, load_tokenizer, tokenize
 from latentdiff.training.latent_cache import CachedLatents
 from latentdiff.training.networks import new_text_encoder, new_unet

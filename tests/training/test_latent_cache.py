@@ -4,12 +4,12 @@ import torch
 from accelerate import Accelerator
 
 from latentdiff.errors import NotFiniteError
+from latentdiff.networks.vae import VAE
 from latentdiff.training import latent_cache as module
-from latentdiff.training.data import decoded_images, read_folder
+from latentdiff.training.captioned_folder import decoded_images, read_folder
 from latentdiff.training.latent_cache import cached_latents
 from latentdiff.training.networks import seeded
 from latentdiff.training.vae_stage import to_signed
-from latentdiff.vae import VAE
 from tests.training.build import RESOLUTION, captioned_folder, config
 
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from latentdiff.attention.chunked import onednn_products
-from latentdiff.config import UNetConfig
-from latentdiff.layers.resnet import ResnetBlock
-from latentdiff.layers.transformer import FeedForward
-from latentdiff.lora import LoRA, LoRASpec
-from latentdiff.taps import Tap
+from latentdiff.adapters.lora import LoRA, LoRASpec
+from latentdiff.networks.attention.chunked import onednn_products
+from latentdiff.networks.config import UNetConfig
+from latentdiff.networks.layers.resnet import ResnetBlock
+from latentdiff.networks.layers.transformer import FeedForward
+from latentdiff.networks.taps import Tap
+from latentdiff.networks.unet import UNet
 from latentdiff.training import lean
 from latentdiff.training.lean import lean_layers
-from latentdiff.unet import UNet
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not onednn_products(), reason="lean layers are for x86 processors")

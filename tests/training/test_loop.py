@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from latentdiff.data.randomness import normal
 from latentdiff.errors import CheckpointError, ConfigError, DataError, NotFiniteError
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
 from latentdiff.training.config import StageSection
+from latentdiff.training.data.randomness import normal
 from latentdiff.training.loop import Trainer, TrainingStopped
 from latentdiff.training.optimizer import ParameterGroup
 from latentdiff.training.task import Task

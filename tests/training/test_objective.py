@@ -4,8 +4,8 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from latentdiff.config import ScheduleConfig
-from latentdiff.schedule import Schedule
+from latentdiff.diffusion.config import ScheduleConfig
+from latentdiff.diffusion.schedule import Schedule
 from latentdiff.training.objective import DiffusionObjective, draw_timesteps
 
 TYPES = ("epsilon", "v_prediction", "sample")

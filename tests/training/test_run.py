@@ -16,7 +16,7 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from latentdiff.checkpoints import load_components
+from latentdiff.checkpoints.components import load_components
 from latentdiff.errors import CheckpointError, DataError, UsageError
 from latentdiff.training.__main__ import main
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint

@@ -5,11 +5,11 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetModel
 
 from latentdiff.errors import ConfigError
+from latentdiff.networks.vae import VAE
+from latentdiff.training.captioned_folder import CaptionedFolder
 from latentdiff.training.config import VAEStageSection
-from latentdiff.training.data import CaptionedFolder
 from latentdiff.training.networks import seeded
 from latentdiff.training.vae_stage import VAELoss, VAETask, measure_scaling_factor, to_bytes, to_signed
-from latentdiff.vae import VAE
 from tests.training.build import RESOLUTION, config
 
 

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import CheckpointError, DataError, UsageError
 from latentdiff.files import atomic_path
-from latentdiff.schedule import Level
 from latentdiff.tasks.sources import Picture, hash_of_file
 
 FORMAT = "latentdiff.inversion"

@@ -17,11 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from latentdiff.denoise import Noise, Step
+from latentdiff.diffusion.denoise import Noise, Step
+from latentdiff.diffusion.parameterization import Denoiser, Prediction
+from latentdiff.diffusion.samplers import ddim
+from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
-from latentdiff.parameterization import Denoiser, Prediction
-from latentdiff.samplers import ddim
-from latentdiff.schedule import Level
 
 # What the model predicts. The choice matters only where r is guessed; "v" also holds at levels without any signal.
 Quantity = Literal["eps", "v"]

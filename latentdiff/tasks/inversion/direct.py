@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from latentdiff.schedule import Level
+from latentdiff.diffusion.schedule import Level
 
 
 def on_pivots(levels: Sequence[Level], latents: Sequence[Tensor]) -> Callable[[Tensor, Level], Tensor]:

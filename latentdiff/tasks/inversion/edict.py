@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from latentdiff.denoise import Noise, Step
+from latentdiff.diffusion.denoise import Noise, Step
+from latentdiff.diffusion.parameterization import Denoiser
+from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
-from latentdiff.parameterization import Denoiser
-from latentdiff.schedule import Level
 from latentdiff.tasks.inversion.ddim import Quantity, coefficients, read
 
 

@@ -13,10 +13,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from latentdiff.denoise import DenoiseStep
-from latentdiff.guidance import Guidance
-from latentdiff.parameterization import Denoiser, Parameterization, Prediction
-from latentdiff.schedule import Level
+from latentdiff.diffusion.denoise import DenoiseStep
+from latentdiff.diffusion.guidance import Guidance
+from latentdiff.diffusion.parameterization import Denoiser, Parameterization, Prediction
+from latentdiff.diffusion.schedule import Level
 
 Predict = Callable[[Tensor], Prediction]  # of a null embedding
 

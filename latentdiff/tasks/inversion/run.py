@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from latentdiff.conditioning import TextContext, checked_model
-from latentdiff.denoise import Step, denoise
 from latentdiff.device import explained_out_of_memory
+from latentdiff.diffusion.denoise import Step, denoise
+from latentdiff.diffusion.guidance import UNGUIDED, Guidance, guided_denoiser
+from latentdiff.diffusion.parameterization import Denoiser, Prediction, parameterization
+from latentdiff.diffusion.progress import Callback, progress_bar, report
+from latentdiff.diffusion.samplers import SAMPLERS, ddim
+from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
-from latentdiff.guidance import UNGUIDED, Guidance, guided_denoiser
 from latentdiff.image import as_rgb, to_tensor
 from latentdiff.names import INVERSION_NAMES
-from latentdiff.parameterization import Denoiser, Prediction, parameterization
+from latentdiff.networks.conditioning import TextContext
+from latentdiff.networks.functions import checked_model
 from latentdiff.pipeline import Pipeline
-from latentdiff.progress import Callback, progress_bar, report
-from latentdiff.samplers import SAMPLERS, ddim
-from latentdiff.schedule import Level
 from latentdiff.tasks.inversion import edict
 from latentdiff.tasks.inversion.artefact import Inversion, psnr
 from latentdiff.tasks.inversion.ddim import Quantity, high_step, low_step, quantity_of

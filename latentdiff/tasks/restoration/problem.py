@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from latentdiff.denoise import Noise, Step
+from latentdiff.diffusion.denoise import Noise, Step
+from latentdiff.diffusion.schedule import Level, Schedule
 from latentdiff.errors import UsageError
-from latentdiff.schedule import Level, Schedule
-from latentdiff.tasks.operators import Operator, residual
-from latentdiff.tasks.operators.operator import per_image_norm
+from latentdiff.tasks.restoration.operators import Operator, residual
+from latentdiff.tasks.restoration.operators.operator import per_image_norm
 
 # The least noise that methods reckon with, as in the code of DiffPIR: none at all would leave nothing to the model.
 LEAST_NOISE = 1e-3

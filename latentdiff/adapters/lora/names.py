@@ -1,0 +1,75 @@
+"""What the LoRA files of the field call the layers of a model.
+
+Full names are ours: `unet.` or `text_encoder.` and the module's path, as in the files that PEFT and diffusers write. The files
+of kohya's tools, which the web UIs read, have underscores for dots, so that their names can only be read with the model at
+hand; some of them name the U-Net's layers as the original single-file layout does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from latentdiff.checkpoints.tables import unet_map
+from latentdiff.networks.config import UNetConfig
+from latentdiff.networks.text_encoder import PREFIX
+
+_KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+
+# "module.lora_down.weight" (kohya), "module.lora_A.weight" (PEFT), "module.lora.down.weight" (diffusers),
+# "module.lora_linear_layer.down.weight" (its text encoders), "attn1.processor.to_q_lora.down.weight" (its oldest files).
+_WEIGHT = re.compile(
+    r"(?P<module>.+?)(?P<old>_lora)?\."
+    r"(?:lora_(?P<side>down|up|A|B)(?:\.\w+)?|(?:lora\.|lora_linear_layer\.)?(?P<old_side>down|up))\.weight"
+)
+_SIDES = {"A": "down", "B": "up"}
+_OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def kohya_name(name: str) -> str:
+    """The layer's name in the files of kohya's tools: dots become underscores."""
+    part, _, path = name.partition(".")
+    return _KOHYA[part] + path.replace(".", "_")
+
+
+def read_key(key: str) -> tuple[str, str]:
+    """Split the name of a tensor into the name of a layer, in whichever dialect, and a role.
+
+    Roles are "down", "up" and "alpha"; of other tensors, which are no plain LoRA, the last part of the name.
+    """
+    key = key.replace(".processor.", ".")
+    if match := _WEIGHT.fullmatch(key):
+        side = match["side"] or match["old_side"]
+        module = _modern(match["module"]) if match["old"] else match["module"]
+        return module, _SIDES.get(side, side)
+    module, _, role = key.partition(".") if key.startswith("lora_") else key.rpartition(".")
+    return module, role
+
+
+def _modern(module: str) -> str:
+    """Where the oldest files name an attention's output and a text encoder's projections in their own way."""
+    head, _, leaf = module.rpartition(".")
+    if head.endswith(".self_attn"):
+        return f"{head}.{_OLD_TEXT.get(leaf, leaf)}"
+    return f"{head}.to_out.0" if leaf == "to_out" else module
+
+
+def all_names(names: Iterable[str], config: UNetConfig) -> dict[str, str]:
+    """Full names by everything that files call these layers, full names included."""
+    original = unet_map(config)
+    known: dict[str, str] = {}
+    for name in names:
+        part, _, path = name.partition(".")
+        paths = [path] if part == "unet" else [path, path.removeprefix(PREFIX)]
+        for other in paths:
+            known |= dict.fromkeys((f"{part}.{other}", other, f"base_model.model.{other}"), name)
+            known[_KOHYA[part] + _flat(other)] = name
+            if part == "text_encoder":
+                known[f"lora_te1_{_flat(other)}"] = name
+        if part == "unet" and (theirs := original.to_theirs(path)):
+            known[_KOHYA[part] + _flat(theirs)] = name
+    return known
+
+
+def _flat(path: str) -> str:
+    return path.replace(".", "_")

@@ -1,0 +1,64 @@
+"""The configuration of a noise schedule, read from and written to diffusers' `scheduler_config.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from latentdiff.errors import ConfigError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The noise schedule and what the U-Net predicts. The defaults are those of Stable Diffusion 1.5."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    prediction_type: str = "epsilon"
+    timestep_spacing: str | None = None  # leading, trailing or linspace; None: what is customary for each sampler
+    steps_offset: int = 1  # added to every timestep of the leading spacing
+    set_alpha_to_one: bool = False  # clean end: alpha_cumprod 1 (True) or that of timestep 0 (False, Stable Diffusion)
+    rescale_betas_zero_snr: bool = False  # Lin et al. 2023: the last timestep holds no signal at all
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("beta_schedule", BETA_SCHEDULES),
+            ("prediction_type", PREDICTION_TYPES),
+            ("timestep_spacing", (*TIMESTEP_SPACINGS, None)),
+        ):
+            if getattr(self, name) not in choices:
+                expected = ", ".join(map(str, choices))
+                raise ConfigError(f"schedule {name} must be one of {expected}, found {getattr(self, name)!r}")
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> Self:
+        """Read a `scheduler_config.json`, whichever scheduler class wrote it; keys of a single sampler are not ours.
+
+        Raises:
+            ConfigError: the noise schedule is one that cannot be reproduced here.
+        """
+        if config.get("trained_betas") is not None:
+            raise ConfigError("schedule with trained_betas is not supported; expected beta_start, beta_end and beta_schedule")
+        # What diffusers' DDIMScheduler assumes where a file is silent.
+        silent = {
+            "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "steps_offset": 0, "set_alpha_to_one": True,
+        }  # fmt: skip
+        return cls(**known_entries(cls, config, silent))
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The `scheduler_config.json` from which diffusers builds a DDIMScheduler with the same schedule."""
+        fields = {name: value for name in self.__dataclass_fields__ if (value := getattr(self, name)) is not None}
+        return {"_class_name": "DDIMScheduler", "clip_sample": False, **fields}
+
+
+def known_entries(cls: type, config: Mapping[str, Any], silent: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `config` that are fields of `cls`; `silent` holds what diffusers assumes for missing ones."""
+    values = {**silent, **{key: value for key, value in config.items() if value is not None}}
+    return {key: value for key, value in values.items() if key in cls.__dataclass_fields__}

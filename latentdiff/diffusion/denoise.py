@@ -1,0 +1,106 @@
+"""The denoising loop: one for all samplers, and a generator, so that progress, previews and cancelling need no callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.parameterization import Denoiser, Prediction
+from latentdiff.diffusion.schedule import Level
+from latentdiff.errors import NotFiniteError, UsageError
+
+# () -> unit normal noise (N, C, h, w); a `NoiseStream`. Only stochastic steps call it.
+Noise = Callable[[], Tensor]
+
+# (denoiser, x, level, next_level, state, noise) -> (x at next_level, state). Pure; the first state is None.
+Step = Callable[[Denoiser, Tensor, Level, Level, Any, Noise], tuple[Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class DenoiseStep:
+    """What one step did."""
+
+    index: int  # 0 … steps - 1
+    steps: int
+    level: Level  # where the step began and the prediction was made
+    next_level: Level
+    x: Tensor  # (N, C, h, w), at next_level
+    prediction: Prediction  # its x0 is the preview
+
+
+def denoise(
+    denoiser: Denoiser,
+    x: Tensor,
+    levels: Sequence[Level],
+    step: Step,
+    *,
+    noise: Noise | None = None,
+    after_step: Callable[[Tensor, Level], Tensor] | None = None,
+) -> Iterator[DenoiseStep]:
+    """Walk `x` (N, C, h, w) from the first level to the last, one step per neighbouring pair; reversed levels walk up in noise.
+
+    Args:
+        noise: where stochastic steps draw from; samplers that are asked for randomness without it raise.
+        after_step: (x, next_level) -> x, for what has to hold after every step (known regions, say).
+
+    Raises:
+        NotFiniteError: the latents became NaN or infinite. On a GPU that is noticed one step later, so that the host need not
+            wait for each step, and at the last step at once.
+    """
+    last = _Remember(denoiser)
+    state = None
+    checks: list[_FiniteCheck] = []
+    for index, (level, next_level) in enumerate(pairwise(levels)):
+        x, state = step(last, x, level, next_level, state, noise or _no_noise)
+        if after_step is not None:
+            x = after_step(x, next_level)
+        checks.append(_FiniteCheck(x, f"step {index + 1} of {len(levels) - 1} (timestep {level.t:g})"))
+        may_wait = is_asynchronous(x.device) and index + 2 < len(levels)
+        while len(checks) > may_wait:
+            checks.pop(0).read()
+        yield DenoiseStep(index, len(levels) - 1, level, next_level, x, last.prediction)
+
+
+def is_asynchronous(device: torch.device) -> bool:
+    """Whether reading a number from `device` makes the host wait for all work that it was given."""
+    return device.type == "cuda"
+
+
+class _FiniteCheck:
+    """Whether latents are finite: asked at once, read later, without waiting for what the GPU was given since."""
+
+    def __init__(self, x: Tensor, where: str) -> None:
+        self._where, self._done = where, None
+        self._answer = torch.isfinite(x).all()
+        if x.device.type == "cuda":
+            self._answer = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(self._answer, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record(torch.cuda.current_stream(x.device))
+
+    def read(self) -> None:
+        if self._done is not None:
+            self._done.synchronize()
+        if not self._answer:
+            raise NotFiniteError(f"latents must stay finite, found NaN or infinity after {self._where}; use a higher precision")
+
+
+class _Remember:
+    """A denoiser that keeps its last prediction, for the loop to report."""
+
+    prediction: Prediction
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self._denoiser = denoiser
+
+    def __call__(self, x: Tensor, level: Level) -> Prediction:
+        self.prediction = self._denoiser(x, level)
+        return self.prediction
+
+
+def _no_noise() -> Tensor:
+    raise UsageError("this sampler draws noise at its steps; give denoise() a NoiseStream")

@@ -1,0 +1,129 @@
+"""Classifier-free guidance: from a model, a prompt and a negative prompt to a denoiser.
+
+Ho & Salimans 2022; the rescale is from Lin et al. 2023 (section 3.4), the interval from Kynkäänniemi et al. 2024.
+Nothing outside this file knows in which order the two halves of a guided batch stand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.parameterization import Denoiser, Parameterization, Prediction
+from latentdiff.diffusion.schedule import Level
+from latentdiff.errors import UsageError
+
+# (x (N, C, h, w), t, context of batch N) -> raw output (N, C, h, w). In a guided step N is twice the number of images.
+Model = Callable[[Tensor, float, Any], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """How strongly, and where, the prompt is emphasized over the negative prompt.
+
+    scale: 1 follows the prompt alone, more emphasizes it, 0 follows the negative prompt alone.
+    rescale: 0 to 1, how far the standard deviation of each image's prediction is brought back to that of the unguided one.
+    interval: the noise levels sigma_hat at which guidance acts, low < sigma_hat <= high. Outside, the prompt alone is followed.
+
+    Raises:
+        UsageError: a value outside its domain.
+    """
+
+    scale: float = 1.0
+    rescale: float = 0.0
+    interval: tuple[float, float] = (0.0, math.inf)
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise UsageError(f"guidance scale must be a finite number, found {self.scale}")
+        if not 0.0 <= self.rescale <= 1.0:
+            raise UsageError(f"guidance rescale must lie in 0 to 1, found {self.rescale}")
+        low, high = self.interval
+        if not 0.0 <= low < high:
+            raise UsageError(f"guidance interval must be two noise levels, 0 <= low < high, found {low} and {high}")
+
+    def acts_at(self, level: Level) -> bool:
+        """Whether the unconditional half is needed at `level`."""
+        low, high = self.interval
+        return self.scale != 1.0 and low < level.sigma_hat <= high
+
+    def combine(self, negative: Tensor, positive: Tensor) -> Tensor:
+        """The guided output from the two raw outputs, all (N, C, h, w)."""
+        guided = negative + self.scale * (positive - negative)
+        if self.rescale == 0.0:
+            return guided
+        image = tuple(range(1, guided.ndim))
+        ratio = positive.std(image, keepdim=True) / guided.std(image, keepdim=True)  # (N, 1, 1, 1)
+        return guided * (self.rescale * ratio + 1.0 - self.rescale)
+
+
+UNGUIDED = Guidance()
+
+
+def guided_denoiser(
+    model: Model,
+    parameterization: Parameterization,
+    context: Any,
+    negative_context: Any = None,
+    guidance: Guidance = UNGUIDED,
+) -> Denoiser:
+    """A denoiser that follows `context` and avoids `negative_context`.
+
+    Both halves go through the model as one batch of 2N where guidance acts, and only the N prompts elsewhere.
+
+    Args:
+        context, negative_context: of batch N; tensors (N, L, D), or a type that joins its instances with its own `cat`.
+
+    Raises:
+        UsageError: guidance was asked for without a negative context.
+    """
+    if guidance.scale == 1.0:
+        both = None
+    elif negative_context is None:
+        raise UsageError(f"guidance scale {guidance.scale} needs a negative context (the embedding of an empty prompt will do)")
+    else:
+        both = getattr(type(context), "cat", torch.cat)([negative_context, context])
+
+    def denoise(x: Tensor, level: Level) -> Prediction:
+        guided = guidance.acts_at(level)
+        if guided:
+            raw = guidance.combine(*model(torch.cat([x, x]), level.t, both).to(x.dtype).chunk(2))
+        else:
+            raw = model(x, level.t, context).to(x.dtype)
+        return parameterization(raw, x, level, guided=guided)
+
+    return denoise
+
+
+def blended_denoiser(
+    model: Model,
+    parameterization: Parameterization,
+    context: Any,
+    empty_context: Any,
+    negative_context: Any,
+    guidance: Guidance,
+    share_of_empty: Callable[[Level], float],
+) -> Denoiser:
+    """Like `guided_denoiser`, but guided away from a blend of the empty prompt, in the share that is said, and the negative.
+
+    Tumanyan et al. 2023 edit with it: the negative prompt says what the source shows, and acts more and more towards the end.
+    The three go through the model as one batch of 3N where guidance acts.
+    """
+    three = getattr(type(context), "cat", torch.cat)([empty_context, negative_context, context])
+
+    def denoise(x: Tensor, level: Level) -> Prediction:
+        guided = guidance.acts_at(level)
+        if guided:
+            empty, negative, positive = model(torch.cat([x, x, x]), level.t, three).to(x.dtype).chunk(3)
+            share = share_of_empty(level)
+            raw = guidance.combine(share * empty + (1.0 - share) * negative, positive)
+        else:
+            raw = model(x, level.t, context).to(x.dtype)
+        return parameterization(raw, x, level, guided=guided)
+
+    return denoise

@@ -1,0 +1,58 @@
+"""What a U-Net sees while it makes pictures: examples for engines that fit their number formats to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.diffusion.denoise import denoise
+from latentdiff.diffusion.guidance import Guidance, guided_denoiser
+from latentdiff.diffusion.latents import NoiseStream
+from latentdiff.diffusion.parameterization import parameterization
+from latentdiff.diffusion.samplers import get_sampler
+from latentdiff.diffusion.schedule import Schedule
+from latentdiff.engines import Example
+from latentdiff.networks.conditioning import TextContext
+from latentdiff.networks.functions import checked_model, embed_prompt
+from latentdiff.networks.layers.transformer import Context, ProjectedContext
+from latentdiff.networks.unet import UNet
+
+PROMPTS = ("a red circle left of a blue square", "a photograph of a cat on a sofa", "a lake in the mountains, oil painting")
+STEPS = 10
+GUIDANCE_SCALE = 5.0
+
+
+@torch.no_grad()
+def calibration_examples(
+    tokenizer: Any, text_encoder: nn.Module, unet: UNet, schedule: Schedule, latent_channels: int
+) -> list[Example]:
+    """The inputs (x (2, C, h, w), t, text) of every call while `unet` makes pictures of a few prompts with guidance.
+
+    The pictures have the size of the training, and always the same seeds.
+    """
+    guidance = Guidance(scale=GUIDANCE_SCALE)
+    sampler = get_sampler("ddim")
+    levels = sampler.levels(schedule, STEPS, "trailing")
+    device = next(unet.parameters()).device
+    side = unet.config.sample_size
+    examples: list[Example] = []
+
+    def recording(x: Tensor, t: Tensor | float, context: Context) -> Tensor:
+        projected = context if isinstance(context, ProjectedContext) else unet.project_context(context)
+        examples.append((x, float(t), projected))
+        return unet(x, t, context)
+
+    others = unet.config.in_channels - latent_channels  # of an inpainting model: a mask of all, and nothing outside of it
+    extra = torch.zeros(1, others, side, side, device=device) if others else None
+    if extra is not None:
+        extra[:, 0] = 1.0
+    negative, *texts = (TextContext.of(unet, embed_prompt(tokenizer, text_encoder, text, device)) for text in ("", *PROMPTS))
+    for seed, text in enumerate(texts):
+        noise = NoiseStream([seed], (latent_channels, side, side), device=device)
+        model = checked_model(recording, unet, levels, extra_channels=extra)
+        denoiser = guided_denoiser(model, parameterization(schedule.config.prediction_type), text, negative, guidance)
+        for _ in denoise(denoiser, sampler.start_scale(schedule, "trailing") * noise(), levels, sampler.step, noise=noise):
+            pass
+    return examples

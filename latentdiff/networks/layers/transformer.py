@@ -1,0 +1,146 @@
+"""The spatial transformer: attention among the pixels of a feature map and to the text (Rombach et al. 2022)."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentdiff.networks.attention import attention
+
+KeysValues = tuple[Tensor, Tensor]  # each (N, heads, S, d)
+
+
+class ProjectedContext(dict[nn.Module, KeysValues]):
+    """The text's keys and values for every cross-attention of one U-Net, made once per prompt by `UNet.project_context`."""
+
+    @classmethod
+    def cat(cls, contexts: list[Self]) -> Self:
+        """Join contexts of the same U-Net along the batch."""
+        first = contexts[0]
+        return cls(
+            {layer: tuple(torch.cat(parts) for parts in zip(*(c[layer] for c in contexts), strict=True)) for layer in first}
+        )
+
+
+Context = Tensor | ProjectedContext
+
+
+class Attention(nn.Module):
+    """Multi-head attention of a sequence to itself or to a context.
+
+    Args:
+        channels: width of the queries and of the output.
+        context_channels: width of the context.
+        heads: number of heads; divides `channels`.
+        bias: whether queries, keys and values have a bias (the autoencoder's do).
+        upcast: compute in float32, for models whose scores overflow float16.
+    """
+
+    def __init__(self, channels: int, context_channels: int, heads: int, *, bias: bool = False, upcast: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.upcast = upcast
+        self.to_q = nn.Linear(channels, channels, bias=bias)
+        self.to_k = nn.Linear(context_channels, channels, bias=bias)
+        self.to_v = nn.Linear(context_channels, channels, bias=bias)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """context (N, S, context_channels) -> keys and values (N, heads, S, d)."""
+        return self._split_heads(self.to_k(context)), self._split_heads(self.to_v(context))
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x (N, L, channels), context (N, S, context_channels) or projected -> (N, L, channels)."""
+        q = self._split_heads(self.to_q(x))
+        k, v = context[self] if isinstance(context, ProjectedContext) else self.keys_values(context)
+        out = attention(q.float(), k.float(), v.float()).to(q.dtype) if self.upcast else attention(q, k, v)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N, heads, L, d)
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by a second one through GELU (Shazeer 2020)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_channels, 2 * out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, in_channels) -> (N, L, out_channels)."""
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """The position-wise part of a transformer block, four times as wide inside."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # The identity keeps the place, and so the parameter names, of the dropout layer in the public layout.
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, C) -> (N, L, C)."""
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each normalised before and added to its input."""
+
+    def __init__(self, channels: int, context_channels: int, heads: int, *, upcast: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, channels, heads, upcast=upcast)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, context_channels, heads, upcast=upcast)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x (N, L, C) -> (N, L, C)."""
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the pixels of a feature map, as a residual.
+
+    The projections around it are 1x1 convolutions in Stable Diffusion 1.x and linear layers in 2.x: the same mathematics with
+    weights of another shape.
+    """
+
+    def __init__(
+        self, channels: int, context_channels: int, heads: int, *, groups: int, linear_projection: bool, upcast: bool
+    ) -> None:
+        super().__init__()
+        self.linear_projection = linear_projection
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_channels, heads, upcast=upcast)])
+        self.proj_out = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x (N, C, h, w) -> (N, C, h, w)."""
+        height, width = x.shape[-2:]
+        h = self.norm(x)
+        h = self.proj_in(_to_tokens(h)) if self.linear_projection else _to_tokens(self.proj_in(h))
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        if self.linear_projection:
+            return x + _to_map(self.proj_out(h), height, width)
+        return x + self.proj_out(_to_map(h, height, width))
+
+
+def _to_tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)  # (N, C, h, w) -> (N, h w, C)
+
+
+def _to_map(x: Tensor, height: int, width: int) -> Tensor:
+    return x.transpose(1, 2).unflatten(2, (height, width))  # (N, h w, C) -> (N, C, h, w)

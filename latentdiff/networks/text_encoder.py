@@ -1,0 +1,175 @@
+"""Token ids -> embeddings: the CLIP text encoder of SD 1.x and 2.x, or an OpenCLIP one (extra `openclip`).
+
+SD 1.x reads the last hidden state of CLIP ViT-L/14, SD 2.x the penultimate one of OpenCLIP ViT-H/14, both
+after the final layer norm. The diffusers layout stores the second as a CLIP whose last layer is cut off, so
+that both are "the last hidden state".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.errors import ConfigError, MissingDependencyError, UsageError
+from latentdiff.networks.layers.text_transformer import TextTransformer, TextTransformerConfig
+
+PREFIX = "text_model."
+
+
+class TextEncoder(nn.Module):
+    """CLIP text encoder (Radford et al. 2021), built from the `config.json` of a `text_encoder/` folder.
+
+    The names in `state_dict()` are those on disk, with the `text_model.` level. `load_state_dict` is strict, takes names with
+    and without that level, and ignores `position_ids`.
+
+    Args:
+        config: keys of transformers' CLIPTextConfig. Built under `torch.device("meta")` it takes no memory;
+            load with `load_state_dict(state, assign=True)` then.
+
+    Raises:
+        ConfigError: the configuration is not that of a CLIP text encoder.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        kind = config.get("model_type", "clip_text_model")
+        if kind not in ("clip_text_model", "clip"):
+            raise ConfigError(
+                f"expected the configuration of a CLIP text encoder, found model_type {kind!r}; use an SD 1.x or 2.x model"
+            )
+        self.config = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **config}
+        self.text_model = TextTransformer(TextTransformerConfig.of(config))
+        self.register_load_state_dict_pre_hook(_rename_for_loading)
+
+    @property
+    def context_length(self) -> int:
+        """The longest prompt in tokens, start and end marks included."""
+        return self.text_model.embeddings.position_embedding.weight.shape[0]
+
+    @property
+    def embedding_width(self) -> int:
+        """Channels of the embeddings; equals the U-Net's `cross_attention_dim`."""
+        return self.text_model.embeddings.token_embedding.weight.shape[1]
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Embed token ids (N, L), L at most `context_length`; return the last hidden state (N, L, C)."""
+        _check_length(token_ids, self.context_length)
+        return self.text_model(token_ids)  # (N, L, C)
+
+
+class OpenCLIPTextEncoder(nn.Module):
+    """The text tower of an OpenCLIP model, read at its penultimate layer as SD 2.x does (extra `openclip`).
+
+    The names in `state_dict()` are OpenCLIP's (`token_embedding.weight`, `transformer.resblocks.0...`).
+
+    Args:
+        architecture: a name that open_clip knows. SD 2.x uses "ViT-H-14".
+        skip_last: how many of the last layers are left out; 1 is the penultimate layer.
+
+    Raises:
+        MissingDependencyError: open_clip is not installed.
+        ConfigError: open_clip does not know the architecture, or its text tower is not a CLIP transformer.
+    """
+
+    def __init__(self, architecture: str = "ViT-H-14", skip_last: int = 1) -> None:
+        super().__init__()
+        open_clip = _import_open_clip()
+        from open_clip.transformer import TextTransformer
+
+        model_config = open_clip.get_model_config(architecture)
+        if model_config is None or "layers" not in model_config.get("text_cfg", {}):
+            raise ConfigError(f"open_clip has no CLIP text transformer called {architecture!r}; SD 2.x uses 'ViT-H-14'")
+        text = model_config["text_cfg"]
+        tower = TextTransformer(
+            context_length=text.get("context_length", 77),
+            vocab_size=text.get("vocab_size", 49408),
+            width=text["width"],
+            heads=text["heads"],
+            layers=text["layers"] - skip_last,
+            act_layer=open_clip.model.QuickGELU if model_config.get("quick_gelu") else nn.GELU,
+            output_dim=model_config["embed_dim"],
+        )
+        self.architecture, self.skip_last = architecture, skip_last
+        self.token_embedding = tower.token_embedding
+        self.positional_embedding = tower.positional_embedding
+        self.transformer = tower.transformer
+        self.ln_final = tower.ln_final
+        self.register_load_state_dict_pre_hook(_drop_unused_open_clip)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        architecture: str = "ViT-H-14",
+        pretrained: str = "laion2b_s32b_b79k",
+        skip_last: int = 1,
+    ) -> OpenCLIPTextEncoder:
+        """Load the text tower of `pretrained`: a tag of open_clip (downloaded unless cached) or a file."""
+        open_clip = _import_open_clip()
+        full = open_clip.create_model(architecture, pretrained=pretrained).state_dict()
+        encoder = cls(architecture, skip_last)
+        encoder.load_state_dict({name: full[name] for name in full if not name.startswith("visual.")})
+        return encoder
+
+    @property
+    def context_length(self) -> int:
+        """The longest prompt in tokens, start and end marks included."""
+        return self.positional_embedding.shape[0]
+
+    @property
+    def embedding_width(self) -> int:
+        """Channels of the embeddings; equals the U-Net's `cross_attention_dim`."""
+        return self.positional_embedding.shape[1]
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Embed token ids (N, L), padded with 0 as OpenCLIP does; return the hidden state (N, L, C)."""
+        _check_length(token_ids, self.context_length)
+        length = token_ids.shape[1]
+        x = self.token_embedding(token_ids)  # (N, L, C)
+        x = x + self.positional_embedding[:length].to(x.dtype)
+        causal = torch.full((length, length), float("-inf"), dtype=x.dtype, device=x.device).triu(1)  # (L, L)
+        return self.ln_final(self.transformer(x, attn_mask=causal))  # (N, L, C)
+
+
+def disk_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under their names on disk: with the `text_model.` level and without `position_ids`."""
+    return {
+        name if name.startswith(PREFIX) else PREFIX + name: value
+        for name, value in state.items()
+        if not name.endswith("position_ids")
+    }
+
+
+def _rename_for_loading(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Rename in place, below `prefix`: a TextEncoder may be part of a larger module."""
+    own = {name: state.pop(name) for name in list(state) if name.startswith(prefix)}
+    renamed = disk_names({name[len(prefix) :]: value for name, value in own.items()})
+    state.update({prefix + name: value for name, value in renamed.items()})
+
+
+def _drop_unused_open_clip(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Drop what the hidden state does not depend on: later layers and the projection to CLIP's space."""
+    layers = len(module.transformer.resblocks)
+    for name in list(state):
+        parts = name[len(prefix) :].split(".")
+        later_layer = parts[:2] == ["transformer", "resblocks"] and layers <= int(parts[2]) < layers + module.skip_last
+        if name.startswith(prefix) and (later_layer or parts[0] in ("text_projection", "logit_scale", "attn_mask")):
+            del state[name]
+
+
+def _check_length(token_ids: Tensor, longest: int) -> None:
+    if token_ids.dim() != 2 or token_ids.shape[1] > longest:
+        shape = tuple(token_ids.shape)
+        raise UsageError(f"expected token ids (N, L) with L at most {longest}, found shape {shape}")
+
+
+def _import_open_clip() -> Any:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the OpenCLIP text encoder needs open_clip; install it with: pip install 'latentdiff[openclip]'"
+        ) from error
+    return open_clip

@@ -1,0 +1,173 @@
+"""The conditional U-Net of Stable Diffusion 1.x and 2.x (Ronneberger et al. 2015; Ho et al. 2020; Rombach et al. 2022).
+
+One class for every size: what the config describes is what is built. Parameter names are those of diffusers'
+UNet2DConditionModel. Nothing here knows about guidance, caches or editing: those wrap the call or tap into named modules.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from latentdiff.networks.config import UNetConfig
+from latentdiff.networks.layers.embeddings import TimestepEmbedding, sinusoidal_embedding
+from latentdiff.networks.layers.resnet import Downsample, ResnetBlock, Upsample
+from latentdiff.networks.layers.transformer import Context, ProjectedContext, SpatialTransformer
+
+_EPS = 1e-5
+
+
+class UNet(nn.Module):
+    """Noisy latents, timestep and text -> raw prediction (noise, velocity or clean latents, as the model was trained)."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = config.block_out_channels
+        levels = range(len(widths))
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
+        self.down_blocks = nn.ModuleList(_DownLevel(config, level) for level in levels)
+        self.mid_block = _MidBlock(config)
+        self.up_blocks = nn.ModuleList(_UpLevel(config, level) for level in reversed(levels))
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=_EPS)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor | float, context: Context) -> Tensor:
+        """Predict.
+
+        Args:
+            x: noisy latents (N, in_channels, h, w); any height and width.
+            t: timesteps (N,) or one for all, whole or fractional, 0 to num_train_timesteps - 1.
+            context: text embeddings (N, L, cross_attention_dim), or what `project_context` made of them.
+
+        Returns:
+            (N, out_channels, h, w).
+        """
+        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
+        time = self.time_embedding(sinusoidal_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
+        x = self.conv_in(x)
+        skips = [x]
+        for level in self.down_blocks:
+            x = level(x, time, context, skips)
+        x = self.mid_block(x, time, context)
+        for level in self.up_blocks:
+            x = level(x, time, context, skips)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def project_context(self, embeddings: Tensor) -> ProjectedContext:
+        """Compute the text's keys and values of every cross-attention once, for use at every step of one prompt.
+
+        Args:
+            embeddings: (N, L, cross_attention_dim).
+        """
+        layers = (module.attn2 for module in self.modules() if hasattr(module, "attn2"))
+        return ProjectedContext({layer: layer.keys_values(embeddings) for layer in layers})
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Train with less memory: recompute each block's activations in the backward pass (Chen et al. 2016)."""
+        for module in self.modules():
+            if isinstance(module, _Level):
+                module.checkpointing = True
+
+
+class _Level(nn.Module):
+    """ResBlocks of one resolution, each followed by a spatial transformer where the level has attention."""
+
+    def __init__(self, config: UNetConfig, level: int, in_channels: list[int], *, attention: bool) -> None:
+        super().__init__()
+        width = config.block_out_channels[level]
+        self.checkpointing = False
+        self.resnets = nn.ModuleList(
+            ResnetBlock(
+                channels, width,
+                time_channels=4 * config.block_out_channels[0], groups=config.norm_num_groups, eps=_EPS,
+            )
+            for channels in in_channels
+        )  # fmt: skip
+        if attention:
+            self.attentions = nn.ModuleList(_transformer(config, level) for _ in in_channels)
+
+    def block(self, index: int, x: Tensor, time: Tensor, context: Context) -> Tensor:
+        """ResBlock number `index` and its transformer."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._block, index, x, time, context, use_reentrant=False)
+        return self._block(index, x, time, context)
+
+    def _block(self, index: int, x: Tensor, time: Tensor, context: Context) -> Tensor:
+        x = self.resnets[index](x, time)
+        return self.attentions[index](x, context) if hasattr(self, "attentions") else x
+
+
+class _DownLevel(_Level):
+    def __init__(self, config: UNetConfig, level: int) -> None:
+        widths = config.block_out_channels
+        in_channels = [widths[max(level - 1, 0)], *[widths[level]] * (config.layers_per_block - 1)]
+        super().__init__(config, level, in_channels, attention=config.attention_levels[level])
+        last = level == len(widths) - 1
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(widths[level], symmetric=True)])
+
+    def forward(self, x: Tensor, time: Tensor, context: Context, skips: list[Tensor]) -> Tensor:
+        """Appends every output to `skips`."""
+        for index in range(len(self.resnets)):
+            x = self.block(index, x, time, context)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x
+
+
+class _MidBlock(nn.Module):
+    """ResBlock, spatial transformer, ResBlock at the lowest resolution."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        width = config.block_out_channels[-1]
+        self.resnets = nn.ModuleList(
+            ResnetBlock(
+                width, width,
+                time_channels=4 * config.block_out_channels[0], groups=config.norm_num_groups, eps=_EPS,
+            )
+            for _ in range(2)
+        )  # fmt: skip
+        self.attentions = nn.ModuleList([_transformer(config, len(config.block_out_channels) - 1)])
+
+    def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
+        x = self.resnets[0](x, time)
+        x = self.attentions[0](x, context)
+        return self.resnets[1](x, time)
+
+
+class _UpLevel(_Level):
+    def __init__(self, config: UNetConfig, level: int) -> None:
+        widths = config.block_out_channels
+        below = widths[min(level + 1, len(widths) - 1)]
+        # The skips come back in reverse: those of this level's blocks, then what entered the level.
+        skip_channels = [*[widths[level]] * config.layers_per_block, widths[max(level - 1, 0)]]
+        inputs = [below, *[widths[level]] * config.layers_per_block]
+        in_channels = [a + b for a, b in zip(inputs, skip_channels, strict=True)]
+        super().__init__(config, level, in_channels, attention=config.attention_levels[level])
+        self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(widths[level])])
+
+    def forward(self, x: Tensor, time: Tensor, context: Context, skips: list[Tensor]) -> Tensor:
+        """Takes its skips from the end of `skips`."""
+        for index in range(len(self.resnets)):
+            x = self.block(index, torch.cat([x, skips.pop()], dim=1), time, context)
+        for upsample in self.upsamplers:
+            # The size of the level above need not be exactly twice this one's.
+            x = upsample(x, size=skips[-1].shape[-2:])
+        return x
+
+
+def _transformer(config: UNetConfig, level: int) -> SpatialTransformer:
+    return SpatialTransformer(
+        config.block_out_channels[level],
+        config.cross_attention_dim,
+        config.num_heads[level],
+        groups=config.norm_num_groups,
+        linear_projection=config.use_linear_projection,
+        upcast=config.upcast_attention,
+    )

@@ -1,0 +1,212 @@
+"""The KL autoencoder: pictures to latents and back (Kingma & Welling 2014; Rombach et al. 2022, section 3.1).
+
+The scale factor that brings latents to unit variance is applied here and nowhere else: what `encode` returns and `decode` takes
+is what the U-Net sees. Parameter names are those of diffusers' AutoencoderKL.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentdiff.networks.config import VAEConfig
+from latentdiff.networks.layers.resnet import Downsample, ResnetBlock, Upsample
+from latentdiff.networks.layers.transformer import Attention
+
+_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class LatentDistribution:
+    """A normal distribution of latents with independent entries, in the units of the U-Net."""
+
+    mean: Tensor  # (N, C, h, w)
+    logvar: Tensor  # (N, C, h, w)
+
+    def mode(self) -> Tensor:
+        """The most likely latents (N, C, h, w)."""
+        return self.mean
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Latents (N, C, h, w) for standard normal `noise` of the same shape."""
+        return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def kl(self) -> Tensor:
+        """Kullback-Leibler divergence from the standard normal in nats per entry, (N, C, h, w) (Kingma & Welling, app. B)."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)
+
+
+class VAE(nn.Module):
+    """Encoder and decoder of latent diffusion.
+
+    Pictures are (N, 3, H, W) in [-1, 1] with H and W multiples of `config.downscale`; latents are
+    (N, latent_channels, H / downscale, W / downscale).
+    """
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def encode(self, images: Tensor) -> LatentDistribution:
+        """Images (N, 3, H, W) in [-1, 1] -> distribution of latents (N, C, h, w)."""
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        # Beyond these bounds the variance is zero or infinite in float32 anyway; inside, nothing changes.
+        logvar = logvar.clamp(-30.0, 20.0)
+        scale = self.config.scaling_factor
+        return LatentDistribution(mean * scale, logvar + 2 * math.log(scale))
+
+    def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+        """Latents (N, C, h, w) -> images (N, 3, H, W), about in [-1, 1] and not clipped.
+
+        Args:
+            latents: what `encode` gave or the denoise loop made.
+            tiled: decode overlapping tiles of the training size and blend them. Memory then does not grow with the picture;
+                tiles differ a little from the whole because each is normalised by its own statistics.
+        """
+        latents = latents / self.config.scaling_factor
+        return self._decode_tiled(latents) if tiled else self._decode(latents)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
+
+    def _decode_tiled(self, z: Tensor) -> Tensor:
+        factor = self.config.downscale
+        tile = max(1, self.config.sample_size // factor)
+        rows, columns = _tile_starts(z.shape[-2], tile), _tile_starts(z.shape[-1], tile)
+        shape = (z.shape[0], self.config.out_channels, z.shape[-2] * factor, z.shape[-1] * factor)
+        total, weights = z.new_zeros(shape), z.new_zeros(shape[-2:])
+        for top in rows:
+            for left in columns:
+                image = self._decode(z[..., top : top + tile, left : left + tile])
+                height, width = image.shape[-2:]
+                window = _feather(height, image)[:, None] * _feather(width, image)[None, :]
+                area = (..., slice(top * factor, top * factor + height), slice(left * factor, left * factor + width))
+                total[area] += image * window
+                weights[area] += window
+        return total / weights
+
+
+class Encoder(nn.Module):
+    """Image (N, 3, H, W) -> mean and log-variance of the latents, (N, 2 C, h, w)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = config.block_out_channels
+        inputs = (widths[0], *widths[:-1])
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            _DownLevel(config, inputs[i], widths[i], last=i == len(widths) - 1) for i in range(len(widths))
+        )
+        self.mid_block = _MidBlock(config, widths[-1])
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Latents (N, C, h, w) -> image (N, 3, H, W)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = config.block_out_channels[::-1]
+        inputs = (widths[0], *widths[:-1])
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = _MidBlock(config, widths[0])
+        self.up_blocks = nn.ModuleList(
+            _UpLevel(config, inputs[i], widths[i], last=i == len(widths) - 1) for i in range(len(widths))
+        )
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """See the class."""
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class _DownLevel(nn.Module):
+    def __init__(self, config: VAEConfig, in_channels: int, out_channels: int, *, last: bool) -> None:
+        super().__init__()
+        self.resnets = _resnets(config, in_channels, out_channels, config.layers_per_block)
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(out_channels, symmetric=False)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (*self.resnets, *self.downsamplers):
+            x = block(x)
+        return x
+
+
+class _UpLevel(nn.Module):
+    def __init__(self, config: VAEConfig, in_channels: int, out_channels: int, *, last: bool) -> None:
+        super().__init__()
+        self.resnets = _resnets(config, in_channels, out_channels, config.layers_per_block + 1)
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (*self.resnets, *self.upsamplers):
+            x = block(x)
+        return x
+
+
+class _MidBlock(nn.Module):
+    def __init__(self, config: VAEConfig, channels: int) -> None:
+        super().__init__()
+        self.resnets = _resnets(config, channels, channels, 2)
+        self.attentions = nn.ModuleList([_PixelAttention(channels, config.norm_num_groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        x = self.attentions[0](x)
+        return self.resnets[1](x)
+
+
+class _PixelAttention(Attention):
+    """Single-head self-attention over the pixels of a feature map, as a residual."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__(channels, channels, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N, C, h, w)."""
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (N, h w, C)
+        out = super().forward(tokens, tokens)
+        return x + out.transpose(1, 2).unflatten(2, x.shape[-2:])
+
+
+def _resnets(config: VAEConfig, in_channels: int, out_channels: int, count: int) -> nn.ModuleList:
+    inputs = (in_channels, *(out_channels,) * (count - 1))
+    return nn.ModuleList(
+        ResnetBlock(channels, out_channels, time_channels=None, groups=config.norm_num_groups, eps=_EPS) for channels in inputs
+    )
+
+
+def _tile_starts(size: int, tile: int) -> list[int]:
+    """First entries of tiles that cover `size` and overlap by at least a quarter of a tile."""
+    if size <= tile:
+        return [0]
+    count = math.ceil((size - tile) / max(1, tile * 3 // 4)) + 1
+    return [round(i * (size - tile) / (count - 1)) for i in range(count)]
+
+
+def _feather(length: int, like: Tensor) -> Tensor:
+    """Weights of a tile along one side: 1 in the middle, falling towards the borders, never 0."""
+    position = torch.arange(1, length + 1, device=like.device, dtype=like.dtype)
+    return torch.minimum(position, length + 1 - position).clamp(max=max(1, length // 4)) / max(1, length // 4)

@@ -1,0 +1,66 @@
+"""Prompt text -> token ids, and a warning that names the words for which the model has no room."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.errors import UsageError
+from latentdiff.prompts.tokenizer import END_OF_WORD
+
+
+class PromptWarning(UserWarning):
+    """A prompt is longer than the text encoder reads; the message names the words that are dropped."""
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """Turn prompts into token ids (N, L), padded to the length that the text encoder was trained with.
+
+    What lies beyond is dropped with a `PromptWarning`. The empty prompt is a prompt like any other.
+
+    Args:
+        tokenizer: a `Tokenizer`, or one of transformers; its `model_max_length` is L.
+    """
+    for prompt in prompts:
+        if dropped := dropped_text(tokenizer, prompt):
+            longest = tokenizer.model_max_length - 2
+            message = f"the prompt has more than the {longest} tokens that the model reads; dropped: {dropped!r}"
+            warnings.warn(message, PromptWarning, stacklevel=2)
+    rows = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
+    return torch.tensor(rows["input_ids"])  # (N, L)
+
+
+def dropped_text(tokenizer: Any, prompt: str) -> str:
+    """The end of the prompt that the model does not read, from the first cut word on; "" if it reads all."""
+    room = tokenizer.model_max_length - 1  # the end mark takes the last place
+    encoded = tokenizer(prompt, truncation=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    if len(encoded["input_ids"]) <= room + 1:
+        return ""
+    tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+    first = room
+    while first > 1 and not tokens[first - 1].endswith(END_OF_WORD):
+        first -= 1
+    if tokenizer.is_fast:
+        return prompt[encoded["offset_mapping"][first][0] :].strip()
+    return tokenizer.decode(encoded["input_ids"][first:-1]).strip()  # transformers 4 may have no offsets
+
+
+def as_list(prompt: str | Sequence[str]) -> list[str]:
+    """One prompt or several as a list of text.
+
+    Raises:
+        UsageError: there is no prompt, or one is not valid text.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise UsageError("expected a prompt or a list of prompts, found an empty list")
+    for text in prompts:
+        if not isinstance(text, str):
+            raise UsageError(f"expected prompts as text, found {type(text).__name__}: {text!r}")
+        if not text.isascii() and text != text.encode(errors="replace").decode():
+            raise UsageError(f"expected prompts in valid Unicode, found {text!r}")
+    return prompts

@@ -1,0 +1,271 @@
+"""Captioned images from any source as one indexed data set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image, ImageColor
+from tqdm import tqdm
+
+from latentdiff.errors import DataError, UsageError
+from latentdiff.files import atomic_path
+from latentdiff.training.data import huggingface
+from latentdiff.training.data.entries import Entry, Listing, Problem
+from latentdiff.training.data.folders import METADATA, list_folder
+from latentdiff.training.data.images import BACKGROUND, SUFFIXES, image_size, read_image
+from latentdiff.training.data.shards import find_shards, list_shards
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One of the places that a data set comes from.
+
+    Attributes:
+        path: a folder, a tar file or a range of them, a `metadata` file, or the id of a data set on the hub.
+        repeats: how often each of its images is seen in an epoch.
+        weight: factor of the loss of its images.
+    """
+
+    path: str | os.PathLike[str]
+    repeats: int = 1
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or not self.weight > 0:
+            raise UsageError(
+                f"expected repeats of at least 1 and a weight above 0 for {os.fspath(self.path)},"
+                f" found {self.repeats} and {self.weight}"
+            )
+
+
+@dataclass
+class Dataset:
+    """Images with captions in a fixed order. Images are decoded when they are asked for; captions are in memory.
+
+    Attributes:
+        entries: the images that can be used.
+        sizes: width and height of each, in pixels, after EXIF rotation.
+        repeats: how often each is seen in an epoch.
+        weights: factor of the loss of each.
+        problems: what was left out, and why.
+        notes: what was decided on the way, for people.
+        layouts: what was recognised, one line a source.
+        background: the colour under transparent images.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    repeats: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    layouts: list[str] = field(default_factory=list)
+    background: str = BACKGROUND
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Name of each image, for messages."""
+        return tuple(entry.name for entry in self.entries)
+
+    @cached_property
+    def captions(self) -> tuple[tuple[str, ...], ...]:
+        """Captions of each image; `("",)` where it has none and that was allowed."""
+        return tuple(entry.captions or ("",) for entry in self.entries)
+
+    def load(self, index: int) -> Image.Image:
+        """Decode an image: RGB, 8 bits, upright, transparency on `background`.
+
+        Raises:
+            DataError: it cannot be read; the message names it.
+        """
+        entry = self.entries[index]
+        try:
+            source = entry.origin.source()
+        except OSError as error:
+            raise DataError(f"cannot read the image {entry.name}: {error.strerror or error}") from error
+        return read_image(source, entry.name, background=self.background)
+
+    def leave_out(self, problems: Mapping[int, Problem]) -> None:
+        """Move images, by index, to the problems; the others get new indices."""
+        keep = [index for index in range(len(self)) if index not in problems]
+        self.problems += problems.values()
+        self.entries = [self.entries[index] for index in keep]
+        self.sizes = [self.sizes[index] for index in keep]
+        self.repeats = [self.repeats[index] for index in keep]
+        self.weights = [self.weights[index] for index in keep]
+        for name in ("names", "captions", "fingerprint"):
+            self.__dict__.pop(name, None)  # made from the entries when they were first asked for
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when an image is added, removed, renamed or rewritten; captions do not matter. 16 hex digits."""
+        digest = hashlib.sha256(f"{self.background}\n".encode())
+        for entry in self.entries:
+            digest.update(f"{entry.name}\0{entry.origin.stamp()}\n".encode())
+        return digest.hexdigest()[:16]
+
+
+def read_dataset(
+    sources: Sequence[DataSource | str | os.PathLike[str]],
+    *,
+    caption_column: str | None = None,
+    strict: bool = False,
+    allow_missing: bool = False,
+    verify: bool = True,
+    background: str = BACKGROUND,
+    index: Path | None = None,
+) -> Dataset:
+    """Find the images and captions of one or more sources; each layout is recognised by itself.
+
+    Args:
+        sources: folders, shards, saved data sets or hub ids; with repeats and weights as `DataSource`.
+        caption_column: of metadata files and data sets; by default the first of text, caption, captions, prompt, txt.
+        strict: an image that cannot be read is an error; otherwise it is left out and listed in `problems`.
+        allow_missing: images without a caption are taken, with the empty one.
+        verify: decode every image once, so that a damaged one is found now; otherwise only headers are read.
+        background: the colour under transparent images, as CSS names it.
+        index: a folder for what was found out about the images, so that the next run need not read them all again.
+
+    Raises:
+        DataError: there are no images or captions, or an image cannot be read and `strict` is set.
+    """
+    given = [source if isinstance(source, DataSource) else DataSource(source) for source in sources]
+    if not given:
+        raise UsageError("expected a folder of captioned images, found none")
+    _check_colour(background)
+    data = Dataset(background=background)
+    for source in given:
+        listing = list_source(source.path, caption_column)
+        prefix = f"{Path(source.path).name}/" if len(given) > 1 else ""
+        _add(data, source, listing, prefix, allow_missing)
+    _measure(data, verify, index)
+    if strict and data.problems:
+        first = data.problems[0]
+        raise DataError(f"{len(data.problems)} images cannot be used, the first is {first.name}: {first.reason}")
+    if not data.entries:
+        first = data.problems[0]
+        raise DataError(f"none of {len(data.problems)} images can be used, the first is {first.name}: {first.reason}")
+    return data
+
+
+def list_source(source: str | os.PathLike[str], column: str | None = None) -> Listing:
+    """Recognise the layout of a source and list what is there.
+
+    Raises:
+        DataError: it is none that is known; the message says what was looked for and what was there.
+    """
+    path = Path(source)
+    if path.name in METADATA and path.is_file():
+        path = path.parent
+    if path.is_dir():
+        return _list_folder(path, column)
+    if shards := find_shards(os.fspath(source)):
+        return list_shards(shards, column)
+    if path.exists():
+        raise DataError(f"expected a folder, a metadata file or a tar file of captioned images, found the file {path}")
+    if _HUB_ID.fullmatch(os.fspath(source)) and not path.suffix:
+        return huggingface.list_hub(os.fspath(source), column)
+    raise DataError(f"expected captioned images at {path}, found nothing")
+
+
+def _list_folder(folder: Path, column: str | None) -> Listing:
+    if huggingface.is_saved(folder):
+        return huggingface.list_saved(folder, column)
+    suffixes = {path.suffix.lower() for path in folder.rglob("*") if path.is_file()}
+    if not suffixes & SUFFIXES and not any((folder / name).is_file() for name in METADATA):
+        if ".tar" in suffixes:
+            return list_shards(find_shards(folder), column)
+        if ".parquet" in suffixes:
+            return huggingface.list_parquet(sorted(folder.rglob("*.parquet")), column)
+    return list_folder(folder, column)
+
+
+def _add(data: Dataset, source: DataSource, listing: Listing, prefix: str, allow_missing: bool) -> None:
+    missing = [entry for entry in listing.entries if not entry.captions]
+    if missing and not allow_missing:
+        raise DataError(
+            f"{len(missing)} of {len(listing.entries)} images in {os.fspath(source.path)} have no caption, the first is"
+            f" {missing[0].name}; write them, or take the images without with --allow-missing"
+        )
+    count = len(listing.entries)
+    data.entries += [Entry(f"{prefix}{entry.name}", entry.captions, entry.origin) for entry in listing.entries]
+    data.repeats += [source.repeats] * count
+    data.weights += [source.weight] * count
+    data.problems += [Problem(f"{prefix}{problem.name}", problem.reason) for problem in listing.problems]
+    data.notes += [f"{os.fspath(source.path)}: {note}" for note in listing.notes]
+    data.layouts.append(f"{os.fspath(source.path)}: {listing.layout}, {count} images")
+
+
+def _measure(data: Dataset, verify: bool, index: Path | None) -> None:
+    """Fill in the sizes and move what cannot be read to the problems."""
+
+    def measure(number: int) -> tuple[int, int] | Problem:
+        entry = data.entries[number]
+        try:
+            return data.load(number).size if verify else image_size(entry.origin.source(), entry.name)
+        except (DataError, OSError) as error:
+            return problem(entry, error)
+
+    # The fingerprint is that of all that was listed: what cannot be read is found out once too.
+    file = index / f"index-{data.fingerprint}-{'whole' if verify else 'headers'}.json" if index else None
+    measured = _read_index(file, data) if file else None
+    if measured is None:
+        measured = each(measure, len(data), "read images")
+        if file:
+            found = [item.reason if isinstance(item, Problem) else item for item in measured]
+            with atomic_path(file) as temporary:
+                temporary.write_text(json.dumps(found), encoding="utf-8")
+    data.sizes = [(0, 0) if isinstance(item, Problem) else item for item in measured]
+    data.leave_out({number: item for number, item in enumerate(measured) if isinstance(item, Problem)})
+
+
+def _read_index(file: Path, data: Dataset) -> list[tuple[int, int] | Problem] | None:
+    """For each image its size or what is wrong with it; None where there is no such file."""
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return [
+        Problem(entry.name, item) if isinstance(item, str) else (item[0], item[1])
+        for entry, item in zip(data.entries, found, strict=True)
+    ]
+
+
+def problem(entry: Entry, error: DataError | OSError) -> Problem:
+    """What is wrong with an image that could not be read."""
+    said = getattr(error, "strerror", None) or str(error)
+    return Problem(entry.name, said.removeprefix(f"cannot read the image {entry.name}: "))
+
+
+def each(work: Callable[[int], Result], count: int, label: str) -> list[Result]:
+    """`work(0), work(1), ...` on several threads, in order; a bar shows up where it takes long."""
+    block = 4096  # a pool holds all that it was given in memory
+    done: list[Result] = []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, tqdm(total=count, desc=label, leave=False, delay=2) as bar:
+        for start in range(0, count, block):
+            for result in pool.map(work, range(start, min(start + block, count))):
+                done.append(result)
+                bar.update()
+    return done
+
+
+def _check_colour(colour: str) -> None:
+    try:
+        ImageColor.getrgb(colour)
+    except ValueError as error:
+        raise UsageError(f"expected a colour such as white or #808080, found {colour!r}") from error

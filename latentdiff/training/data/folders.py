@@ -1,0 +1,166 @@
+"""Layouts of local folders: metadata files of Hugging Face's image folders, and captions beside the images."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from latentdiff.errors import DataError, MissingDependencyError
+from latentdiff.training.data.entries import Entry, FileOrigin, Listing, Problem, as_captions, caption_column
+from latentdiff.training.data.images import SUFFIXES
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SIDECARS = (".txt", ".caption")
+FILE_NAME = "file_name"
+HELD_OUT = ("validation", "valid", "val", "test", "dev")
+
+
+def list_folder(folder: Path, column: str | None) -> Listing:
+    """Images and captions of a folder, in the order of the metadata file or of the names.
+
+    A folder with `train/` beside `validation/` or `test/` gives what is in `train/`.
+
+    Raises:
+        DataError: there are no images or no captions; the message says what was looked for and what was there.
+    """
+    whole = folder
+    if (folder / "train").is_dir() and (others := [name for name in HELD_OUT if (folder / name).is_dir()]):
+        if not any((folder / name).is_file() for name in METADATA):
+            folder = folder / "train"
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder))
+    metadata = [path for path in paths if path.name in METADATA]
+    images = [path for path in paths if path.suffix.lower() in SUFFIXES]
+    if not images and not metadata:
+        raise DataError(f"no images in {folder}: looked for {_looked_for()}; found {_there(paths)}")
+    listing = _from_metadata(folder, metadata, images, column) if metadata else _from_sidecars(folder, images, paths)
+    if not any(entry.captions for entry in listing.entries):
+        raise DataError(
+            f"no captions in {folder}: looked for {', '.join(METADATA)}, and for {' and '.join(SIDECARS)} files named"
+            f" as the images; found {_there(paths)}{_guess(paths, images)}"
+        )
+    if folder != whole:
+        listing.notes.append(f"took train/ and left {', '.join(f'{name}/' for name in others)}")
+    return listing
+
+
+def _from_metadata(folder: Path, metadata: list[Path], images: list[Path], column: str | None) -> Listing:
+    listing = Listing(" and ".join(sorted({path.name for path in metadata})), [])
+    named = set()
+    for table in metadata:
+        rows = list(_rows(table))
+        found = caption_column(dict.fromkeys(name for _, row in rows for name in row), column, str(table)) if rows else ""
+        for number, row in rows:
+            place = f"{table} row {number}"
+            name = row.get(FILE_NAME)
+            if not isinstance(name, str) or not name:
+                raise DataError(f"{place}: expected a {FILE_NAME!r}, found {_short(row)}")
+            path = table.parent / name
+            named.add(path)
+            if path.is_file():
+                captions = as_captions(row.get(found), place)
+                listing.entries.append(Entry(_name(path, folder), captions, FileOrigin(path)))
+            else:
+                listing.problems.append(Problem(_name(path, folder), f"{table.name} names it, but there is no such file"))
+    if not named:
+        raise DataError(f"{metadata[0]} is empty; expected one row per image")
+    if left := [path for path in images if path not in named]:
+        listing.notes.append(f"{len(left)} images are not in {listing.layout} and are left out, the first is {left[0].name}")
+    return listing
+
+
+def _from_sidecars(folder: Path, images: list[Path], paths: list[Path]) -> Listing:
+    there = set(paths)
+    used: Counter[str] = Counter()
+    listing = Listing("", [])
+    for image in images:
+        texts = [image.with_suffix(suffix) for suffix in SIDECARS if image.with_suffix(suffix) in there]
+        captions = as_captions(_read_text(texts[0]), str(texts[0])) if texts else ()
+        used.update(path.suffix for path in texts[:1])
+        if len(texts) > 1:
+            listing.notes.append(f"{image.name} has a .txt and a .caption file; the .txt is taken")
+        listing.entries.append(Entry(_name(image, folder), captions, FileOrigin(image)))
+    listing.layout = f"{' and '.join(sorted(used)) or 'no'} files beside the images"
+    stems = {image.with_suffix("") for image in images}
+    alone = [path for path in paths if path.suffix in SIDECARS and path.with_suffix("") not in stems]
+    if alone:
+        listing.notes.append(f"{len(alone)} captions have no image, the first is {alone[0].name}")
+    return listing
+
+
+def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a metadata file with their numbers, from 1."""
+    if table.suffix == ".parquet":
+        yield from enumerate(_parquet_rows(table), start=1)
+        return
+    try:
+        with open(table, encoding="utf-8-sig", newline="") as file:
+            yield from _json_rows(table, file) if table.suffix == ".jsonl" else enumerate(csv.DictReader(file), start=1)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read {table}: {error}; save it as UTF-8") from error
+
+
+def _json_rows(table: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict):
+            raise DataError(f'{table} row {number}: expected {{"file_name": ..., "text": ...}}, found {line[:60]!r}')
+        yield number, row
+
+
+def _parquet_rows(table: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingDependencyError(f"{table} needs pyarrow; pip install 'latentdiff[data]'") from error
+    try:
+        return pyarrow.parquet.read_table(table).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+        raise DataError(f"cannot read {table}: {error}") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"cannot read the caption {path}: {error}; save it as UTF-8") from error
+
+
+def _name(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _short(row: dict[str, Any]) -> str:
+    return repr({name: value for name, value in row.items() if value is not None})[:80]
+
+
+def _looked_for() -> str:
+    return f"{', '.join(METADATA)}, and for {', '.join(sorted(SUFFIXES))} files"
+
+
+def _there(paths: list[Path]) -> str:
+    """What lies in a folder, by kind: "46 .png, 1 metadata.json1"."""
+    kinds = Counter(path.name if path.name.startswith("metadata") else path.suffix.lower() or path.name for path in paths)
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6)) or "nothing"
+
+
+def _guess(paths: list[Path], images: list[Path]) -> str:
+    """What may be wrong where there are captions, but none of an image."""
+    if close := next((path for path in paths if path.name.startswith("metadata") and path.name not in METADATA), None):
+        return f"; {close.name} is not one of these names"
+    captions = [path for path in paths if path.suffix in SIDECARS]
+    if captions and images:
+        return f"; {captions[0].name} belongs to no image, the first image is {images[0].name}"
+    return ""

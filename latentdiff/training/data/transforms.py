@@ -1,0 +1,52 @@
+"""From a decoded image to the pixels of its bucket: scaled to cover it, cropped, perhaps mirrored."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from latentdiff.errors import UsageError
+from latentdiff.training.data.buckets import Size
+
+CROPS = ("center", "random")
+
+
+def prepare(
+    image: Image.Image,
+    bucket: Size,
+    *,
+    crop: str = "center",
+    flip: bool = False,
+    rng: np.random.Generator | None = None,
+) -> np.ndarray:
+    """Scale an image so that it just covers its bucket, with Lanczos resampling, and cut off what stands out.
+
+    A bucket from `buckets.assign` is never larger than the image unless upscaling was asked for there.
+
+    Args:
+        image: RGB.
+        bucket: width and height in pixels.
+        crop: "center", or "random" for another place at each call.
+        flip: mirror left and right with probability one half.
+        rng: where random crops and flips are drawn from; needed for both.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    if crop not in CROPS:
+        raise UsageError(f"expected crop to be one of {', '.join(CROPS)}, found {crop!r}")
+    if rng is None and (flip or crop == "random"):
+        raise UsageError("random crops and flips need a generator")
+    scale = max(bucket[0] / image.width, bucket[1] / image.height)
+    window = tuple(side / scale for side in bucket)  # what is kept, in pixels of the image
+    slack = (max(0.0, image.width - window[0]), max(0.0, image.height - window[1]))
+    share = rng.random(2) if crop == "random" and rng is not None else (0.5, 0.5)
+    left, top = (room * part for room, part in zip(slack, share, strict=True))
+    if scale == 1:
+        left, top = int(left), int(top)  # so that pixels are copied, not resampled
+    box = (left, top, min(left + window[0], image.width), min(top + window[1], image.height))
+    if image.size != bucket or box != (0, 0, *image.size):
+        image = image.resize(bucket, Image.Resampling.LANCZOS, box=box)
+    if flip and rng is not None and rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(image)

@@ -1,0 +1,163 @@
+"""What the methods of fine-tuning train of a model, and the file or folder that each leaves behind."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentdiff.adapters.lora import LoRA, LoRASpec, lora_metadata, save_lora
+from latentdiff.adapters.textual_inversion import NewWord
+from latentdiff.checkpoints.components import Components, save_folder
+from latentdiff.training.finetuning.config import FinetuneConfig
+from latentdiff.training.optimizer import ParameterGroup
+
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+PARTS = ("unet", "text_encoder", "vae")
+
+
+class Method(ABC):
+    """One way to fine-tune the parts of a model.
+
+    Args:
+        parts: the model, loaded; its networks are set up for training here.
+        settings: how.
+    """
+
+    adapter: nn.Module | None = None
+    """What is trained beside the model's own weights."""
+
+    trains_text: bool = False
+    """Whether the embeddings of captions change during training."""
+
+    def __init__(self, parts: Components, settings: FinetuneConfig) -> None:
+        self.parts, self.settings = parts, settings
+        self.file_types = {part: next(getattr(parts, part).parameters()).dtype for part in PARTS}
+        for part in PARTS:
+            frozen = TYPES[settings.base_precision] if part != "vae" else torch.float32  # SD's VAE overflows float16
+            getattr(parts, part).requires_grad_(False).to(frozen)
+
+    def attached(self) -> AbstractContextManager[Any]:
+        """Inside, the networks compute with the adapter."""
+        return nullcontext()
+
+    def networks(self) -> list[nn.Module]:
+        """Networks of which everything is trained."""
+        return []
+
+    @abstractmethod
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """What is trained."""
+
+    @abstractmethod
+    def save(self, run: Path, facts: Mapping[str, Any]) -> Path:
+        """Write the result into the run folder; returns its path.
+
+        Args:
+            facts: about the training, for the files' metadata.
+        """
+
+    def _groups(self, by_part: dict[str, dict[str, nn.Parameter]]) -> list[ParameterGroup]:
+        """One group, or one each for U-Net and text encoder where their learning rates differ."""
+        settings = self.settings
+        if settings.text_encoder_lr is None or not by_part.get("text_encoder"):
+            return [ParameterGroup("all", {name: p for part in by_part.values() for name, p in part.items()})]
+        scales = {"text_encoder": settings.text_encoder_lr / settings.lr}
+        return [ParameterGroup(part, named, scales.get(part, 1.0)) for part, named in by_part.items() if named]
+
+
+class Full(Method):
+    """All weights of the U-Net, and of the text encoder if asked for, in float32."""
+
+    def __init__(self, parts: Components, settings: FinetuneConfig) -> None:
+        super().__init__(parts, settings)
+        self.trains_text = settings.train_text_encoder
+        self._trained = ("unet", "text_encoder") if self.trains_text else ("unet",)
+        for part in self._trained:
+            getattr(parts, part).float().requires_grad_(True)
+
+    def networks(self) -> list[nn.Module]:
+        return [getattr(self.parts, part) for part in self._trained]
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return self._groups(
+            {part: {f"{part}.{name}": p for name, p in getattr(self.parts, part).named_parameters()} for part in self._trained}
+        )
+
+    def save(self, run: Path, facts: Mapping[str, Any]) -> Path:
+        wanted = TYPES.get(self.settings.result_precision)
+        for part, own in self.file_types.items():
+            getattr(self.parts, part).to(wanted or own)
+        save_folder(self.parts, run / "model")
+        return run / "model"
+
+
+class LoRAMethod(Method):
+    """Low-rank matrices beside the weights (Hu et al. 2021)."""
+
+    def __init__(self, parts: Components, settings: FinetuneConfig) -> None:
+        super().__init__(parts, settings)
+        spec = LoRASpec(rank=settings.rank, alpha=settings.alpha, targets=settings.targets)
+        self.adapter = self.lora = LoRA.create(parts.unet, parts.text_encoder, spec, settings.seed)
+        self.trains_text = any(name.startswith("text_encoder.") for name in self.lora.layers)
+
+    def attached(self) -> AbstractContextManager[Any]:
+        return self.lora.attached()
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        by_part: dict[str, dict[str, nn.Parameter]] = {"unet": {}, "text_encoder": {}}
+        for layer_name, layer in self.lora.layers.items():
+            part = layer_name.partition(".")[0]
+            by_part[part] |= {f"{layer_name}.{name}": parameter for name, parameter in layer.named_parameters()}
+        return self._groups(by_part)
+
+    def save(self, run: Path, facts: Mapping[str, Any]) -> Path:
+        parts, path = self.parts, run / "lora.safetensors"
+        metadata = lora_metadata(
+            parts.unet.config,
+            parts.schedule_config.prediction_type,
+            model=parts.name,
+            model_hash=parts.hash,
+            title=run.resolve().name,
+            training=facts,
+        )
+        if (wanted := TYPES.get(self.settings.result_precision)) is not None:
+            self.lora.to(wanted)
+        save_lora(self.lora, path, metadata)
+        return path
+
+
+class TextualInversion(Method):
+    """The embedding of one new word (Gal et al. 2022); the model stays as it is."""
+
+    trains_text = True
+
+    def __init__(self, parts: Components, settings: FinetuneConfig) -> None:
+        super().__init__(parts, settings)
+        assert settings.word is not None
+        self.adapter = self.word = NewWord.create(settings.word, parts.tokenizer, parts.text_encoder, settings.initial_word)
+        parts.tokenizer = self.word.extended(parts.tokenizer)
+
+    def attached(self) -> AbstractContextManager[Any]:
+        return self.word.attached(self.parts.tokenizer, self.parts.text_encoder)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return [ParameterGroup("word", dict(self.word.named_parameters()))]
+
+    def save(self, run: Path, facts: Mapping[str, Any]) -> Path:
+        path = run / "embedding.safetensors"
+        self.word.save(path, {"model": self.parts.name, "model_hash": self.parts.hash, "training": json.dumps(facts)})
+        return path
+
+
+def make_method(parts: Components, settings: FinetuneConfig) -> Method:
+    """The method that `settings` names, applied to a model."""
+    methods: dict[str, type[Method]] = {"full": Full, "lora": LoRAMethod, "textual_inversion": TextualInversion}
+    return methods[settings.method](parts, settings)

@@ -1,0 +1,130 @@
+"""Training on WebDataset shards in sequence: data sets of any size, with no index of them in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from latentdiff.errors import DataError, UsageError
+from latentdiff.training.data.buckets import Size
+from latentdiff.training.data.captions import MAX_CHUNKS, CaptionRules, choose
+from latentdiff.training.data.randomness import generator
+from latentdiff.training.data.shards import find_shards
+from latentdiff.training.data.stream import Sample, ShardStream
+from latentdiff.training.data.transforms import prepare
+from latentdiff.training.finetuning.captions import CaptionTokens
+from latentdiff.training.finetuning.config import FinetuneConfig
+from latentdiff.training.finetuning.samples import Arrays, step_numbers
+
+_REMEMBERED_STEPS = 1024  # whose file names are kept for messages
+_PROBLEMS_SHOWN = 20
+
+
+class _Item(NamedTuple):
+    name: str
+    pixels: np.ndarray  # (H, W, 3) uint8
+    caption: str
+
+
+class StreamBatches:
+    """Batches of square images from shards, in an order that depends on the seed alone.
+
+    Args:
+        shards: local tar files.
+        size: of the images, width and height.
+        tokens: makes token ids.
+        settings: batch size, crops, captions, seed.
+        latent: channels of the latents, and pixels per latent.
+        num_train_timesteps: of the noise schedule.
+    """
+
+    def __init__(
+        self,
+        shards: list[Path],
+        size: Size,
+        tokens: CaptionTokens,
+        settings: FinetuneConfig,
+        latent: tuple[int, int],
+        num_train_timesteps: int,
+    ) -> None:
+        self._shards, self._size, self._tokens, self._settings = shards, size, tokens, settings
+        self._stream = ShardStream(tuple(shards), settings.batch_size, settings.seed)
+        self._rules = CaptionRules(settings.caption_dropout, settings.shuffle_tags)
+        channels, downscale = latent
+        self._latent_shape = (channels, size[1] // downscale, size[0] // downscale)
+        self._timesteps = num_train_timesteps
+        self._names: OrderedDict[int, list[str]] = OrderedDict()
+        self._problems = 0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when a shard is added, removed, renamed or rewritten. 16 hex digits."""
+        digest = hashlib.sha256()
+        for shard in self._shards:
+            stat = shard.stat()
+            digest.update(f"{shard.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def names(self, step: int) -> list[str]:
+        """Names of the samples of a step that was read not long ago."""
+        return self._names.get(step, [])
+
+    def iterate(self, first_step: int, rows: range, micro_batch: int) -> Iterator[Arrays]:
+        """Micro-batches of the given rows of each batch from `first_step` on, for ever; see `FinetuneLoss.forward`."""
+        batches = self._stream.batches(self._item, first_step=first_step, rows=rows)
+        for step, batch in enumerate(batches, start=first_step):
+            self._remember(step, [item.name for item in batch.items])
+            for problem in batch.problems:
+                self._problems += 1
+                if self._problems <= _PROBLEMS_SHOWN:
+                    tqdm.write(f"left out {problem.name}: {problem.reason}")
+            for start in range(0, len(rows), micro_batch):
+                part = range(rows.start + start, rows.start + start + micro_batch)
+                yield self._arrays(step, part, batch.items[start : start + micro_batch])
+
+    def _item(self, sample: Sample, step: int, row: int) -> _Item:
+        settings = self._settings
+        image = sample.image(settings.background)
+        if not settings.upscale and (image.width < self._size[0] or image.height < self._size[1]):
+            wanted = "x".join(map(str, self._size))
+            raise DataError(f"the image {sample.name} has {image.width}x{image.height} pixels, fewer than {wanted}")
+        random = generator(settings.seed, "crop", step, row) if settings.crop == "random" else None
+        caption = choose(sample.captions(settings.caption_column), self._rules, seed=settings.seed, step=step, row=row)
+        return _Item(sample.name, prepare(image, self._size, crop=settings.crop, rng=random), caption)
+
+    def _arrays(self, step: int, rows: range, items: list[_Item]) -> Arrays:
+        numbers, posterior, flipped = step_numbers(self._settings, step, rows, self._latent_shape, self._timesteps)
+        pixels = [item.pixels[:, ::-1] if flip else item.pixels for item, flip in zip(items, flipped, strict=True)]
+        chunks = MAX_CHUNKS if self._settings.long_captions == "chunk" else 1
+        return {
+            "images": np.stack(pixels),
+            "posterior": posterior,
+            "tokens": self._tokens.rows([item.caption for item in items], chunks),
+            "weights": np.ones(len(items), np.float32),
+            **numbers,
+        }
+
+    def _remember(self, step: int, names: list[str]) -> None:
+        self._names[step] = names
+        while len(self._names) > _REMEMBERED_STEPS:
+            self._names.popitem(last=False)
+
+
+def shards_to_stream(settings: FinetuneConfig) -> list[Path]:
+    """The shards of a configuration with `stream`.
+
+    Raises:
+        UsageError: the data is something else.
+    """
+    if len(settings.data) != 1 or not (shards := find_shards(settings.data[0].path)):
+        raise UsageError("stream reads one folder or range of WebDataset tar files; give it with --data, or leave out stream")
+    if settings.validation_share:
+        raise UsageError("a stream has no images to hold out; give a held-out folder with --validation")
+    return shards

@@ -1,0 +1,96 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from latentdiff.errors import UsageError
+from latentdiff.prompts.tokenize import tokenize
+from latentdiff.training.data.captions import CaptionRules, choose, lost_words, token_chunks
+from tests.tiny import tokenizer as tiny_tokenizer
+
+LENGTH = 8  # two marks and six words
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"), max_length=LENGTH)
+
+
+def chosen(captions, rules, count=2000, seed=0):
+    return [choose(captions, rules, seed=seed, step=step, row=row) for step in range(count // 4) for row in range(4)]
+
+
+def test_choice_among_several():
+    counts = Counter(chosen(["a", "b", "c"], CaptionRules(dropout=0)))
+    assert set(counts) == {"a", "b", "c"} and min(counts.values()) > 580
+
+
+def test_dropout():
+    share = chosen(["a"], CaptionRules(dropout=0.1)).count("") / 2000
+    assert 0.08 < share < 0.12
+    assert "" not in chosen(["a"], CaptionRules(dropout=0)) and set(chosen(["a"], CaptionRules(dropout=1))) == {""}
+
+
+def test_dropout_does_not_change_what_is_chosen():
+    kept, dropped = (chosen(["a", "b"], CaptionRules(dropout=share)) for share in (0.0, 0.5))
+    assert all(one == other or other == "" for one, other in zip(kept, dropped, strict=True))
+
+
+def test_shuffling_keeps_the_first_parts():
+    rules = CaptionRules(dropout=0, shuffle=True, keep=1)
+    seen = set(chosen(["x, b,c , d"], rules, 400))
+    assert len(seen) == 6 and all(caption.startswith("x, ") for caption in seen)
+    assert {frozenset(caption.split(", ")) for caption in seen} == {frozenset("xbcd")}
+
+
+def test_pure_function_of_its_key():
+    rules = CaptionRules(shuffle=True)
+    captions = ["a, b, c, d", "e, f, g, h"]
+    assert chosen(captions, rules, 40) == chosen(captions, rules, 40) != chosen(captions, rules, 40, seed=1)
+
+
+@pytest.mark.parametrize("wrong", [{"dropout": 1.1}, {"dropout": -0.1}, {"keep": -1}, {"separator": ""}])
+def test_wrong_rules(wrong):
+    with pytest.raises(UsageError):
+        CaptionRules(**wrong)
+
+
+CAPTIONS = ["", "a photo of the cat", "a photo of the cat on red cat left of the dog"]
+
+
+@pytest.mark.filterwarnings("ignore::latentdiff.prompts.tokenize.PromptWarning")
+def test_cut_captions_are_those_of_generate(tokenizer):
+    found = token_chunks(tokenizer, CAPTIONS)
+    assert found.shape == (3, 1, LENGTH) and np.array_equal(found[:, 0], tokenize(tokenizer, CAPTIONS))
+    assert lost_words(tokenizer, CAPTIONS[2]) == "red cat left of the dog"
+    assert not lost_words(tokenizer, CAPTIONS[1])
+
+
+def test_chunks_hold_the_whole_caption(tokenizer):
+    found = token_chunks(tokenizer, CAPTIONS, "chunk")
+    assert found.shape == (3, 2, LENGTH)
+    assert (found[:, :, 0] == tokenizer.bos_token_id).all()
+    words = [token for chunk in found[2] for token in chunk if token not in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
+    assert tokenizer.decode(words).split() == CAPTIONS[2].split()
+    assert np.array_equal(found[1, 1], found[0, 0]) and np.array_equal(found[0, 0], found[0, 1])  # the empty chunk
+    assert not lost_words(tokenizer, CAPTIONS[2], "chunk")
+
+
+def test_chunks_end_with_words(tokenizer):
+    # "fix" is no word of this tokenizer: three tokens, which do not fit behind five words.
+    found = token_chunks(tokenizer, ["a a a a a fix dog"], "chunk")[0]
+    assert [tokenizer.decode(chunk, skip_special_tokens=True).split() for chunk in found] == [["a"] * 5, ["fix", "dog"]]
+
+
+def test_a_caption_of_5000_words(tokenizer):
+    long = "cat " * 4999 + "dog"
+    assert token_chunks(tokenizer, [long], "chunk", 3).shape == (1, 3, LENGTH)
+    assert len(lost_words(tokenizer, long, "chunk", 3).split()) == 5000 - 18
+    assert len(lost_words(tokenizer, long).split()) == 5000 - 6
+    word = "x" * 50  # longer than a chunk
+    assert token_chunks(tokenizer, [word], "chunk", 3).shape == (1, 3, LENGTH)
+
+
+def test_unknown_way(tokenizer):
+    with pytest.raises(UsageError, match="one of cut, chunk"):
+        token_chunks(tokenizer, ["a"], "fold")

@@ -1,0 +1,323 @@
+import csv
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentdiff.errors import DataError, MissingDependencyError, UsageError
+from latentdiff.training.data import DataSource, read_dataset
+from tests.training.data.build import encoded, jsonl_folder, picture, shard
+
+
+def rows_folder(folder, rows):
+    """A folder whose images are those that the rows name, without metadata."""
+    folder.mkdir()
+    for number, row in enumerate(rows):
+        path = folder / row["file_name"]
+        path.parent.mkdir(exist_ok=True)
+        picture(number).save(path)
+    return folder
+
+
+ROWS = [{"file_name": "b.png", "text": "second"}, {"file_name": "sub/a.png", "text": "first"}]
+
+
+def test_jsonl_with_several_captions(tmp_path):
+    rows = [{**ROWS[0], "text": ["one", " two\n words "]}, ROWS[1]]
+    folder = rows_folder(tmp_path / "x", rows)
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    for source in (folder, folder / "metadata.jsonl"):
+        data = read_dataset([source])
+        assert data.names == ("b.png", "sub/a.png")
+        assert data.captions == (("one", "two words"), ("first",))
+        assert data.sizes == [(16, 12)] * 2
+        assert np.array_equal(data.load(1), picture(1))
+
+
+def test_csv(tmp_path):
+    folder = rows_folder(tmp_path / "x", ROWS)
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["file_name", "text"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    assert read_dataset([folder]).captions == (("second",), ("first",))
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    folder = rows_folder(tmp_path / "x", ROWS)
+    table = pyarrow.table({"file_name": [row["file_name"] for row in ROWS], "prompt": [["second", "2"], ["first"]]})
+    parquet.write_table(table, folder / "metadata.parquet")
+    assert read_dataset([folder]).captions == (("second", "2"), ("first",))
+
+
+def test_caption_column(tmp_path):
+    rows = [{**row, "long": f"long {row['text']}"} for row in ROWS]
+    folder = rows_folder(tmp_path / "x", rows)
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert read_dataset([folder]).captions[0] == ("second",)
+    assert read_dataset([folder], caption_column="long").captions[0] == ("long second",)
+    with pytest.raises(DataError, match=r"no column 'alt'; its columns are file_name, text, long"):
+        read_dataset([folder], caption_column="alt")
+
+
+def test_metadata_in_subfolders(tmp_path):
+    jsonl_folder(tmp_path / "a", 2)
+    jsonl_folder(tmp_path / "b", 2, seed=10)
+    data = read_dataset([tmp_path])
+    assert data.names == ("a/0.png", "a/1.png", "b/0.png", "b/1.png")
+    assert data.captions[2] == ("picture 10",)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".caption"])
+def test_sidecars(tmp_path, suffix):
+    for number, name in enumerate(("b.jpg", "a.PNG", ".hidden.png")):
+        picture(number).save(tmp_path / name)
+        (tmp_path / name).with_suffix(suffix).write_text(f"\ufeffcaption of\n{name}\n", encoding="utf-8")
+    data = read_dataset([tmp_path])
+    assert data.names == ("a.PNG", "b.jpg") and data.captions[1] == ("caption of b.jpg",)
+    assert data.layouts == [f"{tmp_path}: {suffix} files beside the images, 2 images"]
+
+
+def test_train_beside_validation(tmp_path):
+    jsonl_folder(tmp_path / "train", 2)
+    jsonl_folder(tmp_path / "test", 1, seed=5)
+    data = read_dataset([tmp_path])
+    assert len(data) == 2 and data.notes == [f"{tmp_path}: took train/ and left test/"]
+
+
+def test_shards(tmp_path):
+    row = json.dumps({"caption": ["three", "3"], "long": "a long one"}).encode()
+    shard(tmp_path / "0.tar", {"x/a": {"png": encoded(picture(0)), "txt": b"one"}, "b.c": {"jpg": b"", "txt": b"lost"}})
+    shard(tmp_path / "1.tar", {"c": {"json": row, "PNG": encoded(picture(3))}})
+    for source in (tmp_path, tmp_path / "{0..1}.tar"):
+        data = read_dataset([source])
+        assert data.names == ("0.tar/x/a", "1.tar/c")
+        assert data.captions == (("one",), ("three", "3"))
+        assert np.array_equal(data.load(1), picture(3))
+        # The key ends at the first dot, so that "b.c.jpg" is the field "c.jpg", which is no image.
+        assert [problem.name for problem in data.problems] == ["0.tar/b"]
+    data = read_dataset([tmp_path / "1.tar"], caption_column="long")
+    assert data.captions == (("a long one",),)
+    with pytest.raises(DataError, match=r"1 of 3 shards .* are not there, the first is .*2\.tar"):
+        read_dataset([tmp_path / "{0..2}.tar"])
+
+
+def test_damaged_shard(tmp_path):
+    shard(tmp_path / "0.tar", {"a": {"png": encoded(picture(0)), "txt": b"one"}})
+    (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:-11000])
+    with pytest.raises(DataError, match=r"0\.tar|truncated"):
+        read_dataset([tmp_path], strict=True)
+
+
+def test_saved_data_set(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    columns = {"image": [picture(0), picture(1)], "text": ["one", "two"]}
+    table = datasets.Dataset.from_dict(
+        columns, features=datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
+    )
+    table.save_to_disk(tmp_path / "table")
+    datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(tmp_path / "splits")
+    table.to_parquet(tmp_path / "hub" / "train-00000.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in ("table", "hub", "splits"):
+        data = read_dataset([tmp_path / name])
+        assert data.captions == (("one",), ("two",)) and np.array_equal(data.load(1), picture(1))
+    assert data.notes == [f"{tmp_path / 'splits'}: took the split 'train' of train, test"]
+
+
+def test_hub_id(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    columns = {"image": [picture(0), picture(1)], "caption": ["one", "two"]}
+    features = datasets.Features(image=datasets.Image(), caption=datasets.Value("string"))
+    asked = []
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *names, **options: asked.append((names, options)) or datasets.Dataset.from_dict(columns, features=features),
+    )
+    data = read_dataset(["someone/pictures"])
+    assert asked == [(("someone/pictures",), {"split": "train"})]
+    assert data.names == ("row 0", "row 1") and data.captions == (("one",), ("two",))
+    assert np.array_equal(data.load(1), picture(1)) and data.fingerprint == read_dataset(["someone/pictures"]).fingerprint
+
+
+def test_data_set_without_images(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: datasets.Dataset.from_dict({"text": ["one"]}))
+    with pytest.raises(DataError, match="expected a column of images in someone/texts, found the columns text"):
+        read_dataset(["someone/texts"])
+
+    def fail(*names, **options):
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match="cannot load the data set someone/texts: ConnectionError: no network"):
+        read_dataset(["someone/texts"])
+
+
+def test_hub_id_without_the_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'latentdiff\[data\]'"):
+        read_dataset(["someone/pictures"])
+
+
+def make_file(folder):
+    folder.write_text("x")
+
+
+def make_empty(folder):
+    folder.mkdir()
+
+
+def make_uncaptioned(folder):
+    folder.mkdir()
+    picture().save(folder / "x.png")
+    (folder / "metadata.json1").write_text("{}")
+
+
+def make_unmatched(folder):
+    folder.mkdir()
+    picture().save(folder / "x.png")
+    (folder / "y.txt").write_text("a caption")
+
+
+def make_half_captioned(folder):
+    make_unmatched(folder)
+    picture().save(folder / "y.png")
+
+
+def make_only_captions(folder):
+    folder.mkdir()
+    (folder / "a.txt").write_text("x")
+
+
+def make_bad_line(folder):
+    jsonl_folder(folder)
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "x"}\n{"file_name": \n')
+
+
+def make_number_as_text(folder):
+    jsonl_folder(folder)
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": 3}\n')
+
+
+def make_empty_metadata(folder):
+    folder.mkdir()
+    (folder / "metadata.jsonl").write_text("")
+
+
+def make_unreadable(folder):
+    jsonl_folder(folder, 1)
+    (folder / "0.png").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "found nothing"),
+        (make_file, "found the file"),
+        (make_empty, r"no images in .*: looked for metadata.jsonl, .*; found nothing"),
+        (make_uncaptioned, r"no captions in .*found 1 metadata.json1, 1 \.png; metadata.json1 is not one of these names"),
+        (make_unmatched, r"no captions in .*found 1 \.png, 1 \.txt; y.txt belongs to no image, the first image is x.png"),
+        (make_half_captioned, r"1 of 2 images .* have no caption, the first is x.png"),
+        (make_only_captions, r"no images in .*found 1 \.txt"),
+        (make_bad_line, "row 2: expected"),
+        (make_number_as_text, "row 1: expected a caption as text or a list of text, found '3'"),
+        (make_empty_metadata, "is empty"),
+        (make_unreadable, "none of 1 images can be used, the first is 0.png: the file is empty"),
+    ],
+)
+def test_unusable_sources(tmp_path, make, message):
+    make(tmp_path / "x.y")
+    with pytest.raises(DataError, match=message) as error:
+        read_dataset([tmp_path / "x.y"])
+    assert "\n" not in str(error.value)
+
+
+def test_missing_captions_may_be_allowed(tmp_path):
+    make_half_captioned(tmp_path / "x")
+    assert read_dataset([tmp_path / "x"], allow_missing=True).captions == (("",), ("a caption",))
+
+
+def bad_folder(folder):
+    jsonl_folder(folder, 4)
+    (folder / "1.png").write_text("I am no picture")
+    os.remove(folder / "2.png")
+    data = (folder / "3.png").read_bytes()
+    (folder / "3.png").write_bytes(data[: len(data) * 2 // 3])
+    return folder
+
+
+def test_bad_images_are_left_out(tmp_path):
+    data = read_dataset([bad_folder(tmp_path / "x")])
+    assert data.names == ("0.png",) and len(data.sizes) == len(data.captions) == 1
+    problems = {problem.name: problem.reason for problem in data.problems}
+    assert set(problems) == {"1.png", "2.png", "3.png"}
+    assert "text file" in problems["1.png"] and "no such file" in problems["2.png"] and "truncated" in problems["3.png"]
+
+
+def test_bad_images_are_errors_when_strict(tmp_path):
+    with pytest.raises(DataError, match="3 images cannot be used, the first is 2.png"):
+        read_dataset([bad_folder(tmp_path / "x")], strict=True)
+
+
+def test_headers_alone_do_not_show_what_is_cut_off(tmp_path):
+    data = read_dataset([bad_folder(tmp_path / "x")], verify=False)
+    assert data.names == ("0.png", "3.png")
+    with pytest.raises(DataError, match=r"3\.png.*truncated"):
+        data.load(1)
+
+
+def test_several_sources(tmp_path):
+    sources = [DataSource(jsonl_folder(tmp_path / "a", 1), repeats=3), DataSource(jsonl_folder(tmp_path / "b", 2), weight=0.5)]
+    data = read_dataset(sources)
+    assert data.names == ("a/0.png", "b/0.png", "b/1.png")
+    assert data.repeats == [3, 1, 1] and data.weights == [1, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("options", [{"repeats": 0}, {"weight": 0.0}, {"weight": float("nan")}])
+def test_wrong_weights(options):
+    with pytest.raises(UsageError):
+        DataSource("x", **options)
+
+
+def test_wrong_usage(tmp_path):
+    with pytest.raises(UsageError, match="found none"):
+        read_dataset([])
+    with pytest.raises(UsageError, match="expected a colour"):
+        read_dataset([jsonl_folder(tmp_path / "x")], background="whitish")
+
+
+def test_background(tmp_path):
+    folder = jsonl_folder(tmp_path / "x", 1)
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(folder / "0.png")
+    assert read_dataset([folder], background="red").load(0).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_fingerprint_follows_the_images(tmp_path):
+    folder = jsonl_folder(tmp_path / "x", 3)
+    first = read_dataset([folder]).fingerprint
+    (folder / "metadata.jsonl").write_text((folder / "metadata.jsonl").read_text().replace("picture", "photo"))
+    assert read_dataset([folder]).fingerprint == first
+    assert read_dataset([folder], background="black").fingerprint != first
+    os.utime(folder / "1.png", ns=(1, 1))
+    assert read_dataset([folder]).fingerprint != first
+
+
+def test_an_index_spares_reading_the_images_again(tmp_path, monkeypatch):
+    folder, index = bad_folder(tmp_path / "x"), tmp_path / "index"
+    picture(9).save(folder / "2.png")
+    first = read_dataset([folder], index=index)
+    with monkeypatch.context() as patch:
+        patch.setattr("latentdiff.training.data.dataset.read_image", None)
+        again = read_dataset([folder], index=index)
+    assert again == first and again.fingerprint == first.fingerprint and len(again.problems) == 2
+    os.remove(folder / "1.png")
+    picture(1, (8, 8)).save(folder / "1.png")
+    assert read_dataset([folder], index=index).sizes == [(16, 12), (8, 8), (16, 12)]

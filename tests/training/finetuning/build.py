@@ -1,0 +1,59 @@
+"""A tiny model and tiny data sets to fine-tune it on."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentdiff.checkpoints.components import Components, save_folder
+from latentdiff.networks.vae import VAE
+from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
+from latentdiff.training.finetuning.config import FinetuneConfig, make_config
+from latentdiff.training.networks import new_text_encoder, new_unet, seeded
+from tests import tiny
+from tests.training.build import captioned_folder
+from tests.training.build import config as training_config
+
+__all__ = ["captioned_folder", "model_folder", "settings", "state_of"]
+
+
+@cache
+def model_folder(prediction_type: str = "v_prediction") -> Path:
+    """A model for 16x16 pictures with random weights; do not write to it."""
+    tmp = Path(_scratch().name) / prediction_type
+    model = training_config(tmp).model
+    tokenizer = tiny.tokenizer(tmp / "tokenizer", max_length=16)
+    parts = Components(
+        tokenizer,
+        tiny.randomize(new_text_encoder(model.text_encoder, tokenizer, 0), 1),
+        tiny.randomize(new_unet(model.unet, 0), 2),
+        tiny.randomize(seeded(lambda: VAE(model.vae), 0), 3),
+        type(model.schedule)(**{**vars(model.schedule), "prediction_type": prediction_type}),
+    )
+    save_folder(parts, tmp / "model")
+    return tmp / "model"
+
+
+def settings(tmp: Path, **changes: Any) -> FinetuneConfig:
+    """A short run in `tmp/run` on `tmp/data`, without pictures."""
+    base = {
+        "data": str(tmp / "data"), "model": str(model_folder()), "out": tmp / "run", "method": "lora", "rank": 2,
+        "max_steps": 6, "batch_size": 4, "lr": 1e-2, "warmup_steps": 2, "decay": "constant", "sample_count": 0,
+        "log_every": 1, "validate_every": 100, "preview_every": 100, "checkpoint_every": 2, "device": "cpu",
+    }  # fmt: skip
+    return make_config({**base, **changes}, "test")
+
+
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    """Everything in the newest whole checkpoint of a run."""
+    checkpoint = load_checkpoint(newest_checkpoint(run / "checkpoints")[0])
+    return {**checkpoint.weights, **{f"ema {name}": value for name, value in checkpoint.ema.items()}, **checkpoint.optimizer}
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="latentdiff-tests-")  # disappears with the process
