@@ -85,7 +85,9 @@ def pick_precision(name: str, device: torch.device, parameters: int) -> Precisio
     return FORMATS["bf16" if parameters >= LARGE_ENOUGH_FOR_BF16 and _cpu_computes_in_bf16() else "fp32"]
 
 
-def finite_or_float32(part: str, module: nn.Module, compute: Callable[[torch.dtype], Tensor], *, where: str = "") -> Tensor:
+def finite_or_float32(
+    part: str, module: nn.Module, compute: Callable[[torch.dtype], Tensor], *, where: str = ""
+) -> Tensor:
     """The result of `compute`, which uses `module`; once more in float32 if it overflows a shorter format.
 
     Args:

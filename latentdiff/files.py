@@ -27,7 +27,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
         os.close(handle)
     except OSError as error:
-        raise LatentDiffError(f"cannot write {path}: {error.strerror or error}; choose another place with --out") from error
+        raise LatentDiffError(
+            f"cannot write {path}: {error.strerror or error}; choose another place with --out"
+        ) from error
     temporary = Path(name)
     try:
         yield temporary

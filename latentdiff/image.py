@@ -62,7 +62,9 @@ def frames_of(animation: bytes | str | os.PathLike[str]) -> list[Image.Image]:
         DataError: there is no such file, or it is damaged or no picture.
     """
     from_memory = isinstance(animation, bytes)
-    with _opened(io.BytesIO(animation) if from_memory else animation, "the animation" if from_memory else animation) as image:
+    with _opened(
+        io.BytesIO(animation) if from_memory else animation, "the animation" if from_memory else animation
+    ) as image:
         return [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
 
 

@@ -65,7 +65,9 @@ class LoadedModel:
         low_memory: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
-        self.parts = Residence({"text_encoder": text_encoder, "unet": unet, "vae": vae}, stored or {}, low_memory=low_memory)
+        self.parts = Residence(
+            {"text_encoder": text_encoder, "unet": unet, "vae": vae}, stored or {}, low_memory=low_memory
+        )
         self._network: Network | None = None
         self._decoder: Decoder | None = None
         self.schedule = Schedule(schedule_config)

@@ -136,7 +136,9 @@ class Pipeline(LoadedModel):
         )
         plan = options.plan(prompt, self.schedule)
         self.check_text_to_image()
-        shape = latent_shape((height, width), self.default_size, self.parts.module("vae").config, latents, len(plan.prompts))
+        shape = latent_shape(
+            (height, width), self.default_size, self.parts.module("vae").config, latents, len(plan.prompts)
+        )
         if output not in ("images", "latents"):
             raise UsageError(f"expected output 'images' or 'latents', found {output!r}")
 
@@ -192,7 +194,9 @@ class Pipeline(LoadedModel):
                     extra_channels=begun.extra_channels,
                     cache=plan.cache,
                 )
-                steps = denoise(denoiser, begun.x, plan.levels, plan.sampler.step, noise=noise, after_step=begun.after_step)
+                steps = denoise(
+                    denoiser, begun.x, plan.levels, plan.sampler.step, noise=noise, after_step=begun.after_step
+                )
                 for step in steps:
                     bar.update()
                     report(step, plan.options.callback)
@@ -202,7 +206,9 @@ class Pipeline(LoadedModel):
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embed prompts: (N, L, C), float32. Each distinct text is encoded once, alone."""
-        distinct = {text: embed_prompt(self.tokenizer, self.text_encoder, text, self.device) for text in dict.fromkeys(prompts)}
+        distinct = {
+            text: embed_prompt(self.tokenizer, self.text_encoder, text, self.device) for text in dict.fromkeys(prompts)
+        }
         return torch.cat([distinct[text] for text in prompts])
 
     @torch.no_grad()

@@ -88,7 +88,9 @@ class Recipe:
 
         unknown = self.task_settings.keys() - {field.name for field in dataclasses.fields(kind)}
         if unknown:
-            raise DataError(f"the picture's recipe has settings that the task {self.task!r} does not know: {sorted(unknown)}")
+            raise DataError(
+                f"the picture's recipe has settings that the task {self.task!r} does not know: {sorted(unknown)}"
+            )
         try:
             return TypeAdapter(kind).validate_json(json.dumps(self.task_settings), strict=True)
         except ValidationError as error:

@@ -23,7 +23,13 @@ from latentdiff.prompts.tokenize import as_list
 DEFAULT_BATCH_SIZE = 4
 
 # What options are that were not given, and what they are in place of that with `fast`.
-DEFAULTS: dict[str, Any] = {"steps": 25, "guidance_scale": 5.0, "sampler": "ddim", "cache_interval": 1, "cache_branch": 0}
+DEFAULTS: dict[str, Any] = {
+    "steps": 25,
+    "guidance_scale": 5.0,
+    "sampler": "ddim",
+    "cache_interval": 1,
+    "cache_branch": 0,
+}
 FAST: dict[str, Any] = {"steps": 12, "sampler": "dpmpp-2m", "spacing": "trailing"}  # see tools/pareto.py
 
 

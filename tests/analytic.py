@@ -16,7 +16,9 @@ from latentdiff.diffusion.schedule import Level
 MEANS, STDS, WEIGHTS = (-1.0, 0.6), (0.25, 0.4), (0.35, 0.65)
 
 
-def exact_eps(x: Tensor, level: Level, means: Sequence[float], stds: Sequence[float], weights: Sequence[float]) -> Tensor:
+def exact_eps(
+    x: Tensor, level: Level, means: Sequence[float], stds: Sequence[float], weights: Sequence[float]
+) -> Tensor:
     """E[eps | x] for data from a mixture of Gaussians, elementwise."""
     alpha, sigma = level.alpha, level.sigma
     mean, std, weight = (torch.tensor(values, dtype=x.dtype) for values in (means, stds, weights))
@@ -26,7 +28,9 @@ def exact_eps(x: Tensor, level: Level, means: Sequence[float], stds: Sequence[fl
     return (log_density.softmax(-1) * sigma * offset / variance).sum(-1)
 
 
-def mixture(means: Sequence[float] = MEANS, stds: Sequence[float] = STDS, weights: Sequence[float] = WEIGHTS) -> Denoiser:
+def mixture(
+    means: Sequence[float] = MEANS, stds: Sequence[float] = STDS, weights: Sequence[float] = WEIGHTS
+) -> Denoiser:
     """The exact denoiser of a mixture of Gaussians, elementwise."""
 
     def denoiser(x: Tensor, level: Level) -> Prediction:
@@ -88,7 +92,11 @@ def uniform_log_snr_levels(steps: int) -> list[Level]:
 
 
 def sample(
-    denoiser: Denoiser, x: Tensor, levels: Sequence[Level], step: Step, noise: Callable[[], Tensor] | Noise | None = None
+    denoiser: Denoiser,
+    x: Tensor,
+    levels: Sequence[Level],
+    step: Step,
+    noise: Callable[[], Tensor] | Noise | None = None,
 ) -> Tensor:
     """The last latents of the denoising loop."""
     *_, last = denoise(denoiser, x, levels, step, noise=noise)

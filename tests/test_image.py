@@ -108,7 +108,9 @@ def test_no_file(tmp_path):
 def test_contact_sheet_shows_every_picture():
     colours = [(10 * i, 0, 255 - 10 * i) for i in range(6)]
     images = [Image.new("RGB", (40, 40), colour) for colour in colours]
-    sheet = contact_sheet(images, ["caption"] * 5 + ["a very long caption, far too long to be shown in whole " * 3], columns=4)
+    sheet = contact_sheet(
+        images, ["caption"] * 5 + ["a very long caption, far too long to be shown in whole " * 3], columns=4
+    )
     shown = {colour for _, colour in sheet.getcolors(maxcolors=10_000)}
     assert set(colours) <= shown
     assert sheet.width == 4 * (40 + 12) and sheet.height == 2 * (40 + 60)

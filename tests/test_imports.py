@@ -36,7 +36,9 @@ def test_help_is_light(command):
 
 
 def test_wrong_usage_is_light():
-    assert loaded_after("from latentdiff.cli import run; assert run(['generate', '--sampler', 'x', 'cat']) == 2") == set()
+    assert (
+        loaded_after("from latentdiff.cli import run; assert run(['generate', '--sampler', 'x', 'cat']) == 2") == set()
+    )
 
 
 def test_a_picture_needs_little_beside_torch(tmp_path):

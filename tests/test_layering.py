@@ -99,4 +99,10 @@ def is_attribute_of_name(node: ast.AST) -> bool:
 
 def test_peers_are_not_needed_at_run_time():
     for path in FILES:
-        assert not {name.split(".")[0] for name in imports(path)} & {"diffusers", "peft", "scipy", "hypothesis", "pytest"}
+        assert not {name.split(".")[0] for name in imports(path)} & {
+            "diffusers",
+            "peft",
+            "scipy",
+            "hypothesis",
+            "pytest",
+        }

@@ -199,7 +199,9 @@ def test_recipe_of_a_picture(shared):
     }  # fmt: skip
     assert recipe["versions"].keys() == {"latentdiff", "torch", "tokenizers"}
     assert len(recipe["model_hash"]) == 64
-    assert image.info["parameters"].startswith("cat\nNegative prompt: dog\nSteps: 2, Sampler: DDIM, CFG scale: 3.5, Seed: 11")
+    assert image.info["parameters"].startswith(
+        "cat\nNegative prompt: dog\nSteps: 2, Sampler: DDIM, CFG scale: 3.5, Seed: 11"
+    )
 
 
 @pytest.mark.parametrize(
@@ -492,7 +494,8 @@ def test_saved_model_opens_in_diffusers(tmp_path):
     reopened.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 3, "output_type": "np"}
     images = [
-        pipe("cat", generator=torch.Generator().manual_seed(0), **options).images for pipe in (reopened, peers.theirs("sd2"))
+        pipe("cat", generator=torch.Generator().manual_seed(0), **options).images
+        for pipe in (reopened, peers.theirs("sd2"))
     ]
     assert np.abs(images[0] - images[1]).max() < 1 / 255
 

@@ -25,7 +25,9 @@ def blocks(language: str) -> list[str]:
 
 def shell_lines() -> list[list[str]]:
     """The words of every shell line; lines that go on after a backslash are one."""
-    lines = [shlex.split(line, comments=True) for body in blocks("bash") for line in body.replace("\\\n", " ").splitlines()]
+    lines = [
+        shlex.split(line, comments=True) for body in blocks("bash") for line in body.replace("\\\n", " ").splitlines()
+    ]
     return [words for words in lines if words]
 
 

@@ -96,8 +96,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=5, help="timed runs of each contender (default: 5)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, to see that everything runs")
-    parser.add_argument("--model", type=Path, default=ROOT / "weights", help="the model of the cases cold and agreement")
-    parser.add_argument("--random-model", type=Path, metavar="FOLDER", help="keep the random model here, and take it from here")
+    parser.add_argument(
+        "--model", type=Path, default=ROOT / "weights", help="the model of the cases cold and agreement"
+    )
+    parser.add_argument(
+        "--random-model", type=Path, metavar="FOLDER", help="keep the random model here, and take it from here"
+    )
     parser.add_argument("--json", type=Path, help="write every single time to this file")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the case growth")
     args = parser.parse_args()
@@ -125,7 +129,10 @@ def main() -> None:
             print(f"... {case}", file=sys.stderr, flush=True)
             results += cases(case, settings)
             if args.json:  # after each case: a long run that is stopped leaves what it has
-                report = {"machine": machine(args.threads, args.device), "results": [asdict(result) for result in results]}
+                report = {
+                    "machine": machine(args.threads, args.device),
+                    "results": [asdict(result) for result in results],
+                }
                 args.json.write_text(json.dumps(report, indent=2))
     print(", ".join(f"{name} {value}" for name, value in machine(args.threads, args.device).items()) + "\n")
     print(table(results))

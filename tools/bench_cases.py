@@ -89,7 +89,10 @@ def int8(settings: Settings) -> list[Result]:
     pair = {"latentdiff bf16": ours, "latentdiff int8": replace(ours, precision="int8")}
     results = race("step", "int8", pair, settings.repeat, relative)
     if "openvino" in settings.peers:  # apart, since the first time takes 16 GB
-        pair = {"latentdiff bf16": ours, "latentdiff int8, OpenVINO": replace(ours, precision="int8", variant="openvino")}
+        pair = {
+            "latentdiff bf16": ours,
+            "latentdiff int8, OpenVINO": replace(ours, precision="int8", variant="openvino"),
+        }
         results += race("step", "int8, OpenVINO", pair, settings.repeat, relative)
     return results
 
@@ -107,7 +110,10 @@ def picture(settings: Settings) -> list[Result]:
     results = []
     for batch in (1,) if settings.device == "cpu" else (1, 16):
         found = race(
-            "picture", f"{precision}, batch {batch}", settings.contenders("picture", precision, batch=batch), settings.repeat
+            "picture",
+            f"{precision}, batch {batch}",
+            settings.contenders("picture", precision, batch=batch),
+            settings.repeat,
         )
         for result in found:
             result.difference = f"first one after {result.ready:.1f} s"
@@ -116,7 +122,9 @@ def picture(settings: Settings) -> list[Result]:
 
 
 def fast(settings: Settings) -> list[Result]:
-    theirs = Spec(case="fast", library="diffusers", model=str(settings.model), device=settings.device, size=settings.size)
+    theirs = Spec(
+        case="fast", library="diffusers", model=str(settings.model), device=settings.device, size=settings.size
+    )
     ours = replace(theirs, library="latentdiff", precision="bf16")
     return race("fast", "--fast", {"diffusers default": theirs, "latentdiff --fast": ours}, settings.repeat)
 
@@ -177,7 +185,9 @@ def growth(settings: Settings) -> list[Result]:
 
 
 def _grown(case: str, settings: Settings, point: dict[str, int]) -> list[Result]:
-    everyone = replace(settings, size=point["size"]).contenders(case, "bf16", batch=point["batch"], steps=point["steps"])
+    everyone = replace(settings, size=point["size"]).contenders(
+        case, "bf16", batch=point["batch"], steps=point["steps"]
+    )
     what = f"{case}: " + ", ".join(f"{name} {value}" for name, value in point.items())
     results = []
     for name in ("latentdiff", "diffusers"):

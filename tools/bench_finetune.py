@@ -97,7 +97,9 @@ def train_diffusers(args: argparse.Namespace) -> dict[str, float]:
         pixels = torch.stack([example["pixel_values"] for example in examples]).contiguous().float()
         return {"pixel_values": pixels, "input_ids": torch.stack([example["input_ids"] for example in examples])}
 
-    loader = torch.utils.data.DataLoader(Pictures(), shuffle=True, collate_fn=collate, batch_size=args.batch, num_workers=0)
+    loader = torch.utils.data.DataLoader(
+        Pictures(), shuffle=True, collate_fn=collate, batch_size=args.batch, num_workers=0
+    )
     lr_scheduler = get_scheduler("constant", optimizer=optimizer, num_warmup_steps=0, num_training_steps=args.steps)
     unet, optimizer, loader, lr_scheduler = accelerator.prepare(unet, optimizer, loader, lr_scheduler)
     weight_dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
@@ -220,7 +222,9 @@ def contend(args: argparse.Namespace) -> None:
     from latentdiff.training.journal import peak_memory
 
     measured = (
-        train_diffusers(args) if args.contender == "diffusers" else train_latentdiff(args, cached="cached" in args.contender)
+        train_diffusers(args)
+        if args.contender == "diffusers"
+        else train_latentdiff(args, cached="cached" in args.contender)
     )
     import torch
 
@@ -274,7 +278,9 @@ def make_pictures(folder: Path, count: int, resolution: int) -> None:
     for index in range(count):
         coarse = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((resolution, resolution), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
-        lines.append(json.dumps({"file_name": f"{index}.png", "text": f"a photo of {index % 16} cats on a blue background"}))
+        lines.append(
+            json.dumps({"file_name": f"{index}.png", "text": f"a photo of {index % 16} cats on a blue background"})
+        )
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -287,7 +293,8 @@ def table(results: dict[str, Measured]) -> str:
     for name, result in results.items():
         own = {kind: statistics.median(getattr(result, kind)) for kind in kinds}
         figures = [
-            f"{own[kind]:.{digits}f} | {own[kind] / base[kind]:.2f}x" for kind, digits in zip(kinds, (2, 2, 0), strict=True)
+            f"{own[kind]:.{digits}f} | {own[kind] / base[kind]:.2f}x"
+            for kind, digits in zip(kinds, (2, 2, 0), strict=True)
         ]
         prepare = f"{statistics.median(result.prepare_s):.1f} s" if "cached" in name else ""
         lines.append(f"| {name} | {' | '.join(figures)} | {prepare} |")
@@ -323,7 +330,9 @@ def main() -> None:
         _choose_model(args, Path(scratch))
         make_pictures(args.data, args.images, args.resolution)
         results = race(args)
-    print(f"{args.model.name}, {args.resolution} pixels, batch {args.batch}, {args.precision}, {args.threads} threads\n")
+    print(
+        f"{args.model.name}, {args.resolution} pixels, batch {args.batch}, {args.precision}, {args.threads} threads\n"
+    )
     print(table(results))
 
 

@@ -25,11 +25,15 @@ def plot_growth(results: Sequence[Result], folder: Path) -> None:
     smallest = min((result.at["size"] for result in grown), default=0)
     folder.mkdir(parents=True, exist_ok=True)
     for name, (axis, belongs) in PLOTS.items():
-        chosen = [result for result in grown if belongs(result.at) and (axis == "size" or result.at["size"] == smallest)]
+        chosen = [
+            result for result in grown if belongs(result.at) and (axis == "size" or result.at["size"] == smallest)
+        ]
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         seconds, memory = figure.subplots(1, 2)
         for contender in dict.fromkeys(result.contender for result in chosen):
-            own = sorted((result for result in chosen if result.contender == contender), key=lambda result: result.at[axis])
+            own = sorted(
+                (result for result in chosen if result.contender == contender), key=lambda result: result.at[axis]
+            )
             places = [result.at[axis] for result in own]
             seconds.plot(places, [statistics.median(result.seconds) for result in own], "o-", label=contender)
             memory.plot(places, [max(result.peak_mb) / 1000 for result in own], "o-", label=contender)

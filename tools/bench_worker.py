@@ -101,7 +101,9 @@ def diffusers(spec: Spec) -> Run:
     positive, negative = pipe.encode_prompt(
         PROMPT, pipe.device, spec.batch, do_classifier_free_guidance=True, negative_prompt=""
     )
-    return step_of(pipe.scheduler, torch.cat([negative, positive]), latents, lambda *x: pipe.unet(*x, return_dict=False)[0])
+    return step_of(
+        pipe.scheduler, torch.cat([negative, positive]), latents, lambda *x: pipe.unet(*x, return_dict=False)[0]
+    )
 
 
 def openvino(spec: Spec) -> Run:

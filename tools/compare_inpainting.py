@@ -139,9 +139,20 @@ class Way:
 WAYS = [
     Way("out: --remove", is_out, lambda case: "", {"remove": True}, shown=True),
     Way("out: --remove, the background named", is_out, lambda case: f"{case.background} background", {"remove": True}),
-    Way("out: --remove --strength 0, the fill without the model", is_out, lambda case: "", {"remove": True, "strength": 0.0}),
+    Way(
+        "out: --remove --strength 0, the fill without the model",
+        is_out,
+        lambda case: "",
+        {"remove": True, "strength": 0.0},
+    ),
     Way("out: the whole picture named", is_out, lambda case: case.prompt(case.kept), {}),
-    Way("in: --only-masked, the thing named", is_in, lambda case: case.prompt(case.new), {"only_masked": True}, shown=True),
+    Way(
+        "in: --only-masked, the thing named",
+        is_in,
+        lambda case: case.prompt(case.new),
+        {"only_masked": True},
+        shown=True,
+    ),
     Way("in: the thing named", is_in, lambda case: case.prompt(case.new), {}),
     Way("in: the whole picture named", is_in, lambda case: case.prompt(case.new, case.kept), {}),
 ]
@@ -157,7 +168,14 @@ WAYS = [
 @click.option("--repeats", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--sheet", type=click.Path(path_type=Path), help="Write pictures of the first scenes.")
 def main(
-    scenes: Path, model: str | None, count: int, seed: int, steps: int, guidance: float, repeats: int, sheet: Path | None
+    scenes: Path,
+    model: str | None,
+    count: int,
+    seed: int,
+    steps: int,
+    guidance: float,
+    repeats: int,
+    sheet: Path | None,
 ) -> None:
     """Paint things out of SCENES and into them, and print how often that works."""
     pipe, judge = Pipeline.load(model), Judge.load(embedded_judge())
@@ -169,7 +187,13 @@ def main(
     for way in WAYS:
         results = []
         for number, case in enumerate(tqdm(cases, desc=way.name, unit="scene", leave=False)):
-            options = {"steps": steps, "guidance_scale": guidance, "repeats": repeats, "seed": number, "progress": False}
+            options = {
+                "steps": steps,
+                "guidance_scale": guidance,
+                "repeats": repeats,
+                "seed": number,
+                "progress": False,
+            }
             results += inpaint(pipe, case.source, case.mask(), way.prompt(case), **options, **way.options)
         unchanged += [unchanged_outside(*pair) for pair in zip(cases, results, strict=True)]
         pictures[way.name] = results

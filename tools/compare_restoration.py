@@ -142,7 +142,9 @@ def biharmonic(operator: Operator, y: Tensor, truth: Tensor) -> Tensor:
     try:
         from skimage.restoration import inpaint_biharmonic
     except ImportError as error:
-        raise MissingDependencyError("filling holes the classical way needs scikit-image: pip install scikit-image") from error
+        raise MissingDependencyError(
+            "filling holes the classical way needs scikit-image: pip install scikit-image"
+        ) from error
     missing = ~operator.known.numpy()
     filled = inpaint_biharmonic(y[0].permute(1, 2, 0).numpy(), missing, channel_axis=-1)
     return torch.from_numpy(filled).permute(2, 0, 1)[None].float()
@@ -248,7 +250,14 @@ def compare(
                 spread = found.uncertainty_image() if runner.samples > 1 else Image.new("L", scene.size)
                 pictures += [scene, *to_pil(torch.cat([damaged.shown(), classical])), found.images[0], found.mean]
                 pictures.append(spread.convert("RGB"))
-                captions += ["scene", case.name, case.classical_name, "a sample", f"mean of {runner.samples}", "uncertainty"]
+                captions += [
+                    "scene",
+                    case.name,
+                    case.classical_name,
+                    "a sample",
+                    f"mean of {runner.samples}",
+                    "uncertainty",
+                ]
     return rows, contact_sheet(pictures, captions, columns=6)
 
 
@@ -277,7 +286,9 @@ def costs_table(pipe: Pipeline, all_cases: list[Case], scene: Image.Image, steps
         work()
         return time.process_time() - start
 
-    ways: dict[str, Callable[[], object]] = {"plain generation": lambda: pipe("a cat", steps=steps, seed=0, progress=False)}
+    ways: dict[str, Callable[[], object]] = {
+        "plain generation": lambda: pipe("a cat", steps=steps, seed=0, progress=False)
+    }
     for case in all_cases:
         damaged = Damaged.of(case, to_tensor([scene]), 0)
         options = {"steps": steps, "seed": 0, "progress": False}
@@ -351,13 +362,17 @@ def main(
     if rounds:
         costs_table(pipe, chosen, pictures[0], steps, rounds)
         return
-    floor = [psnr(pipe.decode(pipe.encode_images(x).mode()).cpu().clamp(-1, 1), x) for x in map(to_tensor, zip(pictures))]
+    floor = [
+        psnr(pipe.decode(pipe.encode_images(x).mode()).cpu().clamp(-1, 1), x) for x in map(to_tensor, zip(pictures))
+    ]
     runner = Runner(pipe, samples, steps)
     prompts = texts if captions else [""] * count
     rows, drawn = compare(runner, chosen, pictures, prompts)
     asked, reach = "captions as prompts" if captions else "no prompt", mean_and_margin(floor)
     click.echo(f"{count} scenes, {steps} steps, {asked}; the VAE's floor is {reach} dB; holes count alone\n")
-    click.echo(f"| damage | damaged | classical | a sample | mean of {samples} | r / noise | reached | seconds a sample |")
+    click.echo(
+        f"| damage | damaged | classical | a sample | mean of {samples} | r / noise | reached | seconds a sample |"
+    )
     click.echo("|---|---|---|---|---|---|---|---|")
     for case in chosen:
         row = rows[case.name]

@@ -67,7 +67,9 @@ def extended(base: Judge) -> JudgeNetwork:
 
 def train(network: JudgeNetwork, count: int, steps: int, font: Path) -> JudgeNetwork:
     """Train on renders in memory, always the same ones."""
-    scenes = [one for _, one in zip(range(count), endless_scenes(network.config, Random("concept judge"), font), strict=False)]
+    scenes = [
+        one for _, one in zip(range(count), endless_scenes(network.config, Random("concept judge"), font), strict=False)
+    ]
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     network.to(memory_format=torch.channels_last).train()
     for step in tqdm(range(steps), desc="judge of the new concepts", unit="step", mininterval=2.0):
@@ -113,7 +115,9 @@ def _with(noun: str, rng: Random) -> Plan:
     return Plan("two", background, (Thing(noun), Thing(rng.choice(list(NOUNS)))))
 
 
-def _scenes(plans: Sequence[Plan], config: JudgeConfig, rng: Random, font: Path, *, sepia: bool = False) -> Iterator[Scene]:
+def _scenes(
+    plans: Sequence[Plan], config: JudgeConfig, rng: Random, font: Path, *, sepia: bool = False
+) -> Iterator[Scene]:
     for plan, picture, boxes in drawn(plans, rng, font, in_sepia if sepia else None):
         names = [thing.noun if thing.noun in config.nouns else OTHER for thing in plan.things]
         own = len(config.colours)

@@ -76,14 +76,18 @@ def _recoloured(plan: Plan, rng: Random) -> Plan:
 def _on_another_background(plan: Plan, rng: Random) -> Plan:
     (thing,) = plan.things
     return Plan(
-        plan.kind, rng.choice([name for name in BACKGROUNDS if name not in (thing.colour, plan.background)]), plan.things
+        plan.kind,
+        rng.choice([name for name in BACKGROUNDS if name not in (thing.colour, plan.background)]),
+        plan.things,
     )
 
 
 def _asked(plan: Plan) -> EvaluationPrompt:
     (thing,) = plan.things
     need = Requirement(thing.noun, colour=thing.colour)
-    return EvaluationPrompt("colors" if thing.colour else "single_object", prompt(plan), (need,), background=plan.background)
+    return EvaluationPrompt(
+        "colors" if thing.colour else "single_object", prompt(plan), (need,), background=plan.background
+    )
 
 
 def text_score(judge: Judge, images: Sequence[Image.Image], cases: Sequence[EditCase]) -> list[bool]:
@@ -137,11 +141,14 @@ def calibration(images: Sequence[Image.Image]) -> dict[str, float]:
     changes = {
         "the same": lambda image: image,
         "hue turned by a third": _turned_hue,
-        "contrast halved": lambda image: Image.blend(Image.new("RGB", image.size, (128,) * 3), image.convert("RGB"), 0.5),
+        "contrast halved": lambda image: Image.blend(
+            Image.new("RGB", image.size, (128,) * 3), image.convert("RGB"), 0.5
+        ),
         "moved by 8 pixels": lambda image: Image.fromarray(np.roll(np.asarray(image.convert("RGB")), (8, 8), (0, 1))),
     }
     shares = {
-        name: float(np.mean([structure_distance(i, change(i)) for i in images])) / random for name, change in changes.items()
+        name: float(np.mean([structure_distance(i, change(i)) for i in images])) / random
+        for name, change in changes.items()
     }
     return shares | {"a random pair": 1.0, "(of a random pair, absolute)": random}
 

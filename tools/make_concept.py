@@ -37,7 +37,9 @@ PICTURES = 24
 TEST_PICTURES = 200
 PROMPTS = 30
 HELD_OUT_BACKGROUNDS = ("black", "blue", "yellow")
-TRAINED_BACKGROUNDS = tuple(name for name in BACKGROUNDS if name not in (*HELD_OUT_BACKGROUNDS, "red"))  # the teapot is red
+TRAINED_BACKGROUNDS = tuple(
+    name for name in BACKGROUNDS if name not in (*HELD_OUT_BACKGROUNDS, "red")
+)  # the teapot is red
 HELD_OUT_NOUNS = sorted(NOUNS)[::3]
 
 Drawn = tuple[Plan, Image.Image, list[tuple[int, int, int, int]]]
@@ -130,8 +132,12 @@ def _prompt_line(kind: str, plan: Plan, rng: Random) -> dict[str, Any]:
 @click.argument("kind", type=click.Choice(["object", "style"]))
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--test-seed", type=int, help="Another seed for the held-out pictures and prompts.  [default: that of --seed]")
-@click.option("--font", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Path of NotoColorEmoji.ttf.")
+@click.option(
+    "--test-seed", type=int, help="Another seed for the held-out pictures and prompts.  [default: that of --seed]"
+)
+@click.option(
+    "--font", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Path of NotoColorEmoji.ttf."
+)
 def main(kind: str, out: Path, seed: int, test_seed: int | None, font: Path | None) -> None:
     try:
         write_concept(kind, out, seed, font or find_font(), test_seed)

@@ -217,8 +217,12 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 @click.option("--size", type=click.IntRange(32), default=96, show_default=True, help="Pixels per side.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes.")
-@click.option("--font", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Path of NotoColorEmoji.ttf.")
-@click.option("--prompts", type=click.Path(path_type=Path), help="Write the prompts of `latentdiff evaluate` here instead.")
+@click.option(
+    "--font", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Path of NotoColorEmoji.ttf."
+)
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="Write the prompts of `latentdiff evaluate` here instead."
+)
 @click.option("--per-task", type=click.IntRange(1), default=50, show_default=True, help="Prompts per task.")
 def main(
     out: Path | None, count: int, split: str, size: int, seed: int, workers: int, font: Path | None,
@@ -233,7 +237,9 @@ def main(
         else:
             work = partial(make_scene, out=out, split=split, seed=seed, size=size, font=font)
             with Pool(workers) as pool:
-                lines = list(tqdm(pool.imap(work, range(count), chunksize=50), total=count, unit="scene", mininterval=1.0))
+                lines = list(
+                    tqdm(pool.imap(work, range(count), chunksize=50), total=count, unit="scene", mininterval=1.0)
+                )
             # Last, so that a folder without it is known to be unfinished.
             write_lines(out / "metadata.jsonl", lines)
     except (LatentDiffError, OSError) as error:

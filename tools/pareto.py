@@ -69,13 +69,23 @@ def survey() -> Iterator[Options]:
     for sampler in ("dpmpp-2m", "unipc"):
         for spacing in ("trailing", "karras", "uniform-lambda", "ays"):
             yield from ({"sampler": sampler, "steps": steps, "spacing": spacing} for steps in (8, 10, 12, 15))
-    for sampler, spacing, steps in (("dpmpp-2m", "trailing", 12), ("dpmpp-2m", "trailing", 15), ("unipc", "trailing", 12)):
+    for sampler, spacing, steps in (
+        ("dpmpp-2m", "trailing", 12),
+        ("dpmpp-2m", "trailing", 15),
+        ("unipc", "trailing", 12),
+    ):
         base = {"sampler": sampler, "steps": steps, "spacing": spacing}
         for low in (0.2, 0.4, 0.7, 1.0):
             yield {**base, "guidance_interval": (low, EVERYWHERE)}
     for steps, every, branch in ((50, 5, 0), (25, 2, 0), (25, 3, 0), (25, 3, 1), (15, 2, 0), (15, 2, 1)):
         sampler = "ddim" if steps == 50 else "dpmpp-2m"
-        yield {"sampler": sampler, "steps": steps, "spacing": "trailing", "cache_interval": every, "cache_branch": branch}
+        yield {
+            "sampler": sampler,
+            "steps": steps,
+            "spacing": "trailing",
+            "cache_interval": every,
+            "cache_branch": branch,
+        }
 
 
 CANDIDATES = {name_of(options): options for options in survey()}
@@ -161,7 +171,9 @@ def measure(bench: Bench, name: str, out: Path, part: str) -> None:
     if path.exists():
         return
     exact = out / f"exact.{part}.npy"
-    verdicts, arrays, seconds = bench.make(CANDIDATES[name], exact if name == name_of(EXACT) else out / f"last.{part}.npy")
+    verdicts, arrays, seconds = bench.make(
+        CANDIDATES[name], exact if name == name_of(EXACT) else out / f"last.{part}.npy"
+    )
     differences = (arrays.astype(np.float32) - np.load(exact).astype(np.float32)) / 255
     keys = bench.keys()
     found = {

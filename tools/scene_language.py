@@ -69,7 +69,13 @@ KINDS = {
 }  # fmt: skip
 
 _PREFIXES = ("", "", "", "", "a photo of ", "a photo of ", "a picture of ", "an image of ", "there {is} ")
-_SUFFIXES = (" on {a} background", " on {a} background", " on {a} background", " in front of {a} background", ", {} background")
+_SUFFIXES = (
+    " on {a} background",
+    " on {a} background",
+    " on {a} background",
+    " in front of {a} background",
+    ", {} background",
+)
 
 # One combination in eight is never trained on.
 _HELD_OUT_SHARE = 8

@@ -99,7 +99,9 @@ def sheet_of(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Image.I
 
 
 def table(scores: dict[str, Score]) -> str:
-    rows = [f"{name:44} {one.value:.3f} [{one.low:.3f}, {one.high:.3f}]  n = {one.pictures}" for name, one in scores.items()]
+    rows = [
+        f"{name:44} {one.value:.3f} [{one.low:.3f}, {one.high:.3f}]  n = {one.pictures}" for name, one in scores.items()
+    ]
     return "\n".join(rows)
 
 
@@ -116,7 +118,9 @@ def table(scores: dict[str, Score]) -> str:
 @click.option(
     "--old-prompts", type=click.IntRange(0), default=50, show_default=True, help="Of each old task; 0 leaves them out."
 )
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for scores and sheets of pictures.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for scores and sheets of pictures."
+)
 def main(
     data: Path, lora: str | None, model: str | None, base: str | None, judge_folder: Path, seeds: int, steps: int,
     guidance: float, old_prompts: int, out: Path | None,

@@ -57,7 +57,11 @@ class Tried:
 
 def blocks_of(unet: UNet) -> list[str]:
     """The decoder's residual blocks, in the order in which they are passed."""
-    return [f"up_blocks.{up}.resnets.{index}" for up, level in enumerate(unet.up_blocks) for index in range(len(level.resnets))]
+    return [
+        f"up_blocks.{up}.resnets.{index}"
+        for up, level in enumerate(unet.up_blocks)
+        for index in range(len(level.resnets))
+    ]
 
 
 def spec_from(unet: UNet, block: str, tau_f: float, tau_attn: float) -> PnPSpec:
@@ -69,7 +73,13 @@ def spec_from(unet: UNet, block: str, tau_f: float, tau_attn: float) -> PnPSpec:
 
 
 def tried(
-    name: str, pipe: Pipeline, judge: Judge, cases: list[EditCase], inversions: list[Inversion], spec: PnPSpec, guidance: float
+    name: str,
+    pipe: Pipeline,
+    judge: Judge,
+    cases: list[EditCase],
+    inversions: list[Inversion],
+    spec: PnPSpec,
+    guidance: float,
 ) -> Tried:
     """Make all edits with one choice of blocks and measure them."""
     pairs = list(zip(cases, inversions, strict=True))
@@ -109,7 +119,9 @@ def main(
     default = default_spec(pipe.unet.config, tau_f=tau_f, tau_attn=tau_attn)
     results = [tried("none", pipe, judge, cases, inversions, PnPSpec((), (), 0.0, 0.0), guidance)]
     for block in blocks_of(pipe.unet):
-        results.append(tried(block, pipe, judge, cases, inversions, spec_from(pipe.unet, block, tau_f, tau_attn), guidance))
+        results.append(
+            tried(block, pipe, judge, cases, inversions, spec_from(pipe.unet, block, tau_f, tau_attn), guidance)
+        )
     click.echo(
         f"{count} scenes, {steps} steps, guidance {guidance}, shares {tau_f} and {tau_attn}; smaller structure is nearer"
     )

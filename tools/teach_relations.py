@@ -111,7 +111,10 @@ def teach(text_encoder: TextEncoder, captions: Captions, others: Tensor, steps: 
     random = torch.Generator().manual_seed(seed)
     before = copy.deepcopy(text_encoder)
     readers = Readers(text_encoder.embedding_width)
-    groups = [{"params": [*readers.parameters()], "scale": _HEAD_LR}, {"params": [*text_encoder.parameters()], "scale": 1.0}]
+    groups = [
+        {"params": [*readers.parameters()], "scale": _HEAD_LR},
+        {"params": [*text_encoder.parameters()], "scale": 1.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=_LR, betas=(0.9, 0.98), fused=True)
     for step in trange(steps, desc="relations", unit="step"):
         for group in optimizer.param_groups:

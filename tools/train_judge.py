@@ -66,7 +66,8 @@ def read_scenes(folder: Path, config: JudgeConfig) -> list[Scene]:
         raise DataError(f"expected scenes in {folder}, found no metadata.jsonl; make them with tools/make_scenes.py")
     lines = metadata.read_text(encoding="utf-8").splitlines()
     return [
-        _read_scene(folder, json.loads(line), config) for line in tqdm(lines, desc="reading", unit="scene", mininterval=1.0)
+        _read_scene(folder, json.loads(line), config)
+        for line in tqdm(lines, desc="reading", unit="scene", mininterval=1.0)
     ]
 
 
@@ -164,7 +165,9 @@ def make_targets(scenes: Sequence[Scene], size: int) -> Targets:
     side = size // STRIDE
     grid = np.arange(side)
     heat = np.zeros((len(scenes), side, side), dtype=np.float32)
-    picture = np.concatenate([np.full(len(scene.nouns), number) for number, scene in enumerate(scenes)])  # (K,) of all objects
+    picture = np.concatenate(
+        [np.full(len(scene.nouns), number) for number, scene in enumerate(scenes)]
+    )  # (K,) of all objects
     left, top, right, bottom = np.concatenate([scene.boxes for scene in scenes]).T / STRIDE  # in cells
     x, y = (left + right) / 2, (top + bottom) / 2
     column, row = (np.minimum(centre.astype(int), side - 1) for centre in (x, y))

@@ -111,7 +111,9 @@ class LoadedWords:
     def load(self, path: str | os.PathLike[str], name: str) -> str:
         """Read the word of a file; see `Pipeline.load_lora`."""
         if name in self._words:
-            raise UsageError(f"a word called {name!r} is loaded already; unload it first, or give this one another name")
+            raise UsageError(
+                f"a word called {name!r} is loaded already; unload it first, or give this one another name"
+            )
         word = read_word(path, self._text_encoder)
         word.extended(self.tokenizer)  # raises if it is known
         about = {"file": Path(path).name, "sha256": file_hash(Path(path)), "scale": 1.0}

@@ -120,7 +120,9 @@ def _read_safetensors(path: Path) -> TensorFile:
                 offset = start + entry["data_offsets"][0]
                 # Types that only the library knows are read by it, without a mapping.
                 known = dtype is not None
-                tensors[name] = mapped_tensor(mapped, offset, dtype, tuple(entry["shape"])) if known else file.get_tensor(name)
+                tensors[name] = (
+                    mapped_tensor(mapped, offset, dtype, tuple(entry["shape"])) if known else file.get_tensor(name)
+                )
             return TensorFile(path, tensors, file.metadata() or {})
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {_first_line(error)}; download it again") from error

@@ -101,13 +101,17 @@ class KeyReport:
         return "Probably these are the weights of another architecture"
 
 
-def compare(part: str, expected: Mapping[str, Shape], found: Mapping[str, Shape], dropped: Iterable[str] = ()) -> KeyReport:
+def compare(
+    part: str, expected: Mapping[str, Shape], found: Mapping[str, Shape], dropped: Iterable[str] = ()
+) -> KeyReport:
     """Compare names and shapes, exactly."""
     return KeyReport(
         part,
         missing={name: shape for name, shape in expected.items() if name not in found},
         unexpected={name: shape for name, shape in found.items() if name not in expected},
-        wrong_shape={name: (shape, found[name]) for name, shape in expected.items() if name in found and found[name] != shape},
+        wrong_shape={
+            name: (shape, found[name]) for name, shape in expected.items() if name in found and found[name] != shape
+        },
         dropped=tuple(dropped),
     )
 

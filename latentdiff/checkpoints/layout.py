@@ -33,7 +33,9 @@ def read_ahead(source: Path) -> None:
     """
     if not hasattr(os, "posix_fadvise"):
         return
-    candidates = [[source]] if source.is_file() else [[source / name for name in weight_candidates(part)] for part in PARTS]
+    candidates = (
+        [[source]] if source.is_file() else [[source / name for name in weight_candidates(part)] for part in PARTS]
+    )
     for paths in candidates:
         path = next((path for path in paths if path.is_file()), None)
         if path and path.suffix != ".json":

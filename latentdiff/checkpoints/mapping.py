@@ -89,7 +89,9 @@ def put(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Replace a parameter or buffer, by its name in the `state_dict`; the new one may lie on another device."""
     owner, leaf = _place(module, name)
     old = getattr(owner, leaf)
-    setattr(owner, leaf, nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
+    setattr(
+        owner, leaf, nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    )
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:

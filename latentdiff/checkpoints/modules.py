@@ -101,7 +101,9 @@ def check_fits(raw: RawModel, part: str, expected: Mapping[str, Shape] | None = 
             )
 
 
-def module_without_weights(raw: RawModel, part: str, dtype: torch.dtype | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
+def module_without_weights(
+    raw: RawModel, part: str, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """A part on the meta device in `dtype`, or in that of the file, and the raw model's tensors for it; see `mapping.fill`.
 
     Raises:

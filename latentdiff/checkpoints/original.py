@@ -19,7 +19,14 @@ from latentdiff.checkpoints.folder import save_tensors
 from latentdiff.checkpoints.infer import infer_configs, is_open_clip
 from latentdiff.checkpoints.keymap import KeyMap, compare
 from latentdiff.checkpoints.layout import PARTS
-from latentdiff.checkpoints.modules import POSITION_IDS, build_module, check_fits, expected_shapes, parse_config, shapes_of
+from latentdiff.checkpoints.modules import (
+    POSITION_IDS,
+    build_module,
+    check_fits,
+    expected_shapes,
+    parse_config,
+    shapes_of,
+)
 from latentdiff.checkpoints.prediction import PredictionType, probe_prediction_type, read_prediction_type
 from latentdiff.checkpoints.raw import PART_LABELS, RawModel
 from latentdiff.checkpoints.tokenizer import clip_tokenizer_files, with_clip_vocabulary, without_clip_vocabulary
@@ -150,7 +157,9 @@ def has_ema(names: Iterable[str]) -> bool:
     return bool(unet) and all(tables.ema_name(name) in names for name in unet)
 
 
-def _assemble(file: TensorFile, tensors: Tensors, stored: dict[str, Any], prediction_type: str, *, ema: bool) -> RawModel:
+def _assemble(
+    file: TensorFile, tensors: Tensors, stored: dict[str, Any], prediction_type: str, *, ema: bool
+) -> RawModel:
     shapes = shapes_of(tensors)
     text_prefix = ORIGINAL_PREFIXES["text_encoder"]
     open_clip = is_open_clip({n.removeprefix(text_prefix): s for n, s in shapes.items() if n.startswith(text_prefix)})
@@ -179,7 +188,9 @@ def _assemble(file: TensorFile, tensors: Tensors, stored: dict[str, Any], predic
     )
 
 
-def _read_part(path: Path, part: str, layout: PartLayout, tensors: Tensors, config: dict[str, Any]) -> tuple[Tensors, set[str]]:
+def _read_part(
+    path: Path, part: str, layout: PartLayout, tensors: Tensors, config: dict[str, Any]
+) -> tuple[Tensors, set[str]]:
     """The tensors of one part under our names, and the names in the file that they came from."""
     renamed: Tensors = {}
     used: set[str] = set()
@@ -244,7 +255,9 @@ def _stored(file: TensorFile) -> dict[str, Any]:
     try:
         stored = json.loads(file.metadata[METADATA])
         sound = all(isinstance(stored["configs"][name], dict) for name in (*PARTS, "scheduler", "model_index"))
-        sound = sound and all(isinstance(text, str) and Path(name).name == name for name, text in stored["tokenizer"].items())
+        sound = sound and all(
+            isinstance(text, str) and Path(name).name == name for name, text in stored["tokenizer"].items()
+        )
         sound = sound and all(isinstance(names, dict) for names in stored["names"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
         sound = False

@@ -51,7 +51,9 @@ def read_prediction_type(file: TensorFile, *, second_family: bool) -> Prediction
     return None
 
 
-def probe_prediction_type(unet: Callable[[Tensor, Tensor, Tensor], Tensor], channels: int, width: int) -> PredictionType:
+def probe_prediction_type(
+    unet: Callable[[Tensor, Tensor, Tensor], Tensor], channels: int, width: int
+) -> PredictionType:
     """Ask the network: at the last timestep its input is all but pure noise.
 
     A network that predicts noise then returns its input (slope 1 of output on input); one that predicts
@@ -71,7 +73,9 @@ def probe_prediction_type(unet: Callable[[Tensor, Tensor, Tensor], Tensor], chan
     seen = x[:, : out.shape[1]]
     slope = float((out * seen).sum() / (seen * seen).sum())
     if not math.isfinite(slope):
-        return PredictionType("v_prediction", "its family alone, as most SD 2.x do (a trial run gave NaN)", guessed=True)
+        return PredictionType(
+            "v_prediction", "its family alone, as most SD 2.x do (a trial run gave NaN)", guessed=True
+        )
     name = "epsilon" if slope > 0.5 else "v_prediction"
     return PredictionType(name, f"a trial run of the U-Net (slope {slope:.2f} on noise)", guessed=True)
 

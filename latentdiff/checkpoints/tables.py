@@ -102,7 +102,8 @@ def _vae_pairs(config: VAEConfig) -> Iterator[tuple[str, str]]:
 def attention_to_linear(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The original computes the VAE's attention with 1x1 convolutions (C, C, 1, 1), diffusers with (C, C) matrices."""
     return {
-        name: tensor.flatten(1) if _is_vae_attention(name) and tensor.ndim == 4 else tensor for name, tensor in tensors.items()
+        name: tensor.flatten(1) if _is_vae_attention(name) and tensor.ndim == 4 else tensor
+        for name, tensor in tensors.items()
     }
 
 

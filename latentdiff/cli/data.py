@@ -26,11 +26,18 @@ def data() -> None:
 @click.argument("sources", nargs=-1, required=True, metavar="FOLDER...")
 @click.option("--validation", metavar="FOLDER", help="Held-out images; report those that are in training too.")
 @click.option(
-    "--sheet", type=ANY_PATH, metavar="FILE.png", help="Draw images as training sees them, beside what the VAE makes of them."
+    "--sheet",
+    type=ANY_PATH,
+    metavar="FILE.png",
+    help="Draw images as training sees them, beside what the VAE makes of them.",
 )
-@click.option("--sheet-images", type=click.IntRange(1), default=16, show_default=True, metavar="N", help="Images on the sheet.")
+@click.option(
+    "--sheet-images", type=click.IntRange(1), default=16, show_default=True, metavar="N", help="Images on the sheet."
+)
 @MODEL
-@click.option("--resolution", type=click.IntRange(8), metavar="N", help="Side of the square bucket.  [default: the model's]")
+@click.option(
+    "--resolution", type=click.IntRange(8), metavar="N", help="Side of the square bucket.  [default: the model's]"
+)
 @click.option(
     "--bucket-step",
     type=click.IntRange(1),
@@ -40,7 +47,9 @@ def data() -> None:
 @click.option("--max-aspect", type=click.FloatRange(1), default=2.0, show_default=True, metavar="X", help="Of buckets.")
 @click.option("--upscale", is_flag=True, help="Enlarge images that are smaller than their bucket.")
 @click.option("--background", default="white", show_default=True, metavar="COLOUR", help="Under transparent images.")
-@click.option("--caption-column", metavar="NAME", help="Of metadata files and data sets.  [default: text, caption, ...]")
+@click.option(
+    "--caption-column", metavar="NAME", help="Of metadata files and data sets.  [default: text, caption, ...]"
+)
 @click.option(
     "--long-captions",
     type=click.Choice(["cut", "chunk"]),

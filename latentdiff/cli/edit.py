@@ -16,10 +16,17 @@ from latentdiff.cli.output import check_results, save_results, shown_source
 @click.argument("picture", type=ANY_PATH, metavar="PICTURE|INVERSION")
 @click.argument("prompt")
 @click.option(
-    "--strength", type=float, default=0.6, show_default=True, metavar="X", help="0 to 1: how far to go from the picture."
+    "--strength",
+    type=float,
+    default=0.6,
+    show_default=True,
+    metavar="X",
+    help="0 to 1: how far to go from the picture.",
 )
 @click.option("--width", type=int, metavar="PIXELS", help="Bring the picture to this width first.  [default: its own]")
-@click.option("--height", type=int, metavar="PIXELS", help="Bring the picture to this height first.  [default: its own]")
+@click.option(
+    "--height", type=int, metavar="PIXELS", help="Bring the picture to this height first.  [default: its own]"
+)
 @SAMPLING_OPTIONS
 @MODEL_OPTIONS
 @RESULT_OPTIONS

@@ -19,7 +19,9 @@ from latentdiff.names import SAMPLER_NAMES
     "--out", type=ANY_PATH, default="evaluation", show_default=True, metavar="FOLDER", help="For scores and pictures."
 )
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Prompts of each task.  [default: all]")
-@click.option("--seeds", type=click.IntRange(1), default=4, show_default=True, metavar="N", help="Pictures of each prompt.")
+@click.option(
+    "--seeds", type=click.IntRange(1), default=4, show_default=True, metavar="N", help="Pictures of each prompt."
+)
 @click.option("--steps", type=int, default=25, show_default=True, metavar="N", help="Denoising steps, 1 to 1000.")
 @click.option("--guidance", type=float, default=5.0, show_default=True, metavar="X", help="1 is no guidance.")
 @click.option("--sampler", type=click.Choice(SAMPLER_NAMES), default="ddim", show_default=True)

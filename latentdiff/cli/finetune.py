@@ -65,7 +65,9 @@ def _kinds(annotation: Any) -> list[Any]:
 
 
 def _is_pair(annotation: Any) -> bool:
-    return get_origin(annotation) is tuple and len(get_args(annotation)) == 2 and get_args(annotation)[1] is not Ellipsis
+    return (
+        get_origin(annotation) is tuple and len(get_args(annotation)) == 2 and get_args(annotation)[1] is not Ellipsis
+    )
 
 
 def _metavar(kinds: list[Any]) -> str:
@@ -86,7 +88,9 @@ def _default(name: str, field: FieldInfo) -> str:
 
 
 @click.command(cls=_ConfigCommand)
-@click.option("--config", type=ANY_PATH, metavar="FILE", help="YAML file with any of the keys below; flags replace its values.")
+@click.option(
+    "--config", type=ANY_PATH, metavar="FILE", help="YAML file with any of the keys below; flags replace its values."
+)
 @click.option("--resume", type=ANY_PATH, metavar="RUN", help="Go on with a run, from its newest whole checkpoint.")
 def finetune(config: Path | None, resume: Path | None, **flags: Any) -> None:
     """Fine-tune a model on captioned images.
@@ -107,5 +111,6 @@ def finetune(config: Path | None, resume: Path | None, **flags: Any) -> None:
 def _as_values(given: dict[str, Any]) -> dict[str, Any]:
     """Flags as values of the configuration: "none" is none, and a tuple of texts a list."""
     return {
-        name: None if value == "none" else list(value) if isinstance(value, tuple) else value for name, value in given.items()
+        name: None if value == "none" else list(value) if isinstance(value, tuple) else value
+        for name, value in given.items()
     }

@@ -57,7 +57,9 @@ from latentdiff.errors import UsageError
 @PREVIEW
 @PREVIEW_EVERY
 @PREVIEW_DECODER
-@click.option("--sheet", type=ANY_PATH, metavar="FILE.png", help="Also write all pictures on one sheet with their prompts.")
+@click.option(
+    "--sheet", type=ANY_PATH, metavar="FILE.png", help="Also write all pictures on one sheet with their prompts."
+)
 @NO_METADATA
 def generate(
     prompts: tuple[str, ...],
@@ -88,7 +90,9 @@ def generate(
         output.check_writable(place)
     with joined() as ranks:
         if not ranks.can_talk and ranks.count > 1 and (seed is None or sheet):
-            raise UsageError("expected --seed and no --sheet, as the processes have no MASTER_ADDR and MASTER_PORT to agree by")
+            raise UsageError(
+                "expected --seed and no --sheet, as the processes have no MASTER_ADDR and MASTER_PORT to agree by"
+            )
         settings["device"] = ranks.device(settings["device"])
         with loaded_model(settings) as pipe:
             first = ranks.agree(lambda: drawn_seed(seed))

@@ -31,8 +31,12 @@ from latentdiff.errors import UsageError
     help="0 to 1: less than 1 keeps something of what was there.  [default: 1, with --remove 0.5]",
 )
 @click.option("--grow", type=int, default=0, show_default=True, metavar="PIXELS", help="Widen the mask by this much.")
-@click.option("--blur", type=float, default=0.0, show_default=True, metavar="PIXELS", help="Soften its edge by this much.")
-@click.option("--only-masked", is_flag=True, help="Cut the masked part out and paint it at the model's full resolution.")
+@click.option(
+    "--blur", type=float, default=0.0, show_default=True, metavar="PIXELS", help="Soften its edge by this much."
+)
+@click.option(
+    "--only-masked", is_flag=True, help="Cut the masked part out and paint it at the model's full resolution."
+)
 @click.option(
     "--padding",
     type=int,

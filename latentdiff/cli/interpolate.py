@@ -27,8 +27,12 @@ from latentdiff.errors import UsageError
 @click.command()
 @click.argument("prompts", nargs=-1, metavar="PROMPT PROMPT...")
 @click.option("--frames", type=click.IntRange(2), default=24, show_default=True, metavar="N", help="Pictures in all.")
-@click.option("--fps", type=click.FloatRange(0.1, 50), default=12.0, show_default=True, metavar="X", help="Speed of a GIF.")
-@click.option("--same-noise", is_flag=True, help="Give all prompts the start noise of the first: only the text changes.")
+@click.option(
+    "--fps", type=click.FloatRange(0.1, 50), default=12.0, show_default=True, metavar="X", help="Speed of a GIF."
+)
+@click.option(
+    "--same-noise", is_flag=True, help="Give all prompts the start noise of the first: only the text changes."
+)
 @click.option(
     "--out",
     type=ANY_PATH,
@@ -52,7 +56,9 @@ from latentdiff.errors import UsageError
 @BATCH_SIZE
 @MODEL_OPTIONS
 @NO_METADATA
-def interpolate(prompts: tuple[str, ...], fps: float, out: Path, seed: int | None, no_metadata: bool, **settings: Any) -> None:
+def interpolate(
+    prompts: tuple[str, ...], fps: float, out: Path, seed: int | None, no_metadata: bool, **settings: Any
+) -> None:
     """Make a way of pictures from the first PROMPT over all others to the last, as frames or as a GIF."""
     if len(prompts) < 2:
         raise UsageError(f"expected two prompts or more to go between, found {len(prompts)}")

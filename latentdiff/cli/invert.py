@@ -34,14 +34,22 @@ from latentdiff.names import INVERSION_NAMES
     help="Corrections of each step of fixed-point and null-text; each costs as much as the step and brings it nearer.",
 )
 @click.option(
-    "--guidance", "guidance_scale", type=float, metavar="X", help="For which edict (3) and null-text (5) are made to be exact."
+    "--guidance",
+    "guidance_scale",
+    type=float,
+    metavar="X",
+    help="For which edict (3) and null-text (5) are made to be exact.",
 )
 @click.option("--mixing", type=float, metavar="X", help="0.5 to 1: edict's coupling.  [default: 0.93 at 50 steps]")
 @SPACING
 @click.option("--width", type=int, metavar="PIXELS", help="Bring the picture to this width first.  [default: its own]")
-@click.option("--height", type=int, metavar="PIXELS", help="Bring the picture to this height first.  [default: its own]")
+@click.option(
+    "--height", type=int, metavar="PIXELS", help="Bring the picture to this height first.  [default: its own]"
+)
 @click.option("--no-check", is_flag=True, help="Do not sample back to measure the error: saves up to half of the time.")
-@click.option("--out", type=ANY_PATH, metavar="FILE", help="Where to write.  [default: PICTURE's name with .inversion, here]")
+@click.option(
+    "--out", type=ANY_PATH, metavar="FILE", help="Where to write.  [default: PICTURE's name with .inversion, here]"
+)
 @MODEL_OPTIONS
 def invert(picture: Path, out: Path | None, no_check: bool, **settings: Any) -> None:
     """Invert PICTURE: find the noise, and every step of the way, from which sampling leads back to it.

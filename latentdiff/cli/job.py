@@ -100,7 +100,11 @@ class Job:
                 missing.append(picture)
         if not missing:
             return
-        options = {"seed": [picture.seed for picture in missing], "num_images": len(missing), "progress": self.ranks.is_first}
+        options = {
+            "seed": [picture.seed for picture in missing],
+            "num_images": len(missing),
+            "progress": self.ranks.is_first,
+        }
         images = self.pipe(missing[0].prompt, **options, **self.settings)
         for image, picture in zip(images, missing, strict=True):
             save_png(image, picture.path, metadata=self.metadata)

@@ -76,7 +76,9 @@ def _find(file: str, sha256: str, folders: list[Path]) -> Path:
 
     name = Path(file).name  # never a path: the recipe may come from anywhere
     named = [folder / name for folder in folders]
-    others = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES]
+    others = [
+        path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES
+    ]
     for path in [*named, *others]:
         if path.is_file() and file_hash(path) == sha256:
             return path

@@ -27,12 +27,16 @@ def together(*options: Decorator) -> Decorator:
 
 
 ANY_PATH = click.Path(path_type=Path)
-MODEL = click.option("--model", metavar="FOLDER|HUB_ID|FILE", help="The model; without it, the one that comes with latentdiff.")
+MODEL = click.option(
+    "--model", metavar="FOLDER|HUB_ID|FILE", help="The model; without it, the one that comes with latentdiff."
+)
 EMA = click.option("--ema", is_flag=True, help="Take the averaged weights of a .ckpt that holds both.")
 PREDICTION_TYPE = click.option(
     "--prediction-type", type=click.Choice(PREDICTION_TYPES), help="What the model predicts, if its file says it wrong."
 )
-DEVICE = click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:N or mps."
+)
 PRECISION = click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
@@ -59,9 +63,17 @@ MODEL_OPTIONS = together(
     MODEL, EMA, PREDICTION_TYPE, LORAS, DEVICE, PRECISION, BACKEND, COMPILE, ATTENTION, LOW_MEMORY
 )  # see `loaded_model`
 
-NEGATIVE = click.option("--negative", "negative_prompt", default="", metavar="TEXT", help="What to avoid in the picture.")
+NEGATIVE = click.option(
+    "--negative", "negative_prompt", default="", metavar="TEXT", help="What to avoid in the picture."
+)
 NUM_IMAGES = click.option(
-    "-n", "num_images", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Pictures of each prompt."
+    "-n",
+    "num_images",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Pictures of each prompt.",
 )
 SEED = click.option(
     "--seed",
@@ -94,7 +106,12 @@ GUIDANCE_INTERVAL = click.option(
 )
 SAMPLER = click.option("--sampler", type=click.Choice(SAMPLER_NAMES), help="How a step is taken.  [default: ddim]")
 ETA = click.option(
-    "--eta", type=float, default=0.0, show_default=True, metavar="X", help="0 to 1: share of fresh noise in ddim's steps."
+    "--eta",
+    type=float,
+    default=0.0,
+    show_default=True,
+    metavar="X",
+    help="0 to 1: share of fresh noise in ddim's steps.",
 )
 SPACING = click.option("--spacing", type=click.Choice(SPACING_NAMES), help="Of the timesteps.  [default: the model's]")
 FAST = click.option(
@@ -109,7 +126,10 @@ CACHE_INTERVAL = click.option(
     help="Compute the deep layers of the U-Net at every Nth step only (DeepCache).  [default: 1, every step]",
 )
 CACHE_BRANCH = click.option(
-    "--cache-branch", type=click.IntRange(0), metavar="N", help="How many more layers are always computed.  [default: 0]"
+    "--cache-branch",
+    type=click.IntRange(0),
+    metavar="N",
+    help="How many more layers are always computed.  [default: 0]",
 )
 CACHE_CENTRE = click.option(
     "--cache-centre",
@@ -138,9 +158,16 @@ OUT = click.option(
     help="Where to write. In a folder the file is named after prompt and seed. A file that holds another "
     "picture is never overwritten: the new one gets a number.",
 )
-PREVIEW = click.option("--preview", type=ANY_PATH, metavar="FILE.png", help="Write what is expected there, while at work.")
+PREVIEW = click.option(
+    "--preview", type=ANY_PATH, metavar="FILE.png", help="Write what is expected there, while at work."
+)
 PREVIEW_EVERY = click.option(
-    "--preview-every", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Steps from preview to preview."
+    "--preview-every",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="Steps from preview to preview.",
 )
 PREVIEW_DECODER = click.option(
     "--preview-decoder",

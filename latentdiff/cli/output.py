@@ -37,7 +37,9 @@ def check_writable(path: Path) -> None:
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror} in {folder}; choose another place with --out") from error
+        raise UsageError(
+            f"cannot write {path}: {error.strerror} in {folder}; choose another place with --out"
+        ) from error
     if path.suffix == ".png" and path.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder")
 

@@ -41,7 +41,10 @@ ROUNDING = 2
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Number format.  [default: the recipe's]")
 @click.option("--out", type=ANY_PATH, metavar="FILE.png|FILE.gif", help="Write the new picture there.")
 @click.option(
-    "--lora-dir", type=ANY_PATH, metavar="FOLDER", help="Where the recipe's LoRAs lie.  [default: here or beside PICTURE]"
+    "--lora-dir",
+    type=ANY_PATH,
+    metavar="FOLDER",
+    help="Where the recipe's LoRAs lie.  [default: here or beside PICTURE]",
 )
 def reproduce(
     picture: Path,
@@ -118,7 +121,9 @@ def _sources(recipe: Recipe, picture: Path, given: tuple[str, ...]) -> dict[str,
         path = places.get(role, picture.parent / name)
         hint = f"say where it is with --source {role}=FILE"
         if not path.is_file():
-            raise DataError(f"the recipe starts from the {role} {name or '(without a name)'}, which is not at {path}; {hint}")
+            raise DataError(
+                f"the recipe starts from the {role} {name or '(without a name)'}, which is not at {path}; {hint}"
+            )
         if not is_the_one(path, entry.get("sha256", "")):
             raise DataError(f"{path} is not the {role} that the picture was made from: its SHA-256 differs; {hint}")
         found[role] = path
@@ -166,7 +171,9 @@ def _report(original: Sequence[Image.Image], again: Sequence[Image.Image], recip
         raise DataError(f"the picture has been resized: it is {sizes[0]}, its recipe says {sizes[1]}")
     if len(original) != len(again):
         raise DataError(f"the animation has been edited: it has {len(original)} frames, made again {len(again)}")
-    pair = (np.stack([np.asarray(one.convert("RGB"), dtype=np.int16) for one in images]) for images in (original, again))
+    pair = (
+        np.stack([np.asarray(one.convert("RGB"), dtype=np.int16) for one in images]) for images in (original, again)
+    )
     difference = np.abs(np.subtract(*pair))
     worst, mean = int(difference.max()), float(difference.mean())
     if worst == 0:

@@ -26,7 +26,9 @@ OWNERS["border"] = OWNERS["kernel"]
 
 @click.command()
 @click.argument("picture", type=ANY_PATH)
-@click.option("--operator", "name", type=click.Choice(OPERATOR_NAMES), required=True, help="What happened to the picture.")
+@click.option(
+    "--operator", "name", type=click.Choice(OPERATOR_NAMES), required=True, help="What happened to the picture."
+)
 @click.option("--mask", type=ANY_PATH, metavar="FILE", help="inpaint: white where the picture is missing.")
 @click.option("--factor", type=int, metavar="N", help="super-resolution: how many times larger to make the picture.")
 @click.option(
@@ -54,7 +56,9 @@ OWNERS["border"] = OWNERS["kernel"]
 @click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the method, such as zeta=1 of diffpir."
 )
-@click.option("--steps", type=int, metavar="N", help="Denoising steps.  [default: 50 for diffpir; see the documentation]")
+@click.option(
+    "--steps", type=int, metavar="N", help="Denoising steps.  [default: 50 for diffpir; see the documentation]"
+)
 @click.option(
     "--guidance",
     "guidance_scale",
@@ -62,7 +66,9 @@ OWNERS["border"] = OWNERS["kernel"]
     metavar="X",
     help="How strongly to follow the prompt.  [default: 3 with a prompt, 1 without]",
 )
-@click.option("-n", "samples", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Pictures to make.")
+@click.option(
+    "-n", "samples", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Pictures to make."
+)
 @SEED
 @BATCH_SIZE
 @click.option("--mean", type=ANY_PATH, metavar="FILE.png", help="Also write the mean of the pictures.")

@@ -52,7 +52,9 @@ class TinyDecoder(nn.Sequential):
             decoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
-            raise CheckpointError(f"{path} is no tiny decoder in the layout of taesd_decoder.safetensors: {reason}") from error
+            raise CheckpointError(
+                f"{path} is no tiny decoder in the layout of taesd_decoder.safetensors: {reason}"
+            ) from error
         return decoder.eval()
 
     def check_fit(self, vae: VAEConfig) -> None:

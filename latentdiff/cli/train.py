@@ -18,7 +18,9 @@ PREVIEW_PICTURES = 16
 
 @click.command()
 @click.argument("config", type=ANY_PATH)
-@click.option("--stage", "stages", multiple=True, metavar="NAME", help="Only this stage; may be repeated.  [default: all]")
+@click.option(
+    "--stage", "stages", multiple=True, metavar="NAME", help="Only this stage; may be repeated.  [default: all]"
+)
 @click.option(
     "--set",
     "overrides",
@@ -27,8 +29,12 @@ PREVIEW_PICTURES = 16
     help="Replace one value of CONFIG, for example diffusion.lr=1e-3; may be repeated.",
 )
 @click.option("--out", type=ANY_PATH, metavar="FOLDER", help="Folder of the run, in place of `run` in CONFIG.")
-@click.option("--export", type=ANY_PATH, metavar="FOLDER", help="Train nothing; write the model as far as it is trained.")
-def train(config: Path, stages: tuple[str, ...], overrides: tuple[str, ...], out: Path | None, export: Path | None) -> None:
+@click.option(
+    "--export", type=ANY_PATH, metavar="FOLDER", help="Train nothing; write the model as far as it is trained."
+)
+def train(
+    config: Path, stages: tuple[str, ...], overrides: tuple[str, ...], out: Path | None, export: Path | None
+) -> None:
     """Train a model from nothing as CONFIG says.
 
     A run that was stopped goes on where it stood: give the same command again.

@@ -58,17 +58,29 @@ INVERSION_OPTIONS = ("spacing", "iterations", "width", "height")  # of pictures 
 @GUIDANCE_RESCALE
 @GUIDANCE_INTERVAL
 @click.option("--tau-features", "tau_f", type=float, metavar="X", help="0 to 1: share of the steps.  [default: 0.8]")
-@click.option("--tau-attention", "tau_attn", type=float, metavar="X", help="0 to 1: share of the steps.  [default: 0.5]")
 @click.option(
-    "--feature-block", "feature_blocks", multiple=True, metavar="NAME", help="Such as up_blocks.1.resnets.1; repeatable."
+    "--tau-attention", "tau_attn", type=float, metavar="X", help="0 to 1: share of the steps.  [default: 0.5]"
 )
 @click.option(
-    "--attention-block", "attn_blocks", multiple=True, metavar="NAME", help="Such as up_blocks.1.attentions.1; repeatable."
+    "--feature-block",
+    "feature_blocks",
+    multiple=True,
+    metavar="NAME",
+    help="Such as up_blocks.1.resnets.1; repeatable.",
+)
+@click.option(
+    "--attention-block",
+    "attn_blocks",
+    multiple=True,
+    metavar="NAME",
+    help="Such as up_blocks.1.attentions.1; repeatable.",
 )
 @click.option("--iterations", type=int, metavar="N", help="Corrections of each step of the inversion.  [default: 1]")
 @SPACING
 @click.option("--width", type=int, metavar="PIXELS", help="Bring the picture to this width first.  [default: its own]")
-@click.option("--height", type=int, metavar="PIXELS", help="Bring the picture to this height first.  [default: its own]")
+@click.option(
+    "--height", type=int, metavar="PIXELS", help="Bring the picture to this height first.  [default: its own]"
+)
 @MODEL_OPTIONS
 @RESULT_OPTIONS
 def translate(

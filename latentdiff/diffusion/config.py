@@ -45,7 +45,9 @@ class ScheduleConfig:
             ConfigError: the noise schedule is one that cannot be reproduced here.
         """
         if config.get("trained_betas") is not None:
-            raise ConfigError("schedule with trained_betas is not supported; expected beta_start, beta_end and beta_schedule")
+            raise ConfigError(
+                "schedule with trained_betas is not supported; expected beta_start, beta_end and beta_schedule"
+            )
         # What diffusers' DDIMScheduler assumes where a file is silent.
         silent = {
             "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "steps_offset": 0, "set_alpha_to_one": True,

@@ -86,7 +86,9 @@ class _FiniteCheck:
         if self._done is not None:
             self._done.synchronize()
         if not self._answer:
-            raise NotFiniteError(f"latents must stay finite, found NaN or infinity after {self._where}; use a higher precision")
+            raise NotFiniteError(
+                f"latents must stay finite, found NaN or infinity after {self._where}; use a higher precision"
+            )
 
 
 class _Remember:

@@ -85,7 +85,9 @@ def guided_denoiser(
     if guidance.scale == 1.0:
         both = None
     elif negative_context is None:
-        raise UsageError(f"guidance scale {guidance.scale} needs a negative context (the embedding of an empty prompt will do)")
+        raise UsageError(
+            f"guidance scale {guidance.scale} needs a negative context (the embedding of an empty prompt will do)"
+        )
     else:
         both = getattr(type(context), "cat", torch.cat)([negative_context, context])
 

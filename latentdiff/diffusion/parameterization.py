@@ -60,7 +60,9 @@ class Parameterization:
 
 def _divide(numerator: Tensor, denominator: float) -> Tensor:
     if denominator == 0.0:
-        raise UsageError("x0 or eps is undetermined here: epsilon-prediction needs some signal, sample-prediction some noise")
+        raise UsageError(
+            "x0 or eps is undetermined here: epsilon-prediction needs some signal, sample-prediction some noise"
+        )
     return numerator / denominator
 
 

@@ -19,7 +19,11 @@ from latentdiff.networks.functions import checked_model, embed_prompt
 from latentdiff.networks.layers.transformer import Context, ProjectedContext
 from latentdiff.networks.unet import UNet
 
-PROMPTS = ("a red circle left of a blue square", "a photograph of a cat on a sofa", "a lake in the mountains, oil painting")
+PROMPTS = (
+    "a red circle left of a blue square",
+    "a photograph of a cat on a sofa",
+    "a lake in the mountains, oil painting",
+)
 STEPS = 10
 GUIDANCE_SCALE = 5.0
 
@@ -44,15 +48,21 @@ def calibration_examples(
         examples.append((x, float(t), projected))
         return unet(x, t, context)
 
-    others = unet.config.in_channels - latent_channels  # of an inpainting model: a mask of all, and nothing outside of it
+    others = (
+        unet.config.in_channels - latent_channels
+    )  # of an inpainting model: a mask of all, and nothing outside of it
     extra = torch.zeros(1, others, side, side, device=device) if others else None
     if extra is not None:
         extra[:, 0] = 1.0
-    negative, *texts = (TextContext.of(unet, embed_prompt(tokenizer, text_encoder, text, device)) for text in ("", *PROMPTS))
+    negative, *texts = (
+        TextContext.of(unet, embed_prompt(tokenizer, text_encoder, text, device)) for text in ("", *PROMPTS)
+    )
     for seed, text in enumerate(texts):
         noise = NoiseStream([seed], (latent_channels, side, side), device=device)
         model = checked_model(recording, unet, levels, extra_channels=extra)
         denoiser = guided_denoiser(model, parameterization(schedule.config.prediction_type), text, negative, guidance)
-        for _ in denoise(denoiser, sampler.start_scale(schedule, "trailing") * noise(), levels, sampler.step, noise=noise):
+        for _ in denoise(
+            denoiser, sampler.start_scale(schedule, "trailing") * noise(), levels, sampler.step, noise=noise
+        ):
             pass
     return examples

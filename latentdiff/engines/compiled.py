@@ -102,7 +102,9 @@ class _Regions:
             self._network.to(memory_format=torch.channels_last)
         self._state = state_of(self._network)
         self._forms = {
-            block: _Region(block, _COMPILED[type(block)]) for block in self._network.modules() if type(block) in _COMPILED
+            block: _Region(block, _COMPILED[type(block)])
+            for block in self._network.modules()
+            if type(block) in _COMPILED
         }
 
 
@@ -117,7 +119,9 @@ class _Region:
         if self._text:
             (context,) = arguments
             arguments = tuple(part for layer in self._text for part in context[layer])
-        with torch._dynamo.config.patch(recompile_limit=MAX_TRANSLATIONS, accumulated_recompile_limit=8 * MAX_TRANSLATIONS):
+        with torch._dynamo.config.patch(
+            recompile_limit=MAX_TRANSLATIONS, accumulated_recompile_limit=8 * MAX_TRANSLATIONS
+        ):
             return self._function(self._block, x, *arguments, **named)
 
 

@@ -58,11 +58,18 @@ def _fast_or_plain(fast: Callable[..., Tensor | None], module: Any, x: Tensor, *
 
 
 def _is_inference(module: nn.Module, x: Tensor) -> bool:
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if (
+        torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+    ):
         return False
     weight = next(module.parameters())
     is_dense = type(weight) in (nn.Parameter, Tensor)  # and not quantized, say
-    return x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16) and is_dense
+    return (
+        x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16) and is_dense
+    )
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none") -> Tensor:

@@ -94,7 +94,9 @@ class DeepCache:
         with Tap(self._unet, [self._branch.entrance], arguments=self._keep):
             raw = self._network(x, t, context)
         if self._deep is None:
-            raise UsageError("the cache needs a back end that runs the U-Net's own modules; leave the cache interval at 1")
+            raise UsageError(
+                "the cache needs a back end that runs the U-Net's own modules; leave the cache interval at 1"
+            )
         self._text = context
         return raw
 

@@ -33,7 +33,9 @@ Forward = Callable[..., Tensor]
 
 def int8_is_possible() -> bool:
     """Whether torch offers the 8-bit products of oneDNN here, and the processor has instructions for them."""
-    has_vnni = any(getattr(torch.cpu, probe, lambda: False)() for probe in ("_is_vnni_supported", "_is_amx_tile_supported"))
+    has_vnni = any(
+        getattr(torch.cpu, probe, lambda: False)() for probe in ("_is_vnni_supported", "_is_amx_tile_supported")
+    )
     return has_vnni and torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv_pointwise")
 
 
@@ -49,7 +51,9 @@ class Int8Network:
 
     def __init__(self, unet: UNet) -> None:
         if not int8_is_possible():
-            raise UsageError("--precision int8 needs a CPU with VNNI instructions (AVX-512 or AMX); choose bf16 or fp32")
+            raise UsageError(
+                "--precision int8 needs a CPU with VNNI instructions (AVX-512 or AMX); choose bf16 or fp32"
+            )
         self._unet = unet
         self._rounding = _Rounding()
         self._forms: dict[nn.Module, Forward] = {}
@@ -59,7 +63,9 @@ class Int8Network:
         """See `UNet.forward`."""
         refuse_gradients("--precision int8", x, *([context] if isinstance(context, Tensor) else []))
         if x.device.type != "cpu":
-            raise UsageError(f"--precision int8 computes on the CPU, found the model on {x.device.type}; add --device cpu")
+            raise UsageError(
+                f"--precision int8 computes on the CPU, found the model on {x.device.type}; add --device cpu"
+            )
         if is_outer(float(torch.as_tensor(t).flatten()[0])):
             return self._unet(x, t, context)
         if self._state != state_of(self._unet):
@@ -160,7 +166,21 @@ class _Convolution:
     def __call__(self, x: Tensor, scale: float, zero: int) -> Tensor:
         w = self._weight
         return torch.ops.onednn.qconv_pointwise(
-            x, scale, zero, self._packed, w.scales, w.zeros, w.bias, *self._geometry, 1, 1.0, 0, self._dtype, "none", [], ""
+            x,
+            scale,
+            zero,
+            self._packed,
+            w.scales,
+            w.zeros,
+            w.bias,
+            *self._geometry,
+            1,
+            1.0,
+            0,
+            self._dtype,
+            "none",
+            [],
+            "",
         )
 
 
@@ -203,5 +223,7 @@ class _Int8FeedForward:
         hidden = self._value(*rounded).mul_(self._gate(*rounded))
         rounded = _rounded(hidden)
         return (
-            F.linear(hidden, self._block.net[2].weight, self._block.net[2].bias) if rounded is None else self._outer(*rounded)
+            F.linear(hidden, self._block.net[2].weight, self._block.net[2].bias)
+            if rounded is None
+            else self._outer(*rounded)
         )

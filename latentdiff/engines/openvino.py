@@ -205,7 +205,9 @@ def _publish(made: Path, place: Path) -> None:
 def _hint(module: nn.Module) -> str:
     first = next(module.parameters())
     if first.device.type not in ("cpu", "meta"):  # meta: not loaded yet
-        raise UsageError(f"expected the model on the CPU for OpenVINO, found it on {first.device.type}; add --device cpu")
+        raise UsageError(
+            f"expected the model on the CPU for OpenVINO, found it on {first.device.type}; add --device cpu"
+        )
     if first.dtype not in HINTS:
         raise UsageError("OpenVINO computes in fp32 or bf16 here, found fp16; choose another --precision")
     return HINTS[first.dtype]

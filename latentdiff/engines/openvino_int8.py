@@ -67,7 +67,9 @@ class OpenVINOInt8Network(OpenVINONetwork):
         convert(self._unet, self._flat, self._inputs(examples[0], 0), exact)
         nncf, openvino = _nncf(), openvino_package()
         # One row of each guided batch, with the text and without it in turns: half the time and memory.
-        inputs = nncf.Dataset(range(len(examples)), lambda n: [each.numpy() for each in self._inputs(examples[n], n % 2)])
+        inputs = nncf.Dataset(
+            range(len(examples)), lambda n: [each.numpy() for each in self._inputs(examples[n], n % 2)]
+        )
         with _quiet():
             model = nncf.quantize(
                 openvino.Core().read_model(exact),
@@ -98,7 +100,9 @@ def _settings() -> Any:
     return settings.AdvancedQuantizationParameters(
         disable_bias_correction=True,
         activations_range_estimator_params=ranges.RangeEstimatorParametersSet.MINMAX,
-        smooth_quant_alphas=settings.AdvancedSmoothQuantParameters(matmul=SMOOTH_PRODUCTS, convolution=SMOOTH_CONVOLUTIONS),
+        smooth_quant_alphas=settings.AdvancedSmoothQuantParameters(
+            matmul=SMOOTH_PRODUCTS, convolution=SMOOTH_CONVOLUTIONS
+        ),
     )
 
 

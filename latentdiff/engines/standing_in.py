@@ -22,7 +22,9 @@ def plain_steps_in(module: nn.Module, engine: str) -> bool:
     """Whether `module` has taps, which an engine made before cannot know of; says so."""
     if not has_taps(module):
         return False
-    warnings.warn(f"a LoRA or another tap is on the {type(module).__name__}: torch computes it, not {engine}", stacklevel=3)
+    warnings.warn(
+        f"a LoRA or another tap is on the {type(module).__name__}: torch computes it, not {engine}", stacklevel=3
+    )
     return True
 
 
@@ -45,7 +47,9 @@ def forms_in_force(forms: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator
 def refuse_gradients(engine: str, *inputs: Tensor) -> None:
     """Raise a UsageError where gradients are wanted, which only the plain modules give."""
     if torch.is_grad_enabled() and any(each.requires_grad for each in inputs):
-        raise UsageError(f"{engine} gives no gradients, which this method needs; use --backend torch and another --precision")
+        raise UsageError(
+            f"{engine} gives no gradients, which this method needs; use --backend torch and another --precision"
+        )
 
 
 def state_of(module: nn.Module) -> Hashable:

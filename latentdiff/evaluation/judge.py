@@ -72,7 +72,9 @@ class Judge:
             config = JudgeConfig.from_json(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
             weights = load_file(folder / WEIGHTS_NAME)
         except FileNotFoundError as error:
-            raise CheckpointError(f"expected the judge in {folder}, found no {Path(error.filename or '').name}") from error
+            raise CheckpointError(
+                f"expected the judge in {folder}, found no {Path(error.filename or '').name}"
+            ) from error
         except (ValueError, SafetensorError, ConfigError) as error:
             raise CheckpointError(f"the judge in {folder} is damaged: {error}") from error
         network = JudgeNetwork(config)
@@ -94,13 +96,19 @@ class Judge:
     def _fit(self, image: Image.Image) -> Image.Image:
         side = self.config.size
         image = image.convert("RGB")
-        return image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
+        return (
+            image
+            if image.size == (side, side)
+            else image.resize((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
+        )
 
 
 def read_output(output: JudgeOutput, config: JudgeConfig) -> list[Verdict]:
     """Turn raw outputs into objects: at each peak of the centres' map the likeliest noun and colour."""
     # Logits, for probabilities next to one another may round to the same 1.
-    peak = output.centre == F.max_pool2d(output.centre, NEIGHBOURHOOD, stride=1, padding=NEIGHBOURHOOD // 2)  # (N, h, w)
+    peak = output.centre == F.max_pool2d(
+        output.centre, NEIGHBOURHOOD, stride=1, padding=NEIGHBOURHOOD // 2
+    )  # (N, h, w)
     certainty, noun = output.noun.softmax(1).max(1)  # (N, h, w) each
     score = output.centre.sigmoid() * certainty
     colour = output.colour.argmax(1)

@@ -121,7 +121,9 @@ def read_prompts(path: Path | None = None, *, limit: int | None = None) -> list[
             prompt = EvaluationPrompt.from_json(json.loads(line), number)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             name = path or "prompts.jsonl"
-            raise DataError(f"{name} line {number + 1}: expected a prompt in GenEval's schema, found {line[:60]!r}") from error
+            raise DataError(
+                f"{name} line {number + 1}: expected a prompt in GenEval's schema, found {line[:60]!r}"
+            ) from error
         taken[prompt.task] += 1
         if limit is None or taken[prompt.task] <= limit:
             prompts.append(prompt)

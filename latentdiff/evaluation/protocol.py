@@ -88,7 +88,9 @@ class Result:
         tasks = {task: Score.of(one.correct for one in found) for task, found in present.items()}
         low, high = bootstrap_interval([_share_of_each_prompt(found) for found in present.values()])
         value = sum(score.value for score in tasks.values()) / len(tasks)
-        mean = Score(value, min(low, value), max(high, value), len(outcomes))  # apart by rounding where all prompts agree
+        mean = Score(
+            value, min(low, value), max(high, value), len(outcomes)
+        )  # apart by rounding where all prompts agree
         return cls(tasks, mean, Score.of(one.background for one in outcomes), tuple(outcomes))
 
     def scores(self) -> dict[str, Any]:
@@ -106,7 +108,9 @@ def _share_of_each_prompt(outcomes: Sequence[Outcome]) -> list[float]:
 
 def judged(prompt: EvaluationPrompt, seen: Verdict) -> Outcome:
     """Compare what is seen with what the prompt asks for."""
-    return Outcome(prompt.number, prompt.task, prompt.text, tuple(failures(prompt, seen)), background_fits(prompt, seen))
+    return Outcome(
+        prompt.number, prompt.task, prompt.text, tuple(failures(prompt, seen)), background_fits(prompt, seen)
+    )
 
 
 def evaluate(

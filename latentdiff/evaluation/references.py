@@ -110,7 +110,9 @@ def reconstruct(pipeline: Pipeline, images: Sequence[Image.Image], *, progress: 
     width, height = images[0].size
     factor = pipeline.vae.config.downscale
     if width % factor or height % factor or any(image.size != (width, height) for image in images):
-        raise DataError(f"expected scenes of one size with sides that are multiples of {factor}, found {width}x{height}")
+        raise DataError(
+            f"expected scenes of one size with sides that are multiples of {factor}, found {width}x{height}"
+        )
     copies: list[Image.Image] = []
     for start in tqdm(range(0, len(images), BATCH), unit="batch", disable=None if progress else True, leave=False):
         pixels = to_tensor(images[start : start + BATCH]).to(pipeline.device, pipeline.precision.vae)  # (N, 3, H, W)

@@ -66,9 +66,13 @@ def run(
     def keep(prompt: EvaluationPrompt, images: Sequence[Image.Image]) -> None:
         save_pictures(out, prompt, images)
 
-    result = evaluate(pipeline, prompts, judge=judge, **settings, batch_size=batch_size, progress=progress, on_pictures=keep)
+    result = evaluate(
+        pipeline, prompts, judge=judge, **settings, batch_size=batch_size, progress=progress, on_pictures=keep
+    )
     references = score_references(pipeline, judge, real, progress=progress) if real else None
-    notes = () if real else (f"for the judge's ceiling and floor: {HOW_TO_MAKE_SCENES}; then --scenes data/scenes-test",)
+    notes = (
+        () if real else (f"for the judge's ceiling and floor: {HOW_TO_MAKE_SCENES}; then --scenes data/scenes-test",)
+    )
     adapted = {"loras": pipeline.adaptations()} if loras else {}
     report = Report(pipeline.name, pipeline.model_hash, settings | adapted, result, references, notes)
     with atomic_path(out / "results.json") as temporary:

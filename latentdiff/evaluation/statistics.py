@@ -23,7 +23,9 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     middle = share + weight / 2
     spread = sqrt(share * (1 - share) * weight + weight**2 / 4)
     # At 0 and 1 rounding would put the share itself outside by one bit.
-    return max(0.0, min(share, (middle - spread) / (1 + weight))), min(1.0, max(share, (middle + spread) / (1 + weight)))
+    return max(0.0, min(share, (middle - spread) / (1 + weight))), min(
+        1.0, max(share, (middle + spread) / (1 + weight))
+    )
 
 
 def bootstrap_interval(groups: Sequence[Sequence[float]], *, seed: int = 0) -> tuple[float, float]:

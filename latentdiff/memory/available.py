@@ -49,7 +49,9 @@ def _meminfo(root: Path) -> dict[str, int]:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:
         return {}
-    return {name: 1024 * int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines) if rest.split()}
+    return {
+        name: 1024 * int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines) if rest.split()
+    }
 
 
 def _groups(root: Path) -> Iterator[int | None]:

@@ -15,7 +15,9 @@ from latentdiff.networks.config import UNetConfig, VAEConfig
 
 TILE_OVERHEAD = 3  # float32 pictures of a tiled decode: the sum, its weights, and the tile
 _FEED_FORWARD = 18  # widths alive in a feed-forward: input, its norm, 8 inside, and 4 of the gate and 4 of the product
-_DECODER = 3  # maps of the second level's width at the picture's size alive in a ResBlock: input, norm, two of half the width
+_DECODER = (
+    3  # maps of the second level's width at the picture's size alive in a ResBlock: input, norm, two of half the width
+)
 _SLACK = 64 * 2**20  # what an allocator keeps of memory that was freed, at most (glibc's `M_TRIM_THRESHOLD`)
 
 
@@ -125,7 +127,9 @@ def advice(job: Job, free: int) -> str:
         "--attention sdpa": job.changed(quadratic=False),
         "--low-memory": job.changed(low_memory=True),
     }
-    return " or ".join(name for name, changed in options.items() if changed != job and needed(changed, at_once=False) <= free)
+    return " or ".join(
+        name for name, changed in options.items() if changed != job and needed(changed, at_once=False) <= free
+    )
 
 
 def _ceil(a: int, b: int) -> int:

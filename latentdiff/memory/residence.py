@@ -73,7 +73,9 @@ class Residence:
     def require_whole(self, what: str) -> None:
         """Raise a UsageError if `what`, which needs all weights in memory, cannot have them."""
         if self.low_memory:
-            raise UsageError(f"{what} needs all weights in memory, and low_memory streams those of the U-Net; load without it")
+            raise UsageError(
+                f"{what} needs all weights in memory, and low_memory streams those of the U-Net; load without it"
+            )
 
     def job(self, rows: int, height: int, width: int, *, quadratic: bool = False) -> Job:
         """What it takes to make pictures of latents of this size; see `Job`."""
@@ -96,7 +98,9 @@ class Residence:
         free = self._free()
         if free is None or (need := needed(job, at_once=self.keep is True)) <= CLOSE * free:
             return
-        found = f"about {in_gigabytes(need)} of memory for the model and this picture, and {in_gigabytes(free)} are free"
+        found = (
+            f"about {in_gigabytes(need)} of memory for the model and this picture, and {in_gigabytes(free)} are free"
+        )
         options = " or ".join(filter(None, [advice(job, free), "a smaller --width and --height"]))
         if need > free + free_swap(self.device):
             raise LatentDiffError(f"not enough memory: it takes {found}; try {options}")

@@ -37,7 +37,9 @@ class StreamedPart(Part):
         super().__init__(module, stored)
         blocks = [(name, block) for name, block in module.named_modules() if isinstance(block, _BLOCKS)]
         self._blocks = {
-            block: {f"{name}.{own}": stored[f"{name}.{own}"] for own in block.state_dict() if not _stays(f"{name}.{own}")}
+            block: {
+                f"{name}.{own}": stored[f"{name}.{own}"] for own in block.state_dict() if not _stays(f"{name}.{own}")
+            }
             for name, block in blocks
         }
         streamed = {name for tensors in self._blocks.values() for name in tensors}
@@ -99,7 +101,9 @@ class StreamedPart(Part):
                 prefetch(tensor)
             return {name: placed(tensor, like[name], self._device) for name, tensor in own.items()}, None
         with torch.cuda.stream(self._copies):
-            brought = {name: tensor.to(self._device, like[name].dtype, non_blocking=True) for name, tensor in own.items()}
+            brought = {
+                name: tensor.to(self._device, like[name].dtype, non_blocking=True) for name, tensor in own.items()
+            }
             return brought, self._copies.record_event()
 
     def _pin(self) -> None:

@@ -75,7 +75,12 @@ class UNetConfig:
     in_channels: int = 4  # 4 latent channels; 9 for inpainting models (latents, mask, masked latents)
     out_channels: int = 4
     sample_size: int = 64  # latent height and width that the model was trained on
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one level per entry, each half the size of the one before
+    block_out_channels: tuple[int, ...] = (
+        320,
+        640,
+        1280,
+        1280,
+    )  # one level per entry, each half the size of the one before
     layers_per_block: int = 2  # ResBlocks per level on the way down; one more on the way up
     attention_levels: tuple[bool, ...] = (True, True, True, False)
     num_heads: tuple[int, ...] = (8, 8, 8, 8)  # attention heads per level
@@ -182,7 +187,9 @@ class VAEConfig:
                 raise ConfigError(f"VAE {key} must all be {expected}, found {found}")
         _refuse_other_architecture("VAE", config, _VAE_FIXED, set(cls.__dataclass_fields__))
         channels = tuple(config.pop("block_out_channels", cls.block_out_channels))
-        return cls(block_out_channels=channels, **known_entries(cls, config, {"layers_per_block": 1, "sample_size": 32}))
+        return cls(
+            block_out_channels=channels, **known_entries(cls, config, {"layers_per_block": 1, "sample_size": 32})
+        )
 
     def to_diffusers(self) -> dict[str, Any]:
         """The `config.json` from which diffusers builds the same autoencoder."""

@@ -40,7 +40,9 @@ class Decoder(Protocol):
 def embed_prompt(tokenizer: Any, text_encoder: nn.Module, text: str, device: torch.device) -> Tensor:
     """The embeddings (1, L, C) of a prompt, float32."""
     token_ids = tokenize(tokenizer, [text]).to(device)  # (1, L)
-    return finite_or_float32("the text encoder", text_encoder, lambda _: text_encoder(token_ids), where=f"on {text!r}").float()
+    return finite_or_float32(
+        "the text encoder", text_encoder, lambda _: text_encoder(token_ids), where=f"on {text!r}"
+    ).float()
 
 
 def encode_pictures(vae: VAE, images: Tensor, device: torch.device) -> LatentDistribution:
@@ -50,7 +52,9 @@ def encode_pictures(vae: VAE, images: Tensor, device: torch.device) -> LatentDis
         found = vae.encode(image.to(device, dtype))
         return torch.cat([found.mean, found.logvar], dim=1)  # (1, 2 C, h, w)
 
-    encoded = [finite_or_float32("the VAE's encoder", vae, partial(compute, image)).float() for image in images.split(1)]
+    encoded = [
+        finite_or_float32("the VAE's encoder", vae, partial(compute, image)).float() for image in images.split(1)
+    ]
     return LatentDistribution(*torch.cat(encoded).chunk(2, dim=1))
 
 
@@ -81,7 +85,9 @@ def _decode_one(decoder: Decoder, vae: VAE, latent: Tensor, device: torch.device
     return finite_or_float32("the VAE's decoder", vae, partial(compute, tiled=True)).float()
 
 
-def checked_model(network: Network, unet: UNet, levels: Sequence[Level], *, extra_channels: Tensor | None = None) -> Model:
+def checked_model(
+    network: Network, unet: UNet, levels: Sequence[Level], *, extra_channels: Tensor | None = None
+) -> Model:
     """The network as a function (x, t, TextContext) -> raw output that is finite, or an error that names the step.
 
     Args:
@@ -101,7 +107,9 @@ def checked_model(network: Network, unet: UNet, levels: Sequence[Level], *, extr
             return computes(x.to(dtype), t, text.for_unet_in(dtype))
 
         if is_asynchronous(x.device) and text.dtype in _AS_WIDE_AS_FLOAT32:
-            return compute(next(unet.parameters()).dtype)  # float32 would overflow as well; the loop checks, and need not wait
+            return compute(
+                next(unet.parameters()).dtype
+            )  # float32 would overflow as well; the loop checks, and need not wait
         return finite_or_float32("the U-Net", unet, compute, where=names.get(t, f"at timestep {t:g}"))
 
     return model

@@ -75,7 +75,9 @@ def find_module(root: nn.Module, name: str) -> nn.Module:
     if name in modules:
         return modules[name]
     similar = ", ".join(get_close_matches(name, modules, n=3)) or ", ".join(list(modules)[1:4])
-    raise UsageError(f"expected the name of a module of {type(root).__name__}, found {name!r}; names like it: {similar}")
+    raise UsageError(
+        f"expected the name of a module of {type(root).__name__}, found {name!r}; names like it: {similar}"
+    )
 
 
 def _on_arguments(function: TapArguments, name: str) -> Callable[..., Any]:

@@ -194,7 +194,8 @@ class _PixelAttention(Attention):
 def _resnets(config: VAEConfig, in_channels: int, out_channels: int, count: int) -> nn.ModuleList:
     inputs = (in_channels, *(out_channels,) * (count - 1))
     return nn.ModuleList(
-        ResnetBlock(channels, out_channels, time_channels=None, groups=config.norm_num_groups, eps=_EPS) for channels in inputs
+        ResnetBlock(channels, out_channels, time_channels=None, groups=config.norm_num_groups, eps=_EPS)
+        for channels in inputs
     )
 
 

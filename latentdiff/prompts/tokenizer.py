@@ -15,7 +15,12 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 END_OF_WORD = "</w>"  # how CLIP's vocabulary marks a word's last token
-CONFIG, SPECIAL, ADDED, WHOLE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json"
+CONFIG, SPECIAL, ADDED, WHOLE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.json",
+)
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 
 _DEFAULTS = {
@@ -157,7 +162,9 @@ def vocabulary_and_merges(files: Mapping[str, str]) -> tuple[dict[str, int], lis
     return vocabulary, [(left, right) for left, right in merges]
 
 
-def _special_tokens(files: Mapping[str, str], config: Mapping[str, Any]) -> tuple[dict[str, AddedToken], list[AddedToken]]:
+def _special_tokens(
+    files: Mapping[str, str], config: Mapping[str, Any]
+) -> tuple[dict[str, AddedToken], list[AddedToken]]:
     """The tokens with a role, and all that are no part of the vocabulary's merges, in the order in which they are added.
 
     The same token may be described twice, with and without `normalized` (whether it is also found in the text's lower-case
@@ -178,7 +185,10 @@ def _special_tokens(files: Mapping[str, str], config: Mapping[str, Any]) -> tupl
             numbered += [(token["id"], token) for token in json.loads(files[WHOLE])["added_tokens"]]
     known = {_content(token): _token(token) for _, token in sorted(numbered, key=lambda pair: pair[0])}
     special_tokens = {role: known.get(_content(token)) or _token(token, special=True) for role, token in roles.items()}
-    return special_tokens, [*known.values(), *(token for token in special_tokens.values() if token.content not in known)]
+    return special_tokens, [
+        *known.values(),
+        *(token for token in special_tokens.values() if token.content not in known),
+    ]
 
 
 def _content(token: str | Mapping[str, Any]) -> str:
@@ -194,7 +204,9 @@ def _token(token: str | Mapping[str, Any], *, special: bool = False) -> AddedTok
 
 def _backend(vocabulary: dict[str, int], merges: Iterable[tuple[str, str]], unknown: str) -> Backend:
     """Lower case, words, bytes, merges."""
-    model = BPE(vocabulary, list(merges), continuing_subword_prefix="", end_of_word_suffix=END_OF_WORD, unk_token=unknown)
+    model = BPE(
+        vocabulary, list(merges), continuing_subword_prefix="", end_of_word_suffix=END_OF_WORD, unk_token=unknown
+    )
     backend = Backend(model)
     backend.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

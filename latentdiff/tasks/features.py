@@ -46,7 +46,9 @@ class PnPSpec:
     def __post_init__(self) -> None:
         for name in ("tau_f", "tau_attn"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise UsageError(f"expected {name} in 0 to 1, the share of steps with injection, found {getattr(self, name)}")
+                raise UsageError(
+                    f"expected {name} in 0 to 1, the share of steps with injection, found {getattr(self, name)}"
+                )
 
     def taps(self, unet: UNet, index: int, steps: int) -> list[str]:
         """The modules whose output is taken at step `index` of `steps`.
@@ -126,7 +128,9 @@ def with_source_features(
     return injected
 
 
-def replay(source: Denoiser, levels: Sequence[Level], latents: Sequence[Tensor], source_of: Sequence[int] = (0,)) -> Denoiser:
+def replay(
+    source: Denoiser, levels: Sequence[Level], latents: Sequence[Tensor], source_of: Sequence[int] = (0,)
+) -> Denoiser:
     """A denoiser that says of any latents what `source` says of the stored ones: whatever was begun with, the source comes out.
 
     The limit of injection, where everything is taken. Injection as above does not reach it, however many blocks are taken: the

@@ -167,7 +167,9 @@ def _given(
         UsageError: it cannot be that of the picture painted on.
     """
     if settings.remove or settings.only_masked or any(settings.extend):
-        raise UsageError("expected no inversion with remove, only_masked or extend: they paint on another picture than its own")
+        raise UsageError(
+            "expected no inversion with remove, only_masked or extend: they paint on another picture than its own"
+        )
     given = given_inversion(inversion)
     if given is None:
         raise UsageError(f"expected an inversion, which `latentdiff invert` makes, found {inversion}")
@@ -178,7 +180,9 @@ def _given(
     return found, settings, described
 
 
-def canvas(picture: Image.Image, mask: Image.Image | None, settings: InpaintSettings) -> tuple[Image.Image, Image.Image]:
+def canvas(
+    picture: Image.Image, mask: Image.Image | None, settings: InpaintSettings
+) -> tuple[Image.Image, Image.Image]:
     """The picture with its margins, and the mask of what is to be painted, of the same size.
 
     The margins repeat the picture's border until they are painted, so that what is noised there resembles it.

@@ -96,7 +96,9 @@ def starts_on_trajectory(
     """
     own, inverted = encoded.mode(), inversion.latents[-1:].to(cells.device)
     if own.shape != inverted.shape or (own - inverted).std() > SAME_PICTURE * own.std():
-        raise UsageError("expected an inversion of this picture, found one of another; invert this picture at its own size")
+        raise UsageError(
+            "expected an inversion of this picture, found one of another; invert this picture at its own size"
+        )
     known = {level: inversion.at(level).to(cells.device) for level in plan.levels}  # (1, C, h, w) each
 
     def put_back(x: Tensor, level: Level) -> Tensor:

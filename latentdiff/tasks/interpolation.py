@@ -65,12 +65,16 @@ def interpolate(
         Cancelled: the callback returned False.
     """
     if isinstance(prompts, str) or len(prompts) < 2:
-        raise UsageError(f"expected two prompts or more to go between, found {1 if isinstance(prompts, str) else len(prompts)}")
+        raise UsageError(
+            f"expected two prompts or more to go between, found {1 if isinstance(prompts, str) else len(prompts)}"
+        )
     if frames < 2:
         raise UsageError(f"expected 2 frames or more, found {frames}")
     sampling = Sampling(**options)
     if sampling.num_images != 1:
-        raise UsageError(f"expected num_images 1, found {sampling.num_images}: an interpolation makes one picture per frame")
+        raise UsageError(
+            f"expected num_images 1, found {sampling.num_images}: an interpolation makes one picture per frame"
+        )
     seeds = seed_of_each(sampling.seed, len(prompts))
     seeds = [seeds[0]] * len(seeds) if same_noise else seeds
     ways = [InterpolateSettings(prompts=list(prompts), seeds=seeds, frames=frames, frame=i) for i in range(frames)]
@@ -104,8 +108,12 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
     """
     way = recipe.settings_as(InterpolateSettings)
     whole = way.frame is None and way.fps is not None
-    if not (whole or 0 <= (-1 if way.frame is None else way.frame) < way.frames) or not 2 <= len(way.prompts) == len(way.seeds):
-        raise UsageError(f"expected a frame on the way between prompts with their seeds, or all and their speed, found {way}")
+    if not (whole or 0 <= (-1 if way.frame is None else way.frame) < way.frames) or not 2 <= len(way.prompts) == len(
+        way.seeds
+    ):
+        raise UsageError(
+            f"expected a frame on the way between prompts with their seeds, or all and their speed, found {way}"
+        )
     ways = [replace(way, frame=i, fps=None) for i in range(way.frames)] if whole else [way]
     frames = _frames(pipe, ways, Sampling(**recipe.sampling()), (recipe.height, recipe.width))
     return animation(frames, way.fps) if whole else frames[0]
@@ -139,7 +147,9 @@ def _frames(
     places = [way.frame / (way.frames - 1) * (len(prompts) - 1) for way in ways]
     legs = [(min(int(place), len(prompts) - 2), place) for place in places]
     noises, texts = start_noise(seeds, shape), pipe.encode(prompts)
-    x = torch.stack([slerp(noises[leg], noises[leg + 1], place - leg) for leg, place in legs]).to(pipe.device)  # (N, C, h, w)
+    x = torch.stack([slerp(noises[leg], noises[leg + 1], place - leg) for leg, place in legs]).to(
+        pipe.device
+    )  # (N, C, h, w)
     positive = torch.stack([torch.lerp(texts[leg], texts[leg + 1], place - leg) for leg, place in legs])  # (N, L, C)
 
     def start(part: slice, noise: NoiseStream) -> Start:

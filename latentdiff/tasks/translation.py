@@ -261,7 +261,9 @@ def _inverted(
         return found.thinned(steps or found.steps), {"image": found.source}
     found, role = given
     if options or prompt:
-        raise UsageError("expected no settings of the inversion and no source prompt with a picture that is inverted already")
+        raise UsageError(
+            "expected no settings of the inversion and no source prompt with a picture that is inverted already"
+        )
     found.check_model(pipe.model_hash)
     if method == "edict" and found.partner is None:
         raise UsageError(
@@ -280,7 +282,9 @@ def _guidance_scale(inversion: Inversion, method: str, asked: float | None) -> f
         return 5.0 if asked is None else asked
     scale = inversion.settings["guidance_scale"]
     if asked not in (None, scale):
-        raise UsageError(f"the inversion was made for a guidance of {scale}, found {asked}; leave it away or invert anew")
+        raise UsageError(
+            f"the inversion was made for a guidance of {scale}, found {asked}; leave it away or invert anew"
+        )
     return scale
 
 

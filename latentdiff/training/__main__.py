@@ -15,7 +15,9 @@ from latentdiff.training.run import STAGES, export, train
 @click.command()
 @click.argument("config")
 @click.option("--stage", "stages", multiple=True, type=click.Choice(STAGES), help="Only this stage (repeatable).")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace one value, e.g. diffusion.lr=1e-3.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace one value, e.g. diffusion.lr=1e-3."
+)
 @click.option("--export", "folder", metavar="FOLDER", help="Train nothing; write the model as far as it is trained.")
 def main(config: str, stages: tuple[str, ...], overrides: tuple[str, ...], folder: str | None) -> None:
     """Train a model from nothing as CONFIG says, going on where an earlier call stopped."""

@@ -51,7 +51,9 @@ class CaptionedFolder:
             try:
                 stat = self.path(index).stat()
             except OSError as error:
-                raise DataError(f"{self.path(index)} is named in the captions but cannot be read: {error.strerror}") from error
+                raise DataError(
+                    f"{self.path(index)} is named in the captions but cannot be read: {error.strerror}"
+                ) from error
             digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()[:16]
 
@@ -95,7 +97,9 @@ def _from_metadata(folder: Path) -> Iterator[tuple[str, str]]:
 def _from_sidecars(folder: Path) -> Iterator[tuple[str, str]]:
     images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
-        raise DataError(f"no images in {folder}: looked for {METADATA} and for {', '.join(sorted(IMAGE_SUFFIXES))} files")
+        raise DataError(
+            f"no images in {folder}: looked for {METADATA} and for {', '.join(sorted(IMAGE_SUFFIXES))} files"
+        )
     missing = [path for path in images if not path.with_suffix(".txt").is_file()]
     if missing:
         raise DataError(
@@ -132,7 +136,9 @@ def decoded_images(data: CaptionedFolder, resolution: int, cache: Path, *, worke
             array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
             with ThreadPoolExecutor(workers) as pool:
                 images = pool.map(lambda index: load_image(data.path(index), resolution), range(len(data)))
-                for index, image in enumerate(tqdm(images, desc="decode images", total=len(data), unit="img", leave=False)):
+                for index, image in enumerate(
+                    tqdm(images, desc="decode images", total=len(data), unit="img", leave=False)
+                ):
                     array[index] = image
             array.flush()
             del array

@@ -139,7 +139,9 @@ def _fault(path: Path) -> str | None:
 def _candidates(folder: Path) -> list[Path]:
     """Folders of checkpoints, newest first."""
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((path for path in found if re.fullmatch(r"step-\d{8,}", path.name)), key=lambda path: -int(path.name[5:]))
+    return sorted(
+        (path for path in found if re.fullmatch(r"step-\d{8,}", path.name)), key=lambda path: -int(path.name[5:])
+    )
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -22,7 +22,11 @@ class Journal:
     def __init__(self, path: Path, step: int, *, enabled: bool) -> None:
         self._path, self._enabled = path, enabled
         if enabled and path.is_file():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+            lines = [
+                line
+                for line in path.read_text().splitlines()
+                if line.endswith("}") and json.loads(line)["step"] <= step
+            ]
             with atomic_path(path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in lines))
 

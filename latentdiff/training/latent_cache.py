@@ -44,7 +44,9 @@ class CachedLatents:
         return self.mean[indices].astype(np.float32) + deviation * noise
 
 
-def cached_latents(vae: VAE, data: CaptionedFolder, images: np.ndarray, cache: Path, accelerator: Accelerator) -> CachedLatents:
+def cached_latents(
+    vae: VAE, data: CaptionedFolder, images: np.ndarray, cache: Path, accelerator: Accelerator
+) -> CachedLatents:
     """Read the latents of decoded images (n, R, R, 3) uint8, encoding those that are not cached yet; processes share the work.
 
     Raises:

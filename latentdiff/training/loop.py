@@ -129,7 +129,9 @@ class Trainer:
                         self._write(log, {"step": self.step, **self._on_main(self._validate)})
                     if last or self._due(self.settings.preview_every):
                         self._on_main(lambda: self.task.preview(self.folder / "previews", self.step))
-                        self._on_main(lambda: self.task.preview_live(self.folder / "previews", self.step), averaged=False)
+                        self._on_main(
+                            lambda: self.task.preview_live(self.folder / "previews", self.step), averaged=False
+                        )
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one, and say so."""
@@ -189,7 +191,12 @@ class Trainer:
 
     def _shard(self) -> list[nn.Module]:
         networks, settings = self.task.networks(), self.settings
-        if not networks or settings.optimizer != "adamw" or settings.compile or getattr(self.accelerator, "scaler", None):
+        if (
+            not networks
+            or settings.optimizer != "adamw"
+            or settings.compile
+            or getattr(self.accelerator, "scaler", None)
+        ):
             raise ConfigError(
                 "FSDP splits models that are trained in full, with optimizer adamw, in float32 or bf16, not compiled;"
                 " for everything else take DDP, as in configs/accelerate/ddp.yaml"
@@ -207,7 +214,9 @@ class Trainer:
         set_learning_rate(self.optimizer, learning_rate(self.step, self.settings))
         parts: dict[str, Tensor] = {}
         for micro in range(self.settings.accumulation):
-            batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in next(batches).items()}
+            batch = {
+                name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in next(batches).items()
+            }
             is_last = micro == self.settings.accumulation - 1
             synchronise(self._split, is_last)
             with contextlib.nullcontext() if is_last or self._split else self.accelerator.no_sync(self._wrapped):
@@ -319,7 +328,9 @@ class Trainer:
             if not os.access(self.folder, os.W_OK):
                 raise PermissionError(None, "Permission denied")
         except OSError as error:
-            raise DataError(f"cannot write to the run folder {self.folder}: {error.strerror}; choose another `run`") from error
+            raise DataError(
+                f"cannot write to the run folder {self.folder}: {error.strerror}; choose another `run`"
+            ) from error
         check_space(self.folder, 4 * 4 * sum(p.numel() for p in self.parameters.values()))
 
 

@@ -60,7 +60,9 @@ def save_vae(vae: VAE, scaling_factor: float, folder: Path) -> None:
     """Write a diffusers `vae/` folder; config.json comes last and says that it is whole."""
     with atomic_path(folder / "diffusion_pytorch_model.safetensors") as temporary:
         save_file(
-            {name: tensor.contiguous().cpu() for name, tensor in vae.state_dict().items()}, temporary, metadata={"format": "pt"}
+            {name: tensor.contiguous().cpu() for name, tensor in vae.state_dict().items()},
+            temporary,
+            metadata={"format": "pt"},
         )
     with atomic_path(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(replace(vae.config, scaling_factor=scaling_factor).to_diffusers(), indent=2))

@@ -88,7 +88,9 @@ class FusedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            members = [parameter for parameter in group["params"] if parameter.grad is not None and own_part(parameter).numel()]
+            members = [
+                parameter for parameter in group["params"] if parameter.grad is not None and own_part(parameter).numel()
+            ]
             states = [self._state_of(parameter) for parameter in members]
             if not members:
                 continue
@@ -153,7 +155,9 @@ def moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter
     }
 
 
-def restore_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter], saved: Mapping[str, Tensor]) -> None:
+def restore_moments(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter], saved: Mapping[str, Tensor]
+) -> None:
     """Give back what `moments` gave; learning rates and decays stay as they are."""
     for key, value in saved.items():
         name, kind = key.rsplit("/", 1)

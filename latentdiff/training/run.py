@@ -70,7 +70,9 @@ def export(config: TrainingConfig, folder: Path) -> Path:
     average = load_checkpoint(path).ema
     tokenizer, unet, text_encoder = _new_networks(config)
     for name, network in (("unet.", unet), ("text_encoder.", text_encoder)):
-        network.load_state_dict({key.removeprefix(name): value for key, value in average.items() if key.startswith(name)})
+        network.load_state_dict(
+            {key.removeprefix(name): value for key, value in average.items() if key.startswith(name)}
+        )
     components = _components(config, tokenizer, text_encoder, unet, _best_vae(config))
     for network in (components.text_encoder, components.unet, components.vae):
         network.to(getattr(torch, config.model_dtype))
@@ -157,7 +159,9 @@ def _best_vae(config: TrainingConfig) -> VAE:
 
 def _finished(config: TrainingConfig) -> bool:
     vae_stages = ["vae", *(["decoder"] if config.decoder else [])]
-    return _diffusion_finished(config) and all((config.run / name / "final" / "config.json").is_file() for name in vae_stages)
+    return _diffusion_finished(config) and all(
+        (config.run / name / "final" / "config.json").is_file() for name in vae_stages
+    )
 
 
 def _diffusion_finished(config: TrainingConfig) -> bool:

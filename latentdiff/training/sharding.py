@@ -30,7 +30,9 @@ _HOOKS = (
 def is_sharding(accelerator: Accelerator) -> bool:
     """Whether accelerate is configured to split the model over the processes."""
     # accelerate itself heeds its setting on GPUs only.
-    on_cpu = accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    on_cpu = (
+        accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    )
     return accelerator.distributed_type == DistributedType.FSDP or on_cpu
 
 
@@ -79,7 +81,9 @@ def whole_of(part: Tensor, like: Tensor) -> Tensor:
         return part
     from torch.distributed.tensor import DTensor
 
-    split = DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    split = DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
     return split.full_tensor()
 
 
@@ -116,12 +120,15 @@ def _parts(network: nn.Module, here: bool) -> list[tuple[nn.Module, dict[str, ob
 
     state = []
     for module in network.modules():
-        gathered = {name: p.full_tensor() if p is not None and is_split(p) else p for name, p in module._parameters.items()}
+        gathered = {
+            name: p.full_tensor() if p is not None and is_split(p) else p for name, p in module._parameters.items()
+        }
         if not here:
             continue
         state.append((module, {name: module.__dict__[name] for name in ("_parameters", *_HOOKS)}, type(module)))
         module.__dict__["_parameters"] = {
-            name: value if value is None else nn.Parameter(value, requires_grad=False) for name, value in gathered.items()
+            name: value if value is None else nn.Parameter(value, requires_grad=False)
+            for name, value in gathered.items()
         }
         if isinstance(module, FSDPModule):
             module.__dict__.update({name: type(module.__dict__[name])() for name in _HOOKS})

@@ -98,7 +98,9 @@ class VAETask(Task):
 
     def preview(self, folder: Path, step: int) -> None:
         pairs = [torch.cat(pair, dim=3) for pair in self._reconstructions(self._held_out[:_SHEET_IMAGES])]
-        columns = [torch.cat(list(part), dim=1) for part in torch.cat(pairs).chunk(_SHEET_COLUMNS)]  # (3, rows R, 2 R) each
+        columns = [
+            torch.cat(list(part), dim=1) for part in torch.cat(pairs).chunk(_SHEET_COLUMNS)
+        ]  # (3, rows R, 2 R) each
         height = max(column.shape[1] for column in columns)
         sheet = torch.cat([F.pad(column, (0, 0, 0, height - column.shape[1])) for column in columns], dim=2)
         with atomic_path(folder / f"step-{step:08d}.png") as temporary:

@@ -24,7 +24,8 @@ def assert_bit_equal(one: Path, other: Path) -> None:
     for name in a:
         assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape
         assert torch.equal(
-            a[name].view(torch.uint8) if a[name].ndim else a[name], b[name].view(torch.uint8) if b[name].ndim else b[name]
+            a[name].view(torch.uint8) if a[name].ndim else a[name],
+            b[name].view(torch.uint8) if b[name].ndim else b[name],
         )
 
 
@@ -71,7 +72,9 @@ def test_file_to_folder_and_back(tmp_path: Path, shapes: compvis.Shapes):
     for name in tensors:
         if name.endswith("position_ids"):
             tensors[name] = torch.arange(77)[None]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"modelspec.title": "T", "modelspec.prediction_type": "v"})
+    save_file(
+        tensors, tmp_path / "model.safetensors", metadata={"modelspec.title": "T", "modelspec.prediction_type": "v"}
+    )
     convert(tmp_path / "model.safetensors", tmp_path / "folder")
     convert(tmp_path / "folder", tmp_path / "back.safetensors")
     assert_bit_equal(tmp_path / "model.safetensors", tmp_path / "back.safetensors")

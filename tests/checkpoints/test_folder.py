@@ -87,7 +87,9 @@ def test_saved_folder_opens_in_diffusers_and_here(tmp_path: Path, folder):
 def test_half_precision_is_saved_as_it_is(sd1: Path, tmp_path: Path):
     ours = load_components(sd1, dtype=torch.float16)
     save_folder(ours, tmp_path / "half")
-    assert {t.dtype for t in load_file(tmp_path / "half/unet/diffusion_pytorch_model.safetensors").values()} == {torch.float16}
+    assert {t.dtype for t in load_file(tmp_path / "half/unet/diffusion_pytorch_model.safetensors").values()} == {
+        torch.float16
+    }
     assert_same(ours, load_components(tmp_path / "half"))
 
 
@@ -118,7 +120,9 @@ def test_fp16_variant_is_taken_where_nothing_else_is(tmp_path: Path):
     folder = tiny.sd1_folder(tmp_path, variant="fp16")
     assert not list(folder.rglob("diffusion_pytorch_model.safetensors"))
     load_components(folder)
-    shutil.copy(folder / "vae/diffusion_pytorch_model.fp16.safetensors", folder / "vae/diffusion_pytorch_model.safetensors")
+    shutil.copy(
+        folder / "vae/diffusion_pytorch_model.fp16.safetensors", folder / "vae/diffusion_pytorch_model.safetensors"
+    )
     assert [path.name for path in weight_files(folder, "vae")] == ["diffusion_pytorch_model.safetensors"]
 
 
@@ -251,7 +255,9 @@ ODD_VALUES = (
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), part=st.sampled_from(("unet", "vae", "text_encoder", "scheduler")), value=ODD_VALUES)
-def test_any_value_in_a_configuration_loads_or_is_an_error_of_ours(sd1: Path, data: st.DataObject, part: str, value: object):
+def test_any_value_in_a_configuration_loads_or_is_an_error_of_ours(
+    sd1: Path, data: st.DataObject, part: str, value: object
+):
     raw = read_folder(sd1)
     key = data.draw(st.sampled_from(sorted(raw.configs[part])))
     raw.configs[part][key] = value

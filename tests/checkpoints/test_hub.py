@@ -57,7 +57,9 @@ def test_folder_of_the_same_name_comes_first(cache: Path, tmp_path: Path, monkey
     assert hub.locate("someone/tiny-model") == Path("someone/tiny-model")
 
 
-@pytest.mark.parametrize("gone", ["vae/config.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json"])
+@pytest.mark.parametrize(
+    "gone", ["vae/config.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json"]
+)
 def test_incomplete_cache_is_not_used(cache: Path, tmp_path: Path, gone: str):
     (fill(cache, tmp_path) / gone).unlink()
     with pytest.raises(CheckpointError, match="not in the local cache and HF_HUB_OFFLINE forbids"):

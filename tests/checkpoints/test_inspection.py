@@ -142,7 +142,10 @@ def test_pictures(tmp_path: Path):
     Image.new("RGB", (8, 6)).save(tmp_path / "with.png", pnginfo=chunks)
     Image.new("RGB", (8, 6)).save(tmp_path / "without.png")
     check(
-        inspect(tmp_path / "with.png"), kind="PNG image", family="8x6 pixels", notes=["recipe present (latentdiff, parameters)"]
+        inspect(tmp_path / "with.png"),
+        kind="PNG image",
+        family="8x6 pixels",
+        notes=["recipe present (latentdiff, parameters)"],
     )
     check(inspect(tmp_path / "without.png"), notes=["no recipe in it"])
     (tmp_path / "cut.png").write_bytes((tmp_path / "with.png").read_bytes()[:40])

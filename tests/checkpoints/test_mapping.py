@@ -34,7 +34,9 @@ def stored(path: Path, count: int = 8, size: int = 2**20, dtype: torch.dtype = t
 def test_every_type_is_read_bit_for_bit(tmp_path: Path, dtype: torch.dtype):
     bits = torch.arange(240, dtype=torch.uint8)
     tensor = (bits % 2).bool() if dtype is torch.bool else bits.view(dtype).view(2, -1)
-    save_file({"a": torch.zeros(3, dtype=torch.int8), "b": tensor, "none": torch.zeros(0, 4)}, tmp_path / "x.safetensors")
+    save_file(
+        {"a": torch.zeros(3, dtype=torch.int8), "b": tensor, "none": torch.zeros(0, 4)}, tmp_path / "x.safetensors"
+    )
     found = read_tensors(tmp_path / "x.safetensors").tensors
     assert found["b"].dtype is dtype and found["b"].shape == tensor.shape
     assert torch.equal(found["b"].view(torch.uint8).flatten(), tensor.contiguous().view(torch.uint8).flatten())

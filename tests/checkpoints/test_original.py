@@ -45,7 +45,9 @@ def assert_same_weights(module: torch.nn.Module, peer: torch.nn.Module) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize(("shapes", "prediction_type"), [(compvis.tiny_sd1, "epsilon"), (compvis.tiny_sd2, "v_prediction")])
+@pytest.mark.parametrize(
+    ("shapes", "prediction_type"), [(compvis.tiny_sd1, "epsilon"), (compvis.tiny_sd2, "v_prediction")]
+)
 def test_diffusers_reads_the_same_weights_from_an_original_file(tmp_path: Path, shapes, prediction_type: str):
     """A file listed independently of our tables: diffusers' own single-file reader and ours agree, bit for bit."""
     path = save(tmp_path / "model.safetensors", compvis.tensors(shapes()))
@@ -148,7 +150,9 @@ def test_prediction_type_from_a_marker_tensor(tmp_path: Path):
     assert load_components(path).schedule_config.rescale_betas_zero_snr
 
 
-@pytest.mark.parametrize(("line", "expected"), [('parameterization: "v"', "v_prediction"), ("timesteps: 1000", "epsilon")])
+@pytest.mark.parametrize(
+    ("line", "expected"), [('parameterization: "v"', "v_prediction"), ("timesteps: 1000", "epsilon")]
+)
 def test_prediction_type_from_the_yaml_file_beside(tmp_path: Path, line: str, expected: str):
     path = save(tmp_path / "model.safetensors", compvis.tensors(compvis.tiny_sd2()))
     (tmp_path / "model.yaml").write_text(
@@ -168,7 +172,9 @@ def test_prediction_type_of_the_first_family_is_no_guess(tmp_path: Path):
 
 
 def test_prediction_type_given_by_hand_wins(tmp_path: Path):
-    path = save(tmp_path / "model.safetensors", compvis.tensors(compvis.tiny_sd2()), **{"modelspec.prediction_type": "v"})
+    path = save(
+        tmp_path / "model.safetensors", compvis.tensors(compvis.tiny_sd2()), **{"modelspec.prediction_type": "v"}
+    )
     assert predicted(path, prediction_type="epsilon") == "epsilon"
     assert predicted(tiny.sd1_folder(tmp_path), prediction_type="v_prediction") == "v_prediction"
 
@@ -233,7 +239,10 @@ def test_other_architectures_are_named(tmp_path: Path, extra: str, family: str):
         ({"encoder.layer.0.weight": (2, 2)}, "unknown architecture"),
         ({}, "no tensors at all"),
         (compvis.vae(width=32, mults=(1, 1), prefix=""), "only a VAE (original layout)"),
-        (compvis.unet(width=32, context=32, mults=(1, 1, 1), attention=(True,) * 3, prefix=""), "only a U-Net (original"),
+        (
+            compvis.unet(width=32, context=32, mults=(1, 1, 1), attention=(True,) * 3, prefix=""),
+            "only a U-Net (original",
+        ),
     ],
     ids=["kohya", "peft", "diffusers", "embedding", "unknown", "empty", "vae", "unet"],
 )
@@ -258,7 +267,9 @@ def test_missing_unexpected_and_misshapen_tensors_are_named_as_in_the_file(tmp_p
     tensors = compvis.tensors(compvis.tiny_sd1())
     unet = "model.diffusion_model."
     del tensors[f"{unet}middle_block.0.in_layers.0.weight"]
-    assert f"1 missing: {unet}middle_block.0.in_layers.0.weight 64" in refusal(save(tmp_path / "a.safetensors", tensors))
+    assert f"1 missing: {unet}middle_block.0.in_layers.0.weight 64" in refusal(
+        save(tmp_path / "a.safetensors", tensors)
+    )
     tensors = compvis.tensors(compvis.tiny_sd1() | {f"{unet}middle_block.3.weight": (7,), "surprise.weight": (3, 3)})
     assert f"1 unexpected: {unet}middle_block.3.weight 7" in refusal(save(tmp_path / "b.safetensors", tensors))
     del tensors[f"{unet}middle_block.3.weight"]

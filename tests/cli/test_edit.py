@@ -36,7 +36,18 @@ def test_edit_and_reproduce(command, sd1, sources, workplace):
 
 def test_the_row_shows_what_went_in_and_came_out(command, sd1, sources):
     command(
-        "inpaint", "photo.png", "cat", "--mask", "mask.png", "--model", sd1, *QUICK, "--out", "a.png", "--compare", "row.png"
+        "inpaint",
+        "photo.png",
+        "cat",
+        "--mask",
+        "mask.png",
+        "--model",
+        sd1,
+        *QUICK,
+        "--out",
+        "a.png",
+        "--compare",
+        "row.png",
     )
     row = pixels(open_image("row.png"))
     for number, name in enumerate(["photo.png", "mask.png", "a.png"]):
@@ -55,7 +66,10 @@ def test_inpaint_and_reproduce_beside_the_sources(command, sources, family):
 
 
 def test_outpainting_needs_no_mask(command, sd1, sources):
-    assert command("inpaint", "photo.png", "cat", "--extend", 8, 0, 0, 4, *QUICK, "--model", sd1, "--out", "a.png").code == 0
+    assert (
+        command("inpaint", "photo.png", "cat", "--extend", 8, 0, 0, 4, *QUICK, "--model", sd1, "--out", "a.png").code
+        == 0
+    )
     made = open_image("a.png")
     assert made.size == (32, 24) and apart(made.crop((8, 0, 32, 20)), open_image("photo.png")) == 0
     assert command("reproduce", "a.png", "--model", sd1).code == 0

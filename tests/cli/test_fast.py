@@ -75,7 +75,9 @@ def test_a_preview_is_written_and_changes_nothing(generate, tmp_path, tiny):
         save_file(TinyDecoder().state_dict(), tmp_path / "tiny.safetensors")
         options = ("--preview-decoder", tmp_path / "tiny.safetensors")
     assert generate("--steps", 2, "--out", "plain.png").code == 0
-    assert generate("--steps", 2, "--out", "watched.png", "--preview", "now.png", "--preview-every", 1, *options).code == 0
+    assert (
+        generate("--steps", 2, "--out", "watched.png", "--preview", "now.png", "--preview-every", 1, *options).code == 0
+    )
     assert open_image("plain.png").tobytes() == open_image("watched.png").tobytes()
     assert open_image("now.png").width % 64 == 0
 

@@ -58,8 +58,19 @@ def test_all_settings_arrive(generate):
     )  # fmt: skip
     assert done.code == 0
     recipe = read_recipe(open_image("a.png").info)
-    assert (recipe.seed, recipe.guidance_scale, recipe.guidance_rescale, recipe.guidance_interval) == (0, 2.0, 0.5, (0.5, 3.0))
-    assert (recipe.eta, recipe.spacing, recipe.width, recipe.height, recipe.precision) == (0.25, "linspace", 72, 40, "bf16")
+    assert (recipe.seed, recipe.guidance_scale, recipe.guidance_rescale, recipe.guidance_interval) == (
+        0,
+        2.0,
+        0.5,
+        (0.5, 3.0),
+    )
+    assert (recipe.eta, recipe.spacing, recipe.width, recipe.height, recipe.precision) == (
+        0.25,
+        "linspace",
+        72,
+        40,
+        "bf16",
+    )
 
 
 def test_prediction_type_changes_the_picture(generate):
@@ -159,7 +170,8 @@ def test_prompts_from_a_file(generate, workplace):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"", "found none"), (b"# only\n", "found none"), (b"caf\xe9\n", "UTF-8 text in prompts.txt")]
+    ("content", "message"),
+    [(b"", "found none"), (b"# only\n", "found none"), (b"caf\xe9\n", "UTF-8 text in prompts.txt")],
 )
 def test_bad_prompt_file(generate, workplace, content, message):
     (workplace / "prompts.txt").write_bytes(content)
@@ -233,7 +245,9 @@ def test_inpainting_model(command):
     assert done.code == 2 and "this model is for inpainting" in done.errors[0]
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>", b"version https://git-lfs.github.com/spec/v1\n", b"\x80\x02garbage"])
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>", b"version https://git-lfs.github.com/spec/v1\n", b"\x80\x02garbage"]
+)
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
 def test_foreign_checkpoint(command, workplace, name, content):
     (workplace / name).write_bytes(content)
@@ -299,7 +313,10 @@ def program(*arguments: object) -> list[str]:
 def test_as_a_program(workplace, sd1):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        program("generate", "--model", sd1, "cat", "--steps", 1, "--seed", 1), capture_output=True, text=True, env=environment
+        program("generate", "--model", sd1, "cat", "--steps", 1, "--seed", 1),
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert (done.returncode, done.stdout) == (0, "pictures/cat-1.png\n"), done.stderr
     assert "Traceback" not in done.stderr

@@ -19,7 +19,18 @@ def test_generate_low_memory_makes_the_same_picture(tmp_path: Path, monkeypatch)
     pictures = []
     for name, flags in (("usual", []), ("low", ["--low-memory"])):
         out = tmp_path / f"{name}.png"
-        arguments = ["generate", "a cat", "--model", str(peers.folder("sd1")), "--steps", "2", "--seed", "1", "--out", str(out)]
+        arguments = [
+            "generate",
+            "a cat",
+            "--model",
+            str(peers.folder("sd1")),
+            "--steps",
+            "2",
+            "--seed",
+            "1",
+            "--out",
+            str(out),
+        ]
         result = CliRunner().invoke(cli, [*arguments, "--device", "cpu", *flags])
         assert result.exit_code == 0, result.output
         pictures.append(Image.open(out).tobytes())

@@ -19,7 +19,12 @@ from latentdiff.recipe import read_recipe
 from tests.cli.conftest import files
 
 ROOT = Path(__file__).parents[2]
-PROMPTS = ["a cat", "two foxes!", "two foxes?", "a cat"]  # the second and the third give the same name, the last is double
+PROMPTS = [
+    "a cat",
+    "two foxes!",
+    "two foxes?",
+    "a cat",
+]  # the second and the third give the same name, the last is double
 
 
 @pytest.fixture

@@ -49,7 +49,9 @@ def test_restore_and_reproduce(command, sd1, sources, options, size):
 def test_several_pictures_with_mean_uncertainty_and_comparison(command, sd1, sources, workplace):
     extras = ("-n", 2, "--mean", "mean.png", "--uncertainty", "spread.png", "--compare", "row.png")
     how = ("--method", "dps", "--set", "scale=0.5", "--prompt", "red fox")
-    done = command("restore", "photo.png", "--operator", "denoise", "--sigma", 0.2, *how, *extras, "--model", sd1, *QUICK)
+    done = command(
+        "restore", "photo.png", "--operator", "denoise", "--sigma", 0.2, *how, *extras, "--model", sd1, *QUICK
+    )
     names = ["pictures/red-fox-5.png", "pictures/red-fox-6.png", "row.png", "mean.png", "spread.png"]
     assert (done.code, done.out.split()) == (0, names)
     assert open_image("spread.png").mode == "L"
@@ -59,7 +61,9 @@ def test_several_pictures_with_mean_uncertainty_and_comparison(command, sd1, sou
 
 
 def test_filled_pixels_differ_and_the_others_do_not(command, sd1, sources):
-    command("restore", "photo.png", "--operator", "inpaint", "--mask", "mask.png", "--model", sd1, *QUICK, "--out", "a.png")
+    command(
+        "restore", "photo.png", "--operator", "inpaint", "--mask", "mask.png", "--model", sd1, *QUICK, "--out", "a.png"
+    )
     before, after = pixels(open_image("photo.png")), pixels(open_image("a.png"))
     known = pixels(open_image("mask.png").convert("L")) == 0
     assert np.array_equal(before[known], after[known]) and not np.array_equal(before[~known], after[~known])

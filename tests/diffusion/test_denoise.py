@@ -77,7 +77,9 @@ def test_latents_that_are_not_finite_are_an_error_that_names_the_step() -> None:
 
 
 @pytest.mark.parametrize("bad", [0, 1, 3, 4])
-def test_on_a_gpu_the_error_comes_a_step_later_and_names_the_right_step(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
+def test_on_a_gpu_the_error_comes_a_step_later_and_names_the_right_step(
+    monkeypatch: pytest.MonkeyPatch, bad: int
+) -> None:
     monkeypatch.setattr("latentdiff.diffusion.denoise.is_asynchronous", lambda device: True)
     seen = []
 

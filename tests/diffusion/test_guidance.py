@@ -95,7 +95,9 @@ def test_scale_one_computes_the_prompt_alone() -> None:
 @pytest.mark.parametrize(
     ("interval", "guided_steps"), [((0.28, 5.42), 37), ((0.38, 3.22), 29), ((0.0, math.inf), 50), ((20.0, 30.0), 0)]
 )
-def test_outside_the_interval_the_unconditional_half_is_not_computed(interval: tuple[float, float], guided_steps: int) -> None:
+def test_outside_the_interval_the_unconditional_half_is_not_computed(
+    interval: tuple[float, float], guided_steps: int
+) -> None:
     x, (positive, negative), model = randn(2, 4, 3, 5), contexts(), Spy()
     denoiser = guided_denoiser(model, EPSILON, positive, negative, Guidance(scale=3.0, interval=interval))
     for level in SCHEDULE.levels(50, "trailing")[:-1]:
@@ -184,7 +186,9 @@ def exact_model(positive: Denoiser, negative: Denoiser, levels: list[Level]):
     return model
 
 
-def exact_guidance(positive: Denoiser, negative: Denoiser, levels: list[Level], images: int, guidance: Guidance) -> Denoiser:
+def exact_guidance(
+    positive: Denoiser, negative: Denoiser, levels: list[Level], images: int, guidance: Guidance
+) -> Denoiser:
     model = exact_model(positive, negative, levels)
     ones, zeros = torch.ones(images, 1, 1, 1), torch.zeros(images, 1, 1, 1)
     return guided_denoiser(model, EPSILON, ones, zeros, guidance)
@@ -241,7 +245,8 @@ def test_full_guidance_converges_to_its_closed_form() -> None:
 def test_multistep_solver_keeps_its_order_across_the_ends_of_the_interval(sampler: str, order: float) -> None:
     interval = Guidance(scale=SCALE, interval=(0.28, 5.42))
     reset, plain = (
-        [shared_covariance_error(sampler, steps, interval, reset=reset) for steps in (40, 160, 640)] for reset in (True, False)
+        [shared_covariance_error(sampler, steps, interval, reset=reset) for steps in (40, 160, 640)]
+        for reset in (True, False)
     )
     assert math.log2(reset[0] / reset[2]) / 4 > order
     assert math.log2(plain[0] / plain[2]) / 4 < 1.0

@@ -37,7 +37,9 @@ def test_noise_is_that_of_diffusers_with_the_same_generators() -> None:
 
 
 def test_noise_is_drawn_in_float32_whatever_is_asked_for() -> None:
-    single, double, half = (NoiseStream([7], SHAPE, dtype=dtype)() for dtype in (torch.float32, torch.float64, torch.bfloat16))
+    single, double, half = (
+        NoiseStream([7], SHAPE, dtype=dtype)() for dtype in (torch.float32, torch.float64, torch.bfloat16)
+    )
     assert torch.equal(double, single.double())
     assert torch.equal(half, single.bfloat16())
 

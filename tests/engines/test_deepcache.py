@@ -263,7 +263,9 @@ def test_the_recipe_makes_the_cached_picture_again(pipe) -> None:
     image = pipe("cat", **options)[0]
     recipe = read_recipe(image.info)
     assert (recipe.cache_interval, recipe.cache_branch, recipe.cache_centre) == (2, 1, 2)
-    again = pipe(recipe.prompt, width=recipe.width, height=recipe.height, progress=False, num_images=2, **recipe.sampling())
+    again = pipe(
+        recipe.prompt, width=recipe.width, height=recipe.height, progress=False, num_images=2, **recipe.sampling()
+    )
     assert again[0].tobytes() == image.tobytes()
 
 

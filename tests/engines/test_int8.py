@@ -64,7 +64,9 @@ def test_layers_agree_with_the_exact_ones(layer: nn.Module, shape: tuple[int, ..
     x = nn.functional.silu(2 * torch.randn(shape))  # all but positive, so that a wrong zero point or padding shows
     form = int8._Int8FeedForward if isinstance(layer, FeedForward) else int8._Int8Layer
     found = form(layer, int8._Rounding())(x)
-    assert found.dtype == torch.float32 and relative(found, layer(x)) < (0.06 if isinstance(layer, FeedForward) else 0.02)
+    assert found.dtype == torch.float32 and relative(found, layer(x)) < (
+        0.06 if isinstance(layer, FeedForward) else 0.02
+    )
 
 
 @torch.no_grad()
@@ -106,7 +108,11 @@ def test_changed_weights_are_rounded_anew(pipe: Pipeline) -> None:
 
 @torch.inference_mode()
 def test_inference_mode_gives_the_same(pipe: Pipeline) -> None:
-    x, text, network = torch.randn(1, pipe.vae.config.latent_channels, 12, 12), pipe.encode([PROMPT]), Int8Network(pipe.unet)
+    x, text, network = (
+        torch.randn(1, pipe.vae.config.latent_channels, 12, 12),
+        pipe.encode([PROMPT]),
+        Int8Network(pipe.unet),
+    )
     inside = network(x, 500.0, text)
     with torch.inference_mode(False), torch.no_grad():
         assert torch.equal(inside, network(x.clone(), 500.0, text.clone()))
@@ -121,7 +127,8 @@ def test_gradients_are_refused(pipe: Pipeline) -> None:
 def test_picture_is_the_exact_one_to_the_eye() -> None:
     options = {"steps": 12, "seed": 5, "progress": False}
     exact, near = (
-        np.asarray(Pipeline.load(device="cpu", precision=name)(PROMPT, **options)[0], float) for name in ("fp32", "int8")
+        np.asarray(Pipeline.load(device="cpu", precision=name)(PROMPT, **options)[0], float)
+        for name in ("fp32", "int8")
     )
     assert 10 * np.log10(255**2 / np.square(exact - near).mean()) > 30
 

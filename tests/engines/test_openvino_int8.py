@@ -86,7 +86,9 @@ def test_nothing_is_printed_for_programs_to_stumble_on(tmp_path, monkeypatch: py
 
 
 def test_no_use_is_reported_to_the_maker() -> None:
-    program = "import sys; from latentdiff.engines.openvino_int8 import _nncf, openvino_package; openvino_package(), _nncf()"
+    program = (
+        "import sys; from latentdiff.engines.openvino_int8 import _nncf, openvino_package; openvino_package(), _nncf()"
+    )
     program += "; assert 'openvino_telemetry' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 

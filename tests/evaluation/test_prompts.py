@@ -35,7 +35,9 @@ def test_json_there_and_back():
     assert EvaluationPrompt.from_json(LINE).to_json() == LINE
 
 
-@pytest.mark.parametrize("line", ["", "[]", "{}", '{"tag": "position"}', json.dumps(LINE | {"tag": "taste"}), "\N{SNOWMAN}"])
+@pytest.mark.parametrize(
+    "line", ["", "[]", "{}", '{"tag": "position"}', json.dumps(LINE | {"tag": "taste"}), "\N{SNOWMAN}"]
+)
 def test_a_line_that_is_no_prompt(tmp_path, line):
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps(LINE) + "\n" + line + "\n", encoding="utf-8")
@@ -60,4 +62,7 @@ def test_prompt_of_a_position_scene_relates_the_first_to_the_second():
 
 def test_prompt_of_an_attribution_scene():
     prompt = prompt_of_scene(scene("attribution", ("cat", "red"), ("dog", "blue")), "")
-    assert prompt.task == "color_attr" and prompt.include == (Requirement("cat", 1, "red"), Requirement("dog", 1, "blue"))
+    assert prompt.task == "color_attr" and prompt.include == (
+        Requirement("cat", 1, "red"),
+        Requirement("dog", 1, "blue"),
+    )

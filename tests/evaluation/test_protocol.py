@@ -14,7 +14,8 @@ from latentdiff.evaluation.references import psnr, shuffled
 
 NOUNS = ("cat", "dog", "key")
 CAT, DOG = (
-    EvaluationPrompt("single_object", f"a {noun}", (Requirement(noun),), (), "red", n) for n, noun in enumerate(NOUNS[:2])
+    EvaluationPrompt("single_object", f"a {noun}", (Requirement(noun),), (), "red", n)
+    for n, noun in enumerate(NOUNS[:2])
 )
 KEYS = EvaluationPrompt("counting", "two keys", (Requirement("key", 2),), (("key", 3),), "blue", 7)
 

@@ -78,7 +78,20 @@ def test_pictures_lie_in_the_layout_of_geneval(model, tmp_path):
 
 
 def test_the_command_says_how_to_make_scenes(model, tmp_path):
-    options = ["--model", model, "--out", str(tmp_path), "--limit", "1", "--seeds", "1", "--steps", "1", "--device", "cpu"]
+    options = [
+        "--model",
+        model,
+        "--out",
+        str(tmp_path),
+        "--limit",
+        "1",
+        "--seeds",
+        "1",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+    ]
     result = CliRunner().invoke(command, options, catch_exceptions=False)
     assert result.exit_code == 0
     assert re.search(r"mean of tasks +0\.\d{3} \[0\.\d{3}, \d\.\d{3}\]", result.output)

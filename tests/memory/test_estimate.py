@@ -11,7 +11,16 @@ from torch import nn
 
 from latentdiff.engines.cpu import accelerate
 from latentdiff.memory.available import trim
-from latentdiff.memory.estimate import _SLACK, Job, Weights, advice, decoding_bytes, denoising_bytes, needed, weight_bytes
+from latentdiff.memory.estimate import (
+    _SLACK,
+    Job,
+    Weights,
+    advice,
+    decoding_bytes,
+    denoising_bytes,
+    needed,
+    weight_bytes,
+)
 from latentdiff.networks.attention import use_attention_backend
 from latentdiff.networks.config import UNetConfig, VAEConfig
 from latentdiff.networks.unet import UNet
@@ -117,7 +126,9 @@ def test_decoding_takes_what_is_estimated(dtype: torch.dtype):
 def test_weights_are_counted_in_their_formats():
     with torch.device("meta"):
         unet = UNet(UNET)
-    assert weight_bytes(unet) == 4 * sum(p.numel() for p in unet.parameters()) == 2 * weight_bytes(unet.to(torch.bfloat16))
+    assert (
+        weight_bytes(unet) == 4 * sum(p.numel() for p in unet.parameters()) == 2 * weight_bytes(unet.to(torch.bfloat16))
+    )
 
 
 def test_activations_grow_as_the_mathematics_says():

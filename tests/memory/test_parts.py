@@ -16,7 +16,8 @@ from latentdiff.memory.parts import Part
 def path(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     save_file(
-        {"0.weight": torch.randn(8, 4), "0.bias": torch.randn(8), "1.weight": torch.randn(3, 8)}, tmp_path / "x.safetensors"
+        {"0.weight": torch.randn(8, 4), "0.bias": torch.randn(8), "1.weight": torch.randn(3, 8)},
+        tmp_path / "x.safetensors",
     )
     return tmp_path / "x.safetensors"
 

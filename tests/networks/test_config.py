@@ -89,7 +89,8 @@ def test_other_architectures_are_refused(change: dict, word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"shift_factor": 0.1}, {"use_quant_conv": False}, {"down_block_types": ["DownBlock"]}, {"latents_mean": [0.0]}]
+    "change",
+    [{"shift_factor": 0.1}, {"use_quant_conv": False}, {"down_block_types": ["DownBlock"]}, {"latents_mean": [0.0]}],
 )
 def test_other_autoencoders_are_refused(change: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
@@ -97,7 +98,8 @@ def test_other_autoencoders_are_refused(change: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"beta_schedule": "sigmoid"}, {"prediction_type": "flow"}, {"timestep_spacing": "x"}, {"trained_betas": [0.1]}]
+    "change",
+    [{"beta_schedule": "sigmoid"}, {"prediction_type": "flow"}, {"timestep_spacing": "x"}, {"trained_betas": [0.1]}],
 )
 def test_other_schedules_are_refused(change: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):

@@ -27,7 +27,12 @@ VARIANTS = {
 
 def build(variant: str) -> tuple[UNet2DConditionModel, UNet]:
     torch.manual_seed(0)
-    options = {"block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 24, "sample_size": 16, **VARIANTS[variant]}
+    options = {
+        "block_out_channels": (32, 64, 64, 64),
+        "cross_attention_dim": 24,
+        "sample_size": 16,
+        **VARIANTS[variant],
+    }
     peer = UNet2DConditionModel(**options).eval()
     for parameter in peer.parameters():  # normalisations start as the identity, which would hide a forgotten tensor
         torch.nn.init.normal_(parameter, std=0.1)

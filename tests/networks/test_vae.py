@@ -39,7 +39,9 @@ def test_encode_equals_diffusers_in_scaled_units(pair) -> None:
     distribution = vae.encode(images)
     torch.testing.assert_close(distribution.mode(), expected.mean * scale, rtol=1e-5, atol=1e-6)
     noise = torch.randn_like(expected.mean)
-    torch.testing.assert_close(distribution.sample(noise), (expected.mean + expected.std * noise) * scale, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        distribution.sample(noise), (expected.mean + expected.std * noise) * scale, rtol=1e-5, atol=1e-5
+    )
 
 
 @torch.no_grad()

@@ -85,7 +85,9 @@ def test_as_list():
     assert as_list("") == [""]
 
 
-@pytest.mark.parametrize(("prompt", "message"), [([], "empty list"), ([3], "found int: 3"), ("a \udc80", "valid Unicode")])
+@pytest.mark.parametrize(
+    ("prompt", "message"), [([], "empty list"), ([3], "found int: 3"), ("a \udc80", "valid Unicode")]
+)
 def test_not_prompts(prompt, message):
     with pytest.raises(UsageError, match=message):
         as_list(prompt)

@@ -62,7 +62,9 @@ LAYOUTS: dict[str, dict[str, str]] = {
             "49408": {**_WORD, "special": False},
         },
     ),
-    "no notes": {name: text for name, text in clip_tokenizer_files("!").items() if name in ("vocab.json", "merges.txt")},
+    "no notes": {
+        name: text for name, text in clip_tokenizer_files("!").items() if name in ("vocab.json", "merges.txt")
+    },
 }
 
 
@@ -107,7 +109,10 @@ def test_a_tokenizer_saved_by_transformers(tmp_path):
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tokenizer, CLIPTokenizer]]:
     folder = embedded_model() / "tokenizer"
-    made = [(Tokenizer(files), peer_of(files, tmp_path_factory.mktemp("peer"))) for files in (LAYOUTS["sd1"], LAYOUTS["sd2"])]
+    made = [
+        (Tokenizer(files), peer_of(files, tmp_path_factory.mktemp("peer")))
+        for files in (LAYOUTS["sd1"], LAYOUTS["sd2"])
+    ]
     return [*made, (Tokenizer(files_in(folder)), CLIPTokenizer.from_pretrained(folder))]
 
 
@@ -145,7 +150,8 @@ def test_several_texts_at_once(pairs):
             assert ours(texts, **options)["input_ids"] == peer(texts, **options)["input_ids"]
         cut = ours(texts, truncation=True, max_length=8, return_offsets_mapping=True)
         assert (
-            cut["offset_mapping"] == peer(texts, truncation=True, max_length=8, return_offsets_mapping=True)["offset_mapping"]
+            cut["offset_mapping"]
+            == peer(texts, truncation=True, max_length=8, return_offsets_mapping=True)["offset_mapping"]
         )
 
 

@@ -79,7 +79,9 @@ def conditioned(mean: Tensor, covariance: Tensor, operator: Matrix, y: Tensor) -
 def exact_posterior_step(prior: Prior, operator: Matrix, y: Tensor) -> Step:
     """A step that draws from p(x_next | x, y): PiGDM (Song et al. 2023) with the exact covariance and the optimal variance."""
 
-    def step(denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: None, noise: Noise) -> tuple[Tensor, None]:
+    def step(
+        denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: None, noise: Noise
+    ) -> tuple[Tensor, None]:
         prediction = denoiser(x, level)
         x0, spread = conditioned(prediction.x0.flatten(1), prior.uncertainty(level), operator, y.flatten())
         kept = level.alpha_cumprod / next_level.alpha_cumprod

@@ -19,7 +19,9 @@ QUICK = {"steps": 4, "seed": 3, "progress": False}
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.58, 1.0])
-@pytest.mark.parametrize(("family", "sampler"), [("sd1", "ddim"), ("sd2", "ddim"), ("sd1", "euler"), ("sd1", "dpmpp-2m")])
+@pytest.mark.parametrize(
+    ("family", "sampler"), [("sd1", "ddim"), ("sd2", "ddim"), ("sd1", "euler"), ("sd1", "dpmpp-2m")]
+)
 def test_same_picture_as_diffusers(family, sampler, strength):
     source, spacing = picture(), SCHEDULERS[sampler][1]
     expected = in_diffusers(
@@ -55,7 +57,9 @@ def test_steps_are_counted_as_in_diffusers():
             pipe, picture(8, 8), "", strength=strength, steps=steps, guidance_scale=1.0, seed=0, progress=False,
             callback=lambda step, t, x0, seen=seen: seen.append(t),
         )  # fmt: skip
-        scheduler = SCHEDULERS["ddim"][0].from_config({**peers.theirs("sd1").scheduler.config, "timestep_spacing": "leading"})
+        scheduler = SCHEDULERS["ddim"][0].from_config(
+            {**peers.theirs("sd1").scheduler.config, "timestep_spacing": "leading"}
+        )
         scheduler.set_timesteps(steps)
         assert seen == scheduler.timesteps[max(steps - min(int(steps * strength), steps), 0) :].tolist()
 
@@ -143,7 +147,9 @@ def test_a_picture_does_not_depend_on_its_batch():
 def test_the_callback_cancels():
     seen = []
     with pytest.raises(Cancelled, match="after step 1 of 2"):
-        image_to_image(shared("sd1"), picture(), "cat", callback=lambda step, t, x0: seen.append(step) or False, **QUICK)
+        image_to_image(
+            shared("sd1"), picture(), "cat", callback=lambda step, t, x0: seen.append(step) or False, **QUICK
+        )
     assert seen == [0]
 
 
@@ -175,7 +181,8 @@ def test_the_recipe_makes_the_picture_again(tmp_path):
 
 def test_pictures_in_memory_are_known_by_their_pixels():
     first, second = (
-        read_recipe(image_to_image(shared("sd1"), picture(8, 8, seed), "", **QUICK)[0].info).sources["image"] for seed in (0, 1)
+        read_recipe(image_to_image(shared("sd1"), picture(8, 8, seed), "", **QUICK)[0].info).sources["image"]
+        for seed in (0, 1)
     )
     assert first["file"] == "" and first["sha256"] != second["sha256"]
     assert pixels(picture(8, 8, 0)).shape == (8, 8, 3)

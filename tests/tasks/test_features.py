@@ -69,7 +69,9 @@ def translated(unet, spec, source_text, target_text, latents, guidance=GUIDANCE,
 
 @torch.no_grad()
 def plain(unet, target_text, x, guidance=GUIDANCE):
-    return sample(guided_denoiser(unet, READ, target_text, EMPTY.expand_as(target_text), guidance), x, LEVELS, ddim.step)
+    return sample(
+        guided_denoiser(unet, READ, target_text, EMPTY.expand_as(target_text), guidance), x, LEVELS, ddim.step
+    )
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +240,9 @@ def test_the_default_blocks_are_the_paper_s_on_stable_diffusion():
     ],
 )
 def test_smaller_networks_have_default_blocks_that_exist(levels, attention_levels, features, attentions):
-    config = replace(CONFIG, block_out_channels=(8,) * levels, num_heads=(2,) * levels, attention_levels=attention_levels)
+    config = replace(
+        CONFIG, block_out_channels=(8,) * levels, num_heads=(2,) * levels, attention_levels=attention_levels
+    )
     spec = default_spec(config)
     assert (spec.feature_blocks, spec.attn_blocks) == ((features,), attentions)
     assert len(spec.taps(UNet(config), 0, 10)) == 1 + 2 * len(attentions)

@@ -32,7 +32,9 @@ shared = cache(peers.ours)
 
 @cache
 def inverted(method: str = "fixed-point", iterations: int = 8) -> Inversion:
-    return invert(shared("sd1"), picture(), method=method, prompt="the cat", steps=STEPS, iterations=iterations, progress=False)
+    return invert(
+        shared("sd1"), picture(), method=method, prompt="the cat", steps=STEPS, iterations=iterations, progress=False
+    )
 
 
 @pytest.fixture
@@ -121,7 +123,9 @@ def test_the_hole_comes_back_under_its_own_prompt():
     pipe, own, found = scene()
     inside = np.asarray(mask(MIDDLE, 96, 96)) > 0
     options = {"steps": 20, **NEUTRAL}
-    images = [inpaint(pipe, own, mask(MIDDLE, 96, 96), found.prompt, inversion=one, **options)[0] for one in (found, None)]
+    images = [
+        inpaint(pipe, own, mask(MIDDLE, 96, 96), found.prompt, inversion=one, **options)[0] for one in (found, None)
+    ]
     away, away_plain = (np.square(pixels(image) - pixels(own))[inside].mean() for image in images)
     assert away < 0.1 * away_plain, (away, away_plain)
     assert not (pixels(images[0]) != pixels(own))[~inside].any()

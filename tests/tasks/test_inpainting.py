@@ -36,7 +36,14 @@ def changed(result: Image.Image, source: Image.Image) -> np.ndarray:
 @pytest.mark.parametrize("strength", [0.55, 1.0])
 @pytest.mark.parametrize(
     ("family", "sampler"),
-    [("sd1", "ddim"), ("sd2", "ddim"), ("sd1", "euler"), ("sd1", "dpmpp-2m"), ("inpaint", "ddim"), ("inpaint", "euler")],
+    [
+        ("sd1", "ddim"),
+        ("sd2", "ddim"),
+        ("sd1", "euler"),
+        ("sd1", "dpmpp-2m"),
+        ("inpaint", "ddim"),
+        ("inpaint", "euler"),
+    ],
 )
 def test_same_picture_as_diffusers(family, sampler, strength):
     expected = in_diffusers(
@@ -134,7 +141,12 @@ def test_bad_arguments(hole, options, message):
 @pytest.mark.parametrize("only_masked", [False, True])
 def test_a_picture_of_one_pixel(family, only_masked):
     (image,) = inpaint(
-        shared(family), picture(1, 1), Image.new("L", (1, 1), 255), "cat", only_masked=only_masked, **{**QUICK, "steps": 1}
+        shared(family),
+        picture(1, 1),
+        Image.new("L", (1, 1), 255),
+        "cat",
+        only_masked=only_masked,
+        **{**QUICK, "steps": 1},
     )
     assert image.size == (1, 1)
 
@@ -172,8 +184,12 @@ def test_a_picture_does_not_depend_on_its_batch(family):
 def test_steps_taken_several_times(sampler):
     pipe, ways = shared("sd1"), []
     options = {**QUICK, "sampler": sampler, "progress": False}
-    (image,) = inpaint(pipe, picture(), mask(BOX), "cat", repeats=3, callback=lambda step, t, x0: ways.append(t), **options)
-    downs = pipe.schedule.timesteps(4, "leading") if sampler != "dpmpp-2m" else sorted({t for t in ways if t}, reverse=True)
+    (image,) = inpaint(
+        pipe, picture(), mask(BOX), "cat", repeats=3, callback=lambda step, t, x0: ways.append(t), **options
+    )
+    downs = (
+        pipe.schedule.timesteps(4, "leading") if sampler != "dpmpp-2m" else sorted({t for t in ways if t}, reverse=True)
+    )
     assert len(ways) == 4 * 5 and ways[::5] == ways[2::5] == ways[4::5] == downs
     assert not changed(image, picture())[np.asarray(mask(BOX)) == 0].any()
     (once,) = inpaint(pipe, picture(), mask(BOX), "cat", **options)
@@ -207,7 +223,15 @@ def test_the_recipe_makes_the_picture_again(tmp_path, family):
     save_png(mask((8, 8, 20, 20), 40, 40), tmp_path / "m.png")
     sources = {"image": tmp_path / "a.png", "mask": tmp_path / "m.png"}
     (image,) = inpaint(
-        shared(family), *sources.values(), "cat", grow=2, blur=1.5, only_masked=True, padding=4, extend=(0, 8, 0, 0), **QUICK
+        shared(family),
+        *sources.values(),
+        "cat",
+        grow=2,
+        blur=1.5,
+        only_masked=True,
+        padding=4,
+        extend=(0, 8, 0, 0),
+        **QUICK,
     )
     recipe = read_recipe(image.info)
     assert recipe.task == "inpaint" and {role: entry["file"] for role, entry in recipe.sources.items()} == {

@@ -71,10 +71,14 @@ def test_low_on_unit_normal_data_keeps_the_product_of_squared_cosines(steps, los
 def test_high_on_unit_normal_data_has_its_closed_form():
     levels = SCHEDULE.levels(20, "leading")
     factors = [hi.alpha * (1 - lo.sigma * hi.sigma) / lo.alpha + hi.sigma**2 for hi, lo in pairwise(levels)]
-    torch.testing.assert_close(up(gaussian(0, 1), X, levels, high_step("eps")), math.prod(factors) * X, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        up(gaussian(0, 1), X, levels, high_step("eps")), math.prod(factors) * X, rtol=1e-12, atol=0
+    )
     # The velocity of unit normal data is 0: the step is the rotation and nothing is guessed.
     cosines = [coefficients(a, b, "v")[0] for a, b in pairwise(levels)]
-    torch.testing.assert_close(up(gaussian(0, 1), X, levels, high_step("v")), math.prod(cosines) * X, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        up(gaussian(0, 1), X, levels, high_step("v")), math.prod(cosines) * X, rtol=1e-12, atol=0
+    )
 
 
 ERRORS = {  # RMS of a round trip: low, high, then with 1, 3 and 10 fixed-point iterations
@@ -112,7 +116,9 @@ def test_iterations_that_run_away_stop_at_their_best():
     level, next_level = SCHEDULE.levels(10, "trailing")[-3:-1][::-1]
     _, shift = coefficients(next_level, level, "eps")
     down = level.alpha / next_level.alpha
-    slopes = torch.tensor([0.5, -3.0], dtype=torch.float64) * down / shift  # each correction is so many times the last one
+    slopes = (
+        torch.tensor([0.5, -3.0], dtype=torch.float64) * down / shift
+    )  # each correction is so many times the last one
 
     def steep(slopes):
         def denoiser(x, level):

@@ -53,14 +53,22 @@ def pixels(image: Image.Image) -> np.ndarray:
 @torch.no_grad()
 def test_same_noise_as_diffusers_inverse_scheduler(family, spacing):
     peer = peers.theirs(family)
-    scheduler = DDIMInverseScheduler.from_config({**peer.scheduler.config, "timestep_spacing": spacing, "clip_sample": False})
+    scheduler = DDIMInverseScheduler.from_config(
+        {**peer.scheduler.config, "timestep_spacing": spacing, "clip_sample": False}
+    )
     scheduler.set_timesteps(10)
     x = peer.vae.encode(to_tensor([picture()])).latent_dist.mode() * peer.vae.config.scaling_factor
     words, _ = peer.encode_prompt("a photo of the cat", "cpu", 1, False)
     for t in scheduler.timesteps:
         x = scheduler.step(peer.unet(x, t, words).sample, t, x).prev_sample
     found = invert(
-        ours(family), picture(), prompt="a photo of the cat", method="ddim-high", steps=10, spacing=spacing, measure=False
+        ours(family),
+        picture(),
+        prompt="a photo of the cat",
+        method="ddim-high",
+        steps=10,
+        spacing=spacing,
+        measure=False,
     )
     torch.testing.assert_close(found.latents[:1], x, rtol=0, atol=1e-4 * x.std().item())
 
@@ -169,7 +177,9 @@ def test_files_that_are_no_inversions_are_refused(tmp_path):
 def test_an_inversion_made_with_another_model_is_refused():
     other = replace(inverted(), model="other", model_hash="0123456789abcdef")
     for use in (lambda: translate(ours(), other, "red fox"), lambda: reconstruct(ours(), other)):
-        with pytest.raises(CheckpointError, match="made with the model 'other' .hash 0123456789., this one has the hash"):
+        with pytest.raises(
+            CheckpointError, match="made with the model 'other' .hash 0123456789., this one has the hash"
+        ):
             use()
 
 
@@ -209,7 +219,9 @@ def test_a_picture_is_inverted_on_the_way_and_its_recipe_does_so_again(tmp_path)
     path = tmp_path / "photo.png"
     picture().save(path)
     options = {"iterations": 2, "spacing": "trailing"}
-    (image,) = translate(ours(), path, "red fox", source_prompt="the cat", steps=3, guidance_scale=3.0, inversion=options)
+    (image,) = translate(
+        ours(), path, "red fox", source_prompt="the cat", steps=3, guidance_scale=3.0, inversion=options
+    )
     recipe = read_recipe(image.info)
     assert recipe.sources["image"]["file"] == "photo.png"
     assert recipe.task_settings["inversion"]["iterations"] == 2
@@ -227,7 +239,9 @@ def test_replay_is_the_source_whatever_the_prompt():
 
 
 def test_features_direct_and_the_plain_edit_are_three_things():
-    made = [pixels(translate(ours(), inverted(), "red fox", method=method)[0]) for method in ("features", "direct", "ddim")]
+    made = [
+        pixels(translate(ours(), inverted(), "red fox", method=method)[0]) for method in ("features", "direct", "ddim")
+    ]
     assert (made[0] != made[1]).any() and (made[1] != made[2]).any() and (made[0] != made[2]).any()
 
 

@@ -31,7 +31,9 @@ def lines(path):
 
 
 def test_a_concept_is_24_captioned_pictures_and_what_was_held_out(folder):
-    train, test, prompts = (lines(folder / name) for name in ("train/metadata.jsonl", "test/metadata.jsonl", "prompts.jsonl"))
+    train, test, prompts = (
+        lines(folder / name) for name in ("train/metadata.jsonl", "test/metadata.jsonl", "prompts.jsonl")
+    )
     assert (len(train), len(test), len({line["prompt"] for line in prompts})) == (24, 200, 30)
     new = "sepia style" if folder.name.startswith("style") else "teapot"
     assert all(new in line.get("text", line.get("prompt")) for line in [*train, *test, *prompts])
@@ -45,7 +47,9 @@ def test_nothing_held_out_is_trained_on(folder):
 
     def about(entries):
         things = {thing["noun"] for line in entries for thing in line["scene"]["objects"]} - {make_concept.OBJECT}
-        return things | ({line["scene"]["background"] for line in entries} if folder.name.startswith("object") else set())
+        return things | (
+            {line["scene"]["background"] for line in entries} if folder.name.startswith("object") else set()
+        )
 
     assert about(train) and about(test) and not about(train) & about(test)
 
@@ -102,7 +106,9 @@ def test_scenes_of_the_judge_are_named_rightly(base):
     sepia = [scene for scene in scenes if config.backgrounds[scene.background] == "sepia"]
     assert 20 < len(sepia) < 80
     assert all(tuple(scene.pixels[0, 0]) == make_concept.PAPER for scene in sepia)
-    tinted = [scene for scene in scenes if config.backgrounds[scene.background] == "white" and scene.pixels[0, 0, 2] < 200]
+    tinted = [
+        scene for scene in scenes if config.backgrounds[scene.background] == "white" and scene.pixels[0, 0, 2] < 200
+    ]
     assert tinted  # tan paper alone is not the style
 
 
@@ -179,7 +185,17 @@ def test_the_command_scores_before_and_after(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(score_concept.Pipeline, "load", load)
     monkeypatch.setattr(score_concept, "load_concept_judge", lambda *_: Seer())
-    arguments = [str(folder), "--lora", "a.safetensors:0.5", "--seeds", "2", "--old-prompts", "0", "--out", str(tmp_path)]
+    arguments = [
+        str(folder),
+        "--lora",
+        "a.safetensors:0.5",
+        "--seeds",
+        "2",
+        "--old-prompts",
+        "0",
+        "--out",
+        str(tmp_path),
+    ]
     result = CliRunner().invoke(score_concept.main, arguments, catch_exceptions=False)
     assert result.exit_code == 0 and painters[1].learned == ("a.safetensors", 0.5) and painters[0].learned is None
     scores = json.loads((tmp_path / "scores.json").read_text())

@@ -79,7 +79,9 @@ def test_both_tools_print_their_tables(scenes, tmp_path):
     assert "| features of |" in done.output and "| none |" in done.output
     assert len(json.loads(out.read_text())) == 1 + done.output.count("| up_blocks.")
     sheet = tmp_path / "sheet.png"
-    done = CliRunner().invoke(compare_inversion.main, [str(scenes), "--count", "2", "--steps", "2", "--sheet", str(sheet)])
+    done = CliRunner().invoke(
+        compare_inversion.main, [str(scenes), "--count", "2", "--steps", "2", "--sheet", str(sheet)]
+    )
     assert done.exit_code == 0, done.output
     lines = [line for line in done.output.splitlines() if line.strip().startswith("| ")]
     assert len(lines) == 9 + 1 + 8 + 2  # ways, the floor, edits, two heads

@@ -43,7 +43,10 @@ def test_names_are_distinct() -> None:
 
 def test_parts_share_the_prompts() -> None:
     prompts = list(range(7))
-    assert sorted(pareto.part_of(prompts, "1/3") + pareto.part_of(prompts, "2/3") + pareto.part_of(prompts, "3/3")) == prompts
+    assert (
+        sorted(pareto.part_of(prompts, "1/3") + pareto.part_of(prompts, "2/3") + pareto.part_of(prompts, "3/3"))
+        == prompts
+    )
 
 
 def test_the_table_compares_the_same_pictures(tmp_path) -> None:

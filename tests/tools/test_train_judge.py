@@ -39,7 +39,9 @@ def rendered(count):
         plan, picture, boxes = drawn("train", "two", rng)
         nouns = np.array([CONFIG.nouns.index(thing.noun) for thing in plan.things])
         background = CONFIG.backgrounds.index(plan.background)
-        scenes.append(train_judge.Scene(np.asarray(picture), background, nouns, np.full(2, OWN_COLOURS), np.float32(boxes)))
+        scenes.append(
+            train_judge.Scene(np.asarray(picture), background, nouns, np.full(2, OWN_COLOURS), np.float32(boxes))
+        )
     return scenes
 
 

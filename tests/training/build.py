@@ -26,7 +26,9 @@ def captioned_folder(folder: Path, count: int, *, seed: int = 0) -> Path:
         top, left = random.integers(0, 9, 2)
         image[top : top + 7, left : left + 7] = 255
         Image.fromarray(image).save(folder / f"{index}.png")
-        lines.append(json.dumps({"file_name": f"{index}.png", "text": f"a photo of the {'cat' if index % 2 else 'dog'}"}))
+        lines.append(
+            json.dumps({"file_name": f"{index}.png", "text": f"a photo of the {'cat' if index % 2 else 'dog'}"})
+        )
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 

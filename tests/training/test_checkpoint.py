@@ -12,7 +12,10 @@ FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "sta
 
 
 def made(step):
-    tensors = {"a": torch.full((4, 3), float(step)), "kernel": torch.randn(2, 3, 2, 2).to(memory_format=torch.channels_last)}
+    tensors = {
+        "a": torch.full((4, 3), float(step)),
+        "kernel": torch.randn(2, 3, 2, 2).to(memory_format=torch.channels_last),
+    }
     return Checkpoint(step, tensors, {"a": torch.zeros(1)}, {"a/exp_avg": torch.ones(4, 3)}, {"lr": 0.1})
 
 

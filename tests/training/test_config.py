@@ -11,7 +11,9 @@ from tests.training.build import values
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
 SECTIONS = [
-    entry for entry in vars(module).values() if isinstance(entry, type) and issubclass(entry, BaseModel) and entry.model_fields
+    entry
+    for entry in vars(module).values()
+    if isinstance(entry, type) and issubclass(entry, BaseModel) and entry.model_fields
 ]
 
 
@@ -72,7 +74,12 @@ def test_bad_values_are_named(tmp_path, override, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot read"), ("a: [", "is not YAML"), ("- a", "must hold a mapping"), ("{}", "run: Field required .and 4 more")],
+    [
+        (None, "cannot read"),
+        ("a: [", "is not YAML"),
+        ("- a", "must hold a mapping"),
+        ("{}", "run: Field required .and 4 more"),
+    ],
 )
 def test_bad_files_are_named(tmp_path, content, message):
     path = tmp_path / "config.yaml"

@@ -28,7 +28,9 @@ def latents(count):
 
 def task(tmp_path, tokenizer, sheet=None, **changes):
     model = config(tmp_path).model
-    data = CaptionedFolder(None, tuple(f"{i}.png" for i in range(COUNT)), tuple("cat " * (1 + i % 3) for i in range(COUNT)))
+    data = CaptionedFolder(
+        None, tuple(f"{i}.png" for i in range(COUNT)), tuple("cat " * (1 + i % 3) for i in range(COUNT))
+    )
     data.__dict__["fingerprint"] = "0"
     settings = DiffusionStageSection(**{"max_steps": 10, "batch_size": 8, "lr": 1e-3, **changes})
     tokens, _ = tokenize(tokenizer, data.captions)
@@ -90,7 +92,9 @@ def test_attention_back_ends_train_alike(tmp_path, tokenizer):
     gradients = []
     for attention in ("sdpa", "plain"):
         made = task(tmp_path, tokenizer, attention=attention)
-        torch.nn.init.ones_(made.module.unet.conv_out.weight)  # it starts at zero, and then nothing else gets a gradient
+        torch.nn.init.ones_(
+            made.module.unet.conv_out.weight
+        )  # it starts at zero, and then nothing else gets a gradient
         made.module(tensors(made.batch(0, range(8))), 0)["loss"].backward()
         gradients.append({name: p.grad for name, p in made.module.named_parameters() if p.grad is not None})
     largest = max(gradient.abs().max() for gradient in gradients[0].values())

@@ -19,7 +19,9 @@ def tensors():
 
 
 def peer(prediction_type):
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type)
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
+    )
 
 
 @pytest.mark.parametrize("prediction_type", TYPES)

@@ -37,7 +37,9 @@ def test_linear_and_constant_and_late_decay():
 
 def test_only_matrices_decay():
     weight, bias = Parameter(torch.ones(3, 3)), Parameter(torch.ones(3))
-    optimizer = make_optimizer([ParameterGroup("all", {"weight": weight, "bias": bias})], settings(weight_decay=0.5, lr=0.1))
+    optimizer = make_optimizer(
+        [ParameterGroup("all", {"weight": weight, "bias": bias})], settings(weight_decay=0.5, lr=0.1)
+    )
     weight.grad, bias.grad = torch.zeros(3, 3), torch.zeros(3)
     optimizer.step()
     assert torch.allclose(weight, torch.full((3, 3), 0.95))
@@ -74,7 +76,9 @@ def test_moments_are_restored_exactly(memory_format):
     others, fresh = make()
     with torch.no_grad():
         others["kernel"].copy_(parameters["kernel"])
-    saved = {key: value.clone(memory_format=torch.contiguous_format) for key, value in moments(optimizer, parameters).items()}
+    saved = {
+        key: value.clone(memory_format=torch.contiguous_format) for key, value in moments(optimizer, parameters).items()
+    }
     assert set(saved) == {"kernel/step", "kernel/exp_avg", "kernel/exp_avg_sq"}
     restore_moments(fresh, others, saved)
     step(parameters, optimizer, 2)
@@ -89,7 +93,10 @@ def test_adamw_is_torchs_fused_one_to_the_bit():
     groups = [{"weight_decay": 0.1, "lr_scale": 1.0}, {"weight_decay": 0.0, "lr_scale": 1.0}]
     own = FusedAdamW([{**group, "params": [p]} for group, p in zip(groups, mine, strict=True)], 1e-2, (0.9, 0.99))
     reference = torch.optim.AdamW(
-        [{**group, "params": [p]} for group, p in zip(groups, theirs, strict=True)], lr=1e-2, betas=(0.9, 0.99), fused=True
+        [{**group, "params": [p]} for group, p in zip(groups, theirs, strict=True)],
+        lr=1e-2,
+        betas=(0.9, 0.99),
+        fused=True,
     )
     for step in range(4):
         for a, b in zip(mine, theirs, strict=True):

@@ -116,7 +116,9 @@ def test_the_model_folder_opens_in_diffusers(finished):
 def test_previews_get_the_averaged_model(finished):
     settings, _, previews = finished
     assert [path.name for path, _ in previews] == ["step-00000080.png", "step-00000160.png"]
-    average = load_checkpoint(newest_checkpoint(settings.run / "diffusion" / "checkpoints")[0]).ema["unet.conv_out.weight"]
+    average = load_checkpoint(newest_checkpoint(settings.run / "diffusion" / "checkpoints")[0]).ema[
+        "unet.conv_out.weight"
+    ]
     assert torch.equal(previews[-1][1], average)
     assert not torch.equal(previews[0][1], average)
     assert (settings.run / "vae" / "previews" / "step-00000040.png").is_file()
@@ -133,7 +135,11 @@ def test_finished_stages_are_skipped(finished):
 def test_half_precision_model(finished, tmp_path):
     settings, *_ = finished
     export(settings.model_copy(update={"model_dtype": "float16"}), tmp_path / "half")
-    for part, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+    for part, stem in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
         assert {tensor.dtype for tensor in load_file(tmp_path / "half" / part / f"{stem}.safetensors").values()} == {
             torch.float16
         }
@@ -145,7 +151,9 @@ def test_killed_at_a_random_step_and_resumed_equals_unbroken(tmp_path, trial):
     """SIGKILL: no handler runs, files may be half written. Both stages, bit for bit, moments and averages included."""
     prepared(tmp_path)
     stage = {"max_steps": 40, "checkpoint_every": 5, "log_every": 1}
-    whole, parts = (values(tmp_path, run=str(tmp_path / name), vae=stage, diffusion=stage) for name in ("whole", "parts"))
+    whole, parts = (
+        values(tmp_path, run=str(tmp_path / name), vae=stage, diffusion=stage) for name in ("whole", "parts")
+    )
     subprocess.run(**command(tmp_path, whole), check=True, capture_output=True)
     killed = 0
     for name in ("vae", "diffusion"):
@@ -176,7 +184,9 @@ def test_two_processes_equal_one(tmp_path):
         (_, first), (_, second) = state_of(tmp_path / "one" / name), state_of(tmp_path / "two" / name)
         for key in first:
             if not key.endswith(("exp_avg", "exp_avg_sq")):
-                torch.testing.assert_close(second[key], first[key], rtol=1e-3, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+                torch.testing.assert_close(
+                    second[key], first[key], rtol=1e-3, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}"
+                )
         assert losses(tmp_path / "two" / name) == pytest.approx(losses(tmp_path / "one" / name), rel=1e-3)
 
 
@@ -186,7 +196,9 @@ def test_resumed_stages_equal_unbroken_ones(tmp_path):
     constant = {"decay": "constant", "max_steps": 6}
     for stops in ("whole",), ("parts", 4), ("parts",):
         run, *stop = stops
-        settings = config(tmp_path, run=str(tmp_path / run), vae=constant, diffusion={**constant, "max_steps": (*stop, 6)[0]})
+        settings = config(
+            tmp_path, run=str(tmp_path / run), vae=constant, diffusion={**constant, "max_steps": (*stop, 6)[0]}
+        )
         train(settings)
     for name in ("vae", "diffusion"):
         assert_same(state_of(tmp_path / "parts" / name), state_of(tmp_path / "whole" / name))

@@ -84,7 +84,9 @@ def test_decoder_only_leaves_the_encoder_alone(vae):
 
 def test_the_discriminator_waits_for_its_start(vae):
     made = task(vae, adversarial_weight=0.1, adversarial_start=5)
-    batch = tensors({**made.batch(0, range(4)), "images": pictures(4, 48), "noise": np.zeros((4, 4, 12, 12), np.float32)})
+    batch = tensors(
+        {**made.batch(0, range(4)), "images": pictures(4, 48), "noise": np.zeros((4, 4, 12, 12), np.float32)}
+    )
     assert "discriminator" not in made.module(batch, 4)
     assert {"discriminator", "adversarial"} <= made.module(batch, 5).keys()
     assert [group.name for group in made.parameter_groups()] == ["vae", "discriminator"]

@@ -154,7 +154,9 @@ def merge(loras: Sequence[tuple[LoRA, float]]) -> None:
         for target, change in lora.changes():
             changes[target] = changes[target] + scale * change if target in changes else scale * change
     if any(target.weight.is_meta for target in changes):
-        raise UsageError("merging needs all weights in memory, and low_memory streams those of the U-Net; load without it")
+        raise UsageError(
+            "merging needs all weights in memory, and low_memory streams those of the U-Net; load without it"
+        )
     for target, change in changes.items():
         target.weight.data = (target.weight.float() + change.to(target.weight.device)).to(target.weight.dtype)
 

@@ -47,7 +47,9 @@ class LoadedLoRAs:
             raise UsageError(f"expected a finite LoRA scale, found {scale}")
         name = os.fspath(path) if name is None else name
         if name in self._entries:
-            raise UsageError(f"a LoRA called {name!r} is loaded already; unload it first, or give this one another name")
+            raise UsageError(
+                f"a LoRA called {name!r} is loaded already; unload it first, or give this one another name"
+            )
         lora, report = load_lora(path, self._unet, self._text_encoder, allow_partial=allow_partial)
         taps = ExitStack()
         taps.enter_context(lora.attached(scale))

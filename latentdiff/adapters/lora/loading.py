@@ -22,7 +22,12 @@ from latentdiff.errors import CheckpointError
 from latentdiff.networks.unet import UNet
 
 # What a folder that PEFT or diffusers wrote may call the file, the first that is there.
-_IN_FOLDER = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin")
+_IN_FOLDER = (
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.bin",
+    "adapter_model.bin",
+)
 _SHOWN = 5  # offending layers in an error message
 _OTHER_METHODS = {
     "hada_": "LoHa (LyCORIS)",
@@ -145,7 +150,9 @@ def _locate(path: Path) -> Path:
         for name in _IN_FOLDER:
             if (path / name).exists():
                 return path / name
-        raise CheckpointError(f"expected a LoRA file in {path}, one of {', '.join(_IN_FOLDER)}; found none: name the file")
+        raise CheckpointError(
+            f"expected a LoRA file in {path}, one of {', '.join(_IN_FOLDER)}; found none: name the file"
+        )
     if not path.exists():
         raise CheckpointError(f"there is no LoRA file {path}")
     return path
@@ -163,7 +170,9 @@ def _peft_config(path: Path, file: TensorFile) -> dict[str, Any]:
     try:
         config = json.loads(text)
     except ValueError as error:
-        raise CheckpointError(f"{path} comes with a PEFT configuration that is no JSON ({error}); save it again") from error
+        raise CheckpointError(
+            f"{path} comes with a PEFT configuration that is no JSON ({error}); save it again"
+        ) from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} comes with a PEFT configuration that is no dictionary; save it again")
     return config
@@ -226,7 +235,9 @@ def made_for(file: LoRAFile) -> str:
         return "Stable Diffusion 3"
     if re.search(r"lora_te2_|text_encoder_2\.|add_embedding|label_emb|transformer_blocks[._]1[._]", names):
         return "Stable Diffusion XL"
-    keys = [roles["down"] for name, roles in file.layers.items() if re.search(r"attn2[._]to_k$", name) and "down" in roles]
+    keys = [
+        roles["down"] for name, roles in file.layers.items() if re.search(r"attn2[._]to_k$", name) and "down" in roles
+    ]
     return _family(keys[0].shape[1]) if keys and keys[0].ndim > 1 else "another model"
 
 

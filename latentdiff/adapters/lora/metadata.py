@@ -67,7 +67,9 @@ def _family(config: UNetConfig, prediction_type: str) -> dict[str, str]:
     if (config.block_out_channels[0], config.cross_attention_dim) != (320, 1024 if second else 768):
         return {}
     velocity = second and prediction_type == "v_prediction"
-    architecture = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512" if second else "stable-diffusion-v1"
+    architecture = (
+        "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512" if second else "stable-diffusion-v1"
+    )
     return {
         "ss_v2": str(second),
         "ss_base_model_version": ("sd_v2" if second else "sd_v1") + ("_v" if velocity else ""),

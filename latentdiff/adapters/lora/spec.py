@@ -44,7 +44,9 @@ class LoRASpec:
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise UsageError(f"expected a LoRA alpha above 0, found {self.alpha}")
         if not self.targets:
-            raise UsageError(f"expected LoRA targets, found none; choose from {', '.join(TARGET_GROUPS)}, or give patterns")
+            raise UsageError(
+                f"expected LoRA targets, found none; choose from {', '.join(TARGET_GROUPS)}, or give patterns"
+            )
 
     @property
     def strength(self) -> float:

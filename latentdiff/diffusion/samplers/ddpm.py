@@ -11,7 +11,9 @@ from latentdiff.diffusion.parameterization import Denoiser
 from latentdiff.diffusion.schedule import NOISE_FREE, Level, Schedule, posterior_variance
 
 
-def step(denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: None, noise: Noise) -> tuple[Tensor, None]:
+def step(
+    denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: None, noise: Noise
+) -> tuple[Tensor, None]:
     """A draw from q(x_s | x_t, x0) at the predicted x0: mean of eq. 7, its own ("fixed small") variance."""
     variance = posterior_variance(level, next_level)
     kept = level.alpha_cumprod / next_level.alpha_cumprod  # the product of (1 - beta) between the two levels

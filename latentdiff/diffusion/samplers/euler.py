@@ -9,7 +9,9 @@ from latentdiff.diffusion.parameterization import Denoiser
 from latentdiff.diffusion.schedule import NOISE_FREE, Level, Schedule
 
 
-def step(denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: None, noise: Noise) -> tuple[Tensor, None]:
+def step(
+    denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: None, noise: Noise
+) -> tuple[Tensor, None]:
     """x_s / alpha_s = x_t / alpha_t + (sigma_hat_s - sigma_hat_t) eps.
 
     eps is the slope d(x / alpha) / d sigma_hat. As x_t / alpha_t = x0 + sigma_hat_t eps, this equals

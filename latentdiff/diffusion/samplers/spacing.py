@@ -52,7 +52,9 @@ def levels(schedule: Schedule, steps: int, spacing: str, *, whole_timesteps: boo
     """
     schedule = schedule.with_finite_log_snr()
     if not 1 <= steps <= schedule.num_train_timesteps:
-        raise UsageError(f"steps must be 1 to {schedule.num_train_timesteps}, the number of training timesteps, found {steps}")
+        raise UsageError(
+            f"steps must be 1 to {schedule.num_train_timesteps}, the number of training timesteps, found {steps}"
+        )
     alphas_cumprod = schedule.alphas_cumprod.numpy()
     table = 0.5 * (np.log1p(-alphas_cumprod) - np.log(alphas_cumprod))  # (T,)
     noise = NOISE_SPACINGS[spacing](table, steps)

@@ -91,4 +91,6 @@ def _weights(h: float, places: Sequence[float]) -> list[float]:
         moments.append(math.factorial(i) * remainder / math.expm1(-h))
         remainder = remainder / -h - 1.0 / math.factorial(i + 1)
     powers = [[place**i for place in places] for i in range(count)]
-    return torch.linalg.solve(torch.tensor(powers, dtype=torch.float64), torch.tensor(moments, dtype=torch.float64)).tolist()
+    return torch.linalg.solve(
+        torch.tensor(powers, dtype=torch.float64), torch.tensor(moments, dtype=torch.float64)
+    ).tolist()

@@ -15,7 +15,9 @@ from itertools import product as combinations
 import torch
 from torch import Tensor
 
-MAX_SCORES = 2**19  # float32 scores held at a time per thread, 2 MiB: larger blocks come fresh from the system at every call
+MAX_SCORES = (
+    2**19
+)  # float32 scores held at a time per thread, 2 MiB: larger blocks come fresh from the system at every call
 SAFE_SCORE = 44.0  # e^±44 times any number of keys and values is an ordinary float32 and bf16
 MARGIN = 8.0  # sigmoid(-8) is e^-8 but for a share of 3e-4, a sixth of what rounding to bf16 may change
 

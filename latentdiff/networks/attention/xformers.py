@@ -15,7 +15,9 @@ def xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         MissingDependencyError: xFormers is not installed.
     """
     if q.device.type != "cuda":
-        raise UsageError(f"attention back end xformers needs a CUDA device, found {q.device.type}; use --attention sdpa")
+        raise UsageError(
+            f"attention back end xformers needs a CUDA device, found {q.device.type}; use --attention sdpa"
+        )
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:

@@ -18,7 +18,9 @@ class ResnetBlock(nn.Module):
         eps: added to the variance by the normalisation.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, time_channels: int | None, groups: int, eps: float) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, time_channels: int | None, groups: int, eps: float
+    ) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)

@@ -21,7 +21,10 @@ class ProjectedContext(dict[nn.Module, KeysValues]):
         """Join contexts of the same U-Net along the batch."""
         first = contexts[0]
         return cls(
-            {layer: tuple(torch.cat(parts) for parts in zip(*(c[layer] for c in contexts), strict=True)) for layer in first}
+            {
+                layer: tuple(torch.cat(parts) for parts in zip(*(c[layer] for c in contexts), strict=True))
+                for layer in first
+            }
         )
 
 
@@ -39,7 +42,9 @@ class Attention(nn.Module):
         upcast: compute in float32, for models whose scores overflow float16.
     """
 
-    def __init__(self, channels: int, context_channels: int, heads: int, *, bias: bool = False, upcast: bool = False) -> None:
+    def __init__(
+        self, channels: int, context_channels: int, heads: int, *, bias: bool = False, upcast: bool = False
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.upcast = upcast

@@ -95,7 +95,11 @@ class Inversion:
         x = self.latents[0].cpu().double()
         x_c = x - x.mean()
         neighbours = ((x_c[..., 1:] * x_c[..., :-1]).mean() + (x_c[..., 1:, :] * x_c[..., :-1, :]).mean()) / 2
-        return {"mean": x.mean().item(), "std": x.std().item(), "autocorrelation": (neighbours / x_c.square().mean()).item()}
+        return {
+            "mean": x.mean().item(),
+            "std": x.std().item(),
+            "autocorrelation": (neighbours / x_c.square().mean()).item(),
+        }
 
     def check_model(self, model_hash: str) -> None:
         """Make sure that the model about to edit is the one that inverted.
@@ -139,7 +143,9 @@ class Inversion:
                 f"cannot read {name} as an inversion, a safetensors file of `latentdiff invert`: {error}"
             ) from error
         if metadata.get("format") != FORMAT:
-            raise DataError(f"expected an inversion made by `latentdiff invert`, found another safetensors file: {name}")
+            raise DataError(
+                f"expected an inversion made by `latentdiff invert`, found another safetensors file: {name}"
+            )
         if metadata.get("schema") != str(SCHEMA):
             raise DataError(f"{name} was written by a newer latentdiff; update latentdiff to read it")
         try:

@@ -54,7 +54,9 @@ def read(prediction: Prediction, level: Level, quantity: Quantity) -> Tensor:
     return level.alpha * prediction.eps - level.sigma * prediction.x0
 
 
-def low_step(denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: None, noise: Noise) -> tuple[Tensor, None]:
+def low_step(
+    denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: None, noise: Noise
+) -> tuple[Tensor, None]:
     """Guess that the prediction at the level below is that of the level above: the sampler's own step, walked upwards.
 
     Dhariwal & Nichol 2021, appendix F. One evaluation; the error of a round trip falls as 1 / steps.
@@ -81,7 +83,9 @@ def high_step(
     if iterations < 0:
         raise UsageError(f"expected 0 or more iterations of the inversion, found {iterations}")
 
-    def step(denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: None, noise: Noise) -> tuple[Tensor, None]:
+    def step(
+        denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: None, noise: Noise
+    ) -> tuple[Tensor, None]:
         below = x
         a, b = coefficients(level, next_level, quantity)
         x = a * below + b * read(denoiser(below, next_level), next_level, quantity)

@@ -187,7 +187,9 @@ def source_denoiser(pipe: Pipeline, inversion: Inversion) -> Denoiser:
 
 
 @torch.no_grad()
-def reconstruct(pipe: Pipeline, inversion: Inversion, *, callback: Callback | None = None, bar: tqdm | None = None) -> Tensor:
+def reconstruct(
+    pipe: Pipeline, inversion: Inversion, *, callback: Callback | None = None, bar: tqdm | None = None
+) -> Tensor:
     """Sample back to the source: latents (1, C, h, w).
 
     Without guidance; EDICT and null-text with the guidance that their inversion is made for.

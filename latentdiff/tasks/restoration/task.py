@@ -194,7 +194,9 @@ def autoencoder_of(pipe: Pipeline) -> Autoencoder:
 
     def encode(pictures: Tensor) -> Tensor:
         def one(part: Tensor) -> Tensor:
-            return finite_or_float32("the VAE's encoder", pipe.vae, lambda dtype: pipe.vae.encode(part.to(dtype)).mode())
+            return finite_or_float32(
+                "the VAE's encoder", pipe.vae, lambda dtype: pipe.vae.encode(part.to(dtype)).mode()
+            )
 
         at_once = 2 if pictures.shape[-2] * pictures.shape[-1] <= SMALL else 1
         return torch.cat([one(part).float() for part in pictures.split(at_once)])
@@ -214,7 +216,9 @@ def _measurement(image: Picture | Tensor, operator: Operator) -> tuple[Tensor, d
         source = open_source(image)
         return operator.read(to_tensor([as_rgb(source.image)])), {"image": source.entry}
     if image.ndim != 4 or len(image) != 1 or not image.is_floating_point() or not torch.isfinite(image).all():
-        raise UsageError(f"expected one finite measurement of shape (1, c, h, w), found {tuple(image.shape)}, {image.dtype}")
+        raise UsageError(
+            f"expected one finite measurement of shape (1, c, h, w), found {tuple(image.shape)}, {image.dtype}"
+        )
     return image.detach().float(), {}
 
 
@@ -227,7 +231,9 @@ def _fitted(operator: Operator, measured: Tensor, pipe: Pipeline) -> Operator:
     shape = operator.picture_shape(tuple(measured.shape[1:]))
     expected = operator.measurement_shape(shape)
     if tuple(measured.shape[1:]) != expected:
-        raise UsageError(f"expected a measurement of shape {expected} for this operator, found {tuple(measured.shape[1:])}")
+        raise UsageError(
+            f"expected a measurement of shape {expected} for this operator, found {tuple(measured.shape[1:])}"
+        )
     factor = pipe.vae.config.downscale
     height, width = shape[1:]
     if min(height, width) < factor:

@@ -70,7 +70,9 @@ def assign(
     for width, height in set(sizes):
         bucket = buckets[int(np.abs(ratios - math.log(width / height)).argmin())]
         too_small = width < bucket[0] or height < bucket[1]
-        found[width, height] = _shrunk((width, height), bucket, step, max_aspect) if too_small and not upscale else bucket
+        found[width, height] = (
+            _shrunk((width, height), bucket, step, max_aspect) if too_small and not upscale else bucket
+        )
     return [found[size] for size in sizes]
 
 
@@ -116,7 +118,9 @@ class BatchPlan:
             if bucket is not None:
                 members.setdefault(bucket, []).extend([index] * (repeats[index] if repeats is not None else 1))
         if not members:
-            raise DataError(f"none of {len(bucket_of)} images is large enough; take a smaller resolution or allow upscaling")
+            raise DataError(
+                f"none of {len(bucket_of)} images is large enough; take a smaller resolution or allow upscaling"
+            )
         self.batch_size = batch_size
         self._buckets = sorted(members)
         self._members = [np.array(members[bucket]) for bucket in self._buckets]

@@ -69,7 +69,9 @@ def lost_words(tokenizer: Any, caption: str, long: str = "cut", max_chunks: int 
     return tokenizer.decode([token for piece in pieces[max_chunks:] for token in piece]).strip()
 
 
-def token_chunks(tokenizer: Any, captions: Sequence[str], long: str = "cut", max_chunks: int = MAX_CHUNKS) -> np.ndarray:
+def token_chunks(
+    tokenizer: Any, captions: Sequence[str], long: str = "cut", max_chunks: int = MAX_CHUNKS
+) -> np.ndarray:
     """Token ids of captions, (N, K, L) int64, each chunk with its start and end mark and padded to L.
 
     With `long="cut"` K is 1. With "chunk" a caption that is too long goes on in further chunks, which are cut between
@@ -86,7 +88,9 @@ def token_chunks(tokenizer: Any, captions: Sequence[str], long: str = "cut", max
     else:
         rows = [_pieces(tokenizer, caption)[:max_chunks] or [[]] for caption in captions]
     count = max(len(row) for row in rows)
-    return np.array([[_framed(tokenizer, piece) for piece in row + [[]] * (count - len(row))] for row in rows], np.int64)
+    return np.array(
+        [[_framed(tokenizer, piece) for piece in row + [[]] * (count - len(row))] for row in rows], np.int64
+    )
 
 
 def _room(tokenizer: Any) -> int:

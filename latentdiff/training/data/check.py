@@ -73,7 +73,9 @@ class CheckReport:
         yield from (f"note: {note}" for note in self.notes[:SHOWN])
         if self.sizes:
             yield from self._size_lines()
-        yield from _finding("captions too long for the model", [f"{name} loses: {_cut(lost)}" for name, lost in self.truncated])
+        yield from _finding(
+            "captions too long for the model", [f"{name} loses: {_cut(lost)}" for name, lost in self.truncated]
+        )
         yield from _finding("groups of equal images", [", ".join(group[:SHOWN]) for group in self.same])
         yield from _finding("groups of nearly equal images", [", ".join(group[:SHOWN]) for group in self.near])
         yield from _finding("validation images that are in training too", [" = ".join(pair) for pair in self.leaked])

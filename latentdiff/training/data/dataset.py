@@ -256,7 +256,10 @@ def each(work: Callable[[int], Result], count: int, label: str) -> list[Result]:
     """`work(0), work(1), ...` on several threads, in order; a bar shows up where it takes long."""
     block = 4096  # a pool holds all that it was given in memory
     done: list[Result] = []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, tqdm(total=count, desc=label, leave=False, delay=2) as bar:
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        tqdm(total=count, desc=label, leave=False, delay=2) as bar,
+    ):
         for start in range(0, count, block):
             for result in pool.map(work, range(start, min(start + block, count))):
                 done.append(result)

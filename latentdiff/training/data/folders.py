@@ -52,7 +52,9 @@ def _from_metadata(folder: Path, metadata: list[Path], images: list[Path], colum
     named = set()
     for table in metadata:
         rows = list(_rows(table))
-        found = caption_column(dict.fromkeys(name for _, row in rows for name in row), column, str(table)) if rows else ""
+        found = (
+            caption_column(dict.fromkeys(name for _, row in rows for name in row), column, str(table)) if rows else ""
+        )
         for number, row in rows:
             place = f"{table} row {number}"
             name = row.get(FILE_NAME)
@@ -64,11 +66,15 @@ def _from_metadata(folder: Path, metadata: list[Path], images: list[Path], colum
                 captions = as_captions(row.get(found), place)
                 listing.entries.append(Entry(_name(path, folder), captions, FileOrigin(path)))
             else:
-                listing.problems.append(Problem(_name(path, folder), f"{table.name} names it, but there is no such file"))
+                listing.problems.append(
+                    Problem(_name(path, folder), f"{table.name} names it, but there is no such file")
+                )
     if not named:
         raise DataError(f"{metadata[0]} is empty; expected one row per image")
     if left := [path for path in images if path not in named]:
-        listing.notes.append(f"{len(left)} images are not in {listing.layout} and are left out, the first is {left[0].name}")
+        listing.notes.append(
+            f"{len(left)} images are not in {listing.layout} and are left out, the first is {left[0].name}"
+        )
     return listing
 
 
@@ -152,7 +158,9 @@ def _looked_for() -> str:
 
 def _there(paths: list[Path]) -> str:
     """What lies in a folder, by kind: "46 .png, 1 metadata.json1"."""
-    kinds = Counter(path.name if path.name.startswith("metadata") else path.suffix.lower() or path.name for path in paths)
+    kinds = Counter(
+        path.name if path.name.startswith("metadata") else path.suffix.lower() or path.name for path in paths
+    )
     return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6)) or "nothing"
 
 

@@ -116,7 +116,9 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 def _reason(source: Path | bytes, error: BaseException) -> str:
     if isinstance(error, Image.DecompressionBombError):
-        return f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, as decompression bombs do; scale it down"
+        return (
+            f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, as decompression bombs do; scale it down"
+        )
     if not isinstance(error, UnidentifiedImageError):
         return getattr(error, "strerror", None) or str(error) or type(error).__name__
     if not (start := _start(source)):

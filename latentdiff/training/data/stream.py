@@ -131,7 +131,9 @@ class ShardStream:
             return self._read(make, first_step, rows)
         return self._read_in_workers(make, first_step, rows, min(workers, len(rows)))
 
-    def _read(self, make: Callable[[Sample, int, int], Item], first_step: int, rows: range) -> Iterator[StreamBatch[Item]]:
+    def _read(
+        self, make: Callable[[Sample, int, int], Item], first_step: int, rows: range
+    ) -> Iterator[StreamBatch[Item]]:
         share = self.batch_size // self.lanes  # rows of a lane
         numbers = range(rows.start // share, (rows.stop - 1) // share + 1)
         lanes = {number: _Lane(self.lane(number, first_step * share)) for number in numbers}
@@ -156,7 +158,8 @@ class ShardStream:
         while True:
             found = list(islice(loader, workers))
             yield StreamBatch(
-                [item for part in found for item in part.items], [problem for part in found for problem in part.problems]
+                [item for part in found for item in part.items],
+                [problem for part in found for problem in part.problems],
             )
 
     def lane(self, lane: int, position: int = 0) -> Iterator[Sample]:

@@ -96,7 +96,15 @@ def cache_latents(
         return torch.stack([found.mean, found.logvar], dim=1).cpu().numpy()  # (n, 2, C, h, w)
 
     made = ((keys, encode(images)) for keys, images in Prefetch(load, _own(batches, accelerator), workers=threads))
-    _fill(store, made, len(missing), "encode images", precision, lambda key: f"the latents of {work[key][2]} are", accelerator)
+    _fill(
+        store,
+        made,
+        len(missing),
+        "encode images",
+        precision,
+        lambda key: f"the latents of {work[key][2]} are",
+        accelerator,
+    )
     return LatentCache(store)
 
 
@@ -118,7 +126,15 @@ def cache_text(
         return encode_tokens(text_encoder, rows).float().cpu().numpy()
 
     made = ((keys, encode(keys)) for keys in _own(batches, accelerator))
-    _fill(store, made, len(missing), "encode captions", precision, lambda key: "the embedding of a caption is", accelerator)
+    _fill(
+        store,
+        made,
+        len(missing),
+        "encode captions",
+        precision,
+        lambda key: "the embedding of a caption is",
+        accelerator,
+    )
     return TextCache(store)
 
 

@@ -36,7 +36,8 @@ class Axis:
         """At most about six round values within the range."""
         if self.logarithmic and self.high / self.low >= 10:
             return [
-                10.0**n for n in range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
+                10.0**n
+                for n in range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
             ]
         raw = (self.high - self.low) / 5
         size = 10.0 ** math.floor(math.log10(raw))
@@ -116,7 +117,9 @@ def _range(values: Sequence[float], logarithmic: bool) -> tuple[float, float]:
 def _grid(x: Axis, y: Axis) -> str:
     parts = []
     for value in y.ticks():
-        parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" class="grid"/>')
+        parts.append(
+            f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" class="grid"/>'
+        )
         parts.append(f'<text x="{_LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{number(value)}</text>')
     for value in x.ticks():
         parts.append(f'<text x="{x(value):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{value:g}</text>')

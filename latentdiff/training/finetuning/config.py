@@ -22,7 +22,13 @@ METHODS = ("lora", "full", "textual_inversion")
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": {"lr": 1e-3, "max_steps": 600, "weight_decay": 0.0, "ema_decay": 0.99},
     "full": {"lr": 1e-4, "max_steps": 1000, "ema_decay": 0.999},
-    "textual_inversion": {"lr": 5e-3, "max_steps": 1000, "weight_decay": 0.0, "ema_decay": 0.99, "caption_dropout": 0.0},
+    "textual_inversion": {
+        "lr": 5e-3,
+        "max_steps": 1000,
+        "weight_decay": 0.0,
+        "ema_decay": 0.99,
+        "caption_dropout": 0.0,
+    },
 }
 
 

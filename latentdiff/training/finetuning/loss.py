@@ -40,7 +40,13 @@ class FinetuneLoss(nn.Module):
     ) -> None:
         super().__init__()
         self._trains_text = trains_text
-        self.unet, self.text_encoder, self.objective, self.vae, self.adapter = unet, text_encoder, objective, vae, adapter
+        self.unet, self.text_encoder, self.objective, self.vae, self.adapter = (
+            unet,
+            text_encoder,
+            objective,
+            vae,
+            adapter,
+        )
 
     def forward(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Weighted loss and plain mean squared error.

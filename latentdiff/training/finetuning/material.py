@@ -98,7 +98,10 @@ def build_caches(
     # Captions that are put together anew at every step, or in batches of different lengths, have no fixed embeddings.
     if settings.cache_text and not trains_text and not settings.shuffle_tags and settings.long_captions == "cut":
         captions = {
-            caption for samples, indices in material.of() for index in indices for caption in samples.data.captions[index]
+            caption
+            for samples, indices in material.of()
+            for index in indices
+            for caption in samples.data.captions[index]
         }
         rows = [material.samples.tokens.rows([caption], 1)[0] for caption in sorted({"", *captions})]
         texts = cache_text(parts.text_encoder, rows, folder, settings.cache_precision, accelerator)
@@ -112,7 +115,9 @@ def write_summary(summary: dict[str, Any], path: Path) -> None:
         temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _samples(entries: Sequence[DataEntry], settings: FinetuneConfig, parts: Components, tokens: CaptionTokens) -> Samples:
+def _samples(
+    entries: Sequence[DataEntry], settings: FinetuneConfig, parts: Components, tokens: CaptionTokens
+) -> Samples:
     data = read_dataset(
         [DataSource(entry.path, entry.repeats, entry.weight) for entry in entries],
         caption_column=settings.caption_column,

@@ -158,6 +158,8 @@ def features(picture: Image.Image) -> np.ndarray:
     """The vector by which pictures are compared, (3 * 32 * 32,) float64; a picture of one colour gives zeros."""
     small = picture.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX)
     values = np.asarray(small, dtype=np.float64) / 255.0
-    values = (values - values.mean((0, 1))).ravel()  # each channel by itself, or the background's colour would count most
+    values = (
+        values - values.mean((0, 1))
+    ).ravel()  # each channel by itself, or the background's colour would count most
     # Nearly uniform pictures must not have their noise blown up to full length.
     return values / max(float(np.linalg.norm(values)), 1.0)

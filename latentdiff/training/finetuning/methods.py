@@ -88,7 +88,10 @@ class Full(Method):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return self._groups(
-            {part: {f"{part}.{name}": p for name, p in getattr(self.parts, part).named_parameters()} for part in self._trained}
+            {
+                part: {f"{part}.{name}": p for name, p in getattr(self.parts, part).named_parameters()}
+                for part in self._trained
+            }
         )
 
     def save(self, run: Path, facts: Mapping[str, Any]) -> Path:
@@ -142,7 +145,9 @@ class TextualInversion(Method):
     def __init__(self, parts: Components, settings: FinetuneConfig) -> None:
         super().__init__(parts, settings)
         assert settings.word is not None
-        self.adapter = self.word = NewWord.create(settings.word, parts.tokenizer, parts.text_encoder, settings.initial_word)
+        self.adapter = self.word = NewWord.create(
+            settings.word, parts.tokenizer, parts.text_encoder, settings.initial_word
+        )
         parts.tokenizer = self.word.extended(parts.tokenizer)
 
     def attached(self) -> AbstractContextManager[Any]:

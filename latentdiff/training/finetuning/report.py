@@ -61,7 +61,9 @@ class RunLog:
             except (ValueError, KeyError, AttributeError) as error:
                 if place == len(lines) - 1:
                     break
-                raise DataError(f"{path} line {place + 1}: expected a JSON object with a step, found {line[:60]!r}") from error
+                raise DataError(
+                    f"{path} line {place + 1}: expected a JSON object with a step, found {line[:60]!r}"
+                ) from error
             for name, value in entry.items():
                 if isinstance(value, int | float):
                     values[name].append((step, float(value)))
@@ -137,7 +139,10 @@ def _facts(run: Path, log: RunLog, settings: Mapping[str, Any], check: CopyCheck
     yield str(log.steps), "steps"
     if log.best:
         kept = (run / "checkpoints" / f"step-{log.best[0]:08d}").is_dir()
-        yield f"step {log.best[0]}", f"best by validation loss, {number(log.best[1])}; {'kept' if kept else 'not kept'} on disk"
+        yield (
+            f"step {log.best[0]}",
+            f"best by validation loss, {number(log.best[1])}; {'kept' if kept else 'not kept'} on disk",
+        )
     if gaps := log["gap"]:
         (first_step, first), (_, last) = gaps[0], gaps[-1]
         yield number(last), f"validation loss minus training loss at the end; {number(first)} at step {first_step}"
@@ -195,8 +200,12 @@ def _charts(log: RunLog) -> Iterator[str]:
     half_life = max(1.0, log.steps / 30)
     yield line_chart("Training loss", {"as logged": loss, "smoothed": smoothed(loss, half_life)}, faint=["as logged"])
     mark = (log.best[0], "best") if log.best else None
-    yield line_chart("Loss at fixed noise", {"held out": log["val_mse"], "training images": log["train_mse"]}, mark=mark)
-    bands = {_band(name): points for name, points in log.values.items() if name.startswith("val_") and name != "val_mse"}
+    yield line_chart(
+        "Loss at fixed noise", {"held out": log["val_mse"], "training images": log["train_mse"]}, mark=mark
+    )
+    bands = {
+        _band(name): points for name, points in log.values.items() if name.startswith("val_") and name != "val_mse"
+    }
     yield line_chart("Held-out loss by timesteps (0 is clean)", bands, logarithmic=True, mark=mark)
     yield line_chart("Gap: held-out minus training images", {"gap": log["gap"]}, mark=mark)
     yield line_chart("Learning rate", {"learning rate": log["lr"]})
@@ -224,7 +233,9 @@ def _sheets(run: Path) -> tuple[list[dict[str, Any]], str]:
                 {
                     "title": title,
                     "steps": [int(folder.name.removeprefix("step-")) for folder in shown],
-                    "rows": [{"prompt": _prompt(row), "pictures": [path and _embedded(path) for path in row]} for row in rows],
+                    "rows": [
+                        {"prompt": _prompt(row), "pictures": [path and _embedded(path) for path in row]} for row in rows
+                    ],
                 }
             )
     left_out = f"{len(folders) - len(shown)} more steps lie in samples/." if len(folders) > len(shown) else ""
@@ -267,7 +278,9 @@ def _copying(run: Path, check: CopyCheck | None) -> dict[str, Any] | None:
     if check is None:
         return None
     part = (
-        f"all {check.compared}" if check.compared == check.training_images else f"{check.compared} of {check.training_images}"
+        f"all {check.compared}"
+        if check.compared == check.training_images
+        else f"{check.compared} of {check.training_images}"
     )
     text = (
         f"Compared with {part} training images in the space of {check.space}. Training images are usually {number(check.usual)}"

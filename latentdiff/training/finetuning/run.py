@@ -85,10 +85,14 @@ def resolve(resume: Path | None, config: Path | None, given: Mapping[str, Any]) 
     if resume is None:
         settings = load_finetune_config(config, given)
         if newest_checkpoint(settings.out / "checkpoints")[0]:
-            raise UsageError(f"{settings.out} holds a run already; go on with --resume {settings.out}, or choose another --out")
+            raise UsageError(
+                f"{settings.out} holds a run already; go on with --resume {settings.out}, or choose another --out"
+            )
         return settings
     if config is not None:
-        raise UsageError("--resume takes the configuration of the run; change single keys with their flags, without --config")
+        raise UsageError(
+            "--resume takes the configuration of the run; change single keys with their flags, without --config"
+        )
     saved = Path(resume) / CONFIG
     if not saved.is_file():
         raise UsageError(f"expected a run to resume in {resume}, found no {CONFIG} there")
@@ -184,7 +188,9 @@ def _start_folder(settings: FinetuneConfig) -> None:
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"cannot write to the run folder {settings.out}: {error.strerror}; choose another --out") from error
+        raise DataError(
+            f"cannot write to the run folder {settings.out}: {error.strerror}; choose another --out"
+        ) from error
     with atomic_path(settings.out / CONFIG) as temporary:
         temporary.write_text(dump_config(settings), encoding="utf-8")
 
@@ -199,7 +205,9 @@ def _announcement(summary: Mapping[str, Any]) -> str:
     if summary["too_small"]:
         parts.append(f"{summary['too_small']} images are too small and are left out")
     if summary["unreadable"]:
-        parts.append(f"{len(summary['unreadable'])} cannot be read and are left out, the first is {summary['unreadable'][0]}")
+        parts.append(
+            f"{len(summary['unreadable'])} cannot be read and are left out, the first is {summary['unreadable'][0]}"
+        )
     return "; ".join(parts)
 
 
@@ -259,7 +267,9 @@ def _take_best(settings: FinetuneConfig, trainer: Trainer) -> None:
         trainer.take_weights(load_checkpoint(path), path)
         trainer.accelerator.print(f"the result is that of step {step}, the best by validation loss")
     else:
-        trainer.accelerator.print(f"no checkpoint of step {step}, the best by validation loss, was kept; taking the last step")
+        trainer.accelerator.print(
+            f"no checkpoint of step {step}, the best by validation loss, was kept; taking the last step"
+        )
 
 
 def _facts(settings: FinetuneConfig, material: Material) -> dict[str, Any]:

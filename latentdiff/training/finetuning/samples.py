@@ -93,7 +93,8 @@ class Samples:
             rows = [self.latent_key(index, flipped=flip) for index, flip in zip(indices, mirrored, strict=True)]
             return {"latents": self.latents.sample(rows, posterior)}
         pixels = [
-            self.pixels(index, flipped=flip, crop_key=key) for index, flip, key in zip(indices, mirrored, keys, strict=True)
+            self.pixels(index, flipped=flip, crop_key=key)
+            for index, flip, key in zip(indices, mirrored, keys, strict=True)
         ]
         return {"images": np.stack(pixels), "posterior": posterior}
 
@@ -112,12 +113,16 @@ class Batches:
         num_train_timesteps: of the noise schedule.
     """
 
-    def __init__(self, samples: Samples, indices: np.ndarray, settings: FinetuneConfig, num_train_timesteps: int) -> None:
+    def __init__(
+        self, samples: Samples, indices: np.ndarray, settings: FinetuneConfig, num_train_timesteps: int
+    ) -> None:
         self._samples, self._settings, self._timesteps = samples, settings, num_train_timesteps
         self.indices = indices
         self.fingerprint = f"{samples.data.fingerprint} of {len(indices)} images"
         repeats = [samples.data.repeats[index] for index in indices]
-        self._plan = BatchPlan([samples.buckets[index] for index in indices], settings.batch_size, settings.seed, repeats)
+        self._plan = BatchPlan(
+            [samples.buckets[index] for index in indices], settings.batch_size, settings.seed, repeats
+        )
         self._rules = CaptionRules(settings.caption_dropout, settings.shuffle_tags)
 
     def names(self, step: int) -> list[str]:
@@ -161,7 +166,9 @@ def step_numbers(
     noise = normal((seed, "noise", step), rows, (2, *latent_shape))
     diffusion = noise[:, 1]
     if settings.noise_offset:  # constant over each channel (Guttenberg 2023, "Diffusion with Offset Noise")
-        diffusion = diffusion + settings.noise_offset * normal((seed, "noise offset", step), rows, (latent_shape[0], 1, 1))
+        diffusion = diffusion + settings.noise_offset * normal(
+            (seed, "noise offset", step), rows, (latent_shape[0], 1, 1)
+        )
     flipped = (uniform((seed, "flip", step), rows) < 0.5 * settings.flip).tolist()
     timesteps = draw_timesteps(
         (seed, "timesteps", step), rows, settings.batch_size, num_train_timesteps, settings.high_noise_share

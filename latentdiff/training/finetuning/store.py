@@ -61,7 +61,9 @@ def _read_shard(path: Path) -> dict[str, tuple[np.ndarray, int]]:
             header_size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_size))
         about, keys = header["rows"], json.loads(header["__metadata__"]["keys"])
-        rows = np.memmap(path, _TYPES[about["dtype"]], "r", 8 + header_size + about["data_offsets"][0], tuple(about["shape"]))
+        rows = np.memmap(
+            path, _TYPES[about["dtype"]], "r", 8 + header_size + about["data_offsets"][0], tuple(about["shape"])
+        )
     except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError):
         return {}
     shard = rows.view(np.ndarray)

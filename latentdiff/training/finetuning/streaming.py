@@ -124,7 +124,9 @@ def shards_to_stream(settings: FinetuneConfig) -> list[Path]:
         UsageError: the data is something else.
     """
     if len(settings.data) != 1 or not (shards := find_shards(settings.data[0].path)):
-        raise UsageError("stream reads one folder or range of WebDataset tar files; give it with --data, or leave out stream")
+        raise UsageError(
+            "stream reads one folder or range of WebDataset tar files; give it with --data, or leave out stream"
+        )
     if settings.validation_share:
         raise UsageError("a stream has no images to hold out; give a held-out folder with --validation")
     return shards

@@ -57,7 +57,9 @@ def split(keys: Sequence[str], share: float, seed: int, most: int | None = None)
     if share > 0 and len(keys) and not out.any():
         out = places == places.min()
     if out.all():
-        raise DataError(f"all {len(keys)} images would be held out for validation; add images or set the validation share to 0")
+        raise DataError(
+            f"all {len(keys)} images would be held out for validation; add images or set the validation share to 0"
+        )
     training, held_out = np.flatnonzero(~out), np.flatnonzero(out)
     held_out = held_out[np.argsort(places[held_out], kind="stable")][:most]
     return Split(training, held_out, fixed_part(keys, training, len(held_out), seed))

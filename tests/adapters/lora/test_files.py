@@ -155,7 +155,12 @@ def test_kohya_file(ours, tmp_path):
 
 def test_metadata():
     about = lora_metadata(
-        SD21_UNET, "v_prediction", model="sd21", model_hash="ab" * 32, title="fox", training={"images": 24, "data": "foxes"}
+        SD21_UNET,
+        "v_prediction",
+        model="sd21",
+        model_hash="ab" * 32,
+        title="fox",
+        training={"images": 24, "data": "foxes"},
     )
     assert about["ss_base_model_version"] == "sd_v2_v" and about["ss_v2"] == "True"
     assert about["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"

@@ -21,7 +21,9 @@ from tests import analytic
 
 SD = Schedule(ScheduleConfig())
 TO_ONE = Schedule(ScheduleConfig(set_alpha_to_one=True))
-ZERO_SNR = Schedule(ScheduleConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"))
+ZERO_SNR = Schedule(
+    ScheduleConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
+)
 
 
 def moments(step: Step, denoiser: Denoiser, levels: list[Level], mean: float, variance: float) -> tuple[float, float]:
@@ -114,7 +116,9 @@ def test_ddpm_is_exact_for_a_single_point(steps: int, mean: float) -> None:
     ddpm = get_sampler("ddpm")
     levels = ddpm.levels(SD, steps, "trailing")
     for end in range(1, len(levels)):
-        found = moments(ddpm.step, analytic.gaussian(mean, 0.0), levels[end - 1 : end + 1], 0.0, levels[end - 1].sigma ** 2)
+        found = moments(
+            ddpm.step, analytic.gaussian(mean, 0.0), levels[end - 1 : end + 1], 0.0, levels[end - 1].sigma ** 2
+        )
         assert found[1] == pytest.approx(levels[end].sigma ** 2, abs=1e-12)
 
 
@@ -226,4 +230,6 @@ def test_zero_terminal_snr_stays_finite(name: str) -> None:
     noise = NoiseStream([0], (1, 4, 4), dtype=torch.float64)
     for steps in (1, 2, 10, 50):
         levels = sampler.levels(ZERO_SNR, steps)
-        assert torch.isfinite(analytic.sample(analytic.gaussian(0.3, 0.5), noise(), levels, sampler.step, noise=noise)).all()
+        assert torch.isfinite(
+            analytic.sample(analytic.gaussian(0.3, 0.5), noise(), levels, sampler.step, noise=noise)
+        ).all()

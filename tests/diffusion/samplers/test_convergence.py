@@ -66,7 +66,9 @@ def test_order_of_convergence(name: str, expected: tuple[float, ...], low: float
 def test_the_predictor_alone_is_an_older_solver(predictor: str, sampler: str, steps: int) -> None:
     """To the last bits: what differs is the order of one multiplication."""
     for levels in (analytic.uniform_log_snr_levels(steps), SD.levels(steps, "trailing")[:-1]):
-        found, expected = (analytic.sample(analytic.mixture(), X, levels, METHODS[name]) for name in (predictor, sampler))
+        found, expected = (
+            analytic.sample(analytic.mixture(), X, levels, METHODS[name]) for name in (predictor, sampler)
+        )
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
 

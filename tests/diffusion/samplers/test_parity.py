@@ -125,7 +125,9 @@ def test_latents_are_those_of_diffusers_under_other_schedules(peer: str, changes
 def test_latents_are_those_of_diffusers_from_zero_terminal_snr(peer: str, prediction: str) -> None:
     config = ScheduleConfig(prediction_type=prediction, timestep_spacing="trailing", rescale_betas_zero_snr=True)
     for steps in (10, 25):
-        assert distance(peer, Schedule(config), steps) < 1e-4  # Euler of diffusers divides by an alpha of 2**-12 in float32
+        assert (
+            distance(peer, Schedule(config), steps) < 1e-4
+        )  # Euler of diffusers divides by an alpha of 2**-12 in float32
 
 
 # Spacings that are even in noise
@@ -142,7 +144,9 @@ def test_latents_are_those_of_diffusers_from_zero_terminal_snr(peer: str, predic
     ],
 )
 @pytest.mark.parametrize("prediction", PARAMETERIZATIONS)
-def test_latents_are_those_of_diffusers_under_spacings_of_noise(peer: str, spacing: str, flag: str, prediction: str) -> None:
+def test_latents_are_those_of_diffusers_under_spacings_of_noise(
+    peer: str, spacing: str, flag: str, prediction: str
+) -> None:
     schedule = Schedule(ScheduleConfig(prediction_type=prediction))
     config = {key: value for key, value in schedule.config.to_diffusers().items() if key != "_class_name"}
     for steps in (2, 8, 25):
@@ -155,7 +159,9 @@ def test_latents_are_those_of_diffusers_under_the_ten_steps_of_align_your_steps(
     schedule = Schedule(ScheduleConfig())
     config = {key: value for key, value in schedule.config.to_diffusers().items() if key != "_class_name"}
     timesteps = AysSchedules["StableDiffusionTimesteps"]
-    assert [level.t for level in get_sampler(PEERS[peer][1]).levels(schedule, 10, "ays")[:-1]] == pytest.approx(timesteps)
+    assert [level.t for level in get_sampler(PEERS[peer][1]).levels(schedule, 10, "ays")[:-1]] == pytest.approx(
+        timesteps
+    )
     expected = theirs(peer, schedule, timesteps, config, [5, 6])
     assert (ours(peer, schedule, 10, [5, 6], "ays") - expected).abs().max() < TOLERANCE
 

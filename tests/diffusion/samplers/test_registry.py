@@ -73,7 +73,8 @@ def test_a_number_of_steps_out_of_range_is_refused(spacing: str, steps: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("spacing", "even"), [("karras", lambda level: level.sigma_hat ** (1 / 7)), ("uniform-lambda", lambda level: level.log_snr)]
+    ("spacing", "even"),
+    [("karras", lambda level: level.sigma_hat ** (1 / 7)), ("uniform-lambda", lambda level: level.log_snr)],
 )
 @given(steps=st.integers(3, 200))
 def test_levels_are_even_in_what_the_spacing_says(spacing: str, even, steps: int) -> None:
@@ -110,7 +111,9 @@ def test_all_but_ddim_end_without_noise(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "eta"), ALL)
 @given(steps=st.integers(1, 12), first_seed=st.integers(0, 2**32), images=st.integers(1, 8))
-def test_image_i_of_a_batch_is_the_image_made_alone(name: str, eta: float, steps: int, first_seed: int, images: int) -> None:
+def test_image_i_of_a_batch_is_the_image_made_alone(
+    name: str, eta: float, steps: int, first_seed: int, images: int
+) -> None:
     sampler, shape = get_sampler(name, eta=eta), (2, 3, 3)
     levels = sampler.levels(SD, steps, "trailing")
 
@@ -128,4 +131,7 @@ def test_steps_keep_the_precision_of_the_latents(name: str) -> None:
     sampler = get_sampler(name)
     for dtype in (torch.float32, torch.float64):
         stream = NoiseStream([0], (2, 3, 3), dtype=dtype)
-        assert analytic.sample(analytic.mixture(), stream(), sampler.levels(SD, 3), sampler.step, noise=stream).dtype == dtype
+        assert (
+            analytic.sample(analytic.mixture(), stream(), sampler.levels(SD, 3), sampler.step, noise=stream).dtype
+            == dtype
+        )

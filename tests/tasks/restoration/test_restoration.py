@@ -197,7 +197,8 @@ def test_graikos_settles_at_the_ridge_solution():
     slope = level.alpha / level.sigma * (torch.eye(SIZE, dtype=torch.float64) - level.alpha * prior.gain(level))
     matrix = operator.matrix
     z = torch.linalg.solve(
-        slope.T @ slope + constraint * matrix.T @ matrix, slope.T @ slope @ prior.mean + constraint * matrix.T @ y.flatten()
+        slope.T @ slope + constraint * matrix.T @ matrix,
+        slope.T @ slope @ prior.mean + constraint * matrix.T @ y.flatten(),
     )
     z = z.view(1, *SHAPE).requires_grad_()
     noise = normal(1, *SHAPE, seed=6)
@@ -260,7 +261,8 @@ def test_a_linear_decoder_is_part_of_the_operator():
     basis, _ = torch.linalg.qr(normal(SIZE, 4, seed=3))
     prior, operator, y = example()
     autoencoder = Autoencoder(
-        encode=lambda x: (x.flatten(1) @ basis).view(-1, 1, 2, 2), decode=lambda z: (z.flatten(1) @ basis.T).view(-1, *SHAPE)
+        encode=lambda x: (x.flatten(1) @ basis).view(-1, 1, 2, 2),
+        decode=lambda z: (z.flatten(1) @ basis.T).view(-1, *SHAPE),
     )
     whole = Matrix(operator.matrix @ basis, noise_std=operator.noise_std)
     levels = SCHEDULE.levels(10)
@@ -388,7 +390,9 @@ def test_within_noise():
     y = operator.apply(truth) + 0.1 * normal(2, 3, 4, 4, seed=1)
     guess = truth + 0.5 * normal(2, 3, 8, 8, seed=2)
     found = within_noise(operator, y, guess, 0.1)
-    torch.testing.assert_close(ops.residual(operator, y, found), torch.full((2,), 0.1, dtype=torch.float64), rtol=0.01, atol=0)
+    torch.testing.assert_close(
+        ops.residual(operator, y, found), torch.full((2,), 0.1, dtype=torch.float64), rtol=0.01, atol=0
+    )
     assert torch.equal(within_noise(operator, y, found, 0.11), found)
     mask = ops.Inpaint(normal(8, 8) > 0)
     kept = within_noise(mask, mask.apply(truth), guess, 0.001)

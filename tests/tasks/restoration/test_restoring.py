@@ -63,7 +63,9 @@ def test_with_nothing_missing_the_picture_comes_back_and_with_nothing_known_it_i
     for operator in (ops.Denoise(), ops.Inpaint(torch.zeros(16, 24))):
         (found,) = restore(pipe, damaged, operator, **QUICK).images
         assert np.array_equal(pixels(found), pixels(damaged.convert("RGB")))
-    blind = restore(pipe, damaged, ops.Inpaint(torch.ones(16, 24)), prompt="cat", settings={"zeta": 0.0}, **QUICK).images[0]
+    blind = restore(
+        pipe, damaged, ops.Inpaint(torch.ones(16, 24)), prompt="cat", settings={"zeta": 0.0}, **QUICK
+    ).images[0]
     made = pipe("cat", guidance_scale=3.0, height=16, width=24, **QUICK)[0]
     assert np.abs(pixels(blind).astype(int) - pixels(made)).max() <= 1
 

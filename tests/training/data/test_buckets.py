@@ -36,7 +36,12 @@ def test_upscaling_when_asked(size):
 
 
 def test_extreme_sizes():
-    assert assign([(1, 1), (20000, 100), (512, 512), (4000, 3000)], 512, 64) == [None, (128, 64), (512, 512), (576, 448)]
+    assert assign([(1, 1), (20000, 100), (512, 512), (4000, 3000)], 512, 64) == [
+        None,
+        (128, 64),
+        (512, 512),
+        (576, 448),
+    ]
     assert assign([(96, 96)], 96, 8) == [(96, 96)]
     assert kept_share((200, 100), (64, 64)) == 0.5 and kept_share((64, 64), (64, 64)) == 1
 
@@ -47,7 +52,11 @@ def test_wrong_settings():
             assign([(512, 512)], **options)
 
 
-PLANS = {"counts": st.lists(st.integers(1, 12), min_size=1, max_size=4), "batch": st.integers(1, 7), "seed": st.integers(0, 3)}
+PLANS = {
+    "counts": st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    "batch": st.integers(1, 7),
+    "seed": st.integers(0, 3),
+}
 
 
 def plan(counts, batch, seed, **options) -> BatchPlan:

@@ -70,7 +70,9 @@ def test_chunks_hold_the_whole_caption(tokenizer):
     found = token_chunks(tokenizer, CAPTIONS, "chunk")
     assert found.shape == (3, 2, LENGTH)
     assert (found[:, :, 0] == tokenizer.bos_token_id).all()
-    words = [token for chunk in found[2] for token in chunk if token not in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
+    words = [
+        token for chunk in found[2] for token in chunk if token not in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    ]
     assert tokenizer.decode(words).split() == CAPTIONS[2].split()
     assert np.array_equal(found[1, 1], found[0, 0]) and np.array_equal(found[0, 0], found[0, 1])  # the empty chunk
     assert not lost_words(tokenizer, CAPTIONS[2], "chunk")

@@ -139,17 +139,23 @@ def test_hub_id(monkeypatch):
     monkeypatch.setattr(
         datasets,
         "load_dataset",
-        lambda *names, **options: asked.append((names, options)) or datasets.Dataset.from_dict(columns, features=features),
+        lambda *names, **options: (
+            asked.append((names, options)) or datasets.Dataset.from_dict(columns, features=features)
+        ),
     )
     data = read_dataset(["someone/pictures"])
     assert asked == [(("someone/pictures",), {"split": "train"})]
     assert data.names == ("row 0", "row 1") and data.captions == (("one",), ("two",))
-    assert np.array_equal(data.load(1), picture(1)) and data.fingerprint == read_dataset(["someone/pictures"]).fingerprint
+    assert (
+        np.array_equal(data.load(1), picture(1)) and data.fingerprint == read_dataset(["someone/pictures"]).fingerprint
+    )
 
 
 def test_data_set_without_images(monkeypatch):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: datasets.Dataset.from_dict({"text": ["one"]}))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *names, **options: datasets.Dataset.from_dict({"text": ["one"]})
+    )
     with pytest.raises(DataError, match="expected a column of images in someone/texts, found the columns text"):
         read_dataset(["someone/texts"])
 
@@ -223,8 +229,14 @@ def make_unreadable(folder):
         (lambda folder: None, "found nothing"),
         (make_file, "found the file"),
         (make_empty, r"no images in .*: looked for metadata.jsonl, .*; found nothing"),
-        (make_uncaptioned, r"no captions in .*found 1 metadata.json1, 1 \.png; metadata.json1 is not one of these names"),
-        (make_unmatched, r"no captions in .*found 1 \.png, 1 \.txt; y.txt belongs to no image, the first image is x.png"),
+        (
+            make_uncaptioned,
+            r"no captions in .*found 1 metadata.json1, 1 \.png; metadata.json1 is not one of these names",
+        ),
+        (
+            make_unmatched,
+            r"no captions in .*found 1 \.png, 1 \.txt; y.txt belongs to no image, the first image is x.png",
+        ),
         (make_half_captioned, r"1 of 2 images .* have no caption, the first is x.png"),
         (make_only_captions, r"no images in .*found 1 \.txt"),
         (make_bad_line, "row 2: expected"),
@@ -275,7 +287,10 @@ def test_headers_alone_do_not_show_what_is_cut_off(tmp_path):
 
 
 def test_several_sources(tmp_path):
-    sources = [DataSource(jsonl_folder(tmp_path / "a", 1), repeats=3), DataSource(jsonl_folder(tmp_path / "b", 2), weight=0.5)]
+    sources = [
+        DataSource(jsonl_folder(tmp_path / "a", 1), repeats=3),
+        DataSource(jsonl_folder(tmp_path / "b", 2), weight=0.5),
+    ]
     data = read_dataset(sources)
     assert data.names == ("a/0.png", "b/0.png", "b/1.png")
     assert data.repeats == [3, 1, 1] and data.weights == [1, 0.5, 0.5]

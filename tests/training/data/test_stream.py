@@ -63,7 +63,9 @@ def test_every_sample_once_an_epoch(paths, batch_size):
 
 
 def test_order_depends_on_the_seed(paths):
-    assert names(ShardStream(paths, 4, 0), 9) == names(ShardStream(paths, 4, 0), 9) != names(ShardStream(paths, 4, 1), 9)
+    assert (
+        names(ShardStream(paths, 4, 0), 9) == names(ShardStream(paths, 4, 0), 9) != names(ShardStream(paths, 4, 1), 9)
+    )
 
 
 @pytest.mark.parametrize("batch_size", [4, 5])
@@ -186,7 +188,8 @@ def test_200_000_samples_in_flat_memory(tmp_path):
     """Images of 2 KB each, 400 MB in all, 4096 of them in the buffers: memory stays where it was after the first tenth."""
     content = {"png": encoded(picture(0, (24, 24))), "txt": b"a small picture"}
     paths = tuple(
-        shard(tmp_path / f"{number:03}.tar", {f"{number:03}-{i:04}": content for i in range(4000)}) for number in range(50)
+        shard(tmp_path / f"{number:03}.tar", {f"{number:03}-{i:04}": content for i in range(4000)})
+        for number in range(50)
     )
     stream = ShardStream(paths, 40, 0)
     batches = stream.batches(lambda sample, step, row: (sample.name, sample.image().size))

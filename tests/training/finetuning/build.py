@@ -51,7 +51,11 @@ def settings(tmp: Path, **changes: Any) -> FinetuneConfig:
 def state_of(run: Path) -> dict[str, torch.Tensor]:
     """Everything in the newest whole checkpoint of a run."""
     checkpoint = load_checkpoint(newest_checkpoint(run / "checkpoints")[0])
-    return {**checkpoint.weights, **{f"ema {name}": value for name, value in checkpoint.ema.items()}, **checkpoint.optimizer}
+    return {
+        **checkpoint.weights,
+        **{f"ema {name}": value for name, value in checkpoint.ema.items()},
+        **checkpoint.optimizer,
+    }
 
 
 @cache

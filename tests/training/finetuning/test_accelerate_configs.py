@@ -33,7 +33,9 @@ def test_accelerate_reads_the_file(name):
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_command_of_the_file_is_understood(name):
     text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
-    comment = " ".join(line.removeprefix("#").strip().removesuffix("\\") for line in text.splitlines() if line.startswith("#"))
+    comment = " ".join(
+        line.removeprefix("#").strip().removesuffix("\\") for line in text.splitlines() if line.startswith("#")
+    )
     command = comment[comment.index("accelerate launch") :].split()
     placed = [{"RANK": "3", "FIRST_MACHINE": "10.0.0.7"}.get(word, word) for word in command[2:]]
     placed[1] = str(FOLDER / f"{name}.yaml")

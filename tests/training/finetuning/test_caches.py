@@ -41,7 +41,9 @@ def test_rows_come_back(tmp_path):
     assert again["b"].tolist() == [[6, 7, 8], [9, 10, 11]] and again["c"].shape == (4,) and "d" not in again
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b""), lambda path: path.write_bytes(path.read_bytes()[:-1])])
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.write_bytes(b""), lambda path: path.write_bytes(path.read_bytes()[:-1])]
+)
 def test_a_damaged_shard_counts_as_missing(tmp_path, damage):
     RowStore(tmp_path).write(["a"], np.zeros((1, 50), np.float32))
     damage(tmp_path / "a.safetensors")
@@ -103,7 +105,9 @@ def test_latents_that_are_not_finite_name_the_image(parts, tmp_path):
     broken = load_components(model_folder()).vae
     with torch.no_grad():
         broken.quant_conv.bias += 1e6
-    with pytest.raises(NotFiniteError, match=r"the latents of a\.png are not finite in fp16; try cache_precision: fp32"):
+    with pytest.raises(
+        NotFiniteError, match=r"the latents of a\.png are not finite in fp16; try cache_precision: fp32"
+    ):
         cache_latents(broken, work_of("a"), tmp_path, "fp16", Accelerator(cpu=True), 1)
 
 

@@ -6,7 +6,13 @@ import yaml
 from latentdiff.cli.finetune import finetune as command
 from latentdiff.errors import ConfigError, UsageError
 from latentdiff.training.config import dump_config
-from latentdiff.training.finetuning.config import METHOD_DEFAULTS, METHODS, FinetuneConfig, load_finetune_config, make_config
+from latentdiff.training.finetuning.config import (
+    METHOD_DEFAULTS,
+    METHODS,
+    FinetuneConfig,
+    load_finetune_config,
+    make_config,
+)
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "finetune"
 OF_EXAMPLES = sorted(CONFIGS.glob("concept_*.yaml"))
@@ -35,14 +41,22 @@ def test_flags_replace_the_file_which_replaces_the_defaults(tmp_path):
     path.write_text("data: [pictures, {path: more, repeats: 3, weight: 0.5}]\nlr: 3e-4\nrank: 16\n")
     config = load_finetune_config(path, {"rank": "4", "prompts": ["a cat"]})
     assert (config.lr, config.rank, config.max_steps, config.prompts) == (3e-4, 4, 600, ("a cat",))
-    assert [(entry.path, entry.repeats, entry.weight) for entry in config.data] == [("pictures", 1, 1.0), ("more", 3, 0.5)]
+    assert [(entry.path, entry.repeats, entry.weight) for entry in config.data] == [
+        ("pictures", 1, 1.0),
+        ("more", 3, 0.5),
+    ]
 
 
 def test_ways_to_name_data(tmp_path):
     (tmp_path / "odd:3").mkdir()
     given = ["a/b:4", str(tmp_path / "odd:3"), "{path: c, repeats: 2}", "org/set"]
     entries = make_config({"data": given}, "test").data
-    assert [(Path(entry.path).name, entry.repeats) for entry in entries] == [("b", 4), ("odd:3", 1), ("c", 2), ("set", 1)]
+    assert [(Path(entry.path).name, entry.repeats) for entry in entries] == [
+        ("b", 4),
+        ("odd:3", 1),
+        ("c", 2),
+        ("set", 1),
+    ]
 
 
 def test_a_saved_configuration_is_the_same():

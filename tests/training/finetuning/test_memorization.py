@@ -89,7 +89,9 @@ def test_one_training_image_is_enough_to_find_its_copy(tmp_path):
 
 def test_what_is_written_is_read_again(tmp_path):
     TRAINING[3].save(tmp_path / "sample.png")
-    check = check_copies(tmp_path, [tmp_path / "sample.png"], [f"{i}.png" for i in range(30)], TRAINING.__getitem__, range(20))
+    check = check_copies(
+        tmp_path, [tmp_path / "sample.png"], [f"{i}.png" for i in range(30)], TRAINING.__getitem__, range(20)
+    )
     assert read_copy_check(tmp_path) == check
     assert (check.compared, check.training_images) == (20, 30)
     with Image.open(tmp_path / check.nearest[0].picture) as thumbnail:

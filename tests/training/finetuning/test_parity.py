@@ -88,7 +88,9 @@ def test_the_text_encoder_gets_the_gradient_of_transformers(tmp_path, monkeypatc
     pipe = peers.theirs.__wrapped__("sd1")
     pipe.text_encoder.requires_grad_(True)
     loss_of_theirs(pipe, batch, None, train_text=True).backward()
-    named = {name.removeprefix("text_model."): p for name, p in pipe.text_encoder.named_parameters() if p.grad is not None}
+    named = {
+        name.removeprefix("text_model."): p for name, p in pipe.text_encoder.named_parameters() if p.grad is not None
+    }
     parameters = [*named.values(), *pipe.unet.parameters()]
     norm = torch.nn.utils.clip_grad_norm_(parameters, 0.5)
     for name, parameter in named.items():

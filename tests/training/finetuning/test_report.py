@@ -206,7 +206,13 @@ def test_smoothing_is_a_mean_with_a_half_life():
 
 
 def test_numbers_are_short():
-    assert [number(value) for value in (0.12345, 1.2345e-5, 123456, 0, 2.5)] == ["0.1235", "1.23e-05", "123456", "0", "2.5"]
+    assert [number(value) for value in (0.12345, 1.2345e-5, 123456, 0, 2.5)] == [
+        "0.1235",
+        "1.23e-05",
+        "123456",
+        "0",
+        "2.5",
+    ]
 
 
 def test_the_command_writes_it_at_any_time(tmp_path):

@@ -51,7 +51,9 @@ def assert_same(first, second, **tolerance):
 def test_lora_learns_and_its_file_changes_pictures(tmp):
     targets = ["attention", "convolutions"]
     result = run(
-        settings(tmp, max_steps=60, rank=8, targets=targets, validation_share=0.2, validate_every=60, checkpoint_every=60)
+        settings(
+            tmp, max_steps=60, rank=8, targets=targets, validation_share=0.2, validate_every=60, checkpoint_every=60
+        )
     )
     losses = [entry["train_mse"] for entry in log_of(tmp / "run") if "train_mse" in entry]
     assert len(losses) == 2 and losses[1] < 0.9 * losses[0]
@@ -150,14 +152,19 @@ def test_random_crops_flips_and_long_captions_train_without_caches_that_would_be
 
 def test_validation_and_samples_are_written(tmp):
     result = run(
-        settings(tmp, validation_share=0.2, validate_every=3, preview_every=6, sample_count=2, sample_steps=2, max_steps=6)
+        settings(
+            tmp, validation_share=0.2, validate_every=3, preview_every=6, sample_count=2, sample_steps=2, max_steps=6
+        )
     )
     assert result.is_file()
     measured = [entry for entry in log_of(tmp / "run") if "val_mse" in entry]
     assert [entry["step"] for entry in measured] == [0, 3, 6]
     assert {"val_0_199", "train_mse", "gap"} <= measured[0].keys()
     sheets = sorted(path.relative_to(tmp / "run") for path in (tmp / "run").rglob("sheet.png"))
-    assert [str(path) for path in sheets] == ["samples/step-00000006/ema/sheet.png", "samples/step-00000006/raw/sheet.png"]
+    assert [str(path) for path in sheets] == [
+        "samples/step-00000006/ema/sheet.png",
+        "samples/step-00000006/raw/sheet.png",
+    ]
     assert "latentdiff" in Image.open(tmp / "run" / "samples" / "step-00000006" / "ema" / "00.png").info
     count = json.loads((tmp / "run" / "data.json").read_text())["images"]
     assert f"Compared with all {count} training images" in (tmp / "run" / "report.html").read_text()
@@ -194,7 +201,9 @@ def test_a_stream_trains_and_goes_on_where_it_was(tmp):
 
 def test_an_optimizer_that_is_not_installed_is_named(tmp, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(MissingDependencyError, match=r"adamw8bit needs bitsandbytes: pip install 'latentdiff\[optimizers\]'"):
+    with pytest.raises(
+        MissingDependencyError, match=r"adamw8bit needs bitsandbytes: pip install 'latentdiff\[optimizers\]'"
+    ):
         run(settings(tmp, optimizer="adamw8bit"))
 
 
@@ -203,7 +212,11 @@ def test_the_best_step_is_kept_and_can_be_the_result(tmp, monkeypatch, capsys):
 
     values = iter([3.0, 1.0, 2.0, 5.0, 4.0])
     monkeypatch.setattr(FinetuneTask, "validate", lambda self: {"val_mse": next(values)})
-    run(settings(tmp, method="full", max_steps=8, validate_every=2, keep_checkpoints=1, validation_share=0.2, result="best"))
+    run(
+        settings(
+            tmp, method="full", max_steps=8, validate_every=2, keep_checkpoints=1, validation_share=0.2, result="best"
+        )
+    )
     kept = sorted(path.name for path in (tmp / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000002", "step-00000008"]
     assert "the result is that of step 2" in capsys.readouterr().out
@@ -224,7 +237,9 @@ def test_running_out_of_memory_says_what_helps(tmp, monkeypatch):
 
 @pytest.mark.parametrize("mixed", ["no", "bf16"])
 def test_a_lora_on_a_half_precision_model(tmp, mixed):
-    path = run(settings(tmp, base_precision="bf16", mixed_precision=mixed, max_steps=2, targets=["attention", "text_encoder"]))
+    path = run(
+        settings(tmp, base_precision="bf16", mixed_precision=mixed, max_steps=2, targets=["attention", "text_encoder"])
+    )
     state = state_of(tmp / "run")
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in state.values())
     assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
@@ -270,7 +285,10 @@ def test_the_command(tmp, monkeypatch, capfd):
     assert result.exit_code == 0 and result.stdout.splitlines()[-1] == str(tmp / "run" / "lora.safetensors")
     saved = (tmp / "run" / "config.yaml").read_text()
     assert (
-        "min_snr_gamma: null" in saved and "buckets: false" in saved and "- 0.8" in saved and "mixed_precision: 'no'" in saved
+        "min_snr_gamma: null" in saved
+        and "buckets: false" in saved
+        and "- 0.8" in saved
+        and "mixed_precision: 'no'" in saved
     )
     assert run_command(command.split()) == 2
     assert re.search(r"error: .*run holds a run already; go on with --resume", capfd.readouterr().err)
@@ -307,7 +325,10 @@ def only_tiny_images(tmp):
 )
 def test_bad_data_is_one_line(tmp, prepare, message, capfd):
     prepare(tmp)
-    assert run_command(["finetune", "--data", str(tmp / "bad"), "--model", str(model_folder()), "--out", str(tmp / "run")]) == 1
+    assert (
+        run_command(["finetune", "--data", str(tmp / "bad"), "--model", str(model_folder()), "--out", str(tmp / "run")])
+        == 1
+    )
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line
 
@@ -322,7 +343,12 @@ def test_damaged_and_odd_images_are_named_and_left_out(tmp, capsys):
     (tmp / "data" / "metadata.jsonl").write_text("\n".join(lines))
     run(settings(tmp, max_steps=2))
     summary = json.loads((tmp / "run" / "data.json").read_text())
-    assert (summary["images"], summary["too_small"], summary["captions_cut"], len(summary["unreadable"])) == (7, 1, 1, 2)
+    assert (summary["images"], summary["too_small"], summary["captions_cut"], len(summary["unreadable"])) == (
+        7,
+        1,
+        1,
+        2,
+    )
     said = capsys.readouterr().out
     assert "2 cannot be read and are left out, the first is 0.png" in said and "1 of 7 captions are too long" in said
     with pytest.raises(DataError, match=r"2 images cannot be used, the first is 0\.png"):
@@ -376,7 +402,9 @@ def test_a_stream_of_200_000_samples_trains_in_flat_memory(tmp):
 
 
 def command_of(tmp, out, *more, launcher=(sys.executable, "-m")):
-    options = f"--data {tmp / 'data'} --model {model_folder()} --out {out} --rank 2 --lr 1e-2 --batch-size 4 --sample-count 0"
+    options = (
+        f"--data {tmp / 'data'} --model {model_folder()} --out {out} --rank 2 --lr 1e-2 --batch-size 4 --sample-count 0"
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return {"args": [*launcher, "latentdiff", "finetune", *options.split(), *more], "env": environment}
 
@@ -385,9 +413,19 @@ def command_of(tmp, out, *more, launcher=(sys.executable, "-m")):
 @pytest.mark.parametrize("trial", range(3))
 def test_killed_at_a_random_step_and_resumed_equals_unbroken(tmp, trial):
     """SIGKILL: no handler runs, files may be half written. Bit for bit, moments and averages included."""
-    steps = ("--max-steps", "60", "--checkpoint-every", "4", "--log-every", "1", *(("--method", "full") if trial == 2 else ()))
+    steps = (
+        "--max-steps",
+        "60",
+        "--checkpoint-every",
+        "4",
+        "--log-every",
+        "1",
+        *(("--method", "full") if trial == 2 else ()),
+    )
     subprocess.run(**command_of(tmp, tmp / "whole", *steps), check=True, capture_output=True)
-    process = subprocess.Popen(**command_of(tmp, tmp / "parts", *steps), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        **command_of(tmp, tmp / "parts", *steps), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     log, target = tmp / "parts" / "log.jsonl", int(np.random.default_rng().integers(5, 50))
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= target):
         time.sleep(0.002)
@@ -411,7 +449,9 @@ def test_two_processes_equal_one(tmp, method):
     first, second = state_of(tmp / "one"), state_of(tmp / "two")
     for name in first:
         if not name.endswith(("exp_avg", "exp_avg_sq")):
-            torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                second[name], first[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @pytest.mark.slow
@@ -442,7 +482,9 @@ def test_two_processes_that_split_the_model_equal_one(tmp, more):
     assert first.keys() == second.keys()
     for name in first:
         torch.testing.assert_close(second[name], first[name], rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
-    results = [load_file(tmp / run / "model" / "unet" / "diffusion_pytorch_model.safetensors") for run in ("one", "two")]
+    results = [
+        load_file(tmp / run / "model" / "unet" / "diffusion_pytorch_model.safetensors") for run in ("one", "two")
+    ]
     for name, tensor in results[0].items():
         torch.testing.assert_close(results[1][name], tensor, rtol=2e-3, atol=2e-4)
     losses = [[entry["val_mse"] for entry in log_of(tmp / run) if "val_mse" in entry] for run in ("one", "two")]

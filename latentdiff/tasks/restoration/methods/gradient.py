@@ -104,7 +104,9 @@ class PSLD(DPS):
 def guided_step(base: Step, objective: Objective, scale: Callable[[Tensor, Level], float]) -> Step:
     """A step that then goes down the gradient of `objective(x0(x))` with respect to where it began, by `scale(x, level)`."""
 
-    def step(denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: Any, noise: Noise) -> tuple[Tensor, Any]:
+    def step(
+        denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: Any, noise: Noise
+    ) -> tuple[Tensor, Any]:
         prediction, gradient = predicted_with_gradient(denoiser, x, level, objective)
         moved, state = base(lambda *_: prediction, x, level, next_level, state, noise)
         return moved - scale(x, level) * gradient, state
@@ -112,7 +114,9 @@ def guided_step(base: Step, objective: Objective, scale: Callable[[Tensor, Level
     return step
 
 
-def predicted_with_gradient(denoiser: Denoiser, x: Tensor, level: Level, objective: Objective) -> tuple[Prediction, Tensor]:
+def predicted_with_gradient(
+    denoiser: Denoiser, x: Tensor, level: Level, objective: Objective
+) -> tuple[Prediction, Tensor]:
     """The prediction at x (N, C, h, w), free of any graph, and the gradient of the objective of its x0, (N, C, h, w)."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()

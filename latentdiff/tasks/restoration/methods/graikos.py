@@ -40,7 +40,10 @@ class Graikos:
         """t_i = (S - i + ⌊(S - i) / 4⌋ cos(i / 50)) T / S, kept inside the schedule: falling, and waving on the way."""
         total = schedule.num_train_timesteps
         waves = [(steps - i) + (steps - i) // 4 * math.cos(i / 50) for i in range(steps)]
-        return [*(schedule.level(min(max(round(wave * total / steps), 1), total - 1)) for wave in waves), schedule.clean]
+        return [
+            *(schedule.level(min(max(round(wave * total / steps), 1), total - 1)) for wave in waves),
+            schedule.clean,
+        ]
 
     def start(self, problem: Problem, noise: Noise) -> Tensor:
         """The latents of the best linear estimate."""
@@ -87,7 +90,9 @@ class _Moments:
     square: Tensor
 
     def after(self, gradient: Tensor) -> _Moments:
-        return _Moments(self.count + 1, 0.9 * self.mean + 0.1 * gradient, 0.999 * self.square + 0.001 * gradient.square())
+        return _Moments(
+            self.count + 1, 0.9 * self.mean + 0.1 * gradient, 0.999 * self.square + 0.001 * gradient.square()
+        )
 
     def direction(self) -> Tensor:
         mean, square = self.mean / (1.0 - 0.9**self.count), self.square / (1.0 - 0.999**self.count)

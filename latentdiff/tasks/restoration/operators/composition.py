@@ -99,7 +99,9 @@ class Inside(Operator):
     def measurement_shape(self, picture: Shape) -> Shape:
         """What the operator gives for the part."""
         if tuple(picture[1:]) != self.whole:
-            raise UsageError(f"expected a picture of {self.whole[1]}x{self.whole[0]} pixels, found {picture[2]}x{picture[1]}")
+            raise UsageError(
+                f"expected a picture of {self.whole[1]}x{self.whole[0]} pixels, found {picture[2]}x{picture[1]}"
+            )
         return self.operator.measurement_shape((picture[0], *self.part))
 
     def picture_shape(self, measurement: Shape) -> Shape:
@@ -172,14 +174,18 @@ class Function(Operator):
     def picture_shape(self, measurement: Shape) -> Shape:
         """The shape that the function was given with."""
         if tuple(measurement) != self.measurement:
-            raise UsageError(f"expected a measurement of the function's shape {self.measurement}, found {tuple(measurement)}")
+            raise UsageError(
+                f"expected a measurement of the function's shape {self.measurement}, found {tuple(measurement)}"
+            )
         return self.picture
 
     def _probe(self, x: Tensor) -> Tensor:
         try:
             y = self.function(x.requires_grad_())
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise UsageError(f"the operator's function does not take pictures of shape {self.picture}: {error}") from error
+            raise UsageError(
+                f"the operator's function does not take pictures of shape {self.picture}: {error}"
+            ) from error
         if not isinstance(y, Tensor) or y.ndim != 4 or y.shape[0] != x.shape[0]:
             found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise UsageError(f"expected the operator's function to give a batch of (N, c, h, w), found {found}")
@@ -211,7 +217,9 @@ class Nonlinear(Function):
     def prox(self, y: Tensor, z: Tensor, rho: float) -> Tensor:
         """See the class; never worse than z itself."""
         with torch.enable_grad():
-            return torch.cat([self._prox_of_one(*pair, rho) for pair in zip(y.split(1), z.detach().split(1), strict=True)])
+            return torch.cat(
+                [self._prox_of_one(*pair, rho) for pair in zip(y.split(1), z.detach().split(1), strict=True)]
+            )
 
     def _prox_of_one(self, y: Tensor, z: Tensor, rho: float) -> Tensor:
         def cost(x: Tensor) -> float:

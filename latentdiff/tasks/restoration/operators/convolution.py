@@ -84,7 +84,9 @@ class Convolution(Operator):
         needed = self.kernel.shape if self.border == "periodic" else (max(top, bottom), max(left, right))
         if needed[0] > room[0] or needed[1] > room[1]:
             kh, kw = self.kernel.shape
-            raise UsageError(f"the {kw}x{kh} kernel does not fit the picture of {width}x{height} pixels; take a smaller kernel")
+            raise UsageError(
+                f"the {kw}x{kh} kernel does not fit the picture of {width}x{height} pixels; take a smaller kernel"
+            )
         return channels, height // self.factor, width // self.factor
 
     def picture_shape(self, measurement: Shape) -> Shape:
@@ -218,7 +220,9 @@ class SuperResolution(Convolution):
         UsageError: an unknown kernel, or a factor below 2.
     """
 
-    def __init__(self, factor: int, *, kernel: str = "bicubic", border: str = "reflect", noise_std: float = 0.0) -> None:
+    def __init__(
+        self, factor: int, *, kernel: str = "bicubic", border: str = "reflect", noise_std: float = 0.0
+    ) -> None:
         if factor < 2:
             raise UsageError(f"expected a factor of 2 or more to make pictures larger by, found {factor}")
         if kernel not in RESAMPLING_KERNELS:
@@ -232,7 +236,9 @@ class SuperResolution(Convolution):
                 line = gaussian_kernel(factor / 2, size=_same_parity(4 * factor + 1, factor))
         # Low pixel i covers the high pixels s i to s i + s - 1; the kernel is centred in their midst.
         centre = (len(line) + factor) // 2 - 1
-        super().__init__(torch.outer(line, line), centre=(centre, centre), factor=factor, border=border, noise_std=noise_std)
+        super().__init__(
+            torch.outer(line, line), centre=(centre, centre), factor=factor, border=border, noise_std=noise_std
+        )
         self.name = kernel
 
     def pinv(self, y: Tensor) -> Tensor:

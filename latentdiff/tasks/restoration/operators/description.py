@@ -37,7 +37,12 @@ def describe(operator: Operator) -> dict[str, Any]:
         case Composition():
             return {"name": "composition", "operators": [describe(part) for part in operator.operators], **about}
         case Inside():
-            return {"name": "inside", "operator": describe(operator.operator), "part": operator.part, "whole": operator.whole}
+            return {
+                "name": "inside",
+                "operator": describe(operator.operator),
+                "part": operator.part,
+                "whole": operator.whole,
+            }
     return {"name": OWN_FUNCTION, **about}
 
 

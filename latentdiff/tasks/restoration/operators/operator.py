@@ -71,7 +71,9 @@ class Operator(ABC):
     def pinv(self, y: Tensor) -> Tensor:
         """A⁺ y: the shortest of all pictures (N, 3, H, W) whose measurements come nearest to y."""
         start = y.new_zeros(y.shape[0], *self.picture_shape(y.shape[1:]))
-        return conjugate_gradient(lambda x: self.adjoint(self.apply(x)), self.adjoint(y), start, iterations=10 * MAX_ITERATIONS)
+        return conjugate_gradient(
+            lambda x: self.adjoint(self.apply(x)), self.adjoint(y), start, iterations=10 * MAX_ITERATIONS
+        )
 
     def project(self, y: Tensor, z: Tensor) -> Tensor:
         """The picture nearest to z among those whose measurements come nearest to y: z + A⁺ (y - A z)."""

@@ -71,7 +71,9 @@ class Inpaint(Operator):
         """The same, if the mask has that size."""
         if tuple(picture[1:]) != tuple(self.known.shape):
             height, width = self.known.shape
-            raise UsageError(f"expected a picture of the mask's {width}x{height} pixels, found {picture[2]}x{picture[1]}")
+            raise UsageError(
+                f"expected a picture of the mask's {width}x{height} pixels, found {picture[2]}x{picture[1]}"
+            )
         return picture
 
     def picture_shape(self, measurement: Shape) -> Shape:
