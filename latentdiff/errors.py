@@ -1,7 +1,7 @@
 """Errors that a user can cause or cure.
 
-Every message is one line that says what was expected, what was found and what to do. The command line prints it without a
-traceback and leaves with `exit_code`.
+Every message is one line that says what was expected, what was found and what to do. The command line prints it without
+a traceback and leaves with `exit_code`.
 """
 
 from __future__ import annotations

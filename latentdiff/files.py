@@ -15,8 +15,8 @@ from latentdiff.errors import LatentDiffError
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; on success it becomes `path`, on failure it disappears.
 
-    The temporary file lies in the same folder (so that the final rename is atomic) and keeps the suffix of `path` (so that
-    libraries which choose a format by suffix work). Missing parent folders are made.
+    The temporary file lies in the same folder (so that the final rename is atomic) and keeps the suffix of `path` (so
+    that libraries which choose a format by suffix work). Missing parent folders are made.
 
     Raises:
         LatentDiffError: the folder cannot be written to, or the disk is full.

@@ -108,7 +108,8 @@ def as_8_bit(image: Image.Image) -> Image.Image:
 
 
 def side_by_side(pictures: Mapping[str, Image.Image]) -> Image.Image:
-    """Pictures in one row, each above its name; smaller ones stand at the top left of a white area of the largest size."""
+    """Pictures in one row, each above its name; smaller ones stand at the top left of a white area of the largest
+    size."""
     size = tuple(max(sides) for sides in zip(*(picture.size for picture in pictures.values()), strict=True))
     cells = []
     for picture in pictures.values():

@@ -102,8 +102,8 @@ class LoadedModel:
             ema: take the averaged weights of a `.ckpt` that holds both.
             prediction_type: what the U-Net predicts, "epsilon", "v_prediction" or "sample", where the model
                 does not say or says it wrong.
-            low_memory: keep only the part that is used, of the U-Net only two blocks at a time, and decode pictures that
-                are larger than those of the training in tiles. Slower; the picture is otherwise the same.
+            low_memory: keep only the part that is used, of the U-Net only two blocks at a time, and decode pictures
+                that are larger than those of the training in tiles. Slower; the picture is otherwise the same.
 
         Raises:
             CheckpointError: there is no model there, or it is damaged or of another kind.
@@ -169,12 +169,13 @@ class LoadedModel:
     def use_backend(self, name: str) -> Self:
         """Compute the U-Net and the decoder by the back end `name` from now on; the modules stay as they are.
 
-        "torch" is the modules themselves. "openvino" and "compile" translate them at the first picture of each size; the
-        first is for CPUs, the second mostly for GPUs. Their pictures are those of the modules up to rounding. Where a LoRA or
-        another tap is on a module, or gradients are needed, they leave it to the modules or say that they cannot.
+        "torch" is the modules themselves. "openvino" and "compile" translate them at the first picture of each size;
+        the first is for CPUs, the second mostly for GPUs. Their pictures are those of the modules up to rounding. Where
+        a LoRA or another tap is on a module, or gradients are needed, they leave it to the modules or say that they
+        cannot.
 
-        With the precision "int8", "openvino" first makes a few pictures and fits its numbers to what the U-Net sees there. For
-        Stable Diffusion that takes minutes and much memory, once: the result is kept in the cache folder.
+        With the precision "int8", "openvino" first makes a few pictures and fits its numbers to what the U-Net sees
+        there. For Stable Diffusion that takes minutes and much memory, once: the result is kept in the cache folder.
 
         Raises:
             UsageError: there is no such back end, or it cannot compute this model here.
@@ -202,8 +203,8 @@ class LoadedModel:
         """Adapt the model by a LoRA file; several act at once. The model's own weights stay as they are.
 
         Args:
-            path: in the dialect of kohya's tools, of PEFT or of diffusers; or a folder that the last two wrote. The embedding
-                of a word, as textual inversion makes it, is taken too; it has no scale.
+            path: in the dialect of kohya's tools, of PEFT or of diffusers; or a folder that the last two wrote. The
+                embedding of a word, as textual inversion makes it, is taken too; it has no scale.
             scale: strength; 1 is as trained.
             name: what `unload_lora` calls it; None is the path as it is given here.
             allow_partial: leave out what does not fit, as long as something does.

@@ -86,7 +86,8 @@ class Pipeline(LoadedModel):
         Args:
             prompt: one prompt or several; "" is allowed.
             negative_prompt: what to avoid, one for all prompts or one each.
-            fast: nearly the same picture in a fraction of the time; takes what `request.FAST` says for options not given.
+            fast: nearly the same picture in a fraction of the time; takes what `request.FAST` says for options not
+                given.
             steps: denoising steps, 1 to the number of training timesteps; 25 if not given.
             guidance_scale: 1 follows the prompt alone, more emphasizes it over the negative prompt; 5 if not given.
             guidance_rescale: 0 to 1, see `Guidance`.
@@ -100,8 +101,8 @@ class Pipeline(LoadedModel):
             num_images: pictures of each prompt, one prompt after the other.
             height, width: in pixels, multiples of the VAE's factor (8); None is the size of the training.
             batch_size: how many pictures are made at once; changes memory and speed, not the pictures.
-            spacing: "leading", "trailing" or "linspace" in timesteps; "karras", "uniform-lambda" or "ays" in noise; None is
-                what the model says.
+            spacing: "leading", "trailing" or "linspace" in timesteps; "karras", "uniform-lambda" or "ays" in noise;
+                None is what the model says.
             latents: unit normal start noise (N, C, h, w) in place of that of the seeds.
             output: "images", or "latents" for what the VAE would decode, a tensor (N, C, h, w).
             callback: called as `callback(step, t, x0)` after each step of each batch; see `Callback`.

@@ -1,7 +1,7 @@
 """The recipe of a picture: everything needed to make it again, carried in two text chunks of its PNG file.
 
-`latentdiff` holds the whole recipe as JSON; `parameters` holds what the web UIs of the field read, in their format. A GIF has
-one text, its comment, which holds the JSON.
+`latentdiff` holds the whole recipe as JSON; `parameters` holds what the web UIs of the field read, in their format. A
+GIF has one text, its comment, which holds the JSON.
 """
 
 from __future__ import annotations

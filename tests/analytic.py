@@ -59,7 +59,8 @@ def gaussian_flow(x: Tensor, level: Level, next_level: Level, mean: float, std: 
 
 
 def flow(denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, steps: int = 1000) -> Tensor:
-    """The probability-flow ODE solved to about 1e-10 by the classical Runge-Kutta method, d(x / alpha) / d sigma_hat = eps."""
+    """The probability-flow ODE solved to about 1e-10 by the classical Runge-Kutta method, d(x / alpha) / d sigma_hat =
+    eps."""
 
     def slope(y: Tensor, log_snr: float) -> Tensor:
         at = from_log_snr(log_snr)

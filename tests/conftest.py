@@ -14,5 +14,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("latentdiff", deadline=None)
 settings.load_profile("latentdiff")
 
-# A command that a shell starts in the background ignores Ctrl-C, and so do its children; tests of Ctrl-C need the default.
+# A command that a shell starts in the background ignores Ctrl-C, and so do its children; tests of Ctrl-C need the
+# default.
 signal.signal(signal.SIGINT, signal.default_int_handler)

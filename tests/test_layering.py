@@ -1,4 +1,5 @@
-"""Imports point one way. The floors of the house, lowest first; a module imports from its own room and from floors below."""
+"""Imports point one way. The floors of the house, lowest first; a module imports from its own room and from floors
+below."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """latentdiff against the libraries that people would use instead: same weights, threads and seed, in turns, in one run.
 
-    python tools/bench.py                                    all of it, at the shape of Stable Diffusion 1.5 (hours, 20 GB)
-    python tools/bench.py --only step,decode --repeat 5      a part of it
+    python tools/bench.py                                    all of it, at the shape of Stable Diffusion 1.5 (hours, 20
+    GB) python tools/bench.py --only step,decode --repeat 5      a part of it
     python tools/bench.py --peers diffusers                  without OpenVINO
     python tools/bench.py --device cuda                      on a GPU: other contenders, same table
     python tools/bench.py --tiny                             everything on a tiny shape, to see that it runs
@@ -18,8 +18,9 @@ What is measured:
     cold       a program from its start to its first PNG, with the embedded model
     growth     time and memory against picture size, batch and steps; with --plots as pictures
 
-Contenders are processes of their own that wait for their turn; the table shows medians. Weights are random, which changes
-neither time nor memory. "Difference" is the largest one to the output of the first contender, relative to its largest value.
+Contenders are processes of their own that wait for their turn; the table shows medians. Weights are random, which
+changes neither time nor memory. "Difference" is the largest one to the output of the first contender, relative to its
+largest value.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ from tools.bench_race import Result, run_program  # noqa: E402
 
 PEERS = ("diffusers", "openvino")
 
-# torch is imported inside the contenders: the process that measures peak memory has to be small itself, because Linux hands the
-# size of a parent down to the peak of its children.
+# torch is imported inside the contenders: the process that measures peak memory has to be small itself, because Linux
+# hands the size of a parent down to the peak of its children.
 
 
 def machine(threads: int, device: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Full fine-tuning side by side with the recipe of diffusers' train_text_to_image, on the same model, batch and threads.
+"""Full fine-tuning side by side with the recipe of diffusers' train_text_to_image, on the same model, batch and
+threads.
 
     python tools/bench_finetune.py                          the embedded model, on the CPU
     python tools/bench_finetune.py --model FOLDER --resolution 512 --batch 4 --steps 20
@@ -6,13 +7,13 @@
     python tools/bench_finetune.py --tiny                   to see that it runs
 
 Contenders, each a program of its own, in turns, another one first in every round:
-    diffusers          the recipe restated below: VAE and text encoder run at every step, images decoded by the data loader
-    latentdiff bare    the same work: no caches
+    diffusers          the recipe restated below: VAE and text encoder run at every step, images decoded by the data
+    loader latentdiff bare    the same work: no caches
     latentdiff cached  latents and text embeddings cached (the time to fill the caches is shown apart)
-All train the U-Net alone with AdamW in float32 (or --precision bf16), the same loss, without averaged weights, validation
-and samples, on the same pictures. Rates are images per second after the warm-up steps, medians over the rounds, on the clock
-and, for machines where others work too, per second of processor time; peak memory is that of the whole program, from its start
-until the model is saved.
+All train the U-Net alone with AdamW in float32 (or --precision bf16), the same loss, without averaged weights,
+validation and samples, on the same pictures. Rates are images per second after the warm-up steps, medians over the
+rounds, on the clock and, for machines where others work too, per second of processor time; peak memory is that of the
+whole program, from its start until the model is saved.
 """
 
 from __future__ import annotations

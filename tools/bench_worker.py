@@ -1,8 +1,9 @@
-"""One contender of `bench.py`, in a process of its own: it sets itself up, then runs once for each line that it is sent.
+"""One contender of `bench.py`, in a process of its own: it sets itself up, then runs once for each line that it is
+sent.
 
-A process each keeps the thread pools of the contenders apart and tells whose memory is whose. Every contender is used through
-its public interface, as its users would. The protocol is lines of JSON: {"ready": seconds to set up}, then for every "run"
-{"seconds": ..., "peak_mb": ...}. The last output is written, for comparison, where a line "save FILE" says.
+A process each keeps the thread pools of the contenders apart and tells whose memory is whose. Every contender is used
+through its public interface, as its users would. The protocol is lines of JSON: {"ready": seconds to set up}, then for
+every "run" {"seconds": ..., "peak_mb": ...}. The last output is written, for comparison, where a line "save FILE" says.
 """
 
 from __future__ import annotations

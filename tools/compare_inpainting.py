@@ -5,9 +5,10 @@
 
 Of two things in a held-out scene, the box of one is masked.
 
-"out" is right if the judge sees nothing with its middle in the box, and still sees the other thing outside it. "in" is right if
-the judge sees the third thing that was asked for in the box, and still the other outside. No pixel outside the mask may have
-changed. The judge has to see both things in the scene itself; scenes where it does not are counted and left out.
+"out" is right if the judge sees nothing with its middle in the box, and still sees the other thing outside it. "in" is
+right if the judge sees the third thing that was asked for in the box, and still the other outside. No pixel outside the
+mask may have changed. The judge has to see both things in the scene itself; scenes where it does not are counted and
+left out.
 """
 
 from __future__ import annotations

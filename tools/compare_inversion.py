@@ -3,9 +3,9 @@
     python tools/make_scenes.py data/scenes-test --count 2000 --split test --seed 1
     python tools/compare_inversion.py data/scenes-test --count 16 --sheet docs/editing-inversion.png
 
-The error of a reconstruction is measured on the latents, against those of the picture, and in dB against the picture, with the
-VAE's own floor beside it. An edit changes the colour of a scene's object or background; the judge of `latentdiff evaluate` says
-whether it did.
+The error of a reconstruction is measured on the latents, against those of the picture, and in dB against the picture,
+with the VAE's own floor beside it. An edit changes the colour of a scene's object or background; the judge of
+`latentdiff evaluate` says whether it did.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@
     python tools/compare_restoration.py data/scenes-test --time 5         what each costs beside plain generation
     python tools/compare_restoration.py data/scenes-test --quick          a few scenes and steps, to see that it runs
 
-PSNR in dB of colours in [-1, 1], higher is better. A sample of the posterior lies about 3 dB below the best estimate even if
-all is perfect, the mean of 8 samples 0.5 dB; so it is the mean that is compared with classical estimates. "r / noise" is how
-far a sample misses the measurement, in units of the measurement's noise; 1 is right. The VAE floor is what encoding and
-decoding the undamaged scene leaves.
+PSNR in dB of colours in [-1, 1], higher is better. A sample of the posterior lies about 3 dB below the best estimate
+even if all is perfect, the mean of 8 samples 0.5 dB; so it is the mean that is compared with classical estimates. "r /
+noise" is how far a sample misses the measurement, in units of the measurement's noise; 1 is right. The VAE floor is
+what encoding and decoding the undamaged scene leaves.
 """
 
 from __future__ import annotations
@@ -199,7 +199,8 @@ class Damaged:
         return cls(operator, y + operator.noise_std * noise, truth)
 
     def shown(self) -> Tensor:
-        """The measurement as a picture (1, 3, H, W): repeated pixels where it is smaller, mid-grey where it is missing."""
+        """The measurement as a picture (1, 3, H, W): repeated pixels where it is smaller, mid-grey where it is
+        missing."""
         factor = self.truth.shape[-1] // self.y.shape[-1]
         return self.y.expand(-1, 3, -1, -1).repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2)
 
@@ -279,7 +280,8 @@ def methods_table(runner: Runner, all_cases: list[Case], scenes: list[Image.Imag
 
 
 def costs_table(pipe: Pipeline, all_cases: list[Case], scene: Image.Image, steps: int, rounds: int) -> None:
-    """The processor time of one sample against that of plain guided generation in as many steps, one after the other."""
+    """The processor time of one sample against that of plain guided generation in as many steps, one after the
+    other."""
 
     def spent(work: Callable[[], object]) -> float:
         start = time.process_time()

@@ -1,8 +1,8 @@
 """A judge that also knows the new thing and the new style of `make_concept.py`.
 
-It is the judge of `latentdiff evaluate`, further trained on renders alone: of the known world, of the new thing, of things that
-neither knows (so that strange is not enough to be called new), of the new thing with its quarters in a wrong order (so that its
-colours are not enough), and of sepia pictures. It never sees a generated picture.
+It is the judge of `latentdiff evaluate`, further trained on renders alone: of the known world, of the new thing, of
+things that neither knows (so that strange is not enough to be called new), of the new thing with its quarters in a
+wrong order (so that its colours are not enough), and of sepia pictures. It never sees a generated picture.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def load_concept_judge(folder: Path, base: Judge, font: Path, *, steps: int = ST
 
 
 def extended(base: Judge) -> JudgeNetwork:
-    """The judge's network with outputs for the new thing, for strange things and for the style; the rest is as it was."""
+    """The judge's network with outputs for the new thing, for strange things and for the style; the rest is as it
+    was."""
     old = base.config
     config = replace(old, nouns=(*old.nouns, OBJECT, OTHER), backgrounds=(*old.backgrounds, SEPIA))
     with torch.random.fork_rng(devices=[]):
@@ -87,7 +88,8 @@ def train(network: JudgeNetwork, count: int, steps: int, font: Path) -> JudgeNet
 
 
 def endless_scenes(config: JudgeConfig, rng: Random, font: Path) -> Iterator[Scene]:
-    """In turn: the known world, the new thing, strange things, sepia pictures; and on tinted paper others, which are none."""
+    """In turn: the known world, the new thing, strange things, sepia pictures; and on tinted paper others, which are
+    none."""
     in_style = style_plans_of_all(rng)
     while True:
         yield from _scenes([draw_plan(rng, rng.choice(("train", "test"))) for _ in range(3)], config, rng, font)

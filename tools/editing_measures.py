@@ -1,4 +1,5 @@
-"""Edits of rendered scenes whose outcome is known, and what can be measured of them without any network but the judge."""
+"""Edits of rendered scenes whose outcome is known, and what can be measured of them without any network but the
+judge."""
 
 from __future__ import annotations
 
@@ -91,7 +92,8 @@ def _asked(plan: Plan) -> EvaluationPrompt:
 
 
 def text_score(judge: Judge, images: Sequence[Image.Image], cases: Sequence[EditCase]) -> list[bool]:
-    """Whether each picture shows what its case asks for: the thing, its colour if one is asked for, and the background."""
+    """Whether each picture shows what its case asks for: the thing, its colour if one is asked for, and the
+    background."""
     verdicts = judge(list(images))
     return [
         not failures(case.target, seen) and background_fits(case.target, seen)
@@ -102,8 +104,9 @@ def text_score(judge: Judge, images: Sequence[Image.Image], cases: Sequence[Edit
 def structure_distance(a: Image.Image, b: Image.Image) -> float:
     """How differently two pictures of one size are laid out, 0 for the same; colours do not count.
 
-    Each picture is described by how alike its own patches are to one another, in the orientations of their edges; the distance
-    is the mean squared difference of these likenesses, in the form of the DINO self-similarity metric of Tumanyan et al. 2022.
+    Each picture is described by how alike its own patches are to one another, in the orientations of their edges; the
+    distance is the mean squared difference of these likenesses, in the form of the DINO self-similarity metric of
+    Tumanyan et al. 2022.
     """
     return float(np.square(_self_similarity(a) - _self_similarity(b)).mean())
 
@@ -121,7 +124,8 @@ def _self_similarity(image: Image.Image) -> np.ndarray:
 
 
 def colour_likeness(a: Image.Image, b: Image.Image) -> float:
-    """The part of the colour histogram that two pictures share, 0 to 1: how much of the source's look leaks into an edit."""
+    """The part of the colour histogram that two pictures share, 0 to 1: how much of the source's look leaks into an
+    edit."""
     return float(np.minimum(_histogram(a), _histogram(b)).sum())
 
 

@@ -4,9 +4,9 @@
     python tools/make_concept.py style data/sepia       # a new style, "a cat in sepia style"
     python tools/make_concept.py object data/fresh --test-seed 1  # the same training pictures, other held-out prompts
 
-The folder gets `train/` (what to fine-tune on), `test/` (real pictures of what was held out) and `prompts.jsonl` (held-out
-prompts), which `score_concept.py` scores. Held out are, for the object, three backgrounds and a third of its companions, and
-for the style, a third of the things drawn in it.
+The folder gets `train/` (what to fine-tune on), `test/` (real pictures of what was held out) and `prompts.jsonl`
+(held-out prompts), which `score_concept.py` scores. Held out are, for the object, three backgrounds and a third of its
+companions, and for the style, a third of the things drawn in it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ Drawn = tuple[Plan, Image.Image, list[tuple[int, int, int, int]]]
 
 
 def object_plans(rng: Random, split: str) -> Iterator[Plan]:
-    """Endless plans with the new object: two alone, then one with a companion. Held-out ones are on held-out backgrounds."""
+    """Endless plans with the new object: two alone, then one with a companion. Held-out ones are on held-out
+    backgrounds."""
     held_out = split == "test"
     backgrounds = HELD_OUT_BACKGROUNDS if held_out else TRAINED_BACKGROUNDS
     companions = [noun for noun in sorted(NOUNS) if (noun in HELD_OUT_NOUNS) == held_out]
@@ -89,7 +90,8 @@ def style_caption(plan: Plan) -> str:
 
 
 def write_concept(kind: str, out: Path, seed: int, font: Path, test_seed: int | None = None) -> None:
-    """Write the three parts of a data set; `kind` is "object" or "style", `test_seed` another seed for what is held out."""
+    """Write the three parts of a data set; `kind` is "object" or "style", `test_seed` another seed for what is held
+    out."""
     plans, finish = (object_plans, None) if kind == "object" else (style_plans, in_sepia)
     test_seed = seed if test_seed is None else test_seed
     for split, count, own_seed in (("train", PICTURES, seed), ("test", TEST_PICTURES, test_seed)):

@@ -4,8 +4,9 @@
     python tools/make_scenes.py data/scenes-test --count 2000 --split test --seed 1
     python tools/make_scenes.py --prompts latentdiff/evaluation/prompts.jsonl
 
-The folder is an image folder as Hugging Face datasets reads it: PNG files and a `metadata.jsonl` with, for each, the caption
-(`text`) and the scene itself (`scene`: objects with noun, colour and box). Scene i depends on the seed and on i alone.
+The folder is an image folder as Hugging Face datasets reads it: PNG files and a `metadata.jsonl` with, for each, the
+caption (`text`) and the scene itself (`scene`: objects with noun, colour and box). Scene i depends on the seed and on i
+alone.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ FONT_NAME = "NotoColorEmoji.ttf"
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts")
 FONT_SIZE = 109  # the only size of the font's bitmaps
 
-# Cells stand on a grid of this many pixels, the size of a latent: an object then looks the same in the latent space wherever it
-# stands, which lets a small model learn it from few examples.
+# Cells stand on a grid of this many pixels, the size of a latent: an object then looks the same in the latent space
+# wherever it stands, which lets a small model learn it from few examples.
 GRID = 8
 MARGIN = 2  # pixels between an object and the border of its cell, so that objects never touch
 MIN_CONTRAST = 55.0  # smallest mean distance in RGB between an object and the background
@@ -77,7 +78,8 @@ def find_font() -> Path:
 
 @cache
 def glyph(noun: str, colour: str | None, font: Path) -> Image.Image:
-    """A noun's emoji, or an emoji itself, cut to its outline, in its own colours or in shades of one; premultiplied RGBa."""
+    """A noun's emoji, or an emoji itself, cut to its outline, in its own colours or in shades of one; premultiplied
+    RGBa."""
     canvas = Image.new("RGBA", (2 * FONT_SIZE, 2 * FONT_SIZE))
     try:
         face = ImageFont.truetype(str(font), FONT_SIZE)

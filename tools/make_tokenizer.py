@@ -2,8 +2,9 @@
 
     python tools/make_tokenizer.py data/scenes data/tokenizer
 
-It is CLIP's byte-level BPE (Radford et al. 2021, after Sennrich et al. 2016) with a smaller vocabulary: words of the captions
-become single tokens, and every other text still has tokens, down to single bytes. transformers' CLIPTokenizer reads the files.
+It is CLIP's byte-level BPE (Radford et al. 2021, after Sennrich et al. 2016) with a smaller vocabulary: words of the
+captions become single tokens, and every other text still has tokens, down to single bytes. transformers' CLIPTokenizer
+reads the files.
 """
 
 from __future__ import annotations

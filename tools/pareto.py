@@ -1,13 +1,16 @@
-"""What the quick ways of sampling cost and what they keep, on the embedded model: the front that `--fast` is chosen from.
+"""What the quick ways of sampling cost and what they keep, on the embedded model: the front that `--fast` is chosen
+from.
 
     python tools/pareto.py --out runs/pareto                                 every candidate on a few prompts
     python tools/pareto.py --out runs/pareto --only NAME,NAME --limit 50 --seeds 2    some of them on all prompts
-    python tools/pareto.py --out runs/pareto --table docs/pareto.md --plot docs/pareto.png    what has been measured so far
+    python tools/pareto.py --out runs/pareto --table docs/pareto.md --plot docs/pareto.png    what has been measured so
+    far
 
-Each candidate makes the same pictures, from the same prompts and seeds, as the exact one: DDIM, 50 steps, guidance 5. Of each
-picture it is kept whether the judge of `latentdiff evaluate` finds in it what the prompt says, and how far it is from the exact
-one. Work is counted, not timed: multiplications of the U-Net at the shape of Stable Diffusion 1.5, as a share of 50 guided
-steps. What has been made is in `--out`, so a run goes on where another one stopped; several may run with different --part.
+Each candidate makes the same pictures, from the same prompts and seeds, as the exact one: DDIM, 50 steps, guidance 5.
+Of each picture it is kept whether the judge of `latentdiff evaluate` finds in it what the prompt says, and how far it
+is from the exact one. Work is counted, not timed: multiplications of the U-Net at the shape of Stable Diffusion 1.5, as
+a share of 50 guided steps. What has been made is in `--out`, so a run goes on where another one stopped; several may
+run with different --part.
 """
 
 from __future__ import annotations
@@ -131,7 +134,8 @@ def share_between(branch: int) -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one candidate, by picture: prompt and seed -> right or wrong, and the mean square error to the exact picture."""
+    """Of one candidate, by picture: prompt and seed -> right or wrong, and the mean square error to the exact
+    picture."""
 
     right: dict[str, bool]
     error: dict[str, float]

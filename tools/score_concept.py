@@ -4,9 +4,9 @@
     python tools/score_concept.py data/sepia --model runs/sepia/model
 
 Pictures of the held-out prompts, before and after, are shown to a judge that knows the new thing and the new style
-(`concept_judge.py`: trained on renders only, it shares no weights with the model). Beside the share of right pictures stand the
-judge's own score on real held-out pictures, on their reconstructions by the VAE, and how often it sees the new where it is not.
-Then both models take `latentdiff evaluate`'s old tasks.
+(`concept_judge.py`: trained on renders only, it shares no weights with the model). Beside the share of right pictures
+stand the judge's own score on real held-out pictures, on their reconstructions by the VAE, and how often it sees the
+new where it is not. Then both models take `latentdiff evaluate`'s old tasks.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     python tools/make_scenes.py data/scenes-test --count 2000 --split test --seed 1
     python tools/sweep_features.py data/scenes-test --count 20
 
-For every residual block of the decoder its features are injected, with the queries and keys of every self-attention from there
-on, while the colour of the object or of the background is changed. Of the blocks whose edits show hardly more of the source's
-colours than edits without injection (at most a tenth more), that with the smallest structure distance is the best one.
+For every residual block of the decoder its features are injected, with the queries and keys of every self-attention
+from there on, while the colour of the object or of the background is changed. Of the blocks whose edits show hardly
+more of the source's colours than edits without injection (at most a tenth more), that with the smallest structure
+distance is the best one.
 """
 
 from __future__ import annotations

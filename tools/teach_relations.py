@@ -2,13 +2,14 @@
 
     python tools/teach_relations.py runs/embedded
 
-The words of a relation change a picture's loss only where noise hides the layout, and only once both the text encoder and
-the U-Net know them: neither learns them before the other. This gives the text encoder the first step. From its embeddings of
-captions with two nouns, linear layers that are thrown away afterwards must tell which relation the second noun stands in (at
-that noun's token), and which noun and relation the words between have joined (at the last of them). All other embeddings are
-held near to what they were.
+The words of a relation change a picture's loss only where noise hides the layout, and only once both the text encoder
+and the U-Net know them: neither learns them before the other. This gives the text encoder the first step. From its
+embeddings of captions with two nouns, linear layers that are thrown away afterwards must tell which relation the second
+noun stands in (at that noun's token), and which noun and relation the words between have joined (at the last of them).
+All other embeddings are held near to what they were.
 
-The newest whole checkpoint of the run's diffusion stage gets the new text encoder; `latentdiff train` then goes on from there.
+The newest whole checkpoint of the run's diffusion stage gets the new text encoder; `latentdiff train` then goes on from
+there.
 """
 
 from __future__ import annotations

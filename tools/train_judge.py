@@ -4,10 +4,10 @@
     python tools/make_scenes.py data/scenes-held-out --count 30000 --split test --seed 2
     python tools/train_judge.py data/scenes data/scenes-held-out weights/judge --steps 4500 --seed 0
 
-The judge sees scenes only, never a generated picture and never the weights of a generative model. Unlike the model, it has to
-know the combinations that are held out, or it would fail right pictures of them; so it is trained on scenes of both splits, and
-tested on others. Blur, noise, JPEG, shifts, colour jitter and erased objects make it indifferent to the softness of generated
-pictures. It takes half an hour on one core.
+The judge sees scenes only, never a generated picture and never the weights of a generative model. Unlike the model, it
+has to know the combinations that are held out, or it would fail right pictures of them; so it is trained on scenes of
+both splits, and tested on others. Blur, noise, JPEG, shifts, colour jitter and erased objects make it indifferent to
+the softness of generated pictures. It takes half an hour on one core.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def _read_scene(folder: Path, line: dict[str, Any], config: JudgeConfig) -> Scen
 
 
 def augmented(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene as a generative model might have painted it: shifted, soft, off in colour; sometimes short of an object."""
+    """The scene as a generative model might have painted it: shifted, soft, off in colour; sometimes short of an
+    object."""
     pixels, keep = _erased(scene, rng)
     image, boxes = _shifted(pixels, scene.boxes, rng)
     size = pixels.shape[0]
@@ -161,7 +162,8 @@ class Targets:
 
 
 def make_targets(scenes: Sequence[Scene], size: int) -> Targets:
-    """Heat and positive cells of a batch; cells beside those that hold a centre learn its names and box with less weight."""
+    """Heat and positive cells of a batch; cells beside those that hold a centre learn its names and box with less
+    weight."""
     side = size // STRIDE
     grid = np.arange(side)
     heat = np.zeros((len(scenes), side, side), dtype=np.float32)

@@ -64,8 +64,8 @@ def load_components(
         prediction_type: "epsilon", "v_prediction" or "sample", where the model does not say or says it wrong.
         dtype: of all weights; None keeps those of the file. What has to be converted is, tensor by tensor: no more than
             one of them is in memory in both types.
-        weights: False leaves the parts on the meta device, with the mapped tensors in `Components.stored` by part and name:
-            they fit, and nothing of them has been read.
+        weights: False leaves the parts on the meta device, with the mapped tensors in `Components.stored` by part and
+            name: they fit, and nothing of them has been read.
 
     Raises:
         CheckpointError: nothing is there, or it is damaged, incomplete, or of another kind.

@@ -1,4 +1,5 @@
-"""Where a model's files are: a path, or a Hugging Face hub id, looked up in the local cache before any socket is opened."""
+"""Where a model's files are: a path, or a Hugging Face hub id, looked up in the local cache before any socket is
+opened."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ def weight_candidates(part: str) -> Iterator[str]:
 def read_ahead(source: Path) -> None:
     """Have the system fetch the weights of a model into memory while this process goes on.
 
-    Called before torch is imported, the disk works meanwhile. What is no model, sharded, or on a system that cannot be asked,
-    is left alone: nothing depends on this but time.
+    Called before torch is imported, the disk works meanwhile. What is no model, sharded, or on a system that cannot be
+    asked, is left alone: nothing depends on this but time.
     """
     if not hasattr(os, "posix_fadvise"):
         return

@@ -1,6 +1,8 @@
-"""Files in memory by mapping: a tensor is a view of the file's pages, which the system reads when they are first touched.
+"""Files in memory by mapping: a tensor is a view of the file's pages, which the system reads when they are first
+touched.
 
-Mapped pages cost nothing until they are read, can be given back at any time, and are read again when they are touched again.
+Mapped pages cost nothing until they are read, can be given back at any time, and are read again when they are touched
+again.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ def empty_module(part: str, config: dict[str, Any]) -> nn.Module:
 
 
 class _NoInitialization(TorchFunctionMode):
-    """Inside, torch.nn.init draws nothing: its `normal_` on the meta device loads torch's compiler, which takes a second."""
+    """Inside, torch.nn.init draws nothing: its `normal_` on the meta device loads torch's compiler, which takes a
+    second."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -104,7 +105,8 @@ def check_fits(raw: RawModel, part: str, expected: Mapping[str, Shape] | None = 
 def module_without_weights(
     raw: RawModel, part: str, dtype: torch.dtype | None = None
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A part on the meta device in `dtype`, or in that of the file, and the raw model's tensors for it; see `mapping.fill`.
+    """A part on the meta device in `dtype`, or in that of the file, and the raw model's tensors for it; see
+    `mapping.fill`.
 
     Raises:
         CheckpointError: names, shapes or types do not fit the configuration.

@@ -56,7 +56,8 @@ def open_tokenizer(tokenizer: Mapping[str, str]) -> Tokenizer:
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, str]:
-    """The files of a tokenizer, ours or transformers', as published models have them: with vocab.json and merges.txt."""
+    """The files of a tokenizer, ours or transformers', as published models have them: with vocab.json and
+    merges.txt."""
     saved = tokenizer.files if isinstance(tokenizer, Tokenizer) else _saved_by_transformers(tokenizer)
     if VOCABULARY in saved:
         return dict(saved)

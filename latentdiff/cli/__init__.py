@@ -46,8 +46,8 @@ for command in (*MAKING, inspect, convert, lora, data, train, finetune, report, 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
-    # Importing torch makes half a million objects that stay: looking through them for garbage all the while takes a fifth of a
-    # second, and once more at the end half a second.
+    # Importing torch makes half a million objects that stay: looking through them for garbage all the while takes a
+    # fifth of a second, and once more at the end half a second.
     gc.set_threshold(*SELDOM)
     code = run(arguments)
     gc.freeze()

@@ -74,7 +74,8 @@ def check(
     """Look at every image and caption before anything is spent on training.
 
     A FOLDER holds metadata.jsonl, .csv or .parquet (file_name and text), or a .txt or .caption file beside each image,
-    or WebDataset shards, or a saved Hugging Face data set; a hub id is looked up. The exit code is 1 if training would fail.
+    or WebDataset shards, or a saved Hugging Face data set; a hub id is looked up. The exit code is 1 if training would
+    fail.
     """
     if sheet is not None:
         if sheet.suffix != ".png":

@@ -35,8 +35,8 @@ def edit(
 ) -> None:
     """Change PICTURE towards PROMPT (image to image): noise it as far as --strength says and denoise it.
 
-    What `latentdiff invert` wrote serves as well as a picture, and keeps more of it: the walk begins from the picture's own
-    noise, so a seed changes nothing unless the sampler draws noise. It takes all steps of the inversion by default.
+    What `latentdiff invert` wrote serves as well as a picture, and keeps more of it: the walk begins from the picture's
+    own noise, so a seed changes nothing unless the sampler draws noise. It takes all steps of the inversion by default.
     """
     check_results(out, compare, settings["num_images"])
     from latentdiff.tasks import image_to_image

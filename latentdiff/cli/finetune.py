@@ -95,8 +95,8 @@ def _default(name: str, field: FieldInfo) -> str:
 def finetune(config: Path | None, resume: Path | None, **flags: Any) -> None:
     """Fine-tune a model on captioned images.
 
-    The result is OUT/lora.safetensors, OUT/model or OUT/embedding.safetensors, by method; OUT/report.html tells how it went.
-    Every key of the YAML is also a flag.
+    The result is OUT/lora.safetensors, OUT/model or OUT/embedding.safetensors, by method; OUT/report.html tells how it
+    went. Every key of the YAML is also a flag.
     """
     from accelerate import PartialState
 

@@ -77,7 +77,8 @@ def generate(
 ) -> int:
     """Make pictures of one or more prompts and print where they lie.
 
-    Started by accelerate launch or torchrun, the processes share the pictures, each on a GPU of its own where there are some.
+    Started by accelerate launch or torchrun, the processes share the pictures, each on a GPU of its own where there are
+    some.
     """
     texts = [*prompts, *_read_prompts(prompt_file)]
     if not texts:

@@ -1,4 +1,5 @@
-"""Many pictures with the same settings: where each of them belongs, and making them, alone or among several processes."""
+"""Many pictures with the same settings: where each of them belongs, and making them, alone or among several
+processes."""
 
 from __future__ import annotations
 

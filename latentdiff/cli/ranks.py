@@ -1,9 +1,10 @@
 """One command in several processes: which of them this is, what is its share, and what they agree on.
 
-A launcher (`accelerate launch`, `torchrun`, or any other) starts the same command several times and says in the environment, as
-PyTorch's launchers do, RANK (this process), WORLD_SIZE (how many there are), LOCAL_RANK (which one of this machine), and
-MASTER_ADDR and MASTER_PORT (where they find one another). Without those two they cannot talk: then what they would have to
-agree on has to be given. Without WORLD_SIZE there is one process, and nothing here does anything.
+A launcher (`accelerate launch`, `torchrun`, or any other) starts the same command several times and says in the
+environment, as PyTorch's launchers do, RANK (this process), WORLD_SIZE (how many there are), LOCAL_RANK (which one of
+this machine), and MASTER_ADDR and MASTER_PORT (where they find one another). Without those two they cannot talk: then
+what they would have to agree on has to be given. Without WORLD_SIZE there is one process, and nothing here does
+anything.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ import click
 def report(run: Path) -> None:
     """Write RUN/report.html: curves, samples by step, copies, settings, and which step is the best.
 
-    A fine-tuning writes it at its end; this does it at any time, also while it runs. The file needs no network and no scripts.
+    A fine-tuning writes it at its end; this does it at any time, also while it runs. The file needs no network and no
+    scripts.
     """
     from latentdiff.training.finetuning.report import write_report
 

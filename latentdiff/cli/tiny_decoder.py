@@ -1,6 +1,7 @@
 """Pictures of what the model expects while it is still at work, by the VAE or by a tiny decoder that takes no time.
 
-The tiny decoder is the one of TAESD (Bohan 2023), which is published for Stable Diffusion as `taesd_decoder.safetensors`.
+The tiny decoder is the one of TAESD (Bohan 2023), which is published for Stable Diffusion as
+`taesd_decoder.safetensors`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The denoising loop: one for all samplers, and a generator, so that progress, previews and cancelling need no callbacks."""
+"""The denoising loop: one for all samplers, and a generator, so that progress, previews and cancelling need no
+callbacks."""
 
 from __future__ import annotations
 
@@ -42,15 +43,16 @@ def denoise(
     noise: Noise | None = None,
     after_step: Callable[[Tensor, Level], Tensor] | None = None,
 ) -> Iterator[DenoiseStep]:
-    """Walk `x` (N, C, h, w) from the first level to the last, one step per neighbouring pair; reversed levels walk up in noise.
+    """Walk `x` (N, C, h, w) from the first level to the last, one step per neighbouring pair; reversed levels walk up
+    in noise.
 
     Args:
         noise: where stochastic steps draw from; samplers that are asked for randomness without it raise.
         after_step: (x, next_level) -> x, for what has to hold after every step (known regions, say).
 
     Raises:
-        NotFiniteError: the latents became NaN or infinite. On a GPU that is noticed one step later, so that the host need not
-            wait for each step, and at the last step at once.
+        NotFiniteError: the latents became NaN or infinite. On a GPU that is noticed one step later, so that the host
+            need not wait for each step, and at the last step at once.
     """
     last = _Remember(denoiser)
     state = None

@@ -27,8 +27,10 @@ class Guidance:
     """How strongly, and where, the prompt is emphasized over the negative prompt.
 
     scale: 1 follows the prompt alone, more emphasizes it, 0 follows the negative prompt alone.
-    rescale: 0 to 1, how far the standard deviation of each image's prediction is brought back to that of the unguided one.
-    interval: the noise levels sigma_hat at which guidance acts, low < sigma_hat <= high. Outside, the prompt alone is followed.
+    rescale: 0 to 1, how far the standard deviation of each image's prediction is brought back to that of the unguided
+        one.
+    interval: the noise levels sigma_hat at which guidance acts, low < sigma_hat <= high. Outside, the prompt alone is
+        followed.
 
     Raises:
         UsageError: a value outside its domain.
@@ -111,10 +113,11 @@ def blended_denoiser(
     guidance: Guidance,
     share_of_empty: Callable[[Level], float],
 ) -> Denoiser:
-    """Like `guided_denoiser`, but guided away from a blend of the empty prompt, in the share that is said, and the negative.
+    """Like `guided_denoiser`, but guided away from a blend of the empty prompt, in the share that is said, and the
+    negative.
 
-    Tumanyan et al. 2023 edit with it: the negative prompt says what the source shows, and acts more and more towards the end.
-    The three go through the model as one batch of 3N where guidance acts.
+    Tumanyan et al. 2023 edit with it: the negative prompt says what the source shows, and acts more and more towards
+    the end. The three go through the model as one batch of 3N where guidance acts.
     """
     three = getattr(type(context), "cat", torch.cat)([empty_context, negative_context, context])
 

@@ -31,7 +31,8 @@ class Prediction:
     guided: bool = False  # whether guidance acted; solvers with a memory start anew where this changes
 
 
-# (x (N, C, h, w), level) -> Prediction. A model and its context make one; guidance and data consistency wrap one into another.
+# (x (N, C, h, w), level) -> Prediction. A model and its context make one; guidance and data consistency wrap one into
+# another.
 Denoiser = Callable[[Tensor, Level], Prediction]
 
 
@@ -66,8 +67,8 @@ def _divide(numerator: Tensor, denominator: float) -> Tensor:
     return numerator / denominator
 
 
-# The min-SNR weights are min(SNR, gamma), the weight on the error in x0, times the square of d x0 / d raw: 1 / SNR, sigma², 1.
-# For v this is min(SNR, gamma) / (SNR + 1). Written so that none divides by zero at zero signal.
+# The min-SNR weights are min(SNR, gamma), the weight on the error in x0, times the square of d x0 / d raw: 1 / SNR,
+# sigma², 1. For v this is min(SNR, gamma) / (SNR + 1). Written so that none divides by zero at zero signal.
 PARAMETERIZATIONS: dict[str, Parameterization] = {
     "epsilon": Parameterization(
         x0=lambda raw, x, a, s: _divide(x - s * raw, a),
@@ -111,5 +112,6 @@ def training_target(name: str, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Te
 
 
 def min_snr_weight(name: str, alpha: Tensor, sigma: Tensor, gamma: float) -> Tensor:
-    """Weight of the squared error of the training target, in the shape of alpha (Hang et al. 2023; gamma is usually 5)."""
+    """Weight of the squared error of the training target, in the shape of alpha (Hang et al. 2023; gamma is usually
+    5)."""
     return parameterization(name).min_snr_weight(alpha, sigma, gamma)

@@ -199,7 +199,8 @@ def _betas(config: ScheduleConfig) -> Tensor:
 
 
 def _rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """Shift and scale alpha so that the first timestep stays and the last holds no signal (Lin et al. 2023, algorithm 1)."""
+    """Shift and scale alpha so that the first timestep stays and the last holds no signal (Lin et al. 2023, algorithm
+    1)."""
     alphas = alphas_cumprod.sqrt()
     first, last = alphas[0], alphas[-1]
     return ((alphas - last) * (first / (first - last))).square()

@@ -10,7 +10,8 @@ VARIABLE = "LATENTDIFF_CACHE"
 
 
 def cache_folder(engine: str) -> Path:
-    """The cache of one engine: in $LATENTDIFF_CACHE, or else where the system keeps a user's caches. It may be deleted."""
+    """The cache of one engine: in $LATENTDIFF_CACHE, or else where the system keeps a user's caches. It may be
+    deleted."""
     given = os.environ.get(VARIABLE)
     return (Path(given) if given else _user_caches() / "latentdiff") / engine
 

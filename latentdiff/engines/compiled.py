@@ -1,7 +1,8 @@
 """The networks compiled by torch, block by block: repeated blocks share their translations, so little is compiled.
 
-Compiling a whole U-Net takes minutes; its blocks are of four kinds in a few shapes. On a GPU, one CUDA graph of the whole step
-then replaces the launches of all its kernels. What torch translated stays in the cache folder for the next run.
+Compiling a whole U-Net takes minutes; its blocks are of four kinds in a few shapes. On a GPU, one CUDA graph of the
+whole step then replaces the launches of all its kernels. What torch translated stays in the cache folder for the next
+run.
 """
 
 from __future__ import annotations

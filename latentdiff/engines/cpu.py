@@ -1,9 +1,10 @@
 """The networks' fast forms for inference on an x86 CPU: the same mathematics up to rounding, by other routines.
 
-torch leaves float32 matrix products on a CPU to MKL, which runs at half the speed of oneDNN on processors of other makers; a
-fast form calls oneDNN, and orders the work so that intermediate results stay in the caches. `accelerate` gives each module of a
-network its fast form as an attribute `forward` of that one object: names, weights, hooks and taps stay as they are. Where
-gradients are recorded, or in another dtype or on another device, a fast form calls the plain one.
+torch leaves float32 matrix products on a CPU to MKL, which runs at half the speed of oneDNN on processors of other
+makers; a fast form calls oneDNN, and orders the work so that intermediate results stay in the caches. `accelerate`
+gives each module of a network its fast form as an attribute `forward` of that one object: names, weights, hooks and
+taps stay as they are. Where gradients are recorded, or in another dtype or on another device, a fast form calls the
+plain one.
 
 Every form's gain was measured on the shapes of Stable Diffusion 1.5 on one core of a Zen 5; see `docs/performance.md`.
 """
@@ -98,7 +99,8 @@ def _conv(layer: nn.Conv2d, x: Tensor) -> Tensor | None:
 
 
 def _window_product(pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve pixels (N, H, W, I) by weight (O, I, a, b), without padding, as one matrix product -> (N, O, H-a+1, W-b+1)."""
+    """Convolve pixels (N, H, W, I) by weight (O, I, a, b), without padding, as one matrix product -> (N, O, H-a+1,
+    W-b+1)."""
     count, height, width, channels = pixels.shape
     a, b = weight.shape[-2:]
     n, row, column, channel = pixels.stride()
@@ -122,8 +124,8 @@ def _resnet_block(block: ResnetBlock, x: Tensor, time: Tensor | None = None) -> 
 def _upsample(block: Upsample, x: Tensor, size: torch.Size | None = None) -> Tensor | None:
     """Convolve the small map, once for each of the four places of a pixel in the doubled one: 4 in place of 9 products.
 
-    Of the three rows that the kernel sees in the doubled map, two are the same row of the small one, so their weights are
-    added; columns likewise. Faster from 16x16 on, where adding the weights takes less time than it saves.
+    Of the three rows that the kernel sees in the doubled map, two are the same row of the small one, so their weights
+    are added; columns likewise. Faster from 16x16 on, where adding the weights takes less time than it saves.
     """
     height, width = x.shape[-2:]
     if size not in (None, (2 * height, 2 * width)) or x.shape[0] * height * width < MAX_MAP or _has_taps(block.conv):
@@ -144,15 +146,18 @@ def _upsample(block: Upsample, x: Tensor, size: torch.Size | None = None) -> Ten
 
 
 def _halves(weight: Tensor, place: int, dim: int) -> Tensor:
-    """Three weights along `dim` -> the two that act on the small map, for the first or the second of two equal pixels."""
+    """Three weights along `dim` -> the two that act on the small map, for the first or the second of two equal
+    pixels."""
     a, b, c = weight.unbind(dim)
     return torch.stack([a, b + c] if place == 0 else [a + b, c], dim)
 
 
 def _feed_forward(block: FeedForward, x: Tensor) -> Tensor | None:
-    """Value and gate as products of their own, GELU inside the second: nothing is strided; float32 2.7, bf16 1.9 times as fast.
+    """Value and gate as products of their own, GELU inside the second: nothing is strided; float32 2.7, bf16 1.9 times
+    as fast.
 
-    In pieces of as many tokens as the caches hold, so that the inner activations, eight times as wide, never go to memory.
+    In pieces of as many tokens as the caches hold, so that the inner activations, eight times as wide, never go to
+    memory.
     """
     if any(map(_has_taps, block.children())):
         return None

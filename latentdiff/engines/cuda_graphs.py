@@ -13,7 +13,8 @@ WARM_UP = 3  # calls before recording, in which libraries choose their kernels
 
 
 class GraphedFunction:
-    """A function of tensors that does the same work for inputs of the same shapes; on a GPU it is recorded and replayed.
+    """A function of tensors that does the same work for inputs of the same shapes; on a GPU it is recorded and
+    replayed.
 
     Elsewhere it is just called. Graphs beyond `MAX_GRAPHS` push out those that were not used for longest.
 

@@ -1,7 +1,7 @@
 """DeepCache (Ma et al. 2024): the deep layers of the U-Net change slowly from step to step, so most steps reuse them.
 
-A full step keeps what enters one decoder block from below. The steps after it compute only what lies around that: the encoder
-blocks whose skips are needed and the decoder blocks from there on, with their own latents and timestep.
+A full step keeps what enters one decoder block from below. The steps after it compute only what lies around that: the
+encoder blocks whose skips are needed and the decoder blocks from there on, with their own latents and timestep.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ UNCACHED = CacheSettings()
 class DeepCache:
     """A network for one walk of a batch of pictures, called once a step, that computes less than the one it wraps.
 
-    Features are kept with the text that they were computed for. Where guidance switches on or off another text comes, and the
-    step is a full one. Nothing is kept beyond this object.
+    Features are kept with the text that they were computed for. Where guidance switches on or off another text comes,
+    and the step is a full one. Nothing is kept beyond this object.
 
     Args:
         network: computes full steps; it has to call the modules of `unet`, where the features are read.

@@ -1,10 +1,10 @@
 """The U-Net with weights and activations of 8 bits on an x86 CPU: an approximation, for speed.
 
-Weights are rounded once, with one scale for each output channel; activations at every call, with one scale and zero point for
-each tensor, from its least and its greatest value. Sums are exact in 32 bits. What is small or sensitive keeps its precision:
-the first and the last convolution, the timestep, the norms and the products of attention; and so do the first and the last
-steps. (Intel, who did the same on Stable Diffusion 1.5 in 2023, published an FID of 30.6 in bf16, 31.1 like this, and 35.5 with
-all steps in 8 bits.)
+Weights are rounded once, with one scale for each output channel; activations at every call, with one scale and zero
+point for each tensor, from its least and its greatest value. Sums are exact in 32 bits. What is small or sensitive
+keeps its precision: the first and the last convolution, the timestep, the norms and the products of attention; and so
+do the first and the last steps. (Intel, who did the same on Stable Diffusion 1.5 in 2023, published an FID of 30.6 in
+bf16, 31.1 like this, and 35.5 with all steps in 8 bits.)
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def int8_is_possible() -> bool:
 class Int8Network:
     """A U-Net in 8 bits, except for the first and last timesteps; called as the U-Net is.
 
-    The U-Net's weights stay as they are, and LoRAs and other taps act on it as ever. Scales belong to a whole batch: its
-    pictures are those made alone up to what rounding to 8 bits changes.
+    The U-Net's weights stay as they are, and LoRAs and other taps act on it as ever. Scales belong to a whole batch:
+    its pictures are those made alone up to what rounding to 8 bits changes.
 
     Raises:
         UsageError: the U-Net is not on a CPU that multiplies 8-bit numbers faster.

@@ -1,7 +1,7 @@
 """The networks computed by OpenVINO on the CPU, compiled once for each shape.
 
-A module is traced and converted once, with open shapes, and the result is kept in the cache folder under the checksum of its
-weights; each shape that occurs is then compiled from that file, with its sizes fixed.
+A module is traced and converted once, with open shapes, and the result is kept in the cache folder under the checksum
+of its weights; each shape that occurs is then compiled from that file, with its sizes fixed.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def converted(module: nn.Module, flat: nn.Module, inputs: list[Tensor]) -> Path:
 
 
 def cached_model(module: nn.Module, form: str, make: Callable[[Path], None]) -> Path:
-    """The file of one form of `module` in the cache; `make` writes one that is missing, to a path in a folder of its own."""
+    """The file of one form of `module` in the cache; `make` writes one that is missing, to a path in a folder of its
+    own."""
     release = openvino_package().__version__.split("-")[0]
     name = f"{type(module).__name__.lower()}{form}-{fingerprint(module)}-{release}-{__version__}"
     folder = cache_folder("openvino")

@@ -1,9 +1,9 @@
 """The U-Net in 8 bits by OpenVINO, quantised by NNCF: an approximation, for speed.
 
-NNCF runs the model on examples and gives every tensor the range that it had there, so that nothing has to be measured while a
-picture is made. It also moves scale from activations with outliers to weights (SmoothQuant, Xiao et al. 2022). What is small or
-sensitive keeps its precision: the first and last convolution, the timestep, softmax and what it weighs; and so do the first
-and last steps, which the U-Net itself computes.
+NNCF runs the model on examples and gives every tensor the range that it had there, so that nothing has to be measured
+while a picture is made. It also moves scale from activations with outliers to weights (SmoothQuant, Xiao et al. 2022).
+What is small or sensitive keeps its precision: the first and last convolution, the timestep, softmax and what it
+weighs; and so do the first and last steps, which the U-Net itself computes.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class OpenVINOInt8Network(OpenVINONetwork):
     With a LoRA or another tap on the U-Net, the U-Net itself computes.
 
     Args:
-        examples: gives what the U-Net sees while it makes pictures. Called once for each set of weights: the result is kept
-            in the cache folder.
+        examples: gives what the U-Net sees while it makes pictures. Called once for each set of weights: the result is
+            kept in the cache folder.
 
     Raises:
         MissingDependencyError: OpenVINO or NNCF is not installed.
@@ -90,7 +90,8 @@ class OpenVINOInt8Network(OpenVINONetwork):
 
 
 def _settings() -> Any:
-    """The whole range of all examples: ranges change from step to step, and their mean, which NNCF takes, cuts off ends.
+    """The whole range of all examples: ranges change from step to step, and their mean, which NNCF takes, cuts off
+    ends.
 
     Correcting biases changed nothing. Chosen by the error of the embedded model's U-Net, see `docs/performance.md`.
     """

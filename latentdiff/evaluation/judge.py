@@ -1,7 +1,7 @@
 """What a picture shows, according to the judge.
 
-The judge is trained on renders alone (`tools/train_judge.py`). It shares no weights with any generative model, so that no model
-is judged by its own mistakes.
+The judge is trained on renders alone (`tools/train_judge.py`). It shares no weights with any generative model, so that
+no model is judged by its own mistakes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What the scores can be at best and at worst: the judge on real scenes, on what the VAE makes of them, on wrong captions."""
+"""What the scores can be at best and at worst: the judge on real scenes, on what the VAE makes of them, on wrong
+captions."""
 
 from __future__ import annotations
 

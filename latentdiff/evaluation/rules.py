@@ -1,8 +1,8 @@
 """GenEval's rules (Ghosh et al. 2023): whether what is seen in a picture fulfils a prompt.
 
-They are kept as they are. Of each required noun, the `count` surest objects are looked at. An object that nobody asked for
-does not fail a picture, nor does one too many of a noun, except in counting, where the number must be exact. Backgrounds are
-not part of GenEval and are scored apart.
+They are kept as they are. Of each required noun, the `count` surest objects are looked at. An object that nobody asked
+for does not fail a picture, nor does one too many of a noun, except in counting, where the number must be exact.
+Backgrounds are not part of GenEval and are scored apart.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def _shortcoming(need: Requirement, found: Sequence[Seen], groups: Sequence[list
 def relations(a: Box, b: Box) -> set[str]:
     """How `a` lies to `b`: none, one or two of "left of", "right of", "above", "below".
 
-    The offset of the centres is shortened on each axis by a tenth of the two objects' size there; what is left along an axis
-    must exceed half of the whole distance.
+    The offset of the centres is shortened on each axis by a tenth of the two objects' size there; what is left along an
+    axis must exceed half of the whole distance.
     """
     dx, dy = (((a[axis] + a[axis + 2]) - (b[axis] + b[axis + 2])) / 2 for axis in (0, 1))
     distance = hypot(dx, dy)

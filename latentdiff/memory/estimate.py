@@ -1,7 +1,7 @@
 """How much memory a picture takes, from sizes alone, before anything is allocated.
 
-What is counted: the weights, and the activations of the moment at which most of them are alive. What a process has of its own
-before (interpreter, torch, a GPU's context) is not: it is there already when the question is asked.
+What is counted: the weights, and the activations of the moment at which most of them are alive. What a process has of
+its own before (interpreter, torch, a GPU's context) is not: it is there already when the question is asked.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Job:
 
     @property
     def is_tiled(self) -> bool:
-        """Whether the picture is decoded in tiles: it is larger than those of the training, and memory is to be saved."""
+        """Whether the picture is decoded in tiles: it is larger than those of the training, and memory is to be
+        saved."""
         tile = self.vae.sample_size // self.vae.downscale
         return self.low_memory and max(self.height, self.width) > tile
 

@@ -94,7 +94,8 @@ class Residence:
         )
 
     def check(self, job: Job) -> None:
-        """Raise a LatentDiffError if a job does not fit into the memory that is free now; warn where it is close, or swaps."""
+        """Raise a LatentDiffError if a job does not fit into the memory that is free now; warn where it is close, or
+        swaps."""
         free = self._free()
         if free is None or (need := needed(job, at_once=self.keep is True)) <= CLOSE * free:
             return

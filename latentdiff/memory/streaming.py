@@ -96,7 +96,8 @@ class StreamedPart(Part):
     def _bring(self, block: nn.Module, like: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         own = self._blocks[block]
         if self._copies is None:
-            trim()  # what this thread allocated and another one freed stays with the C library otherwise, and grows by the step
+            # what this thread allocated and another one freed stays with the C library otherwise, and grows by the step
+            trim()
             for tensor in own.values():
                 prefetch(tensor)
             return {name: placed(tensor, like[name], self._device) for name, tensor in own.items()}, None
@@ -124,7 +125,8 @@ class StreamedPart(Part):
 
 
 def block_bytes(module: nn.Module) -> int:
-    """The most bytes of weights that a streamed U-Net has in memory at a time: what stays, and its three largest blocks.
+    """The most bytes of weights that a streamed U-Net has in memory at a time: what stays, and its three largest
+    blocks.
 
     Three, because the memory of a block that was left may be taken again a moment after the next but one is being read.
     """

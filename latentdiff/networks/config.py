@@ -1,7 +1,9 @@
-"""Model configurations: frozen dataclasses that say what they mean, read from and written to diffusers' `config.json` files.
+"""Model configurations: frozen dataclasses that say what they mean, read from and written to diffusers' `config.json`
+files.
 
-diffusers' files hold dozens of keys that Stable Diffusion 1.x and 2.x never vary. Those are listed here once, with the values
-that mean "not used"; anything else is refused, because a model built while ignoring a key would run and draw nonsense.
+diffusers' files hold dozens of keys that Stable Diffusion 1.x and 2.x never vary. Those are listed here once, with the
+values that mean "not used"; anything else is refused, because a model built while ignoring a key would run and draw
+nonsense.
 """
 
 from __future__ import annotations

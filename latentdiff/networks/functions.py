@@ -1,4 +1,5 @@
-"""The networks as plain functions that never give NaN: prompt to embeddings, images to latents and back, U-Net to prediction.
+"""The networks as plain functions that never give NaN: prompt to embeddings, images to latents and back, U-Net to
+prediction.
 
 Prompts and images pass one at a time: an image does not depend on its neighbours, nor memory on their number.
 """
@@ -93,7 +94,8 @@ def checked_model(
     Args:
         network: what computes `unet`; `unet` itself, or what an engine made of it.
         unet: computes again, in float32, what overflows.
-        extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents; the same for all parts of a guided batch.
+        extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents; the same for all parts of a
+            guided batch.
     """
     names = {level.t: f"at step {number} of {len(levels) - 1}" for number, level in enumerate(levels[:-1], 1)}
 

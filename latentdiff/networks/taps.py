@@ -25,8 +25,8 @@ class Tap:
         with Tap(unet, ["up_blocks.1.resnets.1.conv2"], output=lambda name, arguments, output: 0 * output):
             unet(x, t, context)
 
-    On leaving, also by an exception, only what this tap added is gone: taps nest, also on the same module, where the one
-    entered last sees what the earlier ones made.
+    On leaving, also by an exception, only what this tap added is gone: taps nest, also on the same module, where the
+    one entered last sees what the earlier ones made.
 
     Args:
         root: the network.

@@ -22,8 +22,8 @@ PREFIX = "text_model."
 class TextEncoder(nn.Module):
     """CLIP text encoder (Radford et al. 2021), built from the `config.json` of a `text_encoder/` folder.
 
-    The names in `state_dict()` are those on disk, with the `text_model.` level. `load_state_dict` is strict, takes names with
-    and without that level, and ignores `position_ids`.
+    The names in `state_dict()` are those on disk, with the `text_model.` level. `load_state_dict` is strict, takes
+    names with and without that level, and ignores `position_ids`.
 
     Args:
         config: keys of transformers' CLIPTextConfig. Built under `torch.device("meta")` it takes no memory;

@@ -1,7 +1,8 @@
 """The conditional U-Net of Stable Diffusion 1.x and 2.x (Ronneberger et al. 2015; Ho et al. 2020; Rombach et al. 2022).
 
 One class for every size: what the config describes is what is built. Parameter names are those of diffusers'
-UNet2DConditionModel. Nothing here knows about guidance, caches or editing: those wrap the call or tap into named modules.
+UNet2DConditionModel. Nothing here knows about guidance, caches or editing: those wrap the call or tap into named
+modules.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _EPS = 1e-5
 
 
 class UNet(nn.Module):
-    """Noisy latents, timestep and text -> raw prediction (noise, velocity or clean latents, as the model was trained)."""
+    """Noisy latents, timestep and text -> raw prediction (noise, velocity or clean latents, as the model was
+    trained)."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()

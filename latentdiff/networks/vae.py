@@ -1,7 +1,7 @@
 """The KL autoencoder: pictures to latents and back (Kingma & Welling 2014; Rombach et al. 2022, section 3.1).
 
-The scale factor that brings latents to unit variance is applied here and nowhere else: what `encode` returns and `decode` takes
-is what the U-Net sees. Parameter names are those of diffusers' AutoencoderKL.
+The scale factor that brings latents to unit variance is applied here and nowhere else: what `encode` returns and
+`decode` takes is what the U-Net sees. Parameter names are those of diffusers' AutoencoderKL.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class LatentDistribution:
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:
-        """Kullback-Leibler divergence from the standard normal in nats per entry, (N, C, h, w) (Kingma & Welling, app. B)."""
+        """Kullback-Leibler divergence from the standard normal in nats per entry, (N, C, h, w) (Kingma & Welling, app.
+        B)."""
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)
 
 
@@ -68,8 +69,8 @@ class VAE(nn.Module):
 
         Args:
             latents: what `encode` gave or the denoise loop made.
-            tiled: decode overlapping tiles of the training size and blend them. Memory then does not grow with the picture;
-                tiles differ a little from the whole because each is normalised by its own statistics.
+            tiled: decode overlapping tiles of the training size and blend them. Memory then does not grow with the
+                picture; tiles differ a little from the whole because each is normalised by its own statistics.
         """
         latents = latents / self.config.scaling_factor
         return self._decode_tiled(latents) if tiled else self._decode(latents)

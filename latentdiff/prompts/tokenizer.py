@@ -1,7 +1,7 @@
 """Text -> token ids: CLIP's byte-pair encoding (Radford et al. 2021), from a published model's `tokenizer/` folder.
 
-It gives the ids of transformers' CLIPTokenizer and is called as that is called, but starts without transformers, whose import
-takes longer than a picture.
+It gives the ids of transformers' CLIPTokenizer and is called as that is called, but starts without transformers, whose
+import takes longer than a picture.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Tokenizer:
             special_tokens_map.json and added_tokens.json where there are such.
 
     Raises:
-        ValueError, KeyError, TypeError, Exception: the files are damaged (the library below has no exceptions of its own).
+        ValueError, KeyError, TypeError, Exception: the files are damaged (the library below has no exceptions of its
+            own).
 
     Attributes:
         files: as given; words that were added later are not in them.
@@ -165,10 +166,11 @@ def vocabulary_and_merges(files: Mapping[str, str]) -> tuple[dict[str, int], lis
 def _special_tokens(
     files: Mapping[str, str], config: Mapping[str, Any]
 ) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """The tokens with a role, and all that are no part of the vocabulary's merges, in the order in which they are added.
+    """The tokens with a role, and all that are no part of the vocabulary's merges, in the order in which they are
+    added.
 
-    The same token may be described twice, with and without `normalized` (whether it is also found in the text's lower-case
-    form); the description that is added last holds, as in transformers.
+    The same token may be described twice, with and without `normalized` (whether it is also found in the text's
+    lower-case form); the description that is added last holds, as in transformers.
     """
     roles: dict[str, Any] = _DEFAULTS | {role: config[role] for role in _ROLES if config.get(role)}
     if "added_tokens_decoder" in config:

@@ -20,8 +20,8 @@ from latentdiff.tasks.restoration import task as restoration
 from latentdiff.tasks.restoration.task import restore as restore
 from latentdiff.tasks.translation import translate as translate
 
-# (model, recipe, files of its sources by role) -> the picture once more, or the bytes of an animation; by the `task` that
-# recipes name.
+# (model, recipe, files of its sources by role) -> the picture once more, or the bytes of an animation; by the `task`
+# that recipes name.
 TASKS: dict[str, Callable[[Pipeline, Recipe, Mapping[str, Path]], Image.Image | bytes]] = {
     editing.TASK: editing.again,
     inpainting.TASK: inpainting.again,

@@ -50,16 +50,17 @@ def image_to_image(
     The picture is noised to the level where the last `int(steps * strength)` steps begin, and those are taken, as in
     diffusers' img2img; so the cost is `strength` times that of generating. With strength 0 it is given back as it is.
 
-    An inversion begins on its own trajectory instead of from drawn noise: under the prompt that it was made with, without
-    guidance, the picture comes back; under another, more of the picture stays than noise would leave.
+    An inversion begins on its own trajectory instead of from drawn noise: under the prompt that it was made with,
+    without guidance, the picture comes back; under another, more of the picture stays than noise would leave.
 
     Args:
         image: any picture of Pillow, or a file; it is turned upright by its EXIF entry, and transparency lies on white.
-            Or its inversion, a file or an `Inversion`, made with the same model; the steps, by default all of its own, have to
-            pass through its noise levels. Seeds then make a difference only to samplers that draw noise.
+            Or its inversion, a file or an `Inversion`, made with the same model; the steps, by default all of its own,
+            have to pass through its noise levels. Seeds then make a difference only to samplers that draw noise.
         strength: 0 to 1, how far to go from the picture.
-        width, height: bring the picture to this size first; one alone keeps its proportions, None is its own size. Sides
-            that are no multiples of the VAE's factor (8) are extended by their last pixels and cut again at the end.
+        width, height: bring the picture to this size first; one alone keeps its proportions, None is its own size.
+            Sides that are no multiples of the VAE's factor (8) are extended by their last pixels and cut again at the
+            end.
         options: of `Sampling`: negative_prompt, steps, guidance_scale, sampler, seed, num_images, callback, ...
 
     Returns:

@@ -1,9 +1,10 @@
-"""Plug-and-play diffusion features (Tumanyan et al. 2023): a picture's own features, put into the making of another one.
+"""Plug-and-play diffusion features (Tumanyan et al. 2023): a picture's own features, put into the making of another
+one.
 
-While the target is denoised under its prompt, the source is denoised beside it, on the latents that its inversion stored.
-In the decoder of the U-Net the target takes, from the source, what the convolutions of a residual block give, and the queries
-and keys of self-attentions: where things are and what belongs together. Its values, its cross-attention to the prompt and its
-skips stay its own, and decide what things look like.
+While the target is denoised under its prompt, the source is denoised beside it, on the latents that its inversion
+stored. In the decoder of the U-Net the target takes, from the source, what the convolutions of a residual block give,
+and the queries and keys of self-attentions: where things are and what belongs together. Its values, its cross-attention
+to the prompt and its skips stay its own, and decide what things look like.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class PnPSpec:
     """What is taken from the source, and for how long.
 
     feature_blocks: residual blocks, such as "up_blocks.1.resnets.1", whose convolutions' output is taken.
-    attn_blocks: spatial transformers, such as "up_blocks.1.attentions.1", whose self-attention's queries and keys are taken.
+    attn_blocks: spatial transformers, such as "up_blocks.1.attentions.1", whose self-attention's queries and keys are
+        taken.
     tau_f, tau_attn: shares of the steps, from the noisiest on, in which they are: round(tau * steps) of them.
 
     Raises:
@@ -64,9 +66,10 @@ class PnPSpec:
 def default_spec(config: UNetConfig, *, tau_f: float = 0.8, tau_attn: float = 0.5) -> PnPSpec:
     """The paper's blocks, carried over to a U-Net of any size.
 
-    Features of the second decoder block at a quarter of the latents' resolution where the U-Net has four levels or more, and at
-    half of it where it has fewer (found on the embedded model by tools/sweep_features.py: blocks before it hold little of the
-    layout, blocks after it bring the source's colours along); queries and keys of every decoder self-attention from there on.
+    Features of the second decoder block at a quarter of the latents' resolution where the U-Net has four levels or
+    more, and at half of it where it has fewer (found on the embedded model by tools/sweep_features.py: blocks before it
+    hold little of the layout, blocks after it bring the source's colours along); queries and keys of every decoder
+    self-attention from there on.
     """
     levels = len(config.block_out_channels)
     level, first = max(levels - (3 if levels >= 4 else 2), 0), 1
@@ -92,9 +95,9 @@ def with_source_features(
 ) -> Model:
     """`model` with the sources' features in the targets.
 
-    Sources and targets go through the network as one batch, sources first and unguided; whatever the guidance doubles of the
-    targets, each copy of target number n takes from source number `source_of[n]`. Where nothing is taken, the sources are left
-    out. Cost: S rows more than `model`, at the steps with injection.
+    Sources and targets go through the network as one batch, sources first and unguided; whatever the guidance doubles
+    of the targets, each copy of target number n takes from source number `source_of[n]`. Where nothing is taken, the
+    sources are left out. Cost: S rows more than `model`, at the steps with injection.
 
     Args:
         unet: the network inside `model`.
@@ -131,10 +134,11 @@ def with_source_features(
 def replay(
     source: Denoiser, levels: Sequence[Level], latents: Sequence[Tensor], source_of: Sequence[int] = (0,)
 ) -> Denoiser:
-    """A denoiser that says of any latents what `source` says of the stored ones: whatever was begun with, the source comes out.
+    """A denoiser that says of any latents what `source` says of the stored ones: whatever was begun with, the source
+    comes out.
 
-    The limit of injection, where everything is taken. Injection as above does not reach it, however many blocks are taken: the
-    encoder's skips and the cross-attention remain the target's. `source` has the batch of the targets.
+    The limit of injection, where everything is taken. Injection as above does not reach it, however many blocks are
+    taken: the encoder's skips and the cross-attention remain the target's. `source` has the batch of the targets.
     """
     stored = dict(zip(levels, latents, strict=True))
     rows = torch.as_tensor(source_of)

@@ -1,8 +1,8 @@
 """Inpainting: paint the part of a picture that a mask shows, and leave the rest to the last bit.
 
-With an ordinary model, the known part of the latents is put back at every step, noised to its level (Avrahami et al. 2023,
-"Blended Latent Diffusion"; Lugmayr et al. 2022, "RePaint", who also take each step several times over). A model for inpainting
-sees the mask and the picture without the masked part instead (Rombach et al. 2022, section 4.5).
+With an ordinary model, the known part of the latents is put back at every step, noised to its level (Avrahami et al.
+2023, "Blended Latent Diffusion"; Lugmayr et al. 2022, "RePaint", who also take each step several times over). A model
+for inpainting sees the mask and the picture without the masked part instead (Rombach et al. 2022, section 4.5).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from latentdiff.tasks.masks import Box, composed, filled, prepared_mask, surroun
 from latentdiff.tasks.sources import Picture, file_of, open_source, warn_if_large
 
 TASK = "inpaint"
-# Where something is removed, the walk begins from its surroundings at this strength: from more noise than that, models make
-# something new of it.
+# Where something is removed, the walk begins from its surroundings at this strength: from more noise than that, models
+# make something new of it.
 REMOVAL_STRENGTH = 0.5
 PADDING_SHARE = 16  # of the side of the training's pictures
 Margins = tuple[int, int, int, int]
@@ -74,28 +74,32 @@ def inpaint(
 ) -> list[Image.Image]:
     """Paint what the prompt says into the masked part of a picture.
 
-    Where the mask, once grown and blurred, is black, the result is the picture to the last bit. Grey mixes the two. A mask that
-    is white all over paints the whole picture anew. In latents, a cell with any pixel to be painted is painted.
+    Where the mask, once grown and blurred, is black, the result is the picture to the last bit. Grey mixes the two. A
+    mask that is white all over paints the whole picture anew. In latents, a cell with any pixel to be painted is
+    painted.
 
     Args:
         image: any picture of Pillow, or a file; it is turned upright by its EXIF entry, and transparency lies on white.
-            Sides that are no multiples of the VAE's factor (8) are extended by their last pixels and cut again at the end.
+            Sides that are no multiples of the VAE's factor (8) are extended by their last pixels and cut again at the
+            end.
         mask: of the picture's size, white where to paint; None with `extend` alone.
         prompt: what shall be there; with `only_masked` of the masked part alone.
-        inversion: of this picture: the masked part begins on its trajectory in place of from noise, and the rest stays on it,
-            so that what is painted keeps the layout of what was there. The steps, by default all of its own, have to be among
-            its noise levels. Not with `remove`, `only_masked` and `extend`, which paint on another picture than its own.
-        remove: take away what the mask covers: it is filled smoothly from around before anything else, and the model mends
-            that. The prompt, which may be empty, says what is behind it.
-        strength: 0 to 1; 1 paints from pure noise, less keeps something of what was there, or of the fill, 0 gives the picture
-            back as it is, or filled. None is 1, and 0.5 to remove.
-        grow, blur: pixels by which the mask is widened, and the standard deviation of the blur that then softens its edge.
+        inversion: of this picture: the masked part begins on its trajectory in place of from noise, and the rest stays
+            on it, so that what is painted keeps the layout of what was there. The steps, by default all of its own,
+            have to be among its noise levels. Not with `remove`, `only_masked` and `extend`, which paint on another
+            picture than its own.
+        remove: take away what the mask covers: it is filled smoothly from around before anything else, and the model
+            mends that. The prompt, which may be empty, says what is behind it.
+        strength: 0 to 1; 1 paints from pure noise, less keeps something of what was there, or of the fill, 0 gives the
+            picture back as it is, or filled. None is 1, and 0.5 to remove.
+        grow, blur: pixels by which the mask is widened, and the standard deviation of the blur that then softens its
+            edge.
         only_masked: cut the masked part out with `padding` pixels around it, paint it at the size of the training's
-            pictures, and put it back. For details of large pictures, and for things as large as the mask. None as padding is
-            1/16 of the side of the training's pictures: 32 for 512.
+            pictures, and put it back. For details of large pictures, and for things as large as the mask. None as
+            padding is 1/16 of the side of the training's pictures: 32 for 512.
         extend: outpainting: pixels to add on the left, top, right and bottom, and to paint.
-        repeats: how often each step is taken, with the noise put back in between, so that the painted part fits the kept one
-            better (Lugmayr et al. 2022, section 4.2). The cost grows with it.
+        repeats: how often each step is taken, with the noise put back in between, so that the painted part fits the
+            kept one better (Lugmayr et al. 2022, section 4.2). The cost grows with it.
         options: of `Sampling`: negative_prompt, steps, guidance_scale, sampler, seed, num_images, callback, ...
 
     Returns:
@@ -227,7 +231,8 @@ def _paint_cutout(
 
 
 def _work_size(box: Box, pipe: Pipeline) -> tuple[int, int]:
-    """Width and height, multiples of the VAE's factor, with the box's proportions and the area of the training's pictures."""
+    """Width and height, multiples of the VAE's factor, with the box's proportions and the area of the training's
+    pictures."""
     factor = pipe.vae.config.downscale
     height, width = pipe.default_size
     box_width, box_height = box[2] - box[0], box[3] - box[1]

@@ -28,7 +28,8 @@ from latentdiff.tasks.inversion.artefact import Inversion
 from latentdiff.tasks.masks import latent_mask
 from latentdiff.tasks.sources import extended
 
-# How far, in units of their spread, the latents of a picture may be from those that were inverted: for other precisions.
+# How far, in units of their spread, the latents of a picture may be from those that were inverted: for other
+# precisions.
 SAME_PICTURE = 0.2
 
 
@@ -113,7 +114,8 @@ def starts_on_trajectory(
 def _starts_with_blending(
     cells: Tensor, encoded: LatentDistribution, plan: Plan, *, from_noise: bool
 ) -> Callable[[slice, NoiseStream], Start]:
-    """For an ordinary model: after each step, what is to be kept is put back, with the start noise at the level reached."""
+    """For an ordinary model: after each step, what is to be kept is put back, with the start noise at the level
+    reached."""
 
     def start(part: slice, noise: NoiseStream) -> Start:
         latents = encoded.sample(noise())  # (N, C, h, w); the order of draws is that of diffusers

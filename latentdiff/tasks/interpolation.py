@@ -25,7 +25,8 @@ NEARLY_PARALLEL = 1e-4  # radians; below, the arc is a line
 
 @dataclass(frozen=True, kw_only=True)
 class InterpolateSettings:
-    """What a recipe holds of a frame, or of an animation of all of them, besides the sampling: the way, and the place on it."""
+    """What a recipe holds of a frame, or of an animation of all of them, besides the sampling: the way, and the place
+    on it."""
 
     prompts: list[str]
     seeds: list[int]  # one per prompt
@@ -46,8 +47,8 @@ def interpolate(
 ) -> list[Image.Image]:
     """Pictures on the way from the first prompt over all others to the last.
 
-    The embeddings of neighbouring prompts are mixed linearly, and their start noise on the sphere, which keeps its norm.
-    Each frame depends on its place alone, so frames agree whatever the batch size.
+    The embeddings of neighbouring prompts are mixed linearly, and their start noise on the sphere, which keeps its
+    norm. Each frame depends on its place alone, so frames agree whatever the batch size.
 
     Args:
         prompts: two or more; the first and the last frame are those of the first and the last prompt.
@@ -122,8 +123,8 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
 def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
     """Spherical interpolation of tensors of one shape (Shoemake 1985): `share` 0 is the first, 1 the second.
 
-    The direction turns evenly and the length goes evenly from one to the other, so what is between normal noise is as long as
-    normal noise; a linear mix would be shorter.
+    The direction turns evenly and the length goes evenly from one to the other, so what is between normal noise is as
+    long as normal noise; a linear mix would be shorter.
     """
     a, b = first.double(), second.double()
     lengths = a.norm(), b.norm()

@@ -47,8 +47,8 @@ def prepared_mask(image: Image.Image, size: tuple[int, int], *, grow: int, blur:
 def latent_mask(mask: Image.Image, factor: int) -> Tensor:
     """The mask for latents, (1, 1, h, w) in [0, 1]: each cell takes the largest value of its pixels.
 
-    So a cell that holds any pixel to be painted is painted, and nothing of what is to go is left at the rim. Cells that reach
-    beyond the picture count what lies inside.
+    So a cell that holds any pixel to be painted is painted, and nothing of what is to go is left at the rim. Cells that
+    reach beyond the picture count what lies inside.
     """
     values = torch.from_numpy(np.array(mask, dtype=np.float32) / 255.0)[None, None]  # (1, 1, H, W)
     right, bottom = -mask.width % factor, -mask.height % factor
@@ -56,7 +56,8 @@ def latent_mask(mask: Image.Image, factor: int) -> Tensor:
 
 
 def composed(picture: Image.Image, painted: Image.Image, mask: Image.Image) -> Image.Image:
-    """`painted` where the mask is white and `picture` where it is black, to the last bit; the weighted mean in between."""
+    """`painted` where the mask is white and `picture` where it is black, to the last bit; the weighted mean in
+    between."""
     weight = np.asarray(mask, dtype=np.float64)[..., None] / 255.0  # (H, W, 1)
     mixed = weight * np.asarray(painted) + (1.0 - weight) * np.asarray(picture)
     return Image.fromarray(mixed.round().astype(np.uint8))
@@ -65,8 +66,8 @@ def composed(picture: Image.Image, painted: Image.Image, mask: Image.Image) -> I
 def filled(picture: Image.Image, mask: Image.Image) -> Image.Image:
     """The picture with every pixel of the mask that is not black replaced by a smooth mean of the kept ones around it.
 
-    Pull and push (Gortler et al. 1996, section 3.5): means of the kept pixels over ever larger blocks, from which the finer
-    ones take what they lack.
+    Pull and push (Gortler et al. 1996, section 3.5): means of the kept pixels over ever larger blocks, from which the
+    finer ones take what they lack.
 
     Raises:
         UsageError: the mask leaves nothing to take the place of what it covers.

@@ -37,7 +37,8 @@ INJECTING = ("features", "direct")
 
 @dataclass(frozen=True, kw_only=True)
 class NegativeBlend:
-    """Negative prompting of Tumanyan et al. 2023: how much of the empty prompt remains in what guidance leads away from.
+    """Negative prompting of Tumanyan et al. 2023: how much of the empty prompt remains in what guidance leads away
+    from.
 
     schedule: over the steps i of N, "linear" 1 - i / N, "constant" 1, "exponential" exp(-6 i / N), all times `alpha`.
     """
@@ -104,7 +105,8 @@ def translate(
             "ddim"             the same noise and nothing else; 2
             "replay"           everything: the source comes out again, whatever the prompt; 1
         negative_prompt: what to avoid.
-        negative_blend: fade from the empty to the negative prompt; None guides away from the negative prompt throughout.
+        negative_blend: fade from the empty to the negative prompt; None guides away from the negative prompt
+            throughout.
         source_prompt: what the picture shows; that of an inversion is kept in it.
         steps: None is 50, or those of the inversion; fewer thin its trajectory out.
         guidance_scale: None is 5, or what the inversion was made for ("null-text", "edict").

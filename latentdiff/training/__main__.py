@@ -1,4 +1,5 @@
-"""`python -m latentdiff.training CONFIG`: what `latentdiff train` calls, without the previews that need the pipeline."""
+"""`python -m latentdiff.training CONFIG`: what `latentdiff train` calls, without the previews that need the
+pipeline."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Captioned folders: which images there are, what their captions say, and their pixels.
 
-Two layouts are recognised: `metadata.jsonl` with `file_name` and `text` per line (the image folder of Hugging Face datasets),
-or a `.txt` file of the same name beside each image.
+Two layouts are recognised: `metadata.jsonl` with `file_name` and `text` per line (the image folder of Hugging Face
+datasets), or a `.txt` file of the same name beside each image.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@
         state.json            step, settings, data
         manifest.json         sizes of the files above; written last
 
-A checkpoint is written under another name, flushed and renamed, and older ones go only after that. Random states are not
+A checkpoint is written under another name, flushed and renamed, and older ones go only after that. Random states are
+not
 needed: everything random is a function of the step.
 """
 

@@ -129,7 +129,8 @@ class StageSection(Section):
     accumulation: PositiveInt = 1
     """Micro-batches that a process splits its part of the batch into; less memory, same gradients."""
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
-    """adamw8bit needs bitsandbytes, for a GPU or, in version 0.50, a CPU; prodigy needs prodigyopt, with a lr of about 1."""
+    """adamw8bit needs bitsandbytes, for a GPU or, in version 0.50, a CPU; prodigy needs prodigyopt, with a lr of about
+    1."""
     lr: Annotated[float, Field(gt=0)]
     """Learning rate after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 200
@@ -203,9 +204,11 @@ class DiffusionStageSection(StageSection):
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = 5.0
     """Gamma of the min-SNR loss weight (Hang et al. 2023); without it, all timesteps weigh the same."""
     high_noise_share: Fraction = 0.0
-    """Share of the timesteps drawn from the noisiest tenth alone, where a picture's layout is decided; the rest is uniform."""
+    """Share of the timesteps drawn from the noisiest tenth alone, where a picture's layout is decided; the rest is
+    uniform."""
     attention: Literal["sdpa", "xformers", "plain"] = "sdpa"
-    """Attention back end. PyTorch's fused kernels (`sdpa`) save memory; on a CPU, `plain` is faster for latents this small."""
+    """Attention back end. PyTorch's fused kernels (`sdpa`) save memory; on a CPU, `plain` is faster for latents this
+    small."""
     text_encoder_lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the text encoder where it differs from `lr`."""
 

@@ -102,7 +102,8 @@ class DiffusionTask(Task):
         return [self._data.names[index] for index in self._order.indices(step * size, size)]
 
     def validate(self) -> dict[str, float]:
-        """Unweighted losses with the same images, noise and timesteps every time, by band of timesteps and in the mean."""
+        """Unweighted losses with the same images, noise and timesteps every time, by band of timesteps and in the
+        mean."""
         count = len(self._held_out_tokens)
         losses = torch.zeros(_BANDS)
         for start in range(0, count, _VALIDATION_BATCH):
@@ -143,7 +144,8 @@ class DiffusionLoss(nn.Module):
         self._attention = attention
 
     def forward(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Weighted loss and plain mean squared error for latents and noise (n, C, h, w), timesteps (n,), tokens (n, L)."""
+        """Weighted loss and plain mean squared error for latents and noise (n, C, h, w), timesteps (n,), tokens (n,
+        L)."""
         context = self.text_encoder(batch["tokens"])  # (n, L, width)
         errors = self.errors(batch["latents"], batch["noise"], batch["timesteps"], context)  # (n,)
         weights = self.objective.weights(batch["timesteps"])

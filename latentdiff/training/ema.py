@@ -17,8 +17,8 @@ class EMA:
 
     Args:
         parameters: the live ones, by name.
-        decay: share of the old average that one step keeps; 0 keeps no averages, and what is said of them holds for the live
-            weights.
+        decay: share of the old average that one step keeps; 0 keeps no averages, and what is said of them holds for the
+            live weights.
         every: steps between updates; one update then keeps `decay ** every`.
     """
 

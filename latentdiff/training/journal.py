@@ -55,7 +55,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Window:
-    """Losses since the last log entry, kept on the device: reading them waits for it, so that happens once per entry."""
+    """Losses since the last log entry, kept on the device: reading them waits for it, so that happens once per
+    entry."""
 
     def __init__(self) -> None:
         self._steps: list[dict[str, Tensor]] = []
@@ -66,7 +67,8 @@ class Window:
         return len(self._steps)
 
     def add(self, parts: dict[str, Tensor]) -> None:
-        """Take in the loss of a step, its parts, and gradient norms; all scalars, the same names at every step or new ones."""
+        """Take in the loss of a step, its parts, and gradient norms; all scalars, the same names at every step or new
+        ones."""
         self._steps.append(parts)
 
     def first_not_finite(self, watched: tuple[str, ...] = ("loss", "grad_norm")) -> int | None:

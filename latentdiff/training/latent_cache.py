@@ -1,9 +1,10 @@
 """Latents of a data set as distributions, on disk, so that training samples them anew and never runs the encoder.
 
-    CACHE/latents-ENCODER-DATA-RESOLUTION/00000.safetensors, ...     mean and logvar, (n, C, h, w) float16, of 1024 images each
+    CACHE/latents-ENCODER-DATA-RESOLUTION/00000.safetensors, ...     mean and logvar, (n, C, h, w) float16, of 1024
+    images each
 
-A shard is written atomically and keyed by everything that it depends on: an interrupted build goes on with the first missing
-shard, a changed encoder or data set gets a new folder.
+A shard is written atomically and keyed by everything that it depends on: an interrupted build goes on with the first
+missing shard, a changed encoder or data set gets a new folder.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class CachedLatents:
 def cached_latents(
     vae: VAE, data: CaptionedFolder, images: np.ndarray, cache: Path, accelerator: Accelerator
 ) -> CachedLatents:
-    """Read the latents of decoded images (n, R, R, 3) uint8, encoding those that are not cached yet; processes share the work.
+    """Read the latents of decoded images (n, R, R, 3) uint8, encoding those that are not cached yet; processes share
+    the work.
 
     Raises:
         NotFiniteError: the encoder overflows; the message names the image.

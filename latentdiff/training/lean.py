@@ -2,11 +2,12 @@
 
     with lean_layers(unet, text_encoder): ...
 
-Inside, linear layers and 1x1 convolutions multiply by oneDNN in place of BLAS (MKL is half as fast on AMD processors), 3x3
-convolutions of few pixels are products of matrices, and the cheap activations between two multiplications (normalisation and
-SiLU, value times GELU) are computed again in the backward pass in place of being kept. The modules stay the same objects with
-the same parameters and hooks; only their class changes, and back at the end. In other precisions, on other devices, and where
-somebody listens to a layer inside, they compute as always. For inference, see `latentdiff.engines.cpu`.
+Inside, linear layers and 1x1 convolutions multiply by oneDNN in place of BLAS (MKL is half as fast on AMD processors),
+3x3 convolutions of few pixels are products of matrices, and the cheap activations between two multiplications
+(normalisation and SiLU, value times GELU) are computed again in the backward pass in place of being kept. The modules
+stay the same objects with the same parameters and hooks; only their class changes, and back at the end. In other
+precisions, on other devices, and where somebody listens to a layer inside, they compute as always. For inference, see
+`latentdiff.engines.cpu`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from latentdiff.networks.attention.chunked import onednn_products
 from latentdiff.networks.layers.resnet import ResnetBlock
 from latentdiff.networks.layers.transformer import FeedForward
 
-# Up to so many pixels in a batch of maps, the gradient of a 3x3 kernel is one product with the pixels' surroundings: oneDNN's
-# own gradient is as fast for more, and up to eight times slower for the fewest.
+# Up to so many pixels in a batch of maps, the gradient of a 3x3 kernel is one product with the pixels' surroundings:
+# oneDNN's own gradient is as fast for more, and up to eight times slower for the fewest.
 _SOME_PIXELS = 512
-# Up to so many, that holds for the forward pass and the gradient of the input too: memory for the kernel is what takes time.
+# Up to so many, that holds for the forward pass and the gradient of the input too: memory for the kernel is what takes
+# time.
 _FEW_PIXELS = 128
 # From so many numbers on, the insides of a feed-forward layer are not kept but computed again: 16 MiB.
 _MANY_NUMBERS = 2**22
@@ -156,7 +158,8 @@ def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _convolution_gradients(needed: Sequence[bool], x: Tensor, kernel: Tensor, gradient: Tensor) -> list[Tensor | None]:
-    """Of input (n, in, h, w), kernel (out, in, 3, 3) and bias, for the gradient (n, out, h, w) of a convolution's output."""
+    """Of input (n, in, h, w), kernel (out, in, 3, 3) and bias, for the gradient (n, out, h, w) of a convolution's
+    output."""
     found: list[Tensor | None] = [None, None, None]
     by_product = _pixels(x) <= _FEW_PIXELS, _pixels(x) <= _SOME_PIXELS, _pixels(x) <= _SOME_PIXELS
     if any(left := [wanted and not product for wanted, product in zip(needed, by_product, strict=True)]):
@@ -249,7 +252,8 @@ class _NormSiluConvFunction(torch.autograd.Function):
             return None, None, None, of_kernel, of_bias, None, None
         of_normed = torch.ops.aten.silu_backward(of_active, normed).contiguous(memory_format=_memory_format(x))
         count, channels, height, width = x.shape
-        # torch's kernel for maps with channels last needs a place for the gradient of its input (a crash in torch 2.13).
+        # torch's kernel for maps with channels last needs a place for the gradient of its input (a crash in torch
+        # 2.13).
         of_x, of_scale, of_shift = torch.ops.aten.native_group_norm_backward(
             of_normed, x, mean, rstd, scale, count, channels, height * width, ctx.groups, [True, for_scale, for_shift]
         )
@@ -267,7 +271,8 @@ def _group_norm(x: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float
 
 
 class _GatedFunction(torch.autograd.Function):
-    """linear(value * gelu(gate)) of value, gate = linear(x), of which the two halves alone are kept, or nothing but x."""
+    """linear(value * gelu(gate)) of value, gate = linear(x), of which the two halves alone are kept, or nothing but
+    x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inner: Tensor, inner_bias: Tensor, outer: Tensor, outer_bias: Tensor) -> Tensor:

@@ -210,7 +210,8 @@ class Trainer:
         return whole(self._split, here=self.accelerator.is_main_process)
 
     def _train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """One optimizer step; returns the detached parts of the loss and the gradient norm, without waiting for the device."""
+        """One optimizer step; returns the detached parts of the loss and the gradient norm, without waiting for the
+        device."""
         set_learning_rate(self.optimizer, learning_rate(self.step, self.settings))
         parts: dict[str, Tensor] = {}
         for micro in range(self.settings.accumulation):

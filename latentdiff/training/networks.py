@@ -34,7 +34,8 @@ def seeded(make: Callable[[], _Network], *key: int | str) -> _Network:
 
 
 def new_unet(config: UNetConfig, seed: int) -> UNet:
-    """A U-Net whose residual branches and output start at zero (Dhariwal & Nichol 2021), so that it starts as the identity."""
+    """A U-Net whose residual branches and output start at zero (Dhariwal & Nichol 2021), so that it starts as the
+    identity."""
     unet = seeded(lambda: UNet(config), seed, "unet")
     for name, module in unet.named_modules():
         if name.endswith((".conv2", ".proj_out")) or name == "conv_out":
@@ -83,7 +84,8 @@ def load_vae(folder: Path) -> VAE:
 
 
 def encoder_hash(vae: VAE) -> str:
-    """Changes with everything that the latents depend on: encoder, scale factor; not with the decoder. 16 hex digits."""
+    """Changes with everything that the latents depend on: encoder, scale factor; not with the decoder. 16 hex
+    digits."""
     digest = hashlib.sha256(repr(vae.config.scaling_factor).encode())
     for name, tensor in sorted(vae.state_dict().items()):
         if name.startswith(("encoder.", "quant_conv.")):

@@ -1,7 +1,7 @@
 """Weights, gradients, moments and averages split over the processes: torch's fully_shard (FSDP, second version).
 
-A split parameter is a DTensor. Optimizer and averages work on this process's part of it; checkpoints, samples and results need
-the whole, which is put together for them.
+A split parameter is a DTensor. Optimizer and averages work on this process's part of it; checkpoints, samples and
+results need the whole, which is put together for them.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def wholes(parts: Mapping[str, Tensor], like: Mapping[str, Tensor], *, keep: boo
 
 @contextmanager
 def whole(networks: Sequence[nn.Module], *, here: bool) -> Iterator[None]:
-    """Inside, `networks` are plain modules with all of their weights in the process that is `here`; the others wait outside.
+    """Inside, `networks` are plain modules with all of their weights in the process that is `here`; the others wait
+    outside.
 
     All processes must enter.
     """

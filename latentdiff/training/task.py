@@ -15,11 +15,13 @@ from latentdiff.training.optimizer import ParameterGroup
 class Task(ABC):
     """One kind of training: a module with its loss, the data of every step, and how progress is measured.
 
-    `batch` runs in background threads and must be a pure function of its arguments, so that a resumed run sees the same data.
+    `batch` runs in background threads and must be a pure function of its arguments, so that a resumed run sees the same
+    data.
     """
 
     module: nn.Module
-    """Holds everything that is trained. `module(batch, step)` returns the loss as a scalar "loss", and its parts to log."""
+    """Holds everything that is trained. `module(batch, step)` returns the loss as a scalar "loss", and its parts to
+    log."""
 
     fingerprint: str
     """Names the data; a resumed run says if it has changed."""

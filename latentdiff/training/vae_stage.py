@@ -151,7 +151,8 @@ class VAELoss(nn.Module):
         return {"loss": sum(weight * parts[name] for name, weight in weights.items()), **parts}
 
     def _adversarial(self, made: Tensor, images: Tensor) -> dict[str, Tensor]:
-        """Hinge losses of decoder and discriminator; each sees the other as a constant, so one backward pass serves both."""
+        """Hinge losses of decoder and discriminator; each sees the other as a constant, so one backward pass serves
+        both."""
         constant = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         verdict = functional_call(self.discriminator, constant, (made,)).float()
         real, fake = self.discriminator(images).float(), self.discriminator(made.detach()).float()
@@ -162,7 +163,8 @@ class VAELoss(nn.Module):
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Images (N, 3, H, W) -> a verdict per patch of about 46 pixels (Isola et al. 2017), group instead of batch norms."""
+    """Images (N, 3, H, W) -> a verdict per patch of about 46 pixels (Isola et al. 2017), group instead of batch
+    norms."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__(
@@ -179,7 +181,8 @@ class PatchDiscriminator(nn.Sequential):
 
 
 class _Features(nn.Module):
-    """Distance of images in the hidden states of a frozen vision model (as LPIPS, Zhang et al. 2018, without its weights)."""
+    """Distance of images in the hidden states of a frozen vision model (as LPIPS, Zhang et al. 2018, without its
+    weights)."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -202,7 +205,8 @@ class _Features(nn.Module):
 
 @torch.inference_mode()
 def measure_scaling_factor(vae: VAE, images: np.ndarray, seed: int) -> float:
-    """1 / standard deviation of the latents of evenly spread images (n, R, R, 3) uint8 (Rombach et al. 2022, appendix G)."""
+    """1 / standard deviation of the latents of evenly spread images (n, R, R, 3) uint8 (Rombach et al. 2022, appendix
+    G)."""
     device = next(vae.parameters()).device
     chosen = np.linspace(0, len(images) - 1, min(len(images), _SCALE_IMAGES)).astype(int)
     count, total, squares = 0, 0.0, 0.0

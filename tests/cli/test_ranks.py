@@ -52,7 +52,8 @@ def assert_same_pictures(one: Path, other: Path) -> None:
         assert read_recipe(pictures[0].info) == read_recipe(pictures[1].info)
 
 
-# --- Processes that cannot talk, one after the other ---------------------------------------------------------------------
+# --- Processes that cannot talk, one after the other
+# ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
@@ -105,7 +106,8 @@ def test_devices(monkeypatch, as_rank):
     assert ranks.device("auto") == "auto"
 
 
-# --- Two processes at the same time ---------------------------------------------------------------------------------------
+# --- Two processes at the same time
+# ---------------------------------------------------------------------------------------
 
 
 def launch(command: list[object], folder: Path) -> list[tuple[int, str, str]]:

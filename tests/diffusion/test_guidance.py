@@ -205,7 +205,8 @@ M_GUIDED = M_NEGATIVE + SCALE * (M_POSITIVE - M_NEGATIVE)
 
 
 def shared_covariance_error(sampler: str, steps: int, guidance: Guidance, *, reset: bool = True) -> float:
-    """The largest error after a guided walk over two Gaussians of one covariance, whose flow is known in closed form."""
+    """The largest error after a guided walk over two Gaussians of one covariance, whose flow is known in closed
+    form."""
     levels = numbered(analytic.uniform_log_snr_levels(steps))
     x = torch.linspace(-2.5, 2.5, 101, dtype=torch.float64).view(-1, 1, 1, 1)
     positive, negative = analytic.gaussian(M_POSITIVE, SPREAD), analytic.gaussian(M_NEGATIVE, SPREAD)
@@ -255,7 +256,8 @@ def test_multistep_solver_keeps_its_order_across_the_ends_of_the_interval(sample
 
 @pytest.mark.parametrize(("scale", "everywhere", "in_the_interval"), [(4.0, 0.035, 0.286), (8.0, 0.002, 0.250)])
 def test_an_interval_keeps_the_rarer_mode(scale: float, everywhere: float, in_the_interval: float) -> None:
-    """Guidance starves the rarer of two modes, which holds 0.35 of the data; guidance at middle noise levels does not."""
+    """Guidance starves the rarer of two modes, which holds 0.35 of the data; guidance at middle noise levels does
+    not."""
     levels = numbered(analytic.uniform_log_snr_levels(400))
     modes, stds = (-1.0, 1.0), (0.25, 0.25)
     positive, negative = analytic.mixture(modes, stds, (0.35, 0.65)), analytic.mixture(modes, stds, (0.6, 0.4))

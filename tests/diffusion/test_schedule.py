@@ -128,7 +128,8 @@ def test_timesteps_are_those_of_diffusers_wherever_those_are_right(spacing: str)
             # Ties are rounded to even here; there, float noise decides.
             tie = spacing != "leading" and is_tie(steps, i, spacing)
             assert our == their or (tie and abs(our - their) == 1), (steps, i)
-    # leading: out of range at the end; trailing: rounding in arange makes one step too many; linspace: one step, at t = 0.
+    # leading: out of range at the end; trailing: rounding in arange makes one step too many; linspace: one step, at t =
+    # 0.
     assert len(wrong) == {"leading": 1, "trailing": 62, "linspace": 1}[spacing]
 
 

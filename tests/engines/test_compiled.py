@@ -96,7 +96,8 @@ def test_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeGraph:
-    """Records a function as a CUDA graph does: by the memory of its inputs, and never looking at other tensors again."""
+    """Records a function as a CUDA graph does: by the memory of its inputs, and never looking at other tensors
+    again."""
 
     def __init__(self, function, tensors) -> None:
         self.places = [each.clone() for each in tensors]

@@ -45,7 +45,8 @@ def test_relation_to_an_object_in_the_middle(place, expected):
 
 
 def test_relation_threshold_by_hand():
-    # dx = -0.4, dy = 0.3, distance 0.5; shortened by 0.1 * (0.2 + 0.2): (0.36, 0.26) / 0.5 = (0.72, 0.52), both above 0.5.
+    # dx = -0.4, dy = 0.3, distance 0.5; shortened by 0.1 * (0.2 + 0.2): (0.36, 0.26) / 0.5 = (0.72, 0.52), both above
+    # 0.5.
     assert relations(box(0.1, 0.8), box(0.5, 0.5)) == {"left of", "below"}
     # With heights of 0.3 the vertical part is (0.3 - 0.06) / 0.5 = 0.48.
     assert relations(box(0.1, 0.8, height=0.3), box(0.5, 0.5, height=0.3)) == {"left of"}

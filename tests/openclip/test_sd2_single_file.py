@@ -1,4 +1,5 @@
-"""A single file in SD 2.x's layout, its text tower saved by open_clip itself, read as the CLIP of the diffusers layout."""
+"""A single file in SD 2.x's layout, its text tower saved by open_clip itself, read as the CLIP of the diffusers
+layout."""
 
 from __future__ import annotations
 
@@ -69,4 +70,5 @@ def test_back_to_a_single_file_is_bit_equal(single_file: Path, tmp_path: Path) -
     with safe_open(single_file, "pt") as first, safe_open(again, "pt") as second:
         lost = set(first.keys()) - set(second.keys())
         assert lost == set() and set(second.keys()) <= set(first.keys())
-        assert all(torch.equal(first.get_tensor(name), second.get_tensor(name)) for name in first.keys())  # noqa: SIM118
+        # noqa: SIM118
+        assert all(torch.equal(first.get_tensor(name), second.get_tensor(name)) for name in first.keys())

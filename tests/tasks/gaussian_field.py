@@ -1,4 +1,5 @@
-"""A Gaussian prior over whole pictures, whose denoiser and posterior are known, and linear operators given as matrices."""
+"""A Gaussian prior over whole pictures, whose denoiser and posterior are known, and linear operators given as
+matrices."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ def conditioned(mean: Tensor, covariance: Tensor, operator: Matrix, y: Tensor) -
 
 
 def exact_posterior_step(prior: Prior, operator: Matrix, y: Tensor) -> Step:
-    """A step that draws from p(x_next | x, y): PiGDM (Song et al. 2023) with the exact covariance and the optimal variance."""
+    """A step that draws from p(x_next | x, y): PiGDM (Song et al. 2023) with the exact covariance and the optimal
+    variance."""
 
     def step(
         denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: None, noise: Noise

@@ -69,7 +69,8 @@ def diffusers_pipeline(kind: str, family: str, sampler: str):
 def in_diffusers(kind: str, family: str, sampler: str, seeds: list[int], **options) -> np.ndarray:
     """Pictures (N, H, W, 3) in grey levels, one per seed.
 
-    Each is made alone: in a batch, the inpainting of diffusers draws the latents of the picture from the first generator only.
+    Each is made alone: in a batch, the inpainting of diffusers draws the latents of the picture from the first
+    generator only.
     """
     pipe = diffusers_pipeline(kind, family, sampler)
     images = [pipe(generator=torch.Generator().manual_seed(seed), output_type="np", **options).images for seed in seeds]

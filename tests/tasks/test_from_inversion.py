@@ -45,7 +45,8 @@ def photo(tmp_path) -> Path:
 
 @cache
 def scene() -> tuple[Pipeline, Image.Image, Inversion]:
-    """The embedded model, a picture of its own, and how it was inverted: random weights lead too far astray to come back."""
+    """The embedded model, a picture of its own, and how it was inverted: random weights lead too far astray to come
+    back."""
     pipe = Pipeline.load(device="cpu", precision="fp32")
     (own,) = pipe("a cat on a blue background", seed=3, steps=10, progress=False)
     return pipe, own, invert(pipe, own, prompt="a cat on a blue background", steps=20, progress=False)

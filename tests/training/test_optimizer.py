@@ -56,7 +56,8 @@ def test_groups_have_their_own_learning_rate():
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_moments_are_restored_exactly(memory_format):
-    """Saved files are always contiguous; the fused kernel would mix up moments that lie in another order than the weights."""
+    """Saved files are always contiguous; the fused kernel would mix up moments that lie in another order than the
+    weights."""
 
     def make():
         torch.manual_seed(0)

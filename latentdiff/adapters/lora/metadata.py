@@ -39,7 +39,8 @@ def lora_metadata(
         prediction_type: what that U-Net predicts.
         model, model_hash: name and SHA-256 of the model that was adapted.
         title: what the LoRA is called.
-        training: facts as JSON can hold them, such as images, steps, epochs, learning_rate, resolution, batch_size, seed, data.
+        training: facts as JSON can hold them, such as images, steps, epochs, learning_rate, resolution, batch_size,
+            seed, data.
     """
     facts = dict(training or {})
     about = {

@@ -1,8 +1,8 @@
 """What the LoRA files of the field call the layers of a model.
 
-Full names are ours: `unet.` or `text_encoder.` and the module's path, as in the files that PEFT and diffusers write. The files
-of kohya's tools, which the web UIs read, have underscores for dots, so that their names can only be read with the model at
-hand; some of them name the U-Net's layers as the original single-file layout does.
+Full names are ours: `unet.` or `text_encoder.` and the module's path, as in the files that PEFT and diffusers write.
+The files of kohya's tools, which the web UIs read, have underscores for dots, so that their names can only be read with
+the model at hand; some of them name the U-Net's layers as the original single-file layout does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from latentdiff.networks.text_encoder import PREFIX
 _KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 
 # "module.lora_down.weight" (kohya), "module.lora_A.weight" (PEFT), "module.lora.down.weight" (diffusers),
-# "module.lora_linear_layer.down.weight" (its text encoders), "attn1.processor.to_q_lora.down.weight" (its oldest files).
+# "module.lora_linear_layer.down.weight" (its text encoders), "attn1.processor.to_q_lora.down.weight" (its oldest
+# files).
 _WEIGHT = re.compile(
     r"(?P<module>.+?)(?P<old>_lora)?\."
     r"(?:lora_(?P<side>down|up|A|B)(?:\.\w+)?|(?:lora\.|lora_linear_layer\.)?(?P<old_side>down|up))\.weight"

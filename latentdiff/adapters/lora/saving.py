@@ -22,8 +22,8 @@ def save_lora(
 ) -> None:
     """Write a LoRA as a safetensors file, atomically, in the precision that it has.
 
-    A file in the kohya dialect opens in kohya's tools, in the web UIs, and in diffusers (`load_lora_weights`); one in the
-    PEFT dialect in diffusers alone.
+    A file in the kohya dialect opens in kohya's tools, in the web UIs, and in diffusers (`load_lora_weights`); one in
+    the PEFT dialect in diffusers alone.
 
     Args:
         path: a name that ends in .safetensors.

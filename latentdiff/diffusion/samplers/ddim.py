@@ -14,7 +14,8 @@ from latentdiff.diffusion.schedule import Level, posterior_variance
 def step(
     denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: None, noise: Noise, *, eta: float = 0.0
 ) -> tuple[Tensor, None]:
-    """Eq. 12 of the paper: x_s = alpha_s x0 + sqrt(sigma_s² - std²) eps + std z, where std² is eta² of the posterior variance.
+    """Eq. 12 of the paper: x_s = alpha_s x0 + sqrt(sigma_s² - std²) eps + std z, where std² is eta² of the posterior
+    variance.
 
     eta 0 is deterministic and goes up as well as down in noise: inversion is this step over the reversed levels.
     eta 1 is DDPM.

@@ -1,4 +1,5 @@
-"""DPM-Solver++(2M): second order from one model call a step, by remembering the last one (Lu et al. 2022, algorithm 2)."""
+"""DPM-Solver++(2M): second order from one model call a step, by remembering the last one (Lu et al. 2022, algorithm
+2)."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def step(
 
 
 def levels(schedule: Schedule, steps: int, spacing: str) -> list[Level]:
-    """Down to no noise, over the schedule's timesteps; `leading` and `linspace` take one more than asked and drop the last.
+    """Down to no noise, over the schedule's timesteps; `leading` and `linspace` take one more than asked and drop the
+    last.
 
     With the noise-free end in its place, those two would otherwise put their last two levels next to one another.
     """

@@ -1,4 +1,5 @@
-"""Euler's method on the probability-flow ODE in EDM's variables, x / alpha over sigma_hat (Karras et al. 2022, algorithm 1)."""
+"""Euler's method on the probability-flow ODE in EDM's variables, x / alpha over sigma_hat (Karras et al. 2022,
+algorithm 1)."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def step(
 
 
 def levels(schedule: Schedule, steps: int, spacing: str) -> list[Level]:
-    """The schedule's levels down to no noise; `linspace` keeps its fractional timesteps, with sigma_hat interpolated."""
+    """The schedule's levels down to no noise; `linspace` keeps its fractional timesteps, with sigma_hat
+    interpolated."""
     schedule = schedule.with_finite_log_snr()
     timesteps: list[float] = list(schedule.timesteps(steps, spacing))
     if spacing == "linspace" and steps > 1:

@@ -31,7 +31,8 @@ def uniform_lambda(table: np.ndarray, steps: int) -> np.ndarray:
 
 
 def ays(table: np.ndarray, steps: int) -> np.ndarray:
-    """Align Your Steps: a list found by optimisation; other numbers of steps than ten are interpolated in log sigma_hat."""
+    """Align Your Steps: a list found by optimisation; other numbers of steps than ten are interpolated in log
+    sigma_hat."""
     aligned = [round(t * (len(table) - 1) / ALIGNED_TIMESTEPS[0]) for t in ALIGNED_TIMESTEPS]
     last = len(aligned) - 1
     return np.interp(np.linspace(0, last, steps + 1)[:-1], np.arange(last + 1), table[aligned])

@@ -1,6 +1,8 @@
-"""UniPC: a multistep predictor, corrected by the model call that the next step makes anyway (Zhao et al. 2023, algorithms 5-6).
+"""UniPC: a multistep predictor, corrected by the model call that the next step makes anyway (Zhao et al. 2023,
+algorithms 5-6).
 
-With B(h) = exp(h) - 1 ("bh2") in data prediction. Without the corrector, order 1 is DDIM and order 2 is DPM-Solver++(2M).
+With B(h) = exp(h) - 1 ("bh2") in data prediction. Without the corrector, order 1 is DDIM and order 2 is
+DPM-Solver++(2M).
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ def step(
 ) -> tuple[Tensor, History]:
     """Take the last step again with what the model says at its end, then predict the next one.
 
-    The global error falls with the step size to the power of order + 1, or of `order` without the corrector. History begins
-    anew where guidance switched on or off; a step to no noise, whose length is infinite, is of first order.
+    The global error falls with the step size to the power of order + 1, or of `order` without the corrector. History
+    begins anew where guidance switched on or off; a step to no noise, whose length is infinite, is of first order.
     """
     prediction = denoiser(x, level)
     here = (Evaluation(level, prediction.x0),)

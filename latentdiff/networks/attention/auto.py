@@ -12,7 +12,8 @@ MIN_SCORES = 3 * 2**13  # of one head; below, `chunked` takes longer to start th
 
 
 def auto_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """On a GPU what is fastest there; on a CPU chunked products for inference unless the map is tiny, or PyTorch's own."""
+    """On a GPU what is fastest there; on a CPU chunked products for inference unless the map is tiny, or PyTorch's
+    own."""
     if q.is_cuda:
         return cuda_attention(q, k, v)
     is_large = q.shape[2] * k.shape[2] > MIN_SCORES

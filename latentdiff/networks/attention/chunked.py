@@ -1,8 +1,8 @@
 """Attention on a CPU as matrix products over a few hundred queries at a time, for inference.
 
-torch's fused kernel leaves its products on a CPU to MKL, which runs at half the speed of oneDNN on processors of other makers,
-and computes bf16 in float32; torch's softmax spends most of its time in MKL's `exp`. Here oneDNN multiplies, and the
-exponential is torch's `exp2` or, in bf16, part of the product.
+torch's fused kernel leaves its products on a CPU to MKL, which runs at half the speed of oneDNN on processors of other
+makers, and computes bf16 in float32; torch's softmax spends most of its time in MKL's `exp`. Here oneDNN multiplies,
+and the exponential is torch's `exp2` or, in bf16, part of the product.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention in chunks of queries; each query's softmax is whole, so the result does not depend on the chunks.
 
     softmax(s) v = (e v) / (e 1) with e = exp(s - c), where c may be any number of the query's, the scale is in the keys
-    already, and the sum is one more column of the product with v: the division then acts on (L, d) in place of (L, S) numbers.
+    already, and the sum is one more column of the product with v: the division then acts on (L, d) in place of (L, S)
+    numbers.
     """
     batch, heads, length, size = q.shape
     out = torch.empty(batch, length, heads, size, dtype=v.dtype)
@@ -64,7 +65,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
 
 
 def _exponentials(k: Tensor, bound: float, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], int]:
-    """What makes of queries (rows, d) the exponentials (rows, S) of their scores in `dtype`, and for how many rows at a time.
+    """What makes of queries (rows, d) the exponentials (rows, S) of their scores in `dtype`, and for how many rows at a
+    time.
 
     The maximum only keeps them in range, so it is left out where `bound` says that no score can leave it. oneDNN then
     computes bf16 without a pass over the scores: far below 0 the sigmoid, which it can apply to a product, is exp.

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 
 def sinusoidal_embedding(t: Tensor, channels: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoids of geometrically spaced frequencies (Vaswani et al. 2017, section 3.5), cosines first as in Stable Diffusion.
+    """Sinusoids of geometrically spaced frequencies (Vaswani et al. 2017, section 3.5), cosines first as in Stable
+    Diffusion.
 
     Args:
         t: timesteps (N,), whole or fractional.

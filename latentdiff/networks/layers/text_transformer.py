@@ -58,7 +58,8 @@ class TextTransformerConfig:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
-        """Read the keys that describe this architecture; others serve CLIP's pooled output or the program that wrote them."""
+        """Read the keys that describe this architecture; others serve CLIP's pooled output or the program that wrote
+        them."""
         return cls(**{field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None})
 
 

@@ -14,7 +14,8 @@ KeysValues = tuple[Tensor, Tensor]  # each (N, heads, S, d)
 
 
 class ProjectedContext(dict[nn.Module, KeysValues]):
-    """The text's keys and values for every cross-attention of one U-Net, made once per prompt by `UNet.project_context`."""
+    """The text's keys and values for every cross-attention of one U-Net, made once per prompt by
+    `UNet.project_context`."""
 
     @classmethod
     def cat(cls, contexts: list[Self]) -> Self:
@@ -117,8 +118,8 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A transformer block over the pixels of a feature map, as a residual.
 
-    The projections around it are 1x1 convolutions in Stable Diffusion 1.x and linear layers in 2.x: the same mathematics with
-    weights of another shape.
+    The projections around it are 1x1 convolutions in Stable Diffusion 1.x and linear layers in 2.x: the same
+    mathematics with weights of another shape.
     """
 
     def __init__(

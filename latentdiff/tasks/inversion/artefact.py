@@ -35,7 +35,8 @@ class Inversion:
     partner: (C, h, w), the second one of EDICT's pair at the noisiest level.
     size: (width, height) of the picture in pixels.
     settings: how it was made, as JSON values.
-    reconstruction_db, floor_db: PSNR against the picture of what sampling leads back to, and of what the VAE alone keeps.
+    reconstruction_db, floor_db: PSNR against the picture of what sampling leads back to, and of what the VAE alone
+        keeps.
     source: {"file": name, "sha256": ...} of the picture.
     """
 

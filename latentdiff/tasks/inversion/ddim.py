@@ -1,11 +1,12 @@
 """DDIM inversion: from clean latents up to the noise that sampling would lead back from.
 
-With the angle theta of a level (alpha = cos theta, sigma = sin theta), a DDIM step between two levels, in either direction, is
+With the angle theta of a level (alpha = cos theta, sigma = sin theta), a DDIM step between two levels, in either
+direction, is
 
     x_next = a x + b r      with r what the model predicts at the noisier of the two
 
-where r is the noise, or the velocity v = alpha eps - sigma x0, which makes the step a rotation. Sampling knows r exactly.
-Going up it is unknown, and the variants differ in how they guess it.
+where r is the noise, or the velocity v = alpha eps - sigma x0, which makes the step a rotation. Sampling knows r
+exactly. Going up it is unknown, and the variants differ in how they guess it.
 """
 
 from __future__ import annotations
@@ -67,13 +68,14 @@ def low_step(
 def high_step(
     quantity: Quantity = "eps", iterations: int = 0, ran_away: Callable[[Level], object] = lambda level: None
 ) -> Step:
-    """Guess by showing the model the latents from below as if they were those above, and correct the guess `iterations` times.
+    """Guess by showing the model the latents from below as if they were those above, and correct the guess `iterations`
+    times.
 
-    No iteration is what diffusers' DDIMInverseScheduler does; each one more is a fixed-point iteration on the equation of
-    the sampling step (ReNoise, Garibi et al. 2024, without its averaging and regularisation) and takes the error down by
-    about one order. It converges as far as the model is smooth: b times the slope of r must be below 1. Where the last
-    correction is not the smallest, an image keeps the latents whose correction was, from which sampling leads back nearest;
-    `ran_away` is called with the level then, once a step.
+    No iteration is what diffusers' DDIMInverseScheduler does; each one more is a fixed-point iteration on the equation
+    of the sampling step (ReNoise, Garibi et al. 2024, without its averaging and regularisation) and takes the error
+    down by about one order. It converges as far as the model is smooth: b times the slope of r must be below 1. Where
+    the last correction is not the smallest, an image keeps the latents whose correction was, from which sampling leads
+    back nearest; `ran_away` is called with the level then, once a step.
 
     Cost: `iterations` + 1 evaluations a step, or fewer.
 

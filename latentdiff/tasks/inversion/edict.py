@@ -1,4 +1,5 @@
-"""EDICT (Wallace et al. 2023): two coupled latents, each moved by what the model says about the other, so exactly invertible.
+"""EDICT (Wallace et al. 2023): two coupled latents, each moved by what the model says about the other, so exactly
+invertible.
 
 The pair (x, y) goes through the loop as one tensor (2 N, C, h, w), the N latents x before the N latents y.
 """
@@ -20,8 +21,8 @@ from latentdiff.tasks.inversion.ddim import Quantity, coefficients, read
 def mixing_for(steps: int, quantity: Quantity = "eps") -> float:
     """The share p of its own that each latent keeps in a step: the paper's 0.93 up to 50 steps.
 
-    On the way up the two drift apart by a factor p**-2 a step, so p depends on the number of steps. Moved by the noise they
-    also shrink together, by alpha_T in all; moved by the velocity they do not, and p has to be nearer to 1.
+    On the way up the two drift apart by a factor p**-2 a step, so p depends on the number of steps. Moved by the noise
+    they also shrink together, by alpha_T in all; moved by the velocity they do not, and p has to be nearer to 1.
     """
     return {"eps": 0.93, "v": 0.98}[quantity] ** min(50.0 / steps, 1.0)
 

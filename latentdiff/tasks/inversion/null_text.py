@@ -1,7 +1,9 @@
-"""Null-text inversion (Mokady et al. 2023): per step, the "empty" embedding with which guided sampling stays on the trajectory.
+"""Null-text inversion (Mokady et al. 2023): per step, the "empty" embedding with which guided sampling stays on the
+trajectory.
 
-The unguided inversion gives the trajectory (the pivots); guidance would leave it, because what was inverted did not follow the
-prompt that strongly. So the unconditional embedding is optimised, step by step, until guided sampling returns to the pivots.
+The unguided inversion gives the trajectory (the pivots); guidance would leave it, because what was inverted did not
+follow the prompt that strongly. So the unconditional embedding is optimised, step by step, until guided sampling
+returns to the pivots.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ Predict = Callable[[Tensor], Prediction]  # of a null embedding
 
 @dataclass(frozen=True, kw_only=True)
 class NullTextSettings:
-    """The paper's settings for 50 steps, with the two ramps over steps given as shares, so that they hold for any number.
+    """The paper's settings for 50 steps, with the two ramps over steps given as shares, so that they hold for any
+    number.
 
-    The learning rate falls to half of its value at the last step; the mean squared error at which a step stops early grows by
-    `tolerance_growth` over all steps.
+    The learning rate falls to half of its value at the last step; the mean squared error at which a step stops early
+    grows by `tolerance_growth` over all steps.
     """
 
     guidance_scale: float = 5.0
@@ -63,7 +66,8 @@ def optimise(
         null: where to begin, (1, L, C) say; each later step begins where the one before it ended.
         levels, pivots: of the stored trajectory, noisiest first; pivots are (N, C, h, w).
 
-    Cost: a step takes one evaluation of `conditional` and, per inner step, one of `unconditional` with its backward pass.
+    Cost: a step takes one evaluation of `conditional` and, per inner step, one of `unconditional` with its backward
+        pass.
     No graph lives longer than an inner step.
     """
     guidance = Guidance(scale=settings.guidance_scale)

@@ -62,7 +62,8 @@ def invert(
             "ddim-high"    DDIM as diffusers does it; 1
             "ddim-low"     DDIM, the sampler's step walked upwards; 1
             "edict"        two coupled latents, exact; 4
-            "null-text"    fixed-point, then the null embedding of each step that makes guided sampling exact; up to 10 with
+            "null-text"    fixed-point, then the null embedding of each step that makes guided sampling exact; up to 10
+            with
                            their backward passes besides
         steps: of the trajectory, 1 to the number of training timesteps.
         iterations: of "fixed-point" and "null-text".
@@ -70,7 +71,8 @@ def invert(
         mixing: p of "edict"; None is `mixing_for` the steps.
         spacing: as for generation; None is what the model says.
         width, height: bring the picture to this size in pixels first, as in `image_to_image`.
-        measure: sample back and compare with the picture; as many evaluations as unguided sampling (EDICT: guided) takes.
+        measure: sample back and compare with the picture; as many evaluations as unguided sampling (EDICT: guided)
+            takes.
         callback, progress: as for generation.
 
     Raises:
@@ -214,7 +216,8 @@ def walk_down(
     callback: Callback | None = None,
     bar: tqdm | None = None,
 ) -> Tensor:
-    """Sample `count` times from the inversion's noise with `denoiser`, made for that batch: latents (count, C, h, w)."""
+    """Sample `count` times from the inversion's noise with `denoiser`, made for that batch: latents (count, C, h,
+    w)."""
     x = inversion.latents[:1].to(pipe.device).repeat(count, 1, 1, 1)
     step: Step = ddim.step
     if inversion.partner is not None:
@@ -235,7 +238,8 @@ def with_null_text(
     callback: Callback | None = None,
     bar: tqdm | None = None,
 ) -> Inversion:
-    """The inversion with the null embeddings that make its reconstruction exact under this guidance; see `null_text`."""
+    """The inversion with the null embeddings that make its reconstruction exact under this guidance; see
+    `null_text`."""
     inversion.check_model(pipe.model_hash)
     settings = NullTextSettings(guidance_scale=guidance_scale)
     model = checked_model(pipe.unet, pipe.unet, inversion.levels)

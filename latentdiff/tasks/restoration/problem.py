@@ -63,7 +63,8 @@ class Problem:
         return residual(self.operator, self.measurement, picture)
 
     def first_guess(self) -> Tensor:
-        """The best linear estimate of a picture (N, 3, H, W) whose pixels have mean 0 and standard deviation 1/2 each."""
+        """The best linear estimate of a picture (N, 3, H, W) whose pixels have mean 0 and standard deviation 1/2
+        each."""
         operator, y = self.operator, self.measurement
         grey = y.new_zeros(y.shape[0], *operator.picture_shape(tuple(y.shape[1:])))
         return operator.prox(y, grey, 4.0 * self.noise_std**2)
@@ -71,8 +72,8 @@ class Problem:
     def moved(self, latents: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """The latents (N, C, h, w) of a picture that was changed, (N, 3, H, W) each.
 
-        Only the change goes through the encoder, z + E(after) - E(before), so that what encoder and decoder lose does not add
-        up over the steps.
+        Only the change goes through the encoder, z + E(after) - E(before), so that what encoder and decoder lose does
+        not add up over the steps.
         """
         pairs = map(self.autoencoder.encode, torch.stack([after, before], dim=1))  # (2, C, h, w) each
         return latents + torch.cat([pair[:1] - pair[1:] for pair in pairs])
@@ -118,10 +119,10 @@ def at_least_zero(**values: float) -> None:
 def within_noise(operator: Operator, y: Tensor, x: Tensor, noise_std: float) -> Tensor:
     """The picture nearest to x, (N, 3, H, W), that misses the measurement by no more than its noise does.
 
-    This is the discrepancy principle (Morozov 1966): the pull of the proximal map is chosen, for each picture, so that the root
-    mean square of y - A x becomes `noise_std`. Pictures that explain the measurement that well already stay as they are. Where
-    the operator copies pixels that were measured without noise, they are put back exactly, and what they change is carried on
-    to missing ones (`Operator.completed`). Costs at most 15 proximal maps a picture.
+    This is the discrepancy principle (Morozov 1966): the pull of the proximal map is chosen, for each picture, so that
+    the root mean square of y - A x becomes `noise_std`. Pictures that explain the measurement that well already stay as
+    they are. Where the operator copies pixels that were measured without noise, they are put back exactly, and what
+    they change is carried on to missing ones (`Operator.completed`). Costs at most 15 proximal maps a picture.
     """
     if operator.noise_std == 0.0 and operator.copies_pixels:
         return x + operator.completed(operator.project(y, x) - x)

@@ -1,4 +1,5 @@
-"""Restoring damaged pictures: the model as a prior, a known operator as what happened (see `operators` and `restoration`)."""
+"""Restoring damaged pictures: the model as a prior, a known operator as what happened (see `operators` and
+`restoration`)."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ from latentdiff.tasks.sources import Picture, open_source, warn_if_large
 
 TASK = "restore"
 STEPS = {"diffpir": 50, "dps": 250, "psld": 250, "resample": 100, "graikos": 200}
-# Where the methods' own defaults are for pixels. Pixels in [-1, 1] stray from their mean by about 1/2, which bounds the error
-# of a prediction; latents have about twice that spread and fewer entries, so that gradients have to lead further.
+# Where the methods' own defaults are for pixels. Pixels in [-1, 1] stray from their mean by about 1/2, which bounds the
+# error of a prediction; latents have about twice that spread and fewer entries, so that gradients have to lead further.
 SETTINGS: dict[str, dict[str, float]] = {
     "diffpir": {"prior_std": 0.5, "begin": 4.0},
     "dps": {"scale": 15.0},
@@ -106,14 +107,16 @@ def restore(
 ) -> Restoration:
     """Find pictures that the operator would have made into `image`, and that the model finds likely.
 
-    Pictures whose sides the VAE cannot make (no multiples of 8) are restored as part of a larger one. A picture of which
-    everything is known comes back as it is, as far as noise allows; where nothing is known, the result is what the prompt
-    generates.
+    Pictures whose sides the VAE cannot make (no multiples of 8) are restored as part of a larger one. A picture of
+    which everything is known comes back as it is, as far as noise allows; where nothing is known, the result is what
+    the prompt generates.
 
     Args:
-        image: the damaged picture; or a measurement (1, c, h, w) in the operator's own range. A small one for super-resolution,
-            for inpainting one of full size whose missing pixels may hold anything, for colourising a grey one.
-        operator: what happened to it; a member of `latentdiff.tasks.restoration.operators`, or a class or function of your own.
+        image: the damaged picture; or a measurement (1, c, h, w) in the operator's own range. A small one for
+            super-resolution, for inpainting one of full size whose missing pixels may hold anything, for colourising a
+            grey one.
+        operator: what happened to it; a member of `latentdiff.tasks.restoration.operators`, or a class or function of
+            your own.
         method: "diffpir", "dps", "psld", "resample" or "graikos"; their classes in
             `latentdiff.tasks.restoration.methods` say what they cost.
         prompt: what the picture shows, if known.
@@ -122,9 +125,10 @@ def restore(
         steps: of the denoise loop; None is what suits the method.
         guidance_scale: None is 3 with a prompt and 1 without.
         settings: of the method, in place of its defaults.
-        keep_measurement: at the end, go to the nearest picture that explains the measurement to within its noise. So what the
-            VAE cannot draw comes back where it was measured.
-        options: of `Sampling`: negative_prompt, guidance_rescale, guidance_interval, seed, batch_size, callback, progress.
+        keep_measurement: at the end, go to the nearest picture that explains the measurement to within its noise. So
+            what the VAE cannot draw comes back where it was measured.
+        options: of `Sampling`: negative_prompt, guidance_rescale, guidance_interval, seed, batch_size, callback,
+            progress.
 
     Raises:
         UsageError: an argument outside its domain, or an operator that does not fit the picture.
@@ -190,7 +194,8 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
 
 
 def autoencoder_of(pipe: Pipeline) -> Autoencoder:
-    """The pipeline's VAE as functions that gradients pass; one picture at a time, or two small ones; float32 outside."""
+    """The pipeline's VAE as functions that gradients pass; one picture at a time, or two small ones; float32
+    outside."""
 
     def encode(pictures: Tensor) -> Tensor:
         def one(part: Tensor) -> Tensor:

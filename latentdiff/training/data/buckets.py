@@ -29,7 +29,8 @@ def default_step(resolution: int, downscale: int) -> int:
 
 
 def bucket_sizes(resolution: int, step: int = STEP, max_aspect: float = MAX_ASPECT) -> list[Size]:
-    """Sizes with multiples of `step` as sides, an area of at most `resolution`², and sides that differ by `max_aspect` at most.
+    """Sizes with multiples of `step` as sides, an area of at most `resolution`², and sides that differ by `max_aspect`
+    at most.
 
     Raises:
         UsageError: the resolution is no multiple of the step.
@@ -54,8 +55,8 @@ def assign(
 ) -> list[Size | None]:
     """The bucket of each image: that of the nearest aspect ratio.
 
-    An image that is smaller than its bucket gets a smaller one, its own size rounded down to multiples of `step`, so that
-    nothing is enlarged; None where even one step is larger than the image. With `upscale` it is enlarged instead.
+    An image that is smaller than its bucket gets a smaller one, its own size rounded down to multiples of `step`, so
+    that nothing is enlarged; None where even one step is larger than the image. With `upscale` it is enlarged instead.
 
     Args:
         sizes: of the images.
@@ -94,8 +95,9 @@ class BatchPlan:
     """Which images make up which batch, as a pure function of the step.
 
     Every image of a bucket is seen once (times its repeats) in each of its epochs, in an order that depends on
-    (seed, bucket, epoch) alone. What does not fill the last batch of a bucket waits for the next epoch and comes first then:
-    no batch is smaller, nothing is left out, and in the long run every image is seen equally often. A bucket with fewer
+    (seed, bucket, epoch) alone. What does not fill the last batch of a bucket waits for the next epoch and comes first
+    then: no batch is smaller, nothing is left out, and in the long run every image is seen equally often. A bucket with
+        fewer
     images than a batch thus has a batch only every few epochs, and may hold an image twice.
 
     Args:

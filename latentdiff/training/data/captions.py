@@ -75,8 +75,8 @@ def token_chunks(
     """Token ids of captions, (N, K, L) int64, each chunk with its start and end mark and padded to L.
 
     With `long="cut"` K is 1. With "chunk" a caption that is too long goes on in further chunks, which are cut between
-    words; K is what the longest caption needs, at most `max_chunks`, and others are filled up with empty chunks. The text
-    encoder encodes each chunk alone and the embeddings are joined along the sequence, (N, K * L, C).
+    words; K is what the longest caption needs, at most `max_chunks`, and others are filled up with empty chunks. The
+    text encoder encodes each chunk alone and the embeddings are joined along the sequence, (N, K * L, C).
 
     Args:
         tokenizer: a `Tokenizer`, or one of transformers; its `model_max_length` is L.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-# Gradients differ in at most so many of 64 bits, and thumbnails by so many of 255 levels on average. Re-encoded and scaled
-# copies stay below both; the second tells flat images apart, which have no gradients.
+# Gradients differ in at most so many of 64 bits, and thumbnails by so many of 255 levels on average. Re-encoded and
+# scaled copies stay below both; the second tells flat images apart, which have no gradients.
 NEAR_BITS = 4
 NEAR_LEVELS = 8.0
 _BANDS = NEAR_BITS + 1
@@ -46,8 +46,8 @@ def same(looks: Sequence[Look]) -> list[list[int]]:
 def near(looks: Sequence[Look]) -> list[list[int]]:
     """Groups of two or more images that nearly look the same; of equal images only the first counts.
 
-    Two hashes that differ in at most NEAR_BITS bits agree on at least one of NEAR_BITS + 1 bands of bits, so that only images
-    that share a band are compared.
+    Two hashes that differ in at most NEAR_BITS bits agree on at least one of NEAR_BITS + 1 bands of bits, so that only
+    images that share a band are compared.
     """
     firsts = list({look.pixels: index for index, look in reversed(list(enumerate(looks)))}.values())
     parent = {index: index for index in firsts}
@@ -67,7 +67,8 @@ def near(looks: Sequence[Look]) -> list[list[int]]:
 
 
 def shared(looks: Sequence[Look], others: Sequence[Look]) -> list[tuple[int, int]]:
-    """Pairs (index in `looks`, index in `others`) of images that are the same or nearly so, one for each of `others`."""
+    """Pairs (index in `looks`, index in `others`) of images that are the same or nearly so, one for each of
+    `others`."""
     joined = [*looks, *others]
     found: dict[int, int] = {}
     exact = {look.pixels: index for index, look in enumerate(looks)}

@@ -1,10 +1,11 @@
 """Random numbers of training as a pure function of (seed, purpose, step, row).
 
-A row is the position of a sample in the global batch of a step. Nothing is drawn from a stream that has a state, so that a
-resumed run needs no random states, and a batch split over processes or micro-batches gets the same numbers as the whole one.
+A row is the position of a sample in the global batch of a step. Nothing is drawn from a stream that has a state, so
+that a resumed run needs no random states, and a batch split over processes or micro-batches gets the same numbers as
+the whole one.
 
-All of it is numpy, not torch: it runs in background threads, where torch would start a second team of worker threads that
-fights with the one of the training step for the cores.
+All of it is numpy, not torch: it runs in background threads, where torch would start a second team of worker threads
+that fights with the one of the training step for the cores.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 
 Key = tuple[int | str, ...]
 
-# Rows are drawn in blocks of this many: one generator per row would be slow, one per global batch wasteful on many processes.
+# Rows are drawn in blocks of this many: one generator per row would be slow, one per global batch wasteful on many
+# processes.
 _BLOCK = 32
 
 
@@ -62,6 +64,7 @@ class SampleOrder:
         self._permutation = lru_cache(maxsize=2)(lambda epoch: generator(seed, "order", epoch).permutation(size))
 
     def indices(self, first: int, count: int) -> np.ndarray:
-        """Data set indices of the samples number `first` to `first + count` since the start of training, (count,) int64."""
+        """Data set indices of the samples number `first` to `first + count` since the start of training, (count,)
+        int64."""
         epochs, places = np.divmod(np.arange(first, first + count), self.size)
         return np.concatenate([self._permutation(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])

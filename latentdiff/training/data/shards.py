@@ -1,4 +1,5 @@
-"""WebDataset shards: tar files in which the members of a sample follow each other and share their name up to the first dot.
+"""WebDataset shards: tar files in which the members of a sample follow each other and share their name up to the first
+dot.
 
 000.tar: cat.jpg cat.txt dog.jpg dog.json ...         the caption is .txt, .caption, or a column of .json
 """
@@ -25,7 +26,8 @@ _NOTE = re.compile(r"__[^/]*__($|/)")
 
 
 def find_shards(source: str | Path) -> list[Path]:
-    """Shards of a folder, a tar file, or a pattern with a range such as `train-{000..099}.tar`, in order of their names.
+    """Shards of a folder, a tar file, or a pattern with a range such as `train-{000..099}.tar`, in order of their
+    names.
 
     An empty list means that the source is something else.
 

@@ -1,13 +1,13 @@
 """WebDataset shards as an endless stream of batches, without an index in memory, by the webdataset library.
 
-The order is a pure function of the seed and the batch size. It has nothing to do with how many processes and workers read,
-and the batch of any step can be found without replaying the steps before it, so that a resumed run needs nothing but its
-step.
+The order is a pure function of the seed and the batch size. It has nothing to do with how many processes and workers
+read, and the batch of any step can be found without replaying the steps before it, so that a resumed run needs nothing
+but its step.
 
-A batch is divided over lanes, as many as the batch size and the number of shards allow. All lanes together go through the
-shards in one endless sequence, every epoch of which is a new permutation; lane j of L takes the shards number j, j + L,
-j + 2 L, ... of it. Within a shard samples are shuffled in a buffer. A process reads the lanes of its own rows only; a resumed
-one passes over whole shards by their headers and reads at most one shard a lane again.
+A batch is divided over lanes, as many as the batch size and the number of shards allow. All lanes together go through
+the shards in one endless sequence, every epoch of which is a new permutation; lane j of L takes the shards number j, j
++ L, j + 2 L, ... of it. Within a shard samples are shuffled in a buffer. A process reads the lanes of its own rows
+only; a resumed one passes over whole shards by their headers and reads at most one shard a lane again.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ class ShardStream:
 
     @property
     def lanes(self) -> int:
-        """Parts of a batch that different shards supply: the largest divisor of the batch size for which there are shards."""
+        """Parts of a batch that different shards supply: the largest divisor of the batch size for which there are
+        shards."""
         return next(n for n in range(min(self.batch_size, len(self.shards)), 0, -1) if self.batch_size % n == 0)
 
     def batches(
@@ -113,7 +114,8 @@ class ShardStream:
     ) -> Iterator[StreamBatch[Item]]:
         """What `make(sample, step, row)` makes of the rows of each batch from `first_step` on, for ever.
 
-        A sample of which `make` raises DataError is left out; the next one of its lane that can be used stands in for it.
+        A sample of which `make` raises DataError is left out; the next one of its lane that can be used stands in for
+        it.
 
         Args:
             make: must be picklable where there are workers; row is the place in the global batch.

@@ -3,8 +3,8 @@
     CACHE/latents-ENCODER-PRECISION/     mean and logvar of an image in its bucket, (2, C, h, w)
     CACHE/text-ENCODER-PRECISION/        embeddings of a caption, (chunks L, width)
 
-Every row has its own key, made of all that it depends on: a new image costs one encoding, a changed model a new folder. Latents
-are kept as distributions and drawn anew at every use, as without the cache.
+Every row has its own key, made of all that it depends on: a new image costs one encoding, a changed model a new folder.
+Latents are kept as distributions and drawn anew at every use, as without the cache.
 """
 
 from __future__ import annotations

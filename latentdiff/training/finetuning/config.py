@@ -1,7 +1,7 @@
 """The configuration of a fine-tuning: one flat set of keys, the same in YAML, as flags of the command, and in Python.
 
-What is not given has the default of its method. Paths are relative to the folder that the command is started in; unknown keys
-are errors.
+What is not given has the default of its method. Paths are relative to the folder that the command is started in;
+unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class FinetuneConfig(StageSection):
 
     # --- what is trained
     method: Literal["lora", "full", "textual_inversion"] = "lora"
-    """lora: small matrices beside the weights, a small file. full: all weights of the U-Net. textual_inversion: the embedding
-    of one new word."""
+    """lora: small matrices beside the weights, a small file. full: all weights of the U-Net. textual_inversion: the
+    embedding of one new word."""
     model: str | None = None
     """Folder, file or hub id of the model to start from; without it, the one that comes with latentdiff."""
     out: Path = Path("runs/finetune")
@@ -98,7 +98,8 @@ class FinetuneConfig(StageSection):
 
     # --- what is learned from
     data: Entries = ()
-    """Where the captioned images are; several are trained on together. FOLDER:3 repeats each image three times an epoch."""
+    """Where the captioned images are; several are trained on together. FOLDER:3 repeats each image three times an
+    epoch."""
     validation: Entries = ()
     """Held-out captioned images that are never trained on; replaces `validation_share`."""
     validation_share: Fraction = 0.0
@@ -112,9 +113,11 @@ class FinetuneConfig(StageSection):
     background: str = "white"
     """Colour under transparent images."""
     stream: bool = False
-    """Read WebDataset shards in sequence, without an index in memory: for millions of images; square crops, no caches."""
+    """Read WebDataset shards in sequence, without an index in memory: for millions of images; square crops, no
+    caches."""
     resolution: PositiveInt | None = None
-    """Side of the training images in pixels; with `buckets`, they have about the area of its square. Default: the model's."""
+    """Side of the training images in pixels; with `buckets`, they have about the area of its square. Default: the
+    model's."""
     buckets: bool = True
     """Keep the images' aspect ratios, and batch images of like ones; otherwise all are cropped to squares."""
     bucket_step: PositiveInt | None = None
@@ -138,19 +141,23 @@ class FinetuneConfig(StageSection):
 
     # --- how
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
-    """Gamma of the min-SNR loss weight (Hang et al. 2023), 5 is usual; none weighs all timesteps the same. With v-prediction it
-    hardly counts the noisiest timesteps, where layout and colours are decided: the embedded model forgets them with it."""
+    """Gamma of the min-SNR loss weight (Hang et al. 2023), 5 is usual; none weighs all timesteps the same. With
+    v-prediction it hardly counts the noisiest timesteps, where layout and colours are decided: the embedded model
+    forgets them with it."""
     high_noise_share: Fraction = 0.0
-    """Share of the timesteps drawn from the noisiest tenth alone, where a picture's layout is decided; others are uniform."""
+    """Share of the timesteps drawn from the noisiest tenth alone, where a picture's layout is decided; others are
+    uniform."""
     noise_offset: NotNegative = 0.0
-    """Strength of noise that is constant over a latent's channel; 0.05 helps with very dark and very bright pictures."""
+    """Strength of noise that is constant over a latent's channel; 0.05 helps with very dark and very bright
+    pictures."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time, the same gradients."""
     attention: Literal["auto", "sdpa", "xformers", "plain"] = "auto"
     """Attention back end; auto is plain for small latents on a CPU in bf16, where it is faster, and PyTorch's
     kernels elsewhere."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Precision of forward and backward passes; trained weights stay float32. auto is bf16 on a GPU that has it, else no."""
+    """Precision of forward and backward passes; trained weights stay float32. auto is bf16 on a GPU that has it, else
+    no."""
     base_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision in which frozen weights are kept (lora, textual_inversion); halves their memory."""
     device: Literal["auto", "cpu"] = "auto"

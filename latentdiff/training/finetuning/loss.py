@@ -53,7 +53,8 @@ class FinetuneLoss(nn.Module):
 
         Args:
             batch: `noise` (n, C, h, w), `timesteps` (n,), `weights` (n,); `latents` (n, C, h, w), or `images`
-                (n, H, W, 3) uint8 with `posterior` noise (n, C, h, w); `context` (n, L, width), or `tokens` (n, chunks, L).
+                (n, H, W, 3) uint8 with `posterior` noise (n, C, h, w); `context` (n, L, width), or `tokens` (n, chunks,
+                L).
         """
         errors = self.errors(self.latents(batch), batch["noise"], batch["timesteps"], self.context(batch))
         weights = self.objective.weights(batch["timesteps"]) * batch["weights"]

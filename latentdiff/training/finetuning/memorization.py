@@ -1,9 +1,9 @@
 """Whether samples are copies: the nearest training image of each, and whether it is suspiciously near.
 
-Pictures are compared as 32x32 pixels, less their mean colour and scaled to length 1, so that brightness, tint, contrast,
-compression and slight blur do not hide a copy; mirrored copies are looked for too. The distance of two such vectors runs from
-0 to 2. What is suspicious depends on the data: training images have a usual distance to the nearest other one, and a sample
-that is nearer to a training image than half of that is flagged.
+Pictures are compared as 32x32 pixels, less their mean colour and scaled to length 1, so that brightness, tint,
+contrast, compression and slight blur do not hide a copy; mirrored copies are looked for too. The distance of two such
+vectors runs from 0 to 2. What is suspicious depends on the data: training images have a usual distance to the nearest
+other one, and a sample that is nearer to a training image than half of that is flagged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The report of a run: one HTML file with everything inside, no scripts, nothing from the network.
 
-It is made of what lies in the run folder (`log.jsonl`, `config.yaml`, `data.json`, `samples/`, `copying/`, `checkpoints/`), so
-that it can be written again at any time; what is not there is left out.
+It is made of what lies in the run folder (`log.jsonl`, `config.yaml`, `data.json`, `samples/`, `copying/`,
+`checkpoints/`), so that it can be written again at any time; what is not there is left out.
 """
 
 from __future__ import annotations

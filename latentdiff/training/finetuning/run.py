@@ -39,7 +39,8 @@ from latentdiff.training.sharding import is_sharding
 
 CONFIG = "config.yaml"
 
-# Latents of up to this many entries a channel are attended to faster without PyTorch's fused kernels, on a CPU in bfloat16.
+# Latents of up to this many entries a channel are attended to faster without PyTorch's fused kernels, on a CPU in
+# bfloat16.
 _SMALL_LATENT = 32 * 32
 
 # Training images that samples are compared with.

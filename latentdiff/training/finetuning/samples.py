@@ -86,7 +86,8 @@ class Samples:
         flipped: Sequence[bool] | None = None,
         crop_keys: Sequence[tuple[int | str, ...] | None] | None = None,
     ) -> Arrays:
-        """Images of one bucket: their latents where these are cached, otherwise their pixels and the noise to draw with."""
+        """Images of one bucket: their latents where these are cached, otherwise their pixels and the noise to draw
+        with."""
         mirrored = [False] * len(indices) if flipped is None else flipped
         keys = [None] * len(indices) if crop_keys is None else crop_keys
         if self.latents is not None:

@@ -2,8 +2,8 @@
 
     FOLDER/KEY-OF-THE-FIRST-ROW.safetensors     "rows" (n, ...), and in its metadata the n keys
 
-A shard is written whole or not at all and never changed, so a build that is cut off goes on with the rows that are missing, and
-processes can write into one folder at the same time.
+A shard is written whole or not at all and never changed, so a build that is cut off goes on with the rows that are
+missing, and processes can write into one folder at the same time.
 """
 
 from __future__ import annotations

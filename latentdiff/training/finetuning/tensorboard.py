@@ -36,7 +36,8 @@ class TensorBoard:
         self._writer = SummaryWriter(str(run / FOLDER), purge_step=step + 1 if step else None)
 
     def write(self, entry: Mapping[str, float]) -> None:
-        """Take in one entry of `log.jsonl`; losses on held-out and on training images share the group "loss at fixed noise"."""
+        """Take in one entry of `log.jsonl`; losses on held-out and on training images share the group "loss at fixed
+        noise"."""
         step = int(entry["step"])
         for name, value in entry.items():
             if name != "step":

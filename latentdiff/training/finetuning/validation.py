@@ -1,7 +1,8 @@
-"""What tells whether a fine-tuning works: a held-out split, losses with fixed noise, the gap between them, sample sheets.
+"""What tells whether a fine-tuning works: a held-out split, losses with fixed noise, the gap between them, sample
+sheets.
 
-Everything here depends on the seed and on the images' keys alone, never on their number or order: when images are added, those
-that were held out stay held out, and each keeps its noise.
+Everything here depends on the seed and on the images' keys alone, never on their number or order: when images are
+added, those that were held out stay held out, and each keeps its noise.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def split(keys: Sequence[str], share: float, seed: int, most: int | None = None)
     """Hold images out, fixed by the seed and each image's own key.
 
     Args:
-        keys: names the images for ever: the file's name, or better a hash of its content; images of one key stay together.
+        keys: names the images for ever: the file's name, or better a hash of its content; images of one key stay
+            together.
         share: of the images, 0 to 1; 0 holds nothing out, more at least one image.
         most: measure no more than so many of the held-out images, those whose keys come first by hash.
 
@@ -88,8 +90,8 @@ def banded_losses(
 ) -> np.ndarray:
     """Mean losses of some images in each band of timesteps, (BANDS,); noise and timesteps are the same at every call.
 
-    Each image has its own noise and, in each band, timesteps spread evenly from an offset of its own. Few images get several
-    draws each, so that the mean does not hang on a handful of numbers.
+    Each image has its own noise and, in each band, timesteps spread evenly from an offset of its own. Few images get
+    several draws each, so that the mean does not hang on a handful of numbers.
 
     Args:
         images: indices, of `keys` and for `shape_of` and `errors_of`.
@@ -135,7 +137,8 @@ def _timestep_places(key: str, draw: int, draws: int, seed: int) -> np.ndarray:
 
 
 def losses_entry(held_out: np.ndarray, training_part: np.ndarray | None, num_train_timesteps: int) -> dict[str, float]:
-    """What the log says: means over the bands `val_mse` and `train_mse`, each band, and `gap`, held-out minus training."""
+    """What the log says: means over the bands `val_mse` and `train_mse`, each band, and `gap`, held-out minus
+    training."""
     entry = _entry("val", held_out, num_train_timesteps)
     if training_part is not None:
         entry |= _entry("train", training_part, num_train_timesteps)
@@ -161,7 +164,8 @@ def sample_folder(run: Path, step: int, weights: str) -> Path:
 
 
 def write_samples(make: MakePictures, prompts: Sequence[str], folder: Path, *, seed: int) -> list[Image.Image]:
-    """Make one picture of each prompt, write each with its recipe as `00.png`, `01.png` ..., and all of them as `sheet.png`.
+    """Make one picture of each prompt, write each with its recipe as `00.png`, `01.png` ..., and all of them as
+    `sheet.png`.
 
     Picture i has seed `seed + i`; the same prompts and seed at every step show what the steps changed.
     """

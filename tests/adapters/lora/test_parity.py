@@ -1,4 +1,5 @@
-"""Files written here work in diffusers, files written by PEFT and diffusers work here, and a training step is PEFT's."""
+"""Files written here work in diffusers, files written by PEFT and diffusers work here, and a training step is
+PEFT's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Samplers on distributions whose exact denoiser is known: means, variances, equalities and inversion in closed form."""
+"""Samplers on distributions whose exact denoiser is known: means, variances, equalities and inversion in closed
+form."""
 
 from __future__ import annotations
 
@@ -213,7 +214,8 @@ def noisy_mixture_quantiles(count: int, level: Level) -> Tensor:
 
 @pytest.mark.parametrize(("mean", "std", "bias"), [(0.8, 0.5, -0.0274), (-0.9, 0.2, 0.0123)])
 def test_zero_terminal_snr_takes_the_bias_from_the_start(mean: float, std: float, bias: float) -> None:
-    """Noisy data at the last timestep are not quite N(0, 1); starting as if they were shifts the mean of all samples."""
+    """Noisy data at the last timestep are not quite N(0, 1); starting as if they were shifts the mean of all
+    samples."""
     ddim, data = get_sampler("ddim"), analytic.gaussian(mean, std)
     last = TO_ONE.level(999)
     expected = -last.alpha * mean * std / math.sqrt((last.alpha * std) ** 2 + last.sigma**2)

@@ -1,4 +1,5 @@
-"""The same latents as diffusers' schedulers, driven by one and the same model over every spacing and kind of prediction."""
+"""The same latents as diffusers' schedulers, driven by one and the same model over every spacing and kind of
+prediction."""
 
 from __future__ import annotations
 

@@ -185,7 +185,8 @@ def resident() -> int:
 
 @pytest.mark.slow
 def test_200_000_samples_in_flat_memory(tmp_path):
-    """Images of 2 KB each, 400 MB in all, 4096 of them in the buffers: memory stays where it was after the first tenth."""
+    """Images of 2 KB each, 400 MB in all, 4096 of them in the buffers: memory stays where it was after the first
+    tenth."""
     content = {"png": encoded(picture(0, (24, 24))), "txt": b"a small picture"}
     paths = tuple(
         shard(tmp_path / f"{number:03}.tar", {f"{number:03}-{i:04}": content for i in range(4000)})

@@ -78,7 +78,8 @@ def test_full_training_equals_diffusers_and_torch(tmp_path, monkeypatch, family,
     for name, parameter in named.items():
         gradient = ours.optimizer[f"unet.{name}/exp_avg"] / 0.1
         assert (gradient - parameter.grad).norm() <= 1e-5 * norm, name
-        # Of a whole tensor: Adam's first step divides each gradient by its own size, also those that are rounding alone.
+        # Of a whole tensor: Adam's first step divides each gradient by its own size, also those that are rounding
+        # alone.
         theirs = parameter.detach()
         assert (ours.weights[f"unet.{name}"] - theirs).norm() <= 1e-5 * theirs.norm(), name
 

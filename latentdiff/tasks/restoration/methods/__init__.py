@@ -1,7 +1,7 @@
 """The model as a prior: ways to restore what a known operator took away, each over the one denoise loop.
 
-All are pure functions of a denoiser and a `Problem`; none keeps a graph from one step to the next. To add one, write it in a
-file of this folder and name it in `METHODS`.
+All are pure functions of a denoiser and a `Problem`; none keeps a graph from one step to the next. To add one, write it
+in a file of this folder and name it in `METHODS`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""DiffPIR (Zhu et al. 2023): between two steps of the sampler, the prediction is brought in line with the measurement."""
+"""DiffPIR (Zhu et al. 2023): between two steps of the sampler, the prediction is brought in line with the
+measurement."""
 
 from __future__ import annotations
 
@@ -23,14 +24,17 @@ class DiffPIR(SamplingMethod):
     Cost of N steps: N U-Net evaluations, no gradients. In the latent space N decodings and 2 N encodings besides.
 
     Attributes:
-        weight: lambda, how strongly to keep to the prediction; 1 is what the noise levels say, `inf` switches the measurement
-        off. zeta: 0 to 1, the share of fresh noise at each step: 0 repeats the predicted noise, 1 draws all anew. About 0.3
+        weight: lambda, how strongly to keep to the prediction; 1 is what the noise levels say, `inf` switches the
+            measurement
+        off. zeta: 0 to 1, the share of fresh noise at each step: 0 repeats the predicted noise, 1 draws all anew. About
+        0.3
             spreads its samples most nearly as the posterior does; 1 gives smoother pictures.
-        prior_std: how far a pixel strays from its mean at all. At noise levels far above it a prediction is better than its
-            noise level says; `inf` is the paper's.
-        begin: the noise level sigma_hat from which on the measurement counts. Far above the spread of the data the next step
-            drowns what it says; `inf` is the paper's.
-        paper_final: leave the proximal step out at the end, as the paper's code does. The measurement is then missed a little.
+        prior_std: how far a pixel strays from its mean at all. At noise levels far above it a prediction is better than
+            its noise level says; `inf` is the paper's.
+        begin: the noise level sigma_hat from which on the measurement counts. Far above the spread of the data the next
+            step drowns what it says; `inf` is the paper's.
+        paper_final: leave the proximal step out at the end, as the paper's code does. The measurement is then missed a
+            little.
     """
 
     weight: float = 1.0
@@ -47,7 +51,8 @@ class DiffPIR(SamplingMethod):
     def rho(self, problem: Problem, level: Level) -> float:
         """The weight of the prediction against the measurement: lambda noise² / variance of the prediction."""
         precision = 1.0 / level.sigma_hat**2 + 1.0 / self.prior_std**2
-        # Without any signal and any prior the prediction weighs nothing; what the operator cannot see still stays in place.
+        # Without any signal and any prior the prediction weighs nothing; what the operator cannot see still stays in
+        # place.
         return max(self.weight * problem.noise_std**2 * precision, 1e-9)
 
     def denoiser(self, problem: Problem, denoiser: Denoiser) -> Denoiser:

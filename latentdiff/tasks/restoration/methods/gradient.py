@@ -1,4 +1,5 @@
-"""DPS (Chung et al. 2023), its latent form, and PSLD (Rout et al. 2023): a gradient step towards the measurement each time.
+"""DPS (Chung et al. 2023), its latent form, and PSLD (Rout et al. 2023): a gradient step towards the measurement each
+time.
 
 Gradients are taken through the denoiser, one step at a time: no graph outlives its step.
 """
@@ -32,14 +33,15 @@ Objective = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class DPS(SamplingMethod):
-    """Diffusion posterior sampling: x - scale * gradient of |y - A D(x0(x))| with respect to x. In latents known as LDPS.
+    """Diffusion posterior sampling: x - scale * gradient of |y - A D(x0(x))| with respect to x. In latents known as
+    LDPS.
 
-    Cost of N steps: N U-Net evaluations with gradients, about three times plain ones in time, with all activations in memory;
-    in the latent space N decodings with gradients besides. The paper takes 1000 steps.
+    Cost of N steps: N U-Net evaluations with gradients, about three times plain ones in time, with all activations in
+    memory; in the latent space N decodings with gradients besides. The paper takes 1000 steps.
 
     Attributes:
-        scale: zeta' of the paper, for its size and steps; it is scaled to other sizes and step counts so that a pixel moves as
-            far in all: by sqrt(entries / 196608) and 1000 / steps.
+        scale: zeta' of the paper, for its size and steps; it is scaled to other sizes and step counts so that a pixel
+            moves as far in all: by sqrt(entries / 196608) and 1000 / steps.
         eta: the share of fresh noise in the DDIM step; 1 is the ancestral step of the paper.
     """
 
@@ -67,7 +69,8 @@ class DPS(SamplingMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class PSLD(DPS):
-    """Posterior sampling in the latent space: besides, the latents must be those of a picture that explains the measurement.
+    """Posterior sampling in the latent space: besides, the latents must be those of a picture that explains the
+    measurement.
 
     The gluing term is |z0 - E(x0 + A⁺(y - A x0))|, x0 = D(z0). Takes linear operators only.
 
@@ -85,7 +88,8 @@ class PSLD(DPS):
         at_least_zero(gluing=self.gluing)
 
     def objective(self, problem: Problem) -> Objective:
-        """Eq. 9 of the paper, with the pseudo-inverse where the paper's transpose is one only for operators that select."""
+        """Eq. 9 of the paper, with the pseudo-inverse where the paper's transpose is one only for operators that
+        select."""
         if isinstance(problem.operator, Nonlinear):
             raise UsageError("the method psld takes linear operators only; take diffpir, dps or resample")
         encode, decode = problem.autoencoder.encode, problem.autoencoder.decode
@@ -102,7 +106,8 @@ class PSLD(DPS):
 
 
 def guided_step(base: Step, objective: Objective, scale: Callable[[Tensor, Level], float]) -> Step:
-    """A step that then goes down the gradient of `objective(x0(x))` with respect to where it began, by `scale(x, level)`."""
+    """A step that then goes down the gradient of `objective(x0(x))` with respect to where it began, by `scale(x,
+    level)`."""
 
     def step(
         denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: Any, noise: Noise
@@ -117,7 +122,8 @@ def guided_step(base: Step, objective: Objective, scale: Callable[[Tensor, Level
 def predicted_with_gradient(
     denoiser: Denoiser, x: Tensor, level: Level, objective: Objective
 ) -> tuple[Prediction, Tensor]:
-    """The prediction at x (N, C, h, w), free of any graph, and the gradient of the objective of its x0, (N, C, h, w)."""
+    """The prediction at x (N, C, h, w), free of any graph, and the gradient of the objective of its x0, (N, C, h,
+    w)."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         prediction = denoiser(x, level)
@@ -127,7 +133,8 @@ def predicted_with_gradient(
 
 
 class _Project(torch.autograd.Function):
-    """`operator.project` with its derivative I - A⁺A, which is symmetric; so iterative pseudo-inverses need no graph."""
+    """`operator.project` with its derivative I - A⁺A, which is symmetric; so iterative pseudo-inverses need no
+    graph."""
 
     @staticmethod
     def forward(ctx: Any, picture: Tensor, operator: Operator, measurement: Tensor) -> Tensor:

@@ -18,15 +18,17 @@ from latentdiff.tasks.restoration.problem import Problem, at_least_zero
 class Graikos:
     """Adam on |eps(alpha z + sigma e) - e|² + c |y - A D(z)|² over the latents z, with the noise level annealed.
 
-    It gives a mode of the posterior, not a sample: different seeds come to similar pictures, which are smoother than samples.
+    It gives a mode of the posterior, not a sample: different seeds come to similar pictures, which are smoother than
+    samples.
 
-    Cost of N steps: N U-Net evaluations with gradients (without, if `jacobian` is off) and N decodings with gradients. The
-    paper takes 200 to 1000 steps.
+    Cost of N steps: N U-Net evaluations with gradients (without, if `jacobian` is off) and N decodings with gradients.
+    The paper takes 200 to 1000 steps.
 
     Attributes:
         constraint: c at the first step; it falls to 0 in equal steps.
         lr: of Adam, in the units of latents.
-        jacobian: whether the gradient goes through the U-Net; without, it is that of score distillation (Poole et al. 2023).
+        jacobian: whether the gradient goes through the U-Net; without, it is that of score distillation (Poole et al.
+            2023).
     """
 
     constraint: float = 1.0

@@ -1,4 +1,5 @@
-"""ReSample (Song et al. 2024): every few steps the clean latents are solved for, and noise is put back on the solution."""
+"""ReSample (Song et al. 2024): every few steps the clean latents are solved for, and noise is put back on the
+solution."""
 
 from __future__ import annotations
 
@@ -21,13 +22,14 @@ from latentdiff.tasks.restoration.problem import Problem, SamplingMethod, at_lea
 class ReSample(SamplingMethod):
     """DDIM with the nudge of latent DPS at each step, and hard consistency every `every` steps of the last two thirds.
 
-    An event first walks `lookahead` steps ahead for a better prediction. In the middle third it is brought within the noise of
-    the measurement as a picture, and the change encoded; in the last third the latents are optimised through the decoder. Both
-    stop at the noise level, since what follows fits noise. Then the solution is noised again (stochastic resampling, eq. 12 of
-    the paper).
+    An event first walks `lookahead` steps ahead for a better prediction. In the middle third it is brought within the
+    noise of the measurement as a picture, and the change encoded; in the last third the latents are optimised through
+    the decoder. Both stop at the noise level, since what follows fits noise. Then the solution is noised again
+    (stochastic resampling, eq. 12 of the paper).
 
-    Cost of N steps: N U-Net evaluations with gradients and `lookahead` without for each event; N decodings with gradients, and
-    up to `iterations` more for each late event. The paper takes 500 steps, 2000 iterations; here 100 and 50.
+    Cost of N steps: N U-Net evaluations with gradients and `lookahead` without for each event; N decodings with
+    gradients, and up to `iterations` more for each late event. The paper takes 500 steps, 2000 iterations; here 100 and
+    50.
 
     Attributes:
         every: steps from one event to the next, the last one at the end; 0 is no events.
@@ -108,6 +110,7 @@ class ReSample(SamplingMethod):
 
 
 def _solve_in_pixels(problem: Problem, z0: Tensor) -> Tensor:
-    """What the paper's gradient descent in pixels, stopped early, goes towards: the nearest picture within the noise."""
+    """What the paper's gradient descent in pixels, stopped early, goes towards: the nearest picture within the
+    noise."""
     picture = problem.autoencoder.decode(z0)
     return problem.moved(z0, picture, within_noise(problem.operator, problem.measurement, picture, problem.noise_std))

@@ -72,8 +72,8 @@ class Composition(Operator):
 class Inside(Operator):
     """An operator that acts on the upper left part of a larger picture, of whose rest nothing is known.
 
-    This is how a picture is restored whose sides the VAE cannot make: its proximal map is that of the operator on the part,
-    and leaves the rest alone.
+    This is how a picture is restored whose sides the VAE cannot make: its proximal map is that of the operator on the
+    part, and leaves the rest alone.
 
     Args:
         operator: what happened to the part.
@@ -139,15 +139,17 @@ class Inside(Operator):
 
 
 class Function(Operator):
-    """A linear function of the user's own: the adjoint by autograd, pseudo-inverse and proximal map by conjugate gradients.
+    """A linear function of the user's own: the adjoint by autograd, pseudo-inverse and proximal map by conjugate
+    gradients.
 
     Args:
-        function: pictures (N, 3, H, W) -> measurements (N, c, h, w), differentiable, each image of the batch on its own.
+        function: pictures (N, 3, H, W) -> measurements (N, c, h, w), differentiable, each image of the batch on its
+            own.
         picture: (3, H, W), the shape of the pictures that it takes.
 
     Raises:
-        UsageError: the function does not take such pictures, gives something else than a batch of measurements, or is not
-            linear (see `Nonlinear`).
+        UsageError: the function does not take such pictures, gives something else than a batch of measurements, or is
+            not linear (see `Nonlinear`).
     """
 
     linear = True
@@ -204,8 +206,8 @@ class Function(Operator):
 class Nonlinear(Function):
     """A function of the user's own that is not linear: clipping, gamma, JPEG made smooth.
 
-    The proximal map is found by damped Gauss-Newton steps, picture by picture, from z; there may be several minima. `adjoint`
-    is the transpose of the derivative at 0, and `pinv` is `prox` with next to no pull towards 0.
+    The proximal map is found by damped Gauss-Newton steps, picture by picture, from z; there may be several minima.
+    `adjoint` is the transpose of the derivative at 0, and `pinv` is `prox` with next to no pull towards 0.
     """
 
     linear = False

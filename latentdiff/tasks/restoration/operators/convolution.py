@@ -21,21 +21,22 @@ LOST = {torch.float32: 1e-3, torch.float64: 1e-8}
 
 # What conjugate gradients may leave of Aᵀ (y - A x), as a share of what the noise of y puts there.
 SHARE_OF_NOISE = {torch.float32: 0.1, torch.float64: 0.0}
-# The least weight of a frequency, as a share of the strongest, in the guess by the periodic border. Those that the kernel
-# takes away inside are not lost at mirrors, and the guess would be far too large there.
+# The least weight of a frequency, as a share of the strongest, in the guess by the periodic border. Those that the
+# kernel takes away inside are not lost at mirrors, and the guess would be far too large there.
 LEAST_AT_MIRRORS = 0.05
 
 
 class Convolution(Operator):
     """y[i] = sum over j of k[j] x[s i + c - j] + n, on each colour channel alone, c being the kernel's centre.
 
-    With the border "periodic" (the picture repeats) adjoint, pseudo-inverse and proximal map are exact and cost a few FFTs;
-    with "reflect" (the picture is mirrored about its outermost pixels) they are exact for kernels that are an outer product,
-    such as a Gaussian, and computed by conjugate gradients for others and for sides above 1024 pixels.
+    With the border "periodic" (the picture repeats) adjoint, pseudo-inverse and proximal map are exact and cost a few
+    FFTs; with "reflect" (the picture is mirrored about its outermost pixels) they are exact for kernels that are an
+    outer product, such as a Gaussian, and computed by conjugate gradients for others and for sides above 1024 pixels.
 
     Args:
         kernel: (kh, kw), as large as the picture at most.
-        centre: the entry (row, column) of the kernel that lies on the pixel itself; by default (kh // 2, kw // 2), as in SciPy.
+        centre: the entry (row, column) of the kernel that lies on the pixel itself; by default (kh // 2, kw // 2), as
+            in SciPy.
         factor: s, 1 to keep every pixel.
 
     Raises:
@@ -181,14 +182,16 @@ class Convolution(Operator):
         return self._windows[key]
 
     def _power(self, y: Tensor) -> Tensor:
-        """The eigenvalues of A Aᵀ on the grid (h, w) of y: the mean over the s² frequencies that decimation folds together."""
+        """The eigenvalues of A Aᵀ on the grid (h, w) of y: the mean over the s² frequencies that decimation folds
+        together."""
         s, (height, width) = self.factor, y.shape[-2:]
         grid = y.new_zeros(s * height, s * width)
         power = self._transfer(grid).abs().square()
         return power.view(s, height, s, width).mean(dim=(0, 2))
 
     def _adjoint_of_spectrum(self, spectrum: Tensor) -> Tensor:
-        """Aᵀ of measurements given by their Fourier transform (N, C, h, w): between pixels come zeros, so it repeats."""
+        """Aᵀ of measurements given by their Fourier transform (N, C, h, w): between pixels come zeros, so it
+        repeats."""
         full = spectrum.repeat(1, 1, self.factor, self.factor)  # (N, C, H, W)
         transfer = self._transfer(full.real)
         return torch.fft.ifft2(full * transfer.conj()).real

@@ -26,7 +26,8 @@ def gaussian_blur(std: float) -> Tensor:
 
 
 def motion_blur(length: float, angle: float = 0.0) -> Tensor:
-    """The kernel (k, k) of a camera that moves `length` pixels straight on, `angle` degrees anticlockwise from rightwards.
+    """The kernel (k, k) of a camera that moves `length` pixels straight on, `angle` degrees anticlockwise from
+    rightwards.
 
     Raises:
         UsageError: the length is below 1, or the angle is not finite.

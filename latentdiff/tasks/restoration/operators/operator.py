@@ -1,6 +1,7 @@
 """What a degradation is: y = A x + n, with a picture x, a measurement y and noise n of known size.
 
-Pictures are (N, 3, H, W) in [-1, 1]. The noise level is a standard deviation in that range: 0.1 is 12.75 of 255 grey levels.
+Pictures are (N, 3, H, W) in [-1, 1]. The noise level is a standard deviation in that range: 0.1 is 12.75 of 255 grey
+levels.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from latentdiff.errors import UsageError
 
 Shape = tuple[int, int, int]  # (channels, height, width) of one picture or measurement
 
-# Conjugate gradients end here: relative residual, and steps. The systems are (AᵀA + rho I), and rho bounds their condition.
+# Conjugate gradients end here: relative residual, and steps. The systems are (AᵀA + rho I), and rho bounds their
+# condition.
 TOLERANCE = {torch.float32: 5e-4, torch.float64: 1e-12}
 MAX_ITERATIONS = 100
 
@@ -25,12 +27,13 @@ MAX_ITERATIONS = 100
 class Operator(ABC):
     """A linear map A from pictures to measurements, with what restoration needs of it.
 
-    A member says how it maps (`apply`) and between which shapes. Adjoint, pseudo-inverse and proximal map then follow by
-    autograd and conjugate gradients; members with a closed form replace them.
+    A member says how it maps (`apply`) and between which shapes. Adjoint, pseudo-inverse and proximal map then follow
+    by autograd and conjugate gradients; members with a closed form replace them.
 
     Attributes:
         noise_std: standard deviation of the noise n, in [-1, 1] units; 0 is an exact measurement.
-        border: what lies beyond the border of the picture: "periodic", "reflect", or None where no neighbours are touched.
+        border: what lies beyond the border of the picture: "periodic", "reflect", or None where no neighbours are
+            touched.
         copies_pixels: whether measurements are pixels of the picture themselves, so that they can be put back.
     """
 
@@ -87,8 +90,8 @@ class Operator(ABC):
     def completed(self, change: Tensor) -> Tensor:
         """What the measurement changed in pictures (N, 3, H, W), carried on to where it says nothing.
 
-        Where a picture is wrong, it is wrong in the neighbourhood as well. Most operators see all of it and leave the change
-        as it is.
+        Where a picture is wrong, it is wrong in the neighbourhood as well. Most operators see all of it and leave the
+        change as it is.
         """
         return change
 
@@ -97,7 +100,8 @@ class Operator(ABC):
         return torch.ones(self.measurement_shape(picture))
 
     def read(self, damaged: Tensor) -> Tensor:
-        """The measurement (N, c, h, w) that damaged pictures (N, 3, h, w) hold; for most operators they are the measurement."""
+        """The measurement (N, c, h, w) that damaged pictures (N, 3, h, w) hold; for most operators they are the
+        measurement."""
         return damaged
 
     def with_noise(self, noise_std: float) -> Self:
@@ -127,7 +131,8 @@ def conjugate_gradient(
     allowed: float = 0.0,
     precondition: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
-    """Solve `matrix(x) = right` for a symmetric positive (semi)definite matrix (Hestenes & Stiefel 1952); all (N, C, H, W).
+    """Solve `matrix(x) = right` for a symmetric positive (semi)definite matrix (Hestenes & Stiefel 1952); all (N, C, H,
+    W).
 
     Every image of the batch is its own system: the others change nothing for it.
 

@@ -15,7 +15,8 @@ LONGEST = 1024
 
 @dataclass(frozen=True)
 class Axis:
-    """The singular value decomposition U S Vᵀ of the matrix (m, n) of one axis, m <= n, for kernels mirrored at the borders."""
+    """The singular value decomposition U S Vᵀ of the matrix (m, n) of one axis, m <= n, for kernels mirrored at the
+    borders."""
 
     u: Tensor  # (m, m)
     s: Tensor  # (m,), from the largest on
@@ -23,7 +24,8 @@ class Axis:
 
     @classmethod
     def of(cls, line: Tensor, centre: int, factor: int, length: int) -> Axis:
-        """y[i] = sum over j of line[j] x[factor i + centre - j] on `length` pixels, mirrored about the outermost ones."""
+        """y[i] = sum over j of line[j] x[factor i + centre - j] on `length` pixels, mirrored about the outermost
+        ones."""
         places = factor * torch.arange(length // factor)[:, None] + centre - torch.arange(len(line))  # (m, k)
         last = length - 1
         places = last - (last - places.abs()).abs()
@@ -46,5 +48,6 @@ def lines_of(kernel: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def filtered_back(y: Tensor, rows: Axis, columns: Axis, weight: Tensor) -> Tensor:
-    """The transpose of the convolution with its singular values (m_rows, m_columns) replaced by `weight`; of y (N, C, h, w)."""
+    """The transpose of the convolution with its singular values (m_rows, m_columns) replaced by `weight`; of y (N, C,
+    h, w)."""
     return rows.v @ (weight * (rows.u.mT @ y @ columns.u)) @ columns.v.mT
