@@ -48,7 +48,8 @@ def _shortcoming(need: Requirement, found: Sequence[Seen], groups: Sequence[list
         return f"expected {need.count} {need.noun}, saw {len(found)}"
     colours = [thing.colour for thing in found]
     if need.colour and colours.count(need.colour) < need.count:
-        return f"expected {need.count} {need.colour} {need.noun}, saw {', '.join(colour or 'own colours' for colour in colours)}"
+        seen = ", ".join(colour or "own colours" for colour in colours)
+        return f"expected {need.count} {need.colour} {need.noun}, saw {seen}"
     if need.position:
         relation, target = need.position
         others = groups[target]

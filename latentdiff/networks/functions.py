@@ -1,5 +1,4 @@
-"""The networks as plain functions that never give NaN: prompt to embeddings, images to latents and back, U-Net to
-prediction.
+"""The networks as plain functions that never give NaN.
 
 Prompts and images pass one at a time: an image does not depend on its neighbours, nor memory on their number.
 """
