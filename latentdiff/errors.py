@@ -6,11 +6,30 @@ a traceback and leaves with `exit_code`.
 
 from __future__ import annotations
 
+# Characters that leave no ink and do no harm either: spaces of other widths, and what joins emoji into one.
+_HARMLESS = frozenset("\u00a0\u2009\u200c\u200d\u202f\u3000")
+
+
+def printable(text: object) -> str:
+    """Text from anywhere as a terminal may show it: one line, in which control characters are written as escapes.
+
+    A terminal obeys some of what it is sent (colours, titles, moving the cursor, right-to-left marks), and names and
+    metadata in files may hold it.
+    """
+    line = str(text)
+    if not line.isprintable():
+        line = " ".join(line.splitlines()) if "\n" in line or "\r" in line else line
+        line = "".join(c if c.isprintable() or c in _HARMLESS else ascii(c)[1:-1] for c in line)
+    return line
+
 
 class LatentDiffError(Exception):
-    """Base of all errors that latentdiff raises on purpose."""
+    """Base of all errors that latentdiff raises on purpose; the message is `printable`."""
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(message))
 
 
 class UsageError(LatentDiffError):

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "latentdiff"
 # A room is a file or a folder of the package; a folder within one may be a room of its own, on another floor.
 FLOORS: list[list[set[str]]] = [
     [{"__init__"}, {"errors"}, {"names"}],
+    [{"reading"}],
     [{"files"}, {"recipe"}, {"diffusion"}, {"prompts"}, {"networks/attention"}],
     [{"device"}, {"image"}],
     [{"networks"}],
@@ -28,7 +29,7 @@ FLOORS: list[list[set[str]]] = [
 ]
 ROOMS = {room for floor in FLOORS for rooms in floor for room in rooms}
 ALONE = {"errors", "names"}  # what these may import is nothing, and what the next may import are these
-NEXT_TO_ALONE = {"diffusion", "files", "networks/attention"}
+NEXT_TO_ALONE = {"diffusion", "files", "networks/attention", "reading"}
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 

@@ -1,13 +1,12 @@
 """Reading one file of weights: look at its first bytes, say what it is, map its tensors. Nothing in it is executed.
 
-A safetensors file is mapped, not read: tensors share the file's pages until somebody writes to them. A pickle
-(`.ckpt`, `.bin`) goes through torch's restricted unpickler; other objects than tensors and plain data are
-refused by name.
+The file is mapped, not read: tensors share its pages until somebody writes to them. What lies packed in a torch archive
+is unpacked. Bytes and pickles are read by `latentdiff.reading`; here they become tensors.
 """
 
 from __future__ import annotations
 
-import json
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,9 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff.checkpoints.hashing import once
 from latentdiff.checkpoints.mapping import map_file, mapped_tensor
 from latentdiff.checkpoints.writing import NAMES_OF_TYPES
-from latentdiff.errors import CheckpointError
+from latentdiff.errors import CheckpointError, printable
+from latentdiff.reading.archives import Archive, Record, damaged, is_torch_archive, read_archive, read_old, verify
+from latentdiff.reading.pickles import TensorPlace
+from latentdiff.reading.plain import open_file
+from latentdiff.reading.safetensors import read_header
 
 SAFETENSORS, TORCH, OLD_TORCH = "safetensors", "torch archive", "torch pickle (before 1.6)"
 PNG, GIF = "PNG image", "GIF image"
@@ -34,10 +38,20 @@ _MAGIC = (
     (b"\x80\x02", OLD_TORCH),
     (b"PK\x03\x04", "zip archive"),
 )
-TYPES = {name: dtype for dtype, name in NAMES_OF_TYPES.items()}
-_LONGEST_HEADER = 100_000_000  # the safetensors format allows no longer one
-# What PyTorch Lightning leaves in its checkpoints beside the weights. An inert stand-in takes the place of each.
-_LEFTOVERS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "typing.", "numpy.")
+# Types that are read and not written, as far as this torch has them.
+_READ_ONLY = {
+    "U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+TYPES = {name: dtype for dtype, name in NAMES_OF_TYPES.items()} | {
+    name: getattr(torch, attribute) for name, attribute in _READ_ONLY.items() if hasattr(torch, attribute)
+}
+_FORMATS_LONGEST = 100_000_000  # bytes of a header that the safetensors format allows
+_DEEPEST = 32  # levels of containers in a pickle that are looked into for tensors
+
+
+class FileWarning(UserWarning):
+    """A file is unusual and was read nevertheless: its tensors are whole."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +65,12 @@ class TensorFile:
 
 
 def sniff(path: Path) -> str:
-    """Say what a file is by its first bytes and its size, never by its name."""
-    with open(path, "rb") as file:
+    """Say what a file is by its first bytes and its size, never by its name.
+
+    Raises:
+        CheckpointError: it cannot be read, or is a pipe or a device.
+    """
+    with open_file(path) as file:
         head = file.read(512)
     if not head:
         return "empty file"
@@ -61,8 +79,8 @@ def sniff(path: Path) -> str:
         return "HTML page"
     for magic, kind in _MAGIC:
         if head.startswith(magic):
-            return TORCH if kind == "zip archive" and _is_torch_archive(path) else kind
-    if len(head) > 8 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _LONGEST_HEADER:
+            return TORCH if kind == "zip archive" and is_torch_archive(path) else kind
+    if len(head) > 8 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _FORMATS_LONGEST:
         return SAFETENSORS
     if text.startswith((b"{", b"[")):
         return "JSON file"
@@ -74,6 +92,9 @@ def read_tensors(path: Path) -> TensorFile:
 
     Raises:
         CheckpointError: the file is empty, truncated, of another format, or a pickle with foreign objects.
+
+    Warns:
+        FileWarning: it is unusual, and whole.
     """
     kind = sniff(path)
     if kind == SAFETENSORS:
@@ -83,76 +104,78 @@ def read_tensors(path: Path) -> TensorFile:
     raise CheckpointError(f"expected model weights, found that {path} is {_explain(path, kind)}")
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, checked against the file's size: name -> dtype, shape, data_offsets.
-
-    Raises:
-        CheckpointError: the header is damaged or promises more bytes than the file has.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if 8 + length > size:
-            raise CheckpointError(_truncated(path, f"its header alone is {8 + length} bytes", size))
-        try:
-            header = json.loads(file.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path} is damaged: its safetensors header is not readable ({error}); download it again"
-            ) from error
-    if 8 + length + end > size:
-        raise CheckpointError(_truncated(path, f"its header promises {8 + length + end} bytes", size))
-    return header
-
-
 def _read_safetensors(path: Path) -> TensorFile:
-    from safetensors import SafetensorError, safe_open
-
     header = read_header(path)
+    for oddity in header.oddities:
+        warnings.warn(f"{printable(path)}: {oddity}; they were ignored", FileWarning, stacklevel=3)
+    if not header.entries:
+        return TensorFile(path, {}, header.metadata)
     mapped = map_file(path)
-    start = 8 + int.from_bytes(mapped[:8], "little")
-    try:
-        with safe_open(path, framework="pt") as file:  # checks the header through and through
-            tensors = {}
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                entry, dtype = header[name], TYPES.get(header[name]["dtype"])
-                offset = start + entry["data_offsets"][0]
-                # Types that only the library knows are read by it, without a mapping.
-                known = dtype is not None
-                tensors[name] = (
-                    mapped_tensor(mapped, offset, dtype, tuple(entry["shape"])) if known else file.get_tensor(name)
-                )
-            return TensorFile(path, tensors, file.metadata() or {})
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {_first_line(error)}; download it again") from error
+    tensors = {}
+    for name, entry in header.entries.items():
+        dtype = TYPES.get(entry.dtype)
+        if dtype is None:
+            raise CheckpointError(f"{path} holds the type {entry.dtype} ({name}), which this torch cannot read")
+        tensors[name] = mapped_tensor(mapped, entry.start, dtype, entry.shape)
+    return TensorFile(path, tensors, header.metadata)
 
 
 def _read_pickle(path: Path, kind: str) -> TensorFile:
-    import pickle
-
-    stand_ins = _stand_ins(path) if kind == TORCH else []
-    try:
-        with torch.serialization.safe_globals(stand_ins):
-            content = _load_pickle(path, kind)
-    except pickle.UnpicklingError as error:
+    archive = read_archive(path) if kind == TORCH else read_old(path)
+    if archive.pickled.foreign:
+        shown = ", ".join(archive.pickled.foreign[:5])
         raise CheckpointError(
-            f"{path} is a pickle with more than weights in it and was not opened: {_forbidden(error)}; "
-            "ask its author for a safetensors file"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:  # torch lets them out
-        raise CheckpointError(f"{path} is damaged: {_first_line(error)}; download it again") from error
+            f"{path} is a pickle that asks for {shown}, which could run code, and was not opened; expected "
+            "tensors only. Ask its author for a safetensors file"
+        )
+    content = archive.pickled.value
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
-    return _unwrap(path, content)
+        raise CheckpointError(f"{path} holds a {_kind(content)}, expected a dictionary of tensors")
+    once(path, "checksums", lambda: verify(path, archive))
+    return _unwrap(path, _Filler(path, archive).fill(content))
 
 
-def _load_pickle(path: Path, kind: str) -> Any:
-    # torch maps archives only, and takes every name in .safetensors for a safetensors file, whatever is in it.
-    if kind == TORCH and path.suffix != ".safetensors":
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    with open(path, "rb") as file:
-        return torch.load(file, map_location="cpu", weights_only=True)
+class _Filler:
+    """Puts tensors in the places that a pickle describes."""
+
+    def __init__(self, path: Path, archive: Archive) -> None:
+        self._path, self._archive = path, archive
+        self._mapped = map_file(path)
+        self._done: dict[int, Any] = {}  # containers by identity: a pickle may hold one a thousand times
+
+    def fill(self, value: Any, depth: int = 0) -> Any:
+        if isinstance(value, TensorPlace):
+            return self._tensor(value)
+        if not isinstance(value, (dict, list, tuple)) or depth > _DEEPEST:
+            return value
+        if id(value) not in self._done:
+            self._done[id(value)] = None  # what contains itself
+            if isinstance(value, dict):
+                made: Any = {key: self.fill(part, depth + 1) for key, part in value.items()}
+            else:
+                made = type(value)(self.fill(part, depth + 1) for part in value)
+            self._done[id(value)] = made
+        return self._done[id(value)]
+
+    def _tensor(self, place: TensorPlace) -> Tensor:
+        record = self._archive.record(self._path, place.storage)
+        dtype = TYPES.get(place.dtype)
+        if dtype is None:
+            damaged(self._path, f"it holds the type {place.dtype}, which this torch cannot read")
+        count = torch.Size(place.shape).numel()
+        extent = (
+            1 + sum((side - 1) * step for side, step in zip(place.shape, place.stride, strict=True)) if count else 0
+        )
+        if max(place.offset + extent, count) * dtype.itemsize > record.size:
+            damaged(self._path, f"a tensor of {place.dtype} {list(place.shape)} is larger than its storage")
+        whole = self._storage(record, dtype, place.offset, extent)
+        return whole.as_strided(place.shape, place.stride) if count else whole.view(place.shape)
+
+    def _storage(self, record: Record, dtype: torch.dtype, offset: int, count: int) -> Tensor:
+        """`count` numbers of a record from `offset` on."""
+        if not count or record.content is None:
+            return mapped_tensor(self._mapped, record.start + offset * dtype.itemsize, dtype, (count,))
+        return torch.frombuffer(bytearray(record.content), dtype=dtype, count=count, offset=offset * dtype.itemsize)
 
 
 def _unwrap(path: Path, content: Mapping[Any, Any]) -> TensorFile:
@@ -165,51 +188,6 @@ def _unwrap(path: Path, content: Mapping[Any, Any]) -> TensorFile:
     if state is not content:
         others |= {str(name): value for name, value in content.items() if name != "state_dict"}
     return TensorFile(path, tensors, others=others)
-
-
-class _Leftover:
-    """Takes the place of a training framework's object in a pickle: accepts any state and does nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def forbidden_globals(path: Path) -> list[str]:
-    """The names in a torch archive that torch's restricted unpickler would not load, found without running it."""
-    import pickle
-
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    except (RuntimeError, ValueError, EOFError, IndexError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} is damaged: {_first_line(error)}; download it again") from error
-
-
-def _stand_ins(path: Path) -> list[type]:
-    """Stand-ins for everything that the restricted unpickler would refuse, if all of it is known to be harmless.
-
-    Raises:
-        CheckpointError: names the objects that are not.
-    """
-    names = forbidden_globals(path)
-    foreign = [name for name in names if not name.startswith(_LEFTOVERS)]
-    if foreign:
-        shown = ", ".join(foreign[:5])
-        raise CheckpointError(
-            f"{path} is a pickle that asks for {shown}, which could run code, and was not opened; expected "
-            "tensors only. Ask its author for a safetensors file"
-        )
-    return [type(name.rpartition(".")[2], (_Leftover,), {"__module__": name.rpartition(".")[0]}) for name in names]
-
-
-def _is_torch_archive(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("data.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
-        return False
 
 
 def _explain(path: Path, kind: str) -> str:
@@ -226,14 +204,5 @@ def _explain(path: Path, kind: str) -> str:
     return f"a {kind}; give a safetensors or ckpt file or a model folder"
 
 
-def _truncated(path: Path, promise: str, size: int) -> str:
-    return f"{path} is truncated: {promise}, the file has {size}; download it again"
-
-
-def _forbidden(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line]
-    return lines[0].split(". Please")[0] if lines else _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def _kind(value: Any) -> str:
+    return "tensor" if isinstance(value, TensorPlace) else type(value).__name__

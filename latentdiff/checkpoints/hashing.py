@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from latentdiff.errors import LatentDiffError
 from latentdiff.files import atomic_path
+from latentdiff.reading.json import read_object
 
 SHORT = 10  # digits of the hash that web UIs show
 _WORTH_REMEMBERING = 64 * 2**20  # bytes; smaller files hash in a blink
@@ -30,15 +31,28 @@ def model_hash(files: Iterable[Path]) -> str:
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, 64 hex digits. That of a large file is remembered by path, size and time."""
-    stat = path.stat()
-    if stat.st_size < _WORTH_REMEMBERING:
+    if path.stat().st_size < _WORTH_REMEMBERING:
         return _digest(path)
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    known = _remembered()
+    key, known = _key(path), _remembered()
     if key not in known:
         known[key] = _digest(path)
         _remember(known)
     return known[key]
+
+
+def once(path: Path, name: str, check: Callable[[], None]) -> None:
+    """Run a check that reads the whole of a file, unless it is large and passed the check called `name` before."""
+    if path.stat().st_size < _WORTH_REMEMBERING:
+        return check()
+    key = f"{name}|{_key(path)}"
+    if key not in _remembered():
+        check()
+        _remember(_remembered() | {key: "passed"})
+
+
+def _key(path: Path) -> str:
+    stat = path.stat()
+    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
 
 
 def _digest(path: Path) -> str:
@@ -47,15 +61,17 @@ def _digest(path: Path) -> str:
 
 
 def _memory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "latentdiff" / "hashes.json"
+    # Not Path.expanduser, which fails where there is no home.
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(folder) / "latentdiff" / "hashes.json"
 
 
 def _remembered() -> dict[str, str]:
     try:
-        known = json.loads(_memory().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = read_object(_memory())
+    except LatentDiffError:
         return {}
-    return known if isinstance(known, dict) else {}
+    return {key: text for key, text in known.items() if isinstance(text, str)}
 
 
 def _remember(known: dict[str, str]) -> None:
