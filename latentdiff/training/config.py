@@ -170,6 +170,8 @@ class StageSection(Section):
 class VAEStageSection(StageSection):
     """Images -> latents -> images."""
 
+    start: Path | None = None
+    """Folder of an autoencoder of the same configuration (a model's `vae/`) whose weights the stage starts from."""
     crop: PositiveInt = 64
     """Side of the random crops that are trained on, in pixels; a multiple of the VAE's downscale."""
     l1_weight: NotNegative = 1.0

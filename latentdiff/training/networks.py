@@ -33,6 +33,22 @@ def seeded(make: Callable[[], _Network], *key: int | str) -> _Network:
         return make()
 
 
+def new_vae(config: VAEConfig, start: Path | None, seed: int) -> VAE:
+    """An autoencoder with scaling factor 1 and seeded weights, or with those of the folder `start`.
+
+    Raises:
+        CheckpointError: `start` holds no autoencoder, or one of another configuration.
+    """
+    vae = seeded(lambda: VAE(replace(config, scaling_factor=1.0)), seed, "vae")
+    if start is None:
+        return vae
+    other = load_vae(start)
+    if replace(other.config, scaling_factor=1.0, sample_size=config.sample_size) != vae.config:
+        raise CheckpointError(f"the VAE in {start} has another configuration than model.vae; they must be equal")
+    vae.load_state_dict(other.state_dict())
+    return vae
+
+
 def new_unet(config: UNetConfig, seed: int) -> UNet:
     """A U-Net whose residual branches and output start at zero (Dhariwal & Nichol 2021), so that it starts as the
     identity."""

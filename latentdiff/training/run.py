@@ -6,7 +6,6 @@ A stage that is finished is skipped by a later call, one that was cut off goes o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from latentdiff.training.config import StageSection, TrainingConfig, VAEStageSec
 from latentdiff.training.diffusion_stage import DiffusionTask, load_tokenizer, tokenize
 from latentdiff.training.latent_cache import cached_latents
 from latentdiff.training.loop import Trainer
-from latentdiff.training.networks import load_vae, new_text_encoder, new_unet, save_vae, seeded
+from latentdiff.training.networks import load_vae, new_text_encoder, new_unet, new_vae, save_vae
 from latentdiff.training.vae_stage import VAETask, measure_scaling_factor
 
 STAGES = ("vae", "decoder", "diffusion")
@@ -88,7 +87,7 @@ def _vae_stage(config: TrainingConfig, name: str, settings: VAEStageSection) -> 
     if decoder_only:
         vae = load_vae(config.run / "vae" / "final")
     else:
-        vae = seeded(lambda: VAE(replace(config.model.vae, scaling_factor=1.0)), config.seed, "vae")
+        vae = new_vae(config.model.vae, settings.start, config.seed)
     vae.to(memory_format=torch.channels_last)
     accelerator = _accelerator(settings)
     data, images = _images(config, config.data.train, config.data.limit, accelerator)
