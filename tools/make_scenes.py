@@ -55,7 +55,7 @@ _STARS = 22
 
 
 def ground(background: str, rng: Random, size: int) -> np.ndarray:
-    """An empty picture (size, size, 3) float32 in 0-255: a colour that runs from a little lighter to a little darker, or a place."""
+    """An empty picture (size, size, 3) float32 in 0-255: a colour, a little lighter above than below, or a place."""
     rows = np.linspace(0.0, 1.0, size, dtype=np.float32)[:, None, None]
     if background in BACKGROUNDS:
         base = np.float32([value + rng.randint(-4, 4) for value in BACKGROUNDS[background]])

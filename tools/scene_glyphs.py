@@ -1,4 +1,4 @@
-"""The glyphs that scenes are composed of: Microsoft's Fluent Emoji in 3D, from the npm package @lobehub/fluent-emoji-3d (MIT)."""
+"""The glyphs of the scenes: Microsoft's Fluent Emoji in 3D, from the npm package @lobehub/fluent-emoji-3d (MIT)."""
 
 from __future__ import annotations
 

@@ -128,9 +128,9 @@ class StageSection(Section):
     """Images per optimizer step, over all processes and micro-batches."""
     accumulation: PositiveInt = 1
     """Micro-batches that a process splits its part of the batch into; less memory, same gradients."""
-    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
-    """adamw8bit needs bitsandbytes, for a GPU or, in version 0.50, a CPU; prodigy needs prodigyopt, with a lr of about
-    1."""
+    optimizer: Literal["adamw", "muon", "adamw8bit", "prodigy"] = "adamw"
+    """muon takes the matrices of hidden layers and AdamW the rest, both at `lr`; adamw8bit needs bitsandbytes, for a GPU
+    or, in version 0.50, a CPU; prodigy needs prodigyopt, with a lr of about 1."""
     lr: Annotated[float, Field(gt=0)]
     """Learning rate after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 200
@@ -198,8 +198,12 @@ class VAEStageSection(StageSection):
         return self
 
 
+class TextStageSection(StageSection):
+    """The text encoder alone: linear heads, thrown away afterwards, must tell from a caption what its scene holds."""
+
+
 class DiffusionStageSection(StageSection):
-    """U-Net and text encoder, from nothing, on cached latents."""
+    """U-Net and text encoder, on cached latents; the text encoder from where its own stage left it, if there is one."""
 
     caption_dropout: Fraction = 0.1
     """Share of captions replaced by the empty one, so that guidance has an unconditional model."""
@@ -230,6 +234,8 @@ class TrainingConfig(Section):
     """First stage."""
     decoder: VAEStageSection | None = None
     """Optional stage: the decoder goes on learning while the encoder, and so the latents, stay as they are."""
+    text: TextStageSection | None = None
+    """Optional stage: the text encoder learns from captions and the `scene` beside them in metadata.jsonl, without pictures."""
     diffusion: DiffusionStageSection
     """U-Net and text encoder."""
     model_dtype: Literal["float32", "float16"] = "float32"

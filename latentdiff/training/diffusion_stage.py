@@ -79,7 +79,7 @@ class DiffusionTask(Task):
         if self._settings.text_encoder_lr is None:
             return [ParameterGroup("all", trained)]
         scale = self._settings.text_encoder_lr / self._settings.lr
-        return [ParameterGroup("unet", of_unet), ParameterGroup("text_encoder", of_text, scale)]
+        return [ParameterGroup("unet", of_unet), ParameterGroup("text_encoder", of_text, scale, muon=False)]
 
     def compile(self) -> None:
         self.module.unet.compile()

@@ -23,6 +23,8 @@ from latentdiff.networks.vae import VAE
 from latentdiff.training.config import TextEncoderSection
 from latentdiff.training.data.randomness import torch_seed
 
+TEXT_FILE = "text_encoder.safetensors"
+
 _Network = TypeVar("_Network", bound=nn.Module)
 
 
@@ -71,6 +73,23 @@ def new_text_encoder(section: TextEncoderSection, tokenizer: Any, seed: int) -> 
         "pad_token_id": tokenizer.pad_token_id,
     }
     return seeded(lambda: TextEncoder(config), seed, "text encoder")
+
+
+def save_text_encoder(text_encoder: TextEncoder, path: Path) -> None:
+    """Write the weights of a text encoder into one file."""
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in text_encoder.state_dict().items()}, temporary)
+
+
+def load_text_encoder(text_encoder: TextEncoder, path: Path) -> None:
+    """Read what `save_text_encoder` wrote, into a text encoder of the same configuration.
+
+    Raises:
+        CheckpointError: it is not there or not whole.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"expected a taught text encoder in {path}, found none; run the stage text first")
+    text_encoder.load_state_dict(read_tensors(path).tensors)
 
 
 def save_vae(vae: VAE, scaling_factor: float, folder: Path) -> None:

@@ -14,10 +14,13 @@ from torch.nn import Parameter
 
 from latentdiff.errors import MissingDependencyError
 from latentdiff.training.config import StageSection
+from latentdiff.training.muon import is_hidden, muon_step
 from latentdiff.training.sharding import is_split, own_part, part_of
 
 # Entries of Prodigy's groups that change while it runs.
 _REMEMBERED = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")
+
+_MUON_MOMENTUM = 0.95
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,13 @@ class ParameterGroup:
         name: stands in the log.
         parameters: by name.
         lr_scale: factor on the stage's learning rate.
+        muon: whether the optimizer of that name trains its matrices; AdamW does otherwise.
     """
 
     name: str
     parameters: dict[str, Parameter]
     lr_scale: float = 1.0
+    muon: bool = True
 
 
 def make_optimizer(groups: list[ParameterGroup], settings: StageSection) -> torch.optim.Optimizer:
@@ -46,12 +51,18 @@ def make_optimizer(groups: list[ParameterGroup], settings: StageSection) -> torc
     """
     param_groups = []
     for group in groups:
-        parameters = list(group.parameters.values())
-        matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-        vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
-        for members, weight_decay in ((matrices, settings.weight_decay), (vectors, 0.0)):
+        muon = settings.optimizer == "muon" and group.muon
+        hidden = {name for name, parameter in group.parameters.items() if muon and is_hidden(name, parameter)}
+        others = [parameter for name, parameter in group.parameters.items() if name not in hidden]
+        matrices = [parameter for parameter in others if parameter.ndim > 1]
+        vectors = [parameter for parameter in others if parameter.ndim <= 1]
+        by_muon = [group.parameters[name] for name in group.parameters if name in hidden]
+        for members, weight_decay, orthogonal in (
+            (matrices, settings.weight_decay, False), (vectors, 0.0, False), (by_muon, settings.weight_decay, True),
+        ):  # fmt: skip
             if members:
-                param_groups.append({"params": members, "weight_decay": weight_decay, "lr_scale": group.lr_scale})
+                kind = {"orthogonal": True, "betas": (_MUON_MOMENTUM, 0.0)} if orthogonal else {}
+                param_groups.append({"params": members, "weight_decay": weight_decay, "lr_scale": group.lr_scale, **kind})
     if settings.optimizer == "adamw8bit":
         return _library("bitsandbytes", "adamw8bit").optim.AdamW8bit(param_groups, lr=settings.lr, betas=settings.betas)
     if settings.optimizer == "prodigy":
@@ -88,6 +99,9 @@ class FusedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
+            if group.get("orthogonal"):
+                muon_step(group, self.state)
+                continue
             members = [
                 parameter for parameter in group["params"] if parameter.grad is not None and own_part(parameter).numel()
             ]

@@ -22,14 +22,24 @@ from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
 from latentdiff.training.captioned_folder import CaptionedFolder, decoded_images, read_folder
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
-from latentdiff.training.config import StageSection, TrainingConfig, VAEStageSection, dump_config
+from latentdiff.training.config import StageSection, TextStageSection, TrainingConfig, VAEStageSection, dump_config
 from latentdiff.training.diffusion_stage import DiffusionTask, load_tokenizer, tokenize
 from latentdiff.training.latent_cache import cached_latents
 from latentdiff.training.loop import Trainer
-from latentdiff.training.networks import load_vae, new_text_encoder, new_unet, new_vae, save_vae
+from latentdiff.training.networks import (
+    TEXT_FILE,
+    load_text_encoder,
+    load_vae,
+    new_text_encoder,
+    new_unet,
+    new_vae,
+    save_text_encoder,
+    save_vae,
+)
+from latentdiff.training.text_stage import TextTask, read_labels
 from latentdiff.training.vae_stage import VAETask, measure_scaling_factor
 
-STAGES = ("vae", "decoder", "diffusion")
+STAGES = ("vae", "decoder", "text", "diffusion")
 
 # Writes a sheet of pictures that the given components make; training knows nothing of the pipeline behind it.
 Preview = Callable[[Components, Path], None]
@@ -49,6 +59,8 @@ def train(config: TrainingConfig, stages: Sequence[str] = STAGES, preview: Previ
         _vae_stage(config, "vae", config.vae)
     if "decoder" in stages and config.decoder:
         _vae_stage(config, "decoder", config.decoder)
+    if "text" in stages and config.text:
+        _text_stage(config, config.text)
     if "diffusion" in stages:
         _diffusion_stage(config, preview)
     if not _finished(config):
@@ -102,6 +114,27 @@ def _vae_stage(config: TrainingConfig, name: str, settings: VAEStageSection) -> 
     accelerator.wait_for_everyone()
 
 
+def _text_stage(config: TrainingConfig, settings: TextStageSection) -> None:
+    final = config.run / "text" / TEXT_FILE
+    if final.is_file():
+        return
+    accelerator = _accelerator(settings)
+    tokenizer, _, text_encoder = _new_networks(config)
+    folders = [read_folder(config.data.train, limit=config.data.limit), read_folder(config.data.validation)]
+    (data, tokens, labels), (_, held_out_tokens, held_out) = (
+        (folder, tokenize(tokenizer, folder.captions)[0], read_labels(folder)) for folder in folders
+    )
+    task = TextTask(
+        text_encoder, settings, data, tokens, labels, held_out_tokens, held_out, end=tokenizer.eos_token_id, seed=config.seed
+    )
+    trainer = Trainer(task, settings, config.run / "text", accelerator)
+    trainer.fit()
+    if accelerator.is_main_process:
+        with trainer.ema.swapped_in():
+            save_text_encoder(text_encoder, final)
+    accelerator.wait_for_everyone()
+
+
 def _diffusion_stage(config: TrainingConfig, preview: Preview | None) -> None:
     settings = config.diffusion
     if _diffusion_finished(config):
@@ -113,6 +146,8 @@ def _diffusion_stage(config: TrainingConfig, preview: Preview | None) -> None:
     latents = cached_latents(vae, data, images, config.run / "cache", accelerator)
     held_out = cached_latents(vae, held_out_data, held_out_images, config.run / "cache", accelerator)
     tokenizer, unet, text_encoder = _new_networks(config)
+    if config.text:
+        load_text_encoder(text_encoder, config.run / "text" / TEXT_FILE)
     (tokens, cut), (held_out_tokens, _), (empty, _) = (
         tokenize(tokenizer, captions) for captions in (data.captions, held_out_data.captions, [""])
     )
