@@ -62,7 +62,9 @@ def make_optimizer(groups: list[ParameterGroup], settings: StageSection) -> torc
         ):  # fmt: skip
             if members:
                 kind = {"orthogonal": True, "betas": (_MUON_MOMENTUM, 0.0)} if orthogonal else {}
-                param_groups.append({"params": members, "weight_decay": weight_decay, "lr_scale": group.lr_scale, **kind})
+                param_groups.append(
+                    {"params": members, "weight_decay": weight_decay, "lr_scale": group.lr_scale, **kind}
+                )
     if settings.optimizer == "adamw8bit":
         return _library("bitsandbytes", "adamw8bit").optim.AdamW8bit(param_groups, lr=settings.lr, betas=settings.betas)
     if settings.optimizer == "prodigy":

@@ -125,7 +125,15 @@ def _text_stage(config: TrainingConfig, settings: TextStageSection) -> None:
         (folder, tokenize(tokenizer, folder.captions)[0], read_labels(folder)) for folder in folders
     )
     task = TextTask(
-        text_encoder, settings, data, tokens, labels, held_out_tokens, held_out, end=tokenizer.eos_token_id, seed=config.seed
+        text_encoder,
+        settings,
+        data,
+        tokens,
+        labels,
+        held_out_tokens,
+        held_out,
+        end=tokenizer.eos_token_id,
+        seed=config.seed,
     )
     trainer = Trainer(task, settings, config.run / "text", accelerator)
     trainer.fit()

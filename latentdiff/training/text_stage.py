@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.training.data.randomness import SampleOrder
 from latentdiff.errors import DataError
-from latentdiff.training.config import TextStageSection
 from latentdiff.training.captioned_folder import METADATA, CaptionedFolder
+from latentdiff.training.config import TextStageSection
+from latentdiff.training.data.randomness import SampleOrder
 from latentdiff.training.optimizer import ParameterGroup
 from latentdiff.training.task import Task
 
@@ -58,11 +58,13 @@ def read_labels(data: CaptionedFolder) -> SceneLabels:
                 answers.append(_answers(json.loads(line)["scene"], caption))
     except (OSError, KeyError, TypeError) as error:
         raise DataError(
-            f"expected {path} with a `scene` in every line, as tools/make_scenes.py writes it, for the stage text;"
+            f"expected {path} with a `scene` in every line, as tools/fluent_scenes.py writes it, for the stage text;"
             f" found {type(error).__name__}: {error}"
         ) from error
     questions = list(answers[0])
-    classes = {question: tuple(sorted({a[question] for a in answers if a[question] is not None})) for question in questions}
+    classes = {
+        question: tuple(sorted({a[question] for a in answers if a[question] is not None})) for question in questions
+    }
     numbers = {question: {answer: index for index, answer in enumerate(classes[question])} for question in questions}
     values = [[numbers[q][a[q]] if a[q] is not None else _NOT_ASKED for q in questions] for a in answers]
     return SceneLabels(classes, np.array(values, dtype=np.int64))
@@ -90,7 +92,9 @@ def _answers(scene: Mapping[str, Any], caption: str) -> dict[str, str | None]:
 
 
 def _says_background(caption: str, background: str) -> bool:
-    return background in caption.split() and ("background" in caption or background in ("meadow", "beach", "snow", "night"))
+    return background in caption.split() and (
+        "background" in caption or background in ("meadow", "beach", "snow", "night")
+    )
 
 
 def _in_order_of_mention(things: Sequence[tuple[str, Any, Any]], caption: str) -> list[tuple[str, Any, Any]]:

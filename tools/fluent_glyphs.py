@@ -11,8 +11,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
+from fluent_language import NEW_NOUNS, NOUNS, OBJECT_COLOURS
 from PIL import Image, ImageFilter
-from scene_language import NEW_NOUNS, NOUNS, OBJECT_COLOURS
 
 from latentdiff.errors import DataError, MissingDependencyError
 from latentdiff.files import atomic_path

@@ -1,0 +1,232 @@
+"""Compose captioned scenes from Fluent Emoji.
+
+    python tools/fluent_scenes.py data/scenes --count 100000 --split train --seed 0
+    python tools/fluent_scenes.py data/scenes-test --count 2000 --split test --seed 1
+    python tools/fluent_scenes.py --prompts latentdiff/evaluation/prompts.jsonl
+
+The folder is an image folder as Hugging Face datasets reads it: PNG files and a `metadata.jsonl` with, for each, the caption
+(`text`) and the scene itself (`scene`: objects with noun, colour and box). Scene i depends on the seed and on i alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from functools import cache, partial
+from multiprocessing import Pool
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import click
+import numpy as np
+from fluent_glyphs import Glyphs, Sprite, draw, fetch_glyphs
+from fluent_language import BACKGROUNDS, PLACES, SIZES, Plan, caption, draw_plan, prompt
+from PIL import Image
+from tqdm import tqdm
+
+from latentdiff.errors import LatentDiffError
+from latentdiff.files import atomic_path
+
+# Cells stand on a grid of this many pixels, the size of a latent: a thing then looks the same in the latent space wherever it
+# stands, which lets a small model learn it from few examples.
+GRID = 8
+MIN_CONTRAST = 55.0  # smallest distance in RGB between the mean colour of a thing and the background
+PER_FOLDER = 1000
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+# GenEval's six tasks (Ghosh et al. 2023), and the kind of scene that each is about.
+TASKS = {
+    "single_object": "single", "two_object": "two", "counting": "counting",
+    "colors": "colour", "position": "position", "color_attr": "attribution",
+}  # fmt: skip
+
+# A place is painted from the top to the horizon, and from there to the bottom: the colours of both runs.
+_PLACES = {
+    "meadow": (((120, 190, 245), (205, 233, 252)), ((112, 190, 86), (78, 156, 66))),
+    "beach": (((96, 186, 235), (190, 230, 245)), ((246, 222, 164), (230, 196, 128))),
+    "snow": (((160, 190, 225), (222, 233, 245)), ((250, 252, 255), (222, 230, 242))),
+    "night": (((18, 22, 58), (52, 50, 110)), ((40, 44, 82), (24, 26, 52))),
+}
+_HORIZON = 0.62
+_STARS = 22
+
+
+def ground(background: str, rng: Random, size: int) -> np.ndarray:
+    """An empty picture (size, size, 3) float32 in 0-255: a colour, a little lighter above than below, or a place."""
+    rows = np.linspace(0.0, 1.0, size, dtype=np.float32)[:, None, None]
+    if background in BACKGROUNDS:
+        base = np.float32([value + rng.randint(-4, 4) for value in BACKGROUNDS[background]])
+        run = base + (255.0 - base) * 0.14 * (1 - rows) - base * 0.10 * rows
+        return np.repeat(run.clip(0, 255), size, axis=1)
+    (top, haze), (near, low) = np.float32(_PLACES[background])
+    sky, floor = rows / _HORIZON, (rows - _HORIZON) / (1 - _HORIZON)
+    run = np.where(rows < _HORIZON, top + (haze - top) * sky, near + (low - near) * floor)
+    picture = np.repeat(run, size, axis=1)
+    if background == "night":
+        for _ in range(_STARS):
+            y, x = int(rng.random() * _HORIZON * 0.9 * size), rng.randrange(size)
+            picture[y, x] += (255 - picture[y, x]) * rng.uniform(0.4, 0.95)
+    return picture
+
+
+def contrast(sprite: Sprite, background: str) -> float:
+    """Distance in RGB between a thing's mean colour and a background; a place has enough for every thing."""
+    return float(np.linalg.norm(sprite.own - BACKGROUNDS[background])) if background in BACKGROUNDS else 255.0
+
+
+def compose(plan: Plan, rng: Random, size: int, glyphs: Glyphs) -> tuple[np.ndarray, list[Box]] | None:
+    """Draw a plan, (size, size, 3) uint8, with the box of each thing; None where one cannot be told from the background."""
+    share = SIZES[plan.things[0].size if len(plan.things) == 1 else "small"]
+    side = round(share * size / GRID) * GRID
+    sprites = [glyphs.sprite(thing.noun, thing.colour, side) for thing in plan.things]
+    if any(contrast(sprite, plan.background) < MIN_CONTRAST for sprite in sprites):
+        return None
+    canvas, boxes = ground(plan.background, rng, size), []
+    for sprite, (left, top) in zip(sprites, _corners(plan, side, rng, size), strict=True):
+        draw(canvas, sprite, left, top)
+        x0, y0, x1, y1 = sprite.box
+        boxes.append((left + x0, top + y0, left + x1, top + y1))
+    return canvas.round().astype(np.uint8), boxes
+
+
+def _corners(plan: Plan, side: int, rng: Random, size: int) -> list[tuple[int, int]]:
+    """Left top corners of cells, apart, on the grid, and in the plan's relation."""
+    steps = (size - side) // GRID  # of the grid that a cell can move
+    if len(plan.things) == 1:
+        column, row = (rng.randint(steps // 4, steps - steps // 4) for _ in "xy")
+        if plan.background in PLACES:
+            row = steps - rng.randint(1, 2)
+        return [(GRID * column, GRID * row)]
+    near, far = [[0, 1], [steps - 1, steps]]  # the two places along an axis that leave room for each other
+    if len(plan.things) == 2:
+        level = rng.randint(steps // 4, steps - steps // 4)
+        if plan.background in PLACES:
+            level = steps - 1
+        level = [min(steps, max(0, level + rng.randint(-1, 1))) for _ in "ab"]
+        ends = [rng.choice(near), rng.choice(far)]
+        beside = (
+            plan.relation in ("left of", "right of")
+            if plan.relation
+            else plan.background in PLACES or rng.random() < 0.6
+        )
+        if plan.relation in ("right of", "below") or not plan.relation and rng.random() < 0.5:
+            ends.reverse()
+        return [(GRID * a, GRID * b) if beside else (GRID * b, GRID * a) for a, b in zip(ends, level, strict=True)]
+    quarters = rng.sample([(x, y) for x in (near, far) for y in (near, far)], len(plan.things))
+    return [(GRID * rng.choice(x), GRID * rng.choice(y)) for x, y in quarters]
+
+
+def relation_holds(relation: str, a: Box, b: Box) -> bool:
+    """Whether `a` stands clearly in the relation to `b`: that way more than across, and apart on that axis."""
+    dx, dy = (b[0] + b[2] - a[0] - a[2]) / 2, (b[1] + b[3] - a[1] - a[3]) / 2
+    along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
+    if relation in ("right of", "below"):
+        along = -along
+    return along > 1.3 * abs(across) and along > 10
+
+
+def plan_of_scene(index: int, *, split: str, seed: int, size: int, glyphs: Glyphs) -> tuple[np.ndarray, dict[str, Any]]:
+    """Scene number `index`: its picture (size, size, 3) uint8, and its line of the metadata without the file's name."""
+    rng = Random(f"{seed}/{split}/{index}")
+    while True:
+        plan = draw_plan(rng, split)
+        if (drawn := compose(plan, rng, size, glyphs)) is not None:
+            break
+    picture, boxes = drawn
+    scene = plan.as_json()
+    for entry, box in zip(scene["objects"], boxes, strict=True):
+        entry["box"] = list(box)
+    return picture, {"text": caption(plan, rng), "scene": scene}
+
+
+@cache
+def _glyphs(source: Path) -> Glyphs:
+    return Glyphs(source)  # one per process
+
+
+def make_scene(index: int, *, out: Path, split: str, seed: int, size: int, source: Path) -> dict[str, Any]:
+    """Draw scene number `index` into its file; returns its line of the metadata."""
+    picture, line = plan_of_scene(index, split=split, seed=seed, size=size, glyphs=_glyphs(source))
+    name = f"{index // PER_FOLDER:04d}/{index:07d}.png"
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(out / name, compress_level=1)
+    return {"file_name": name, **line}
+
+
+def evaluation_prompts(per_task: int, seed: int, glyphs: Glyphs) -> list[dict[str, Any]]:
+    """Held-out prompts of each task in GenEval's schema, each of which can be drawn with clear contrast."""
+    lines = []
+    for task, kind in TASKS.items():
+        rng, seen = Random(f"{seed}/prompts/{task}"), set()
+        while len(seen) < per_task:
+            plan = draw_plan(rng, "test", kind)
+            sized = any(thing.size for thing in plan.things)
+            if sized or prompt(plan) in seen or compose(plan, rng, 128, glyphs) is None:
+                continue
+            seen.add(prompt(plan))
+            lines.append(_geneval_line(task, plan))
+    return lines
+
+
+def _geneval_line(task: str, plan: Plan) -> dict[str, Any]:
+    include = []
+    for thing in dict.fromkeys(plan.things):
+        entry: dict[str, Any] = {"class": thing.noun, "count": plan.things.count(thing)}
+        include.append(entry | ({"color": thing.colour} if thing.colour else {}))
+    if plan.relation:
+        include.reverse()
+        include[1]["position"] = [plan.relation, 0]  # its relation to include[0]
+    line: dict[str, Any] = {"tag": task, "include": include, "background": plan.background, "prompt": prompt(plan)}
+    if task == "counting":
+        line["exclude"] = [{"class": include[0]["class"], "count": include[0]["count"] + 1}]
+    return line
+
+
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+@click.command(help=__doc__.split("\n\n")[0])
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False), required=False)
+@click.option("--count", type=click.IntRange(1), default=100_000, show_default=True, help="Scenes to compose.")
+@click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
+@click.option("--size", type=click.IntRange(32), default=128, show_default=True, help="Pixels per side.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes.")
+@click.option(
+    "--glyphs", type=click.Path(path_type=Path), help="Folder or archive of the emoji; without it, npm fetches them."
+)
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="Write the prompts of `latentdiff evaluate` here instead."
+)
+@click.option("--per-task", type=click.IntRange(1), default=50, show_default=True, help="Prompts per task.")
+def main(
+    out: Path | None, count: int, split: str, size: int, seed: int, workers: int, glyphs: Path | None,
+    prompts: Path | None, per_task: int,
+) -> None:  # fmt: skip
+    try:
+        source = glyphs or fetch_glyphs(Path("data"))
+        _glyphs(source).sprite("cat", None, 56)  # a fault is found before the work is shared
+        if prompts:
+            write_lines(prompts, evaluation_prompts(per_task, seed, _glyphs(source)))
+        elif out is None:
+            raise click.UsageError("name the folder to write to")
+        else:
+            work = partial(make_scene, out=out, split=split, seed=seed, size=size, source=source)
+            with Pool(workers) as pool:
+                lines = list(
+                    tqdm(pool.imap(work, range(count), chunksize=50), total=count, unit="scene", mininterval=1.0)
+                )
+            # Last, so that a folder without it is known to be unfinished.
+            write_lines(out / "metadata.jsonl", lines)
+    except (LatentDiffError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
