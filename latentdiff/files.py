@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from latentdiff.errors import LatentDiffError
+
+CACHE_VARIABLE = "LATENTDIFF_CACHE"
+
+
+def cache_folder(purpose: str) -> Path:
+    """Where something that took long to make is kept: in $LATENTDIFF_CACHE, or else where the system keeps a user's
+    caches. It may be deleted at any time, and may be impossible to write to."""
+    given = os.environ.get(CACHE_VARIABLE)
+    return (Path(given) if given else _user_caches() / "latentdiff") / purpose
+
+
+def _user_caches() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/AppData/Local"))
+    if sys.platform == "darwin":
+        return Path(os.path.expanduser("~/Library/Caches"))
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from latentdiff.device import FORMATS, Precision, pick_device, pick_precision, p
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.engines import Example
+from latentdiff.engines.backends import engines_for
 from latentdiff.engines.calibration import calibration_examples
-from latentdiff.engines.choosing import engines_for
-from latentdiff.engines.cpu import accelerate
+from latentdiff.engines.fast_forms import use_fast_forms
 from latentdiff.errors import CheckpointError
 from latentdiff.memory.residence import Residence
 from latentdiff.networks.functions import Decoder, Network
@@ -154,14 +154,14 @@ class LoadedModel:
     def to(self, device: torch.device | str, precision: Precision | str | None = None) -> Self:
         """Move the model to `device`, and to `precision` if one is given ("fp32", "bf16", "fp16", "int8").
 
-        On a CPU the modules get their fast forms, see `latentdiff.engines.cpu`.
+        On a CPU the modules get their fast forms, see `latentdiff.engines.fast_forms`.
         """
         if precision is not None:
             self.precision = FORMATS[precision] if isinstance(precision, str) else precision
         self.parts.to(device, self.precision)
         if self.device.type == "cpu":
             for name in ("text_encoder", "unet", "vae"):
-                accelerate(self.parts.module(name))
+                use_fast_forms(self.parts.module(name))
         self.loras.to(device, self.precision)
         self.words.to(device)
         return self.use_backend(self.backend)

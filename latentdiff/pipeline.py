@@ -31,6 +31,7 @@ from latentdiff.model import LoadedModel
 from latentdiff.networks.attention import attention_backend
 from latentdiff.networks.conditioning import TextContext
 from latentdiff.networks.functions import checked_model, decode_latents, embed_prompt, encode_pictures
+from latentdiff.networks.kernels.choice import forms_in_use
 from latentdiff.networks.vae import LatentDistribution
 from latentdiff.recipe import Recipe, library_versions
 from latentdiff.request import Plan, Sampling, latent_shape
@@ -265,7 +266,7 @@ class Pipeline(LoadedModel):
             precision=self.precision.name,
             backend=self.backend,
             device=describe_device(self.device),
-            versions=library_versions(),
+            versions=library_versions() | ({"forms": forms} if (forms := forms_in_use()) else {}),
             loras=self.adaptations(),
             **fields,
         )

@@ -10,6 +10,9 @@ from hypothesis import settings
 # No test opens a socket; the hub client reads this when it is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# The fast forms of the CPU without trials, so that tests see them, and see the same ones everywhere.
+os.environ.setdefault("LATENTDIFF_FORMS", "fast")
+
 # Shared machines are slow at random: a time limit per example would fail honest tests.
 settings.register_profile("latentdiff", deadline=None)
 settings.load_profile("latentdiff")

@@ -15,8 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "latentdiff"
 FLOORS: list[list[set[str]]] = [
     [{"__init__"}, {"errors"}, {"names"}],
     [{"reading"}],
-    [{"files"}, {"recipe"}, {"diffusion"}, {"prompts"}, {"networks/attention"}],
-    [{"device"}, {"image"}],
+    [{"files"}, {"recipe"}, {"diffusion"}, {"prompts"}],
+    [{"device"}, {"image"}, {"networks/kernels"}],
+    [{"networks/attention"}],
     [{"networks"}],
     [{"engines"}, {"checkpoints"}, {"training/data"}],
     [{"memory"}],
@@ -29,7 +30,7 @@ FLOORS: list[list[set[str]]] = [
 ]
 ROOMS = {room for floor in FLOORS for rooms in floor for room in rooms}
 ALONE = {"errors", "names"}  # what these may import is nothing, and what the next may import are these
-NEXT_TO_ALONE = {"diffusion", "files", "networks/attention", "reading"}
+NEXT_TO_ALONE = {"diffusion", "files", "reading"}
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 

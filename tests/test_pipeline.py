@@ -197,7 +197,7 @@ def test_recipe_of_a_picture(shared):
         "sources": {}, "loras": [], "backend": "torch", "cache_interval": 1, "cache_branch": 0,
         "cache_centre": None, "schema": 1,
     }  # fmt: skip
-    assert recipe["versions"].keys() == {"latentdiff", "torch", "tokenizers"}
+    assert recipe["versions"].keys() == {"latentdiff", "torch", "tokenizers", "forms"}
     assert len(recipe["model_hash"]) == 64
     assert image.info["parameters"].startswith(
         "cat\nNegative prompt: dog\nSteps: 2, Sampler: DDIM, CFG scale: 3.5, Seed: 11"

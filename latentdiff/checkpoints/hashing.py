@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from latentdiff.errors import LatentDiffError
-from latentdiff.files import atomic_path
+from latentdiff.files import atomic_path, cache_folder
 from latentdiff.reading.json import read_object
 
 SHORT = 10  # digits of the hash that web UIs show
@@ -61,9 +60,7 @@ def _digest(path: Path) -> str:
 
 
 def _memory() -> Path:
-    # Not Path.expanduser, which fails where there is no home.
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(folder) / "latentdiff" / "hashes.json"
+    return cache_folder("hashes") / "files.json"
 
 
 def _remembered() -> dict[str, str]:

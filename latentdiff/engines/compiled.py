@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.engines.cache import cache_folder
 from latentdiff.engines.cuda_graphs import GraphedFunction
-from latentdiff.engines.standing_in import forms_in_force, plain_steps_in, refuse_gradients, state_of
+from latentdiff.engines.replacement import forms_in_force, plain_steps_in, refuse_gradients, state_of
 from latentdiff.errors import MissingDependencyError
+from latentdiff.files import cache_folder
 from latentdiff.networks.layers.resnet import Downsample, ResnetBlock, Upsample
 from latentdiff.networks.layers.transformer import Context, ProjectedContext, SpatialTransformer
 from latentdiff.networks.unet import UNet

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from latentdiff import __version__
 from latentdiff.device import in_float32
-from latentdiff.engines.cache import cache_folder
-from latentdiff.engines.standing_in import fingerprint, forms_in_force, plain_steps_in, refuse_gradients, state_of
+from latentdiff.engines.replacement import fingerprint, forms_in_force, plain_steps_in, refuse_gradients, state_of
 from latentdiff.errors import MissingDependencyError, UsageError
+from latentdiff.files import cache_folder
 from latentdiff.networks.attention import use_attention_backend
 from latentdiff.networks.layers.transformer import Context, FeedForward, ProjectedContext
 from latentdiff.networks.unet import UNet

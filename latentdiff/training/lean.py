@@ -7,7 +7,7 @@ Inside, linear layers and 1x1 convolutions multiply by oneDNN in place of BLAS (
 (normalisation and SiLU, value times GELU) are computed again in the backward pass in place of being kept. The modules
 stay the same objects with the same parameters and hooks; only their class changes, and back at the end. In other
 precisions, on other devices, and where somebody listens to a layer inside, they compute as always. For inference, see
-`latentdiff.engines.cpu`.
+`latentdiff.engines.fast_forms`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from latentdiff.networks.attention.chunked import onednn_products
+from latentdiff.networks.kernels.onednn import as_matrix, has_product, product, windows
 from latentdiff.networks.layers.resnet import ResnetBlock
 from latentdiff.networks.layers.transformer import FeedForward
+from latentdiff.networks.taps import has_taps
 
 # Up to so many pixels in a batch of maps, the gradient of a 3x3 kernel is one product with the pixels' surroundings:
 # oneDNN's own gradient is as fast for more, and up to eight times slower for the fewest.
@@ -39,7 +40,7 @@ _MANY_NUMBERS = 2**22
 def lean_layers(*networks: nn.Module) -> Iterator[None]:
     """Inside, the layers of `networks` compute as this module says, where the processor is one that gains by it."""
     changed: list[tuple[nn.Module, type]] = []
-    if onednn_products():
+    if has_product(torch.float32):
         for network in networks:
             for module in network.modules():
                 if (lean := _lean_class(module)) is not None:
@@ -66,11 +67,6 @@ def _lean_class(module: nn.Module) -> type[nn.Module] | None:
 def _applies(x: Tensor, weight: Tensor) -> bool:
     fits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
     return fits and not torch.is_autocast_enabled("cpu")
-
-
-def _is_heard(*modules: nn.Module) -> bool:
-    """Whether adapters or taps want to see what goes into or comes out of one of these."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 # --- Layers -----------------------------------------------------------------------------------------------------------
@@ -101,7 +97,7 @@ class _Convolution(nn.Conv2d):
 
 class _ResnetBlock(ResnetBlock):
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        if not _applies(x, self.conv1.weight) or _is_heard(self.norm1, self.conv1, self.norm2, self.conv2):
+        if not _applies(x, self.conv1.weight) or has_taps(self.norm1, self.conv1, self.norm2, self.conv2):
             return super().forward(x, time)
         h = _norm_silu_conv(x, self.norm1, self.conv1)
         if self.time_emb_proj is not None:
@@ -113,7 +109,7 @@ class _ResnetBlock(ResnetBlock):
 class _FeedForward(FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         gated, _, out = self.net
-        if not _applies(x, out.weight) or _is_heard(gated, gated.proj, out):
+        if not _applies(x, out.weight) or has_taps(gated, gated.proj, out):
             return super().forward(x)
         return _GatedFunction.apply(x, gated.proj.weight, gated.proj.bias, out.weight, out.bias)
 
@@ -125,16 +121,11 @@ def _norm_silu_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
 # --- Their mathematics ------------------------------------------------------------------------------------------------
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a bᵀ + bias for a (..., k) and b (n, k): (..., n)."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-
-
 def _gradients(needed: Sequence[bool], x: Tensor, weight: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Of input (..., in), weight (out, in) and bias of a linear layer, for the gradient (..., out) of its output."""
     flat, rows = gradient.flatten(0, -2), x.flatten(0, -2)
-    of_input = _product(gradient, weight.t()) if needed[0] else None
-    of_weight = _product(flat.t(), rows.t()) if needed[1] else None
+    of_input = product(gradient, weight.t()) if needed[0] else None
+    of_weight = product(flat.t(), rows.t()) if needed[1] else None
     return of_input, of_weight, flat.sum(0) if needed[2] else None
 
 
@@ -142,7 +133,7 @@ class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -154,7 +145,7 @@ class _LinearFunction(torch.autograd.Function):
 def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     if _pixels(x) > _FEW_PIXELS:
         return torch.conv2d(x, kernel, bias, padding=1)
-    return _to_maps(_product(_patches(x), _as_matrix(kernel), bias), x)
+    return _to_maps(product(_patches(x), as_matrix(kernel), bias), x)
 
 
 def _convolution_gradients(needed: Sequence[bool], x: Tensor, kernel: Tensor, gradient: Tensor) -> list[Tensor | None]:
@@ -162,7 +153,7 @@ def _convolution_gradients(needed: Sequence[bool], x: Tensor, kernel: Tensor, gr
     output."""
     found: list[Tensor | None] = [None, None, None]
     by_product = _pixels(x) <= _FEW_PIXELS, _pixels(x) <= _SOME_PIXELS, _pixels(x) <= _SOME_PIXELS
-    if any(left := [wanted and not product for wanted, product in zip(needed, by_product, strict=True)]):
+    if any(left := [wanted and not done for wanted, done in zip(needed, by_product, strict=True)]):
         ones = (1, 1)
         found = list(
             torch.ops.aten.convolution_backward(
@@ -171,9 +162,9 @@ def _convolution_gradients(needed: Sequence[bool], x: Tensor, kernel: Tensor, gr
         )
     rows = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # (n h w, out)
     if needed[0] and by_product[0]:
-        found[0] = _sum_of_patches(_product(rows, _as_matrix(kernel).t()), x)
+        found[0] = _sum_of_patches(product(rows, as_matrix(kernel).t()), x)
     if needed[1] and by_product[1]:
-        found[1] = _product(rows.t(), _patches(x).t()).unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+        found[1] = product(rows.t(), _patches(x).t()).unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
     if needed[2] and by_product[2]:
         found[2] = rows.sum(0)
     return found
@@ -183,11 +174,6 @@ def _pixels(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
 
-def _as_matrix(kernel: Tensor) -> Tensor:
-    """(out, in, 3, 3) -> (out, 9 in), without a copy where it lies with channels last."""
-    return kernel.permute(0, 2, 3, 1).flatten(1)
-
-
 def _to_maps(rows: Tensor, like: Tensor) -> Tensor:
     """(n h w, C) -> (n, C, h, w), channels last."""
     return rows.view(like.shape[0], *like.shape[2:], -1).permute(0, 3, 1, 2)
@@ -195,11 +181,8 @@ def _to_maps(rows: Tensor, like: Tensor) -> Tensor:
 
 def _patches(x: Tensor) -> Tensor:
     """The surroundings of each pixel of maps (n, C, h, w), with zeros beyond the border: (n h w, 9 C)."""
-    count, channels, height, width = x.shape
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
-    of_map, of_row, of_pixel, _ = padded.stride()
-    window = padded.as_strided((count, height, width, 3, 3, channels), (of_map, of_row, of_pixel, of_row, of_pixel, 1))
-    return window.reshape(count * height * width, 9 * channels)
+    return windows(padded, 3, 3).flatten(0, 2)
 
 
 def _sum_of_patches(patches: Tensor, like: Tensor) -> Tensor:
@@ -276,16 +259,16 @@ class _GatedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inner: Tensor, inner_bias: Tensor, outer: Tensor, outer_bias: Tensor) -> Tensor:
-        both = _product(x, inner, inner_bias)
+        both = product(x, inner, inner_bias)
         value, gate = both.chunk(2, dim=-1)
         ctx.save_for_backward(x, both if both.numel() < _MANY_NUMBERS else None, inner, inner_bias, outer)
-        return _product(F.gelu(gate).mul_(value), outer, outer_bias)
+        return product(F.gelu(gate).mul_(value), outer, outer_bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, both, inner, inner_bias, outer = ctx.saved_tensors
-        both = _product(x, inner, inner_bias) if both is None else both
+        both = product(x, inner, inner_bias) if both is None else both
         for_x, for_inner, for_inner_bias, for_outer, for_outer_bias = ctx.needs_input_grad
         value, gate = both.chunk(2, dim=-1)
         gated = F.gelu(gate)

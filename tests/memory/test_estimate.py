@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentdiff.engines.cpu import accelerate
+from latentdiff.engines.fast_forms import use_fast_forms
 from latentdiff.memory.available import trim
 from latentdiff.memory.estimate import (
     _SLACK,
@@ -77,7 +77,7 @@ def measured_peak(compute: Callable[[], object]) -> int:
 def random(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     network.to(dtype).eval().requires_grad_(False)
-    accelerate(network)
+    use_fast_forms(network)
     return network
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from latentdiff.adapters.lora import LoRA, LoRASpec
-from latentdiff.networks.attention.chunked import onednn_products
 from latentdiff.networks.config import UNetConfig
+from latentdiff.networks.kernels.onednn import has_product
 from latentdiff.networks.layers.resnet import ResnetBlock
 from latentdiff.networks.layers.transformer import FeedForward
 from latentdiff.networks.taps import Tap
@@ -17,7 +17,7 @@ from latentdiff.training import lean
 from latentdiff.training.lean import lean_layers
 from tests import tiny
 
-pytestmark = pytest.mark.skipif(not onednn_products(), reason="lean layers are for x86 processors")
+pytestmark = pytest.mark.skipif(not has_product(torch.float32), reason="lean layers are for x86 processors")
 
 
 def unet(**changes) -> UNet:
@@ -39,7 +39,7 @@ def gradients(network: nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, 
 
 def assert_close(lean_result, plain_result):
     for mine, reference in zip([lean_result[0], *lean_result[1]], [plain_result[0], *plain_result[1]], strict=True):
-        assert (mine - reference).norm() <= 1e-5 * reference.norm() + 1e-9
+        assert (mine - reference).norm() <= 2e-5 * reference.norm() + 1e-9
 
 
 def seeded(*shape: int) -> torch.Tensor:
@@ -171,7 +171,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 def test_without_onednn_nothing_changes(monkeypatch):
-    monkeypatch.setattr(lean, "onednn_products", lambda: False)
+    monkeypatch.setattr(lean, "has_product", lambda dtype: False)
     network = nn.Linear(2, 2)
     with lean_layers(network):
         assert type(network) is nn.Linear

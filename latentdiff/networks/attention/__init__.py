@@ -14,7 +14,7 @@ A new back end is one file with a function `(q, k, v) -> out` and one line in `A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -24,11 +24,9 @@ from torch import Tensor
 from latentdiff.errors import UsageError
 from latentdiff.networks.attention.auto import auto_attention
 from latentdiff.networks.attention.plain import plain_attention
-from latentdiff.networks.attention.sdpa import sdpa_attention
+from latentdiff.networks.attention.sdpa import AttentionFunction, sdpa_attention
 from latentdiff.networks.attention.sliced import sliced_attention
 from latentdiff.networks.attention.xformers import xformers_attention
-
-AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 ATTENTION_BACKENDS: dict[str, AttentionFunction] = {
     "auto": auto_attention,

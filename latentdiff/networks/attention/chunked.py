@@ -1,19 +1,20 @@
 """Attention on a CPU as matrix products over a few hundred queries at a time, for inference.
 
-torch's fused kernel leaves its products on a CPU to MKL, which runs at half the speed of oneDNN on processors of other
-makers, and computes bf16 in float32; torch's softmax spends most of its time in MKL's `exp`. Here oneDNN multiplies,
-and the exponential is torch's `exp2` or, in bf16, part of the product.
+torch's fused kernel leaves float32 products on a CPU to MKL, which is slow on some processors of other makers, and
+computes bf16 in float32 where there is no AMX. Here oneDNN multiplies, and the exponential is torch's `exp2` or, in
+bf16, part of the product. `auto` tries which of the two is faster.
 """
 
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable
 from itertools import product as combinations
 
 import torch
 from torch import Tensor
+
+from latentdiff.networks.kernels.onednn import has_product, product
 
 MAX_SCORES = (
     2**19
@@ -25,13 +26,7 @@ MARGIN = 8.0  # sigmoid(-8) is e^-8 but for a share of 3e-4, a sixth of what rou
 def chunked_is_possible(q: Tensor) -> bool:
     """Whether `chunked_attention` computes this: float32 or bf16 on an x86 CPU, where no gradients are recorded."""
     is_inference = not torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_compiling()
-    return is_inference and q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and onednn_products()
-
-
-def onednn_products() -> bool:
-    """Whether torch offers oneDNN's matrix product here."""
-    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return on_x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return is_inference and q.device.type == "cpu" and has_product(q.dtype)
 
 
 @torch.no_grad()
@@ -60,7 +55,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     exponentials, rows = _exponentials(k, bound, dtype)
     for some, result in zip(q.split(rows), out.split(rows), strict=True):
         # The exponentials are freed here before the next ones are made, which then take the same memory, in the caches.
-        sums = _product(exponentials(some), v)
+        sums = product(exponentials(some), v)
         torch.div(sums[:, :size], sums[:, size:], out=result)
 
 
@@ -75,9 +70,9 @@ def _exponentials(k: Tensor, bound: float, dtype: torch.dtype) -> tuple[Callable
     is_safe = bound <= SAFE_SCORE
     if is_safe and dtype == torch.bfloat16:
         keys, shift = k.to(dtype), torch.full((len(k),), -bound - MARGIN, dtype=dtype)
-        return lambda q: _product(q, keys, shift, "sigmoid"), 2 * rows
+        return lambda q: product(q, keys, shift, "sigmoid"), 2 * rows
     keys = k * math.log2(math.e)
-    return lambda q: _powers_of_two(_product(q.float(), keys), is_safe).to(dtype), rows
+    return lambda q: _powers_of_two(product(q.float(), keys), is_safe).to(dtype), rows
 
 
 def _powers_of_two(scores: Tensor, is_safe: bool) -> Tensor:
@@ -85,8 +80,3 @@ def _powers_of_two(scores: Tensor, is_safe: bool) -> Tensor:
     if not is_safe:
         scores -= scores.amax(dim=1, keepdim=True)
     return scores.exp2_()
-
-
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
-    """a (L, d), b (S, d), bias (S,) -> a bᵀ + bias, followed by "sigmoid" if that is asked for; by oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, then, [], "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -10,10 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from latentdiff.errors import MissingDependencyError
-from latentdiff.networks.attention.sdpa import sdpa_attention
+from latentdiff.networks.attention.sdpa import AttentionFunction, sdpa_attention
 from latentdiff.networks.attention.xformers import xformers_attention
-
-AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 SECONDS = 0.02  # of trying, per candidate
 MIN_GAIN = 0.05  # share of the time by which a candidate must beat PyTorch's own choice; less is noise of the clock

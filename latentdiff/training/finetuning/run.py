@@ -16,7 +16,7 @@ from latentdiff.checkpoints.components import load_components
 from latentdiff.checkpoints.embedded import embedded_model
 from latentdiff.device import is_out_of_memory
 from latentdiff.diffusion.schedule import Schedule
-from latentdiff.engines.cpu import accelerate
+from latentdiff.engines.fast_forms import use_fast_forms
 from latentdiff.errors import ConfigError, DataError, LatentDiffError, UsageError
 from latentdiff.files import atomic_path
 from latentdiff.model import EMBEDDED_NAME
@@ -180,7 +180,7 @@ def _speed_up(parts: Any, method: Method, settings: FinetuneConfig, accelerator:
         return
     for network in (parts.vae, parts.text_encoder):
         if network not in trained:
-            accelerate(network)
+            use_fast_forms(network)
     if not settings.compile and not is_sharding(accelerator):
         stack.enter_context(lean_layers(*trained))
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentdiff.adapters.lora import LoRA, LoRALayer, load_lora, save_lora
-from latentdiff.engines.cpu import restore
+from latentdiff.engines.fast_forms import restore
 from tests import peers
 from tests.adapters.lora.conftest import EVERYTHING, make, our_outputs, our_picture, their_outputs, their_picture
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from latentdiff.adapters.lora import LoRA, LoRASpec
-from latentdiff.engines import cpu
-from latentdiff.networks.attention.chunked import onednn_products
+from latentdiff.engines import fast_forms
 from latentdiff.networks.config import UNetConfig, VAEConfig
+from latentdiff.networks.kernels.onednn import has_product
 from latentdiff.networks.layers.resnet import ResnetBlock, Upsample
 from latentdiff.networks.layers.transformer import FeedForward
 from latentdiff.networks.taps import Tap
@@ -19,7 +19,7 @@ from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
 from tests import tiny
 
-pytestmark = pytest.mark.skipif(not onednn_products(), reason="torch without oneDNN's products")
+pytestmark = pytest.mark.skipif(not has_product(torch.float32), reason="torch without oneDNN's products")
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative to the norm
 
@@ -52,11 +52,11 @@ MODULES = {
 @pytest.mark.parametrize("name", MODULES)
 @torch.no_grad()
 def test_a_fast_form_equals_the_plain_module(name: str, dtype: torch.dtype, monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "FF_ROWS", 40)  # several pieces, the last one shorter
+    monkeypatch.setattr(fast_forms, "FF_ROWS", 40)  # several pieces, the last one shorter
     build, shape = MODULES[name]
     module = tiny.randomize(build(), seed=3)
     expected = copy.deepcopy(module).double()(random(*shape, dtype=dtype).double())
-    cpu.accelerate(module.to(dtype))
+    fast_forms.use_fast_forms(module.to(dtype))
     x = random(*shape, dtype=dtype)
     before = x.clone()
     out = module(x)
@@ -70,7 +70,7 @@ def test_upsampling_to_another_size_is_plain() -> None:
     block = tiny.randomize(Upsample(16), seed=3)
     x = random(2, 16, 17, 19)
     expected = block(x, size=torch.Size((33, 37)))
-    cpu.accelerate(block)
+    fast_forms.use_fast_forms(block)
     assert error(block(x, size=torch.Size((33, 37))), expected) < 1e-6
 
 
@@ -92,7 +92,7 @@ def test_the_unet_gives_the_same(batch: int, size: tuple[int, int]) -> None:
     arguments = inputs(unet, batch, size)
     expected = unet(*arguments)
     weights = {name: value.clone() for name, value in unet.state_dict().items()}
-    cpu.accelerate(unet)
+    fast_forms.use_fast_forms(unet)
     assert 0 < error(unet(*arguments), expected) < 1e-5
     assert error(unet(*arguments[:2], unet.project_context(arguments[2])), expected) < 1e-5
     assert list(unet.state_dict()) == list(weights)
@@ -111,7 +111,7 @@ def test_the_autoencoder_gives_the_same(tiled: bool) -> None:
     latents = random(2, vae.config.latent_channels, 20, 12)
     images = random(2, 3, 48, 32)
     expected, encoded = vae.decode(latents, tiled=tiled), vae.encode(images).mean
-    cpu.accelerate(vae)
+    fast_forms.use_fast_forms(vae)
     assert error(vae.decode(latents, tiled=tiled), expected) < 1e-5
     assert error(vae.encode(images).mean, encoded) < 1e-5
 
@@ -125,7 +125,7 @@ def test_gradients_are_those_of_the_plain_network() -> None:
         unet(latents, t, text).square().sum().backward()
         gradients.append((latents.grad, unet.conv_in.weight.grad.clone()))
         unet.zero_grad()
-        cpu.accelerate(unet)
+        fast_forms.use_fast_forms(unet)
     for fast, plain in zip(*reversed(gradients), strict=True):
         assert error(fast, plain) < 1e-5
 
@@ -145,7 +145,7 @@ def test_taps_see_whole_outputs_and_change_them() -> None:
     for _ in range(2):
         with Tap(unet, names, output=halve):
             results.append(unet(*arguments))
-        cpu.accelerate(unet)
+        fast_forms.use_fast_forms(unet)
     assert error(results[1], results[0]) < 1e-5
     for first, second in seen.values():
         assert error(second, first) < 1e-5
@@ -161,7 +161,7 @@ def test_a_lora_acts_and_leaves_without_a_trace() -> None:
         nn.init.normal_(layer.lora_up.weight, std=0.1)
     with lora.attached(0.7):
         expected = unet(*arguments)
-    cpu.accelerate(unet)
+    fast_forms.use_fast_forms(unet)
     before = unet(*arguments)
     with lora.attached(0.7):
         assert error(unet(*arguments), expected) < 1e-5
@@ -173,7 +173,7 @@ def test_a_lora_acts_and_leaves_without_a_trace() -> None:
 def test_restored_it_is_the_plain_network_again() -> None:
     unet = small_unet()
     arguments = inputs(unet, 1, (16, 16))
-    cpu.accelerate(unet)
-    cpu.restore(unet)
+    fast_forms.use_fast_forms(unet)
+    fast_forms.use_plain_forms(unet)
     assert all("forward" not in module.__dict__ for module in unet.modules())
     assert torch.equal(unet(*arguments), small_unet()(*arguments))

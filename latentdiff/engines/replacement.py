@@ -11,11 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UsageError
-
-
-def has_taps(module: nn.Module) -> bool:
-    """Whether anything, a LoRA say, listens to or changes what goes through `module` or a part of it."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+from latentdiff.networks.taps import has_taps
 
 
 def plain_steps_in(module: nn.Module, engine: str) -> bool:

@@ -1,0 +1,205 @@
+"""Which of two forms of a computation is faster on this machine: tried once, then remembered.
+
+The forms differ in rounding, so a choice must not change: the first one for a kind of processor, a number of threads
+and a release of torch is written to the cache folder, and all later programs follow it. What cannot be read or written
+there is tried again in each program.
+
+`LATENTDIFF_FORMS` decides without trying: "torch" for torch's own forms, "fast" for ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import threading
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latentdiff.errors import UsageError
+from latentdiff.files import cache_folder
+
+VARIABLE = "LATENTDIFF_FORMS"
+SECONDS = 0.2  # of a processor that a program spends on trials; other programs on a busy machine do not use them up
+SECONDS_EACH = 0.012
+NEEDED = 1.08  # times as fast another form must be; less may be noise of the clock
+ROUNDS = 6
+HOPELESS = 1.3  # times as long as torch's form: no need to look again
+TOLERANCE = 0.03  # relative distance of the results; in bfloat16 they differ by some 0.005
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+_LARGEST = 2**20  # bytes of a file of choices that are read
+
+Form = Callable[[], Tensor]
+Trial = Callable[[], tuple[Form, Form]]  # makes torch's form and the other one, of the same inputs
+
+
+class Choices:
+    """What was chosen, in memory and in a file that programs add lines to; the first line about a form is in force.
+
+    Args:
+        path: the file, or None to remember in memory only.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._chosen = _read(path)
+        self._left = SECONDS
+        self._lock = threading.RLock()  # a form may be made of others
+
+    def is_fast(self, form: str, trial: Trial, needed: float = NEEDED) -> bool:
+        """Whether the other form of `form` is faster here; tried if that is not known and there is time left.
+
+        Args:
+            form: name, number format and size.
+            needed: how many times as fast it has to be in the trial.
+        """
+        if form not in self._chosen:
+            with self._lock:
+                if form not in self._chosen:
+                    self._choose(form, trial, needed)
+        return self._chosen[form]
+
+    def _choose(self, form: str, trial: Trial, needed: float) -> None:
+        start = _busy()
+        gain = speed_up(trial, min(self._left, SECONDS_EACH))
+        self._left -= _busy() - start
+        is_fast = gain > needed
+        _append(self._path, {"form": form, "fast": is_fast, "gain": round(gain, 2)})
+        self._chosen[form] = _read(self._path).get(form, is_fast)  # another program may have been first
+
+
+@torch.no_grad()
+def speed_up(trial: Trial, seconds: float) -> float:
+    """How many times as fast as torch's form the other one is, by the least of some times; 0 if it fails, or gives
+    something else, or there is too little time to say."""
+    if seconds <= 0:
+        return 0.0
+    end, least = _busy() + seconds, [math.inf, math.inf]
+    # One thread's own time is not disturbed by other programs; several threads wait for one another.
+    clock = _busy if torch.get_num_threads() == 1 else time.perf_counter
+    try:
+        forms = trial()
+        results: list[Tensor] = []
+        for done in range(ROUNDS):
+            for index, form in enumerate(forms):
+                start = clock()
+                out = form()
+                least[index] = min(least[index], clock() - start)
+                if not done:
+                    results.append(out.float())
+            if not done and not _agree(*results):
+                return 0.0
+            # The first call of each is slower, since oneDNN compiles, so that there are two at least.
+            if done and (_busy() > end or least[1] > HOPELESS * least[0]):
+                break
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, MemoryError):
+        return 0.0
+    return least[0] / max(least[1], 1e-9)
+
+
+def _agree(expected: Tensor, found: Tensor) -> bool:
+    return bool((found - expected).norm() <= TOLERANCE * expected.norm())  # also false for NaN
+
+
+_FINE = hasattr(time, "thread_time") and time.get_clock_info("thread_time").resolution < 1e-5
+
+
+def _busy() -> float:
+    """Seconds that this thread has computed; where the system does not count them finely, those of the wall."""
+    return time.thread_time() if _FINE else time.perf_counter()
+
+
+_used: dict[str, bool] = {}
+_of_machine: dict[str, Choices] = {}
+
+
+def takes_fast_form(form: str, trial: Trial, needed: float = NEEDED) -> bool:
+    """Whether to compute `form` by our form rather than by torch's, on this machine with this many threads.
+
+    Raises:
+        UsageError: `LATENTDIFF_FORMS` is something else than "measured", "torch" or "fast".
+    """
+    mode = os.environ.get(VARIABLE) or "measured"
+    if mode not in ("measured", "torch", "fast"):
+        raise UsageError(f"expected {VARIABLE} to be measured, torch or fast, found {mode!r}")
+    if mode != "measured":
+        is_fast = mode == "fast"
+    else:
+        is_fast = _choices().is_fast(form, trial, needed)
+    _used[form] = is_fast
+    return is_fast
+
+
+def forms_in_use() -> str:
+    """A fingerprint of the forms that this program has computed by: "torch" if all were torch's, "" if it has not
+    computed on a CPU."""
+    chosen = sorted(form for form, is_fast in _used.items() if is_fast)
+    if not chosen:
+        return "torch" if _used else ""
+    return hashlib.sha256("\n".join(chosen).encode()).hexdigest()[:8]
+
+
+def _choices() -> Choices:
+    name = machine(torch.get_num_threads())
+    if name not in _of_machine:
+        _of_machine[name] = Choices(cache_folder("forms") / f"{name}.jsonl")
+    return _of_machine[name]
+
+
+@cache
+def machine(threads: int) -> str:
+    """What choices depend on, as the name of a file: processor, allowed instructions, threads, release of torch."""
+    limits = [f"{name}={os.environ.get(name, '')}" for name in _LIMITS]
+    processor = _processor()
+    facts = [*processor, torch.backends.cpu.get_cpu_capability(), *limits, str(threads), torch.__version__]
+    readable = re.sub(r"[^a-z0-9]+", "-", f"{processor[0]} {threads} torch {torch.__version__}".lower()).strip("-")
+    return f"{readable[:80]}-{hashlib.sha256('|'.join(facts).encode()).hexdigest()[:12]}"
+
+
+def _processor() -> list[str]:
+    """Its name, and on Linux its family, model and instructions: virtual machines hide the name."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            first = file.read(8192).split("\n\n")[0].splitlines()
+    except OSError:
+        first = []
+    known = dict(line.split(":", 1) for line in first if ":" in line)
+    about = {name.strip(): value.strip() for name, value in known.items()}
+    name = about.get("model name") or platform.processor() or platform.machine()
+    return [name, *(about.get(each, "") for each in ("vendor_id", "cpu family", "model", "stepping", "flags"))]
+
+
+def _read(path: Path | None) -> dict[str, bool]:
+    """The choices of a file; of what is damaged, the lines that are whole."""
+    try:
+        with open(path, "rb") as file:
+            lines = file.read(_LARGEST).decode("utf-8", errors="replace").splitlines()
+    except (OSError, TypeError):
+        return {}
+    chosen: dict[str, bool] = {}
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("form"), str) and isinstance(entry.get("fast"), bool):
+            chosen.setdefault(entry["form"], entry["fast"])
+    return chosen
+
+
+def _append(path: Path | None, entry: dict[str, object]) -> None:
+    """Add a line in one write, which programs that run at the same time do not tear."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            file.write(f"\n{json.dumps(entry)}\n".encode())
+    except (OSError, AttributeError):
+        pass  # a folder that cannot be written to costs only time
