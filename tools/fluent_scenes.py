@@ -5,7 +5,8 @@
     python tools/fluent_scenes.py --prompts latentdiff/evaluation/prompts.jsonl
 
 The folder is an image folder as Hugging Face datasets reads it: PNG files and a `metadata.jsonl` with, for each, the caption
-(`text`) and the scene itself (`scene`: objects with noun, colour and box). Scene i depends on the seed and on i alone.
+(`text`) and the scene itself (`scene`: objects with noun, colour, size, box,
+and the text by which a close-up of it goes). Scene i depends on the seed and on i alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache, partial
 from multiprocessing import Pool
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import Any
 import click
 import numpy as np
 from fluent_glyphs import Glyphs, Sprite, draw, fetch_glyphs
-from fluent_language import BACKGROUNDS, PLACES, SIZES, Plan, caption, draw_plan, prompt
+from fluent_language import BACKGROUNDS, PLACES, SIZES, Plan, Thing, caption, draw_plan, prompt
 from PIL import Image
 from tqdm import tqdm
 
@@ -137,9 +139,16 @@ def plan_of_scene(index: int, *, split: str, seed: int, size: int, glyphs: Glyph
             break
     picture, boxes = drawn
     scene = plan.as_json()
-    for entry, box in zip(scene["objects"], boxes, strict=True):
-        entry["box"] = list(box)
-    return picture, {"text": caption(plan, rng), "scene": scene}
+    text = caption(plan, rng)
+    for entry, thing, box in zip(scene["objects"], plan.things, boxes, strict=True):
+        entry |= {"box": list(box), "text": text if len(boxes) == 1 else caption(_alone(plan, thing, rng), rng)}
+    return picture, {"text": text, "scene": scene}
+
+
+def _alone(plan: Plan, thing: Thing, rng: Random) -> Plan:
+    """One thing of a plan by itself, as a close-up shows it."""
+    size = rng.choice((None, "small"))
+    return Plan("colour" if thing.colour else "single", plan.background, (replace(thing, size=size),))
 
 
 @cache

@@ -212,6 +212,11 @@ class DiffusionStageSection(StageSection):
     high_noise_share: Fraction = 0.0
     """Share of the timesteps drawn from the noisiest tenth alone, where a picture's layout is decided; the rest is
     uniform."""
+    start: Path | None = None
+    """Folder of a U-Net of the same configuration (a model's `unet/`) whose weights the stage starts from."""
+    close_up_share: Fraction = 0.0
+    """Share of the steps on crops around single things, which cost less and teach their names; the metadata must say where
+    things are and what each is called (`scene.objects` with `box` and `text`)."""
     attention: Literal["sdpa", "xformers", "plain"] = "sdpa"
     """Attention back end. PyTorch's fused kernels (`sdpa`) save memory; on a CPU, `plain` is faster for latents this
     small."""

@@ -17,6 +17,7 @@ from latentdiff.errors import CheckpointError, ConfigError
 from latentdiff.networks.attention import use_attention_backend
 from latentdiff.prompts.tokenizer import Tokenizer
 from latentdiff.training.captioned_folder import CaptionedFolder
+from latentdiff.training.close_ups import CloseUps, close_up_turn
 from latentdiff.training.config import DiffusionStageSection
 from latentdiff.training.data.randomness import SampleOrder, normal, uniform
 from latentdiff.training.latent_cache import CachedLatents
@@ -40,6 +41,7 @@ class DiffusionTask(Task):
         data, tokens, latents: training set, its token ids (n, L), its cached latents.
         held_out_tokens, held_out: the same of the validation set.
         empty: token ids of the empty caption, (L,).
+        close_ups: crops that take a share of the steps, with the token ids of their captions.
         sheet: writes a sheet of pictures, made with the networks as they are, to a file.
         seed: of the run.
     """
@@ -57,6 +59,7 @@ class DiffusionTask(Task):
         held_out: CachedLatents,
         *,
         empty: np.ndarray,
+        close_ups: Sequence[tuple[CloseUps, np.ndarray]] = (),
         sheet: Callable[[Path], None] | None,
         seed: int,
     ) -> None:
@@ -68,6 +71,7 @@ class DiffusionTask(Task):
         self._tokens, self._latents, self._empty = tokens, latents, empty
         self._held_out_tokens = held_out_tokens[: settings.validation_images]
         self._held_out = held_out
+        self._close_ups = close_ups
         self._timesteps = schedule.num_train_timesteps
         self._order = SampleOrder(len(data), seed)
         self._latent_shape = tuple(latents.mean.shape[1:])
@@ -85,16 +89,39 @@ class DiffusionTask(Task):
         self.module.unet.compile()
 
     def batch(self, step: int, rows: range) -> dict[str, np.ndarray]:
+        turn = close_up_turn(step, self._settings.close_up_share) if self._close_ups else None
+        if turn is not None:
+            return self._close_up_batch(step, rows, *self._close_ups[turn % len(self._close_ups)])
+        indices = self._order.indices(step * self._settings.batch_size + rows.start, len(rows))
+        noise = self._noise(step, rows, self._latent_shape)
+        latents = self._latents.sample(indices, noise[:, 0])
+        return self._sample(step, rows, self._settings.batch_size, latents, noise[:, 1], self._tokens[indices])
+
+    def _close_up_batch(self, step: int, rows: range, close_ups: CloseUps, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """A batch of crops, larger as their sides are shorter; any crop may come at any step."""
+        factor = self._latent_shape[-1] // close_ups.side
+        rows = range(rows.start * factor, rows.stop * factor)
+        chosen = (uniform((self._seed, "close-ups", step), rows) * len(close_ups)).astype(np.int64)
+        noise = self._noise(step, rows, (self._latent_shape[0], close_ups.side, close_ups.side))
+        deviation = np.exp(0.5 * close_ups.crop(self._latents.logvar, chosen))
+        latents = close_ups.crop(self._latents.mean, chosen) + deviation * noise[:, 0]
+        return self._sample(step, rows, self._settings.batch_size * factor, latents, noise[:, 1], tokens[chosen])
+
+    def _noise(self, step: int, rows: range, shape: tuple[int, ...]) -> np.ndarray:
+        """Of the posterior and of the diffusion, (n, 2, *shape)."""
+        return normal((self._seed, "noise", step), rows, (2, *shape))
+
+    def _sample(
+        self, step: int, rows: range, batch_size: int, latents: np.ndarray, noise: np.ndarray, tokens: np.ndarray
+    ) -> dict[str, np.ndarray]:
         settings, seed = self._settings, self._seed
-        places = ((seed, "timesteps", step), rows, settings.batch_size)
-        indices = self._order.indices(step * settings.batch_size + rows.start, len(rows))
         dropped = uniform((seed, "caption dropout", step), rows) < settings.caption_dropout  # (n,)
-        noise = normal((seed, "noise", step), rows, (2, *self._latent_shape))  # of the posterior, of the diffusion
+        key = (seed, "timesteps", step)
         return {
-            "latents": self._latents.sample(indices, noise[:, 0]),
-            "noise": noise[:, 1],
-            "timesteps": draw_timesteps(*places, self._timesteps, settings.high_noise_share),
-            "tokens": np.where(dropped[:, None], self._empty, self._tokens[indices]),
+            "latents": latents,
+            "noise": noise,
+            "timesteps": draw_timesteps(key, rows, batch_size, self._timesteps, settings.high_noise_share),
+            "tokens": np.where(dropped[:, None], self._empty, tokens),
         }
 
     def sources(self, step: int) -> list[str]:

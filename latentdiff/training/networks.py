@@ -23,6 +23,7 @@ from latentdiff.networks.vae import VAE
 from latentdiff.training.config import TextEncoderSection
 from latentdiff.training.data.randomness import torch_seed
 
+UNET_FILE = "diffusion_pytorch_model.safetensors"
 TEXT_FILE = "text_encoder.safetensors"
 
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -60,6 +61,19 @@ def new_unet(config: UNetConfig, seed: int) -> UNet:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     return unet
+
+
+def load_unet(unet: UNet, folder: Path) -> None:
+    """Take the weights of a model's `unet/` folder.
+
+    Raises:
+        CheckpointError: it holds no U-Net, or one of another configuration.
+    """
+    tensors = read_tensors(folder / UNET_FILE).tensors
+    wanted = {name: tensor.shape for name, tensor in unet.state_dict().items()}
+    if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
+        raise CheckpointError(f"the U-Net in {folder} has another configuration than model.unet; they must be equal")
+    unet.load_state_dict(tensors)
 
 
 def new_text_encoder(section: TextEncoderSection, tokenizer: Any, seed: int) -> TextEncoder:

@@ -22,6 +22,7 @@ from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
 from latentdiff.training.captioned_folder import CaptionedFolder, decoded_images, read_folder
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
+from latentdiff.training.close_ups import read_close_ups
 from latentdiff.training.config import StageSection, TextStageSection, TrainingConfig, VAEStageSection, dump_config
 from latentdiff.training.diffusion_stage import DiffusionTask, load_tokenizer, tokenize
 from latentdiff.training.latent_cache import cached_latents
@@ -29,6 +30,7 @@ from latentdiff.training.loop import Trainer
 from latentdiff.training.networks import (
     TEXT_FILE,
     load_text_encoder,
+    load_unet,
     load_vae,
     new_text_encoder,
     new_unet,
@@ -154,11 +156,14 @@ def _diffusion_stage(config: TrainingConfig, preview: Preview | None) -> None:
     latents = cached_latents(vae, data, images, config.run / "cache", accelerator)
     held_out = cached_latents(vae, held_out_data, held_out_images, config.run / "cache", accelerator)
     tokenizer, unet, text_encoder = _new_networks(config)
+    if settings.start:
+        load_unet(unet, settings.start)
     if config.text:
         load_text_encoder(text_encoder, config.run / "text" / TEXT_FILE)
     (tokens, cut), (held_out_tokens, _), (empty, _) = (
         tokenize(tokenizer, captions) for captions in (data.captions, held_out_data.captions, [""])
     )
+    close_ups = read_close_ups(data, latents.mean.shape[-1], vae.config.downscale) if settings.close_up_share else []
     if cut:
         accelerator.print(f"{cut} of {len(data)} captions are longer than {tokens.shape[1]} tokens and have been cut")
     components = _components(config, tokenizer, text_encoder, unet, vae) if preview else None
@@ -173,6 +178,7 @@ def _diffusion_stage(config: TrainingConfig, preview: Preview | None) -> None:
         held_out_tokens,
         held_out,
         empty=empty[0],
+        close_ups=[(part, tokenize(tokenizer, part.captions)[0]) for part in close_ups],
         sheet=(lambda path: preview(components, path)) if preview else None,
         seed=config.seed,
     )

@@ -61,7 +61,7 @@ def read_labels(data: CaptionedFolder) -> SceneLabels:
             f"expected {path} with a `scene` in every line, as tools/fluent_scenes.py writes it, for the stage text;"
             f" found {type(error).__name__}: {error}"
         ) from error
-    questions = list(answers[0])
+    questions = [question for question in answers[0] if any(a[question] is not None for a in answers)]
     classes = {
         question: tuple(sorted({a[question] for a in answers if a[question] is not None})) for question in questions
     }
@@ -170,11 +170,14 @@ class TextTask(Task):
 
 def in_classes_of(labels: SceneLabels, others: SceneLabels) -> np.ndarray:
     """The values of `others` in the classes of `labels`; an answer that these lack is not asked for."""
-    columns = []
-    for place, (question, answers) in enumerate(labels.classes.items()):
+    columns, places = [], list(others.classes)
+    for question, answers in labels.classes.items():
+        if question not in others.classes:
+            columns.append(np.full(len(others.values), _NOT_ASKED))
+            continue
         number = {answer: index for index, answer in enumerate(answers)}
-        table = np.array([number.get(answer, _NOT_ASKED) for answer in others.classes[question]] or [_NOT_ASKED])
-        values = others.values[:, place]
+        table = np.array([number.get(answer, _NOT_ASKED) for answer in others.classes[question]])
+        values = others.values[:, places.index(question)]
         columns.append(np.where(values >= 0, table[values.clip(0)], _NOT_ASKED))
     return np.stack(columns, axis=1)
 
