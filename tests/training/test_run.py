@@ -217,7 +217,7 @@ def test_one_stage_at_a_time(tmp_path):
     settings = config(tmp_path)
     with pytest.raises(CheckpointError, match="expected a trained VAE in .* run the stage vae first"):
         train(settings, ["diffusion"])
-    with pytest.raises(UsageError, match="unknown stage 'unet'; expected vae, decoder, diffusion"):
+    with pytest.raises(UsageError, match="unknown stage 'unet'; expected vae, decoder, text, diffusion"):
         train(settings, ["unet"])
     assert train(settings, ["vae"]) is None
     with pytest.raises(CheckpointError, match="has no checkpoint yet"):
