@@ -50,8 +50,9 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_version() -> None:
-    assert PROJECT["version"] == latentdiff.__version__
+def test_version_stands_in_one_place() -> None:
+    assert PROJECT["dynamic"] == ["version"] and "version" not in PROJECT
+    assert re.fullmatch(r"\d+\.\d+\.\d+", latentdiff.__version__)
 
 
 def test_every_import_is_a_declared_dependency() -> None:
@@ -129,5 +130,5 @@ def test_wheel_holds_the_package_and_the_embedded_model(wheel_names: set[str]) -
 
 def test_wheel_holds_nothing_else(wheel_names: set[str]) -> None:
     tops = {name.split("/")[0] for name in wheel_names}
-    assert tops == {"latentdiff", f"latentdiff-{PROJECT['version']}.dist-info"}
+    assert tops == {"latentdiff", f"latentdiff-{latentdiff.__version__}.dist-info"}
     assert not any(name.endswith((".pyc", ".ckpt", ".pt")) for name in wheel_names)
