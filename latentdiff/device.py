@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import LatentDiffError, NotFiniteError, UsageError
-from latentdiff.names import PRECISIONS
 
 # Below this size a U-Net's step on a CPU is bound by overhead, not by arithmetic, and bf16 only adds conversions.
 LARGE_ENOUGH_FOR_BF16 = 100_000_000
@@ -72,8 +71,8 @@ def pick_precision(name: str, device: torch.device, parameters: int) -> Precisio
     Raises:
         UsageError: there is no such precision, or not on this device.
     """
-    if name not in PRECISIONS:
-        raise UsageError(f"expected a precision of {', '.join(PRECISIONS)}, found {name!r}")
+    if name not in ('auto', *FORMATS):
+        raise UsageError(f"expected a precision of {', '.join(('auto', *FORMATS))}, found {name!r}")
     if name == "int8" and device.type != "cpu":
         raise UsageError(f"--precision int8 computes on the CPU, found {device.type}; add --device cpu or choose bf16")
     if name != "auto":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from PIL import Image
@@ -21,7 +21,7 @@ from latentdiff.diffusion.denoise import denoise
 from latentdiff.diffusion.guidance import Guidance, guided_denoiser
 from latentdiff.diffusion.latents import NoiseStream
 from latentdiff.diffusion.parameterization import Denoiser, parameterization
-from latentdiff.diffusion.progress import Callback, progress_bar, report
+from latentdiff.diffusion.progress import progress_bar, report
 from latentdiff.diffusion.schedule import Level
 from latentdiff.engines.deepcache import UNCACHED, CacheSettings, DeepCache
 from latentdiff.errors import UsageError
@@ -34,7 +34,16 @@ from latentdiff.networks.functions import checked_model, decode_latents, embed_p
 from latentdiff.networks.kernels.choice import forms_in_use
 from latentdiff.networks.vae import LatentDistribution
 from latentdiff.recipe import Recipe, library_versions
-from latentdiff.request import Plan, Sampling, latent_shape
+from latentdiff.request.calls import public
+from latentdiff.request.domains import Choice, refusal
+from latentdiff.request.options import GenerateOptions
+from latentdiff.request.plan import Plan, Sampling, latent_shape
+
+
+def _tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise refusal(name, "a tensor", value)
+    return value
 
 
 @dataclass(frozen=True)
@@ -50,99 +59,56 @@ class Pipeline(LoadedModel):
     """A text-to-image model, and what it can be asked for; `LoadedModel` says how it is loaded, moved and adapted."""
 
     @overload
-    def __call__(self, prompt: str | Sequence[str], *, output: Literal["latents"], **options: Any) -> Tensor: ...
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        latents: Tensor | None = None,
+        output: Literal["latents"],
+        **options: Unpack[GenerateOptions],
+    ) -> Tensor: ...
 
     @overload
-    def __call__(self, prompt: str | Sequence[str], **options: Any) -> list[Image.Image]: ...
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        latents: Tensor | None = None,
+        output: Literal["images"] = "images",
+        **options: Unpack[GenerateOptions],
+    ) -> list[Image.Image]: ...
 
+    @public(GenerateOptions, latents=_tensor, output=Choice(("images", "latents")))
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str | Sequence[str] = "",
-        fast: bool = False,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None,
-        sampler: str | None = None,
-        eta: float = 0.0,
-        cache_interval: int | None = None,
-        cache_branch: int | None = None,
-        cache_centre: int | None = None,
-        seed: int | Sequence[int] | None = None,
-        num_images: int = 1,
-        height: int | None = None,
-        width: int | None = None,
-        batch_size: int | None = None,
-        spacing: str | None = None,
         latents: Tensor | None = None,
-        output: str = "images",
-        callback: Callback | None = None,
-        progress: bool = True,
+        output: Literal["images", "latents"] = "images",
+        **options: Unpack[GenerateOptions],
     ) -> list[Image.Image] | Tensor:
-        """Make pictures of what the prompt says.
+        """Make images of what the prompt says.
 
         Args:
             prompt: one prompt or several; "" is allowed.
-            negative_prompt: what to avoid, one for all prompts or one each.
-            fast: nearly the same picture in a fraction of the time; takes what `request.FAST` says for options not
-                given.
-            steps: denoising steps, 1 to the number of training timesteps; 25 if not given.
-            guidance_scale: 1 follows the prompt alone, more emphasizes it over the negative prompt; 5 if not given.
-            guidance_rescale: 0 to 1, see `Guidance`.
-            guidance_interval: the noise levels sigma/alpha (low, high] at which guidance acts; None is all.
-            sampler: "ddim" (if not given), "ddpm", "euler", "dpmpp-2m" or "unipc".
-            eta: 0 to 1, the share of fresh noise in the steps of "ddim".
-            cache_interval, cache_branch, cache_centre: compute the deep layers at only every so many steps; see
-                `CacheSettings`. An interval of 1, which is what is not given, computes all.
-            seed: of the first picture, picture i has seed + i; or a list with one for each. None draws one,
-                which the recipe reports.
-            num_images: pictures of each prompt, one prompt after the other.
-            height, width: in pixels, multiples of the VAE's factor (8); None is the size of the training.
-            batch_size: how many pictures are made at once; changes memory and speed, not the pictures.
-            spacing: "leading", "trailing" or "linspace" in timesteps; "karras", "uniform-lambda" or "ays" in noise;
-                None is what the model says.
             latents: unit normal start noise (N, C, h, w) in place of that of the seeds.
             output: "images", or "latents" for what the VAE would decode, a tensor (N, C, h, w).
-            callback: called as `callback(step, t, x0)` after each step of each batch; see `Callback`.
-            progress: show a progress bar on a terminal or in a notebook.
+            options: see `GenerateOptions`: steps, guidance_scale, negative_prompt, sampler, seed, num_images, width,
+                height, callback, ...
 
         Returns:
-            PIL images with their recipe in `image.info`, to be saved with `latentdiff.image.save_png`; or latents.
+            PIL images with their recipe in `image.info`, to be saved with `save_png`; or latents.
 
         Raises:
-            UsageError: an argument outside its domain.
+            UsageError: there is no such option, or a value outside its domain.
             NotFiniteError: the model gives NaN or infinity.
             Cancelled: the callback returned False.
         """
-        options = Sampling(
-            negative_prompt=negative_prompt,
-            fast=fast,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
-            sampler=sampler,
-            eta=eta,
-            cache_interval=cache_interval,
-            cache_branch=cache_branch,
-            cache_centre=cache_centre,
-            seed=seed,
-            num_images=num_images,
-            batch_size=batch_size,
-            spacing=spacing,
-            callback=callback,
-            progress=progress,
-        )
-        plan = options.plan(prompt, self.schedule)
+        size = options.pop("height", None), options.pop("width", None)
+        plan = Sampling(**options).plan(prompt, self.schedule)
         self.check_text_to_image()
-        shape = latent_shape(
-            (height, width), self.default_size, self.parts.module("vae").config, latents, len(plan.prompts)
-        )
-        if output not in ("images", "latents"):
-            raise UsageError(f"expected output 'images' or 'latents', found {output!r}")
+        shape = latent_shape(size, self.default_size, self.parts.module("vae").config, latents, len(plan.prompts))
 
         def start(part: slice, noise: NoiseStream) -> Start:
             x = noise()  # drawn even if it is given, so that later draws do not depend on that
@@ -178,14 +144,14 @@ class Pipeline(LoadedModel):
             NotFiniteError: the model gives NaN or infinity.
             Cancelled: the callback returned False.
         """
-        rows = 2 * max(part.stop - part.start for part in plan.parts)
+        rows = 2 * max(part.stop - part.start for part in plan.batches)
         job = self.parts.job(rows, *shape[-2:], quadratic=attention_backend() == "plain")
         self.parts.check(job)
         positive, negative = text or self.encode([*plan.prompts, *plan.negatives]).chunk(2)
         self.parts.make_room("unet", denoising_bytes(job))
         finished = []
-        with self.parts.using("unet"), progress_bar(plan.steps * len(plan.parts), plan.options.progress) as bar:
-            for part in plan.parts:
+        with self.parts.using("unet"), progress_bar(plan.steps * len(plan.batches), plan.options.progress) as bar:
+            for part in plan.batches:
                 noise = NoiseStream(plan.seeds[part], shape, device=self.device)
                 begun = start(part, noise)
                 denoiser = self.denoiser(

@@ -10,17 +10,19 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field, make_dataclass
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 from latentdiff import __version__
 from latentdiff.errors import DataError
+from latentdiff.request.options import KEPT, Kept
 
 JSON_CHUNK = "latentdiff"
 TEXT_CHUNK = "parameters"
 COMMENT = "comment"  # of a GIF; Pillow gives it as bytes
 
-SAMPLER_TITLES = {"ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "dpmpp-2m": "DPM++ 2M", "unipc": "UniPC"}
+FIRST_TITLES = ("Steps", "Sampler", "CFG scale", "Seed")  # of the settings, as the web UIs order them
 NEGATIVE = "Negative prompt:"
 # One "Key: value" of the last line; a value that contains a comma, a colon or a line break is a JSON string.
 SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
@@ -28,29 +30,38 @@ SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 Settings = TypeVar("Settings")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How one picture was made. Sizes are in pixels, `guidance_interval` in sigma/alpha, `seed` is of this picture.
+if TYPE_CHECKING:
 
-    task: "generate", or what was done to which pictures.
+    class _Asked:
+        """`prompt`, and the options that recipes keep."""
+
+        prompt: str
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    _Asked = make_dataclass(
+        "_Asked",
+        [
+            ("prompt", str),
+            *((name, kept.kind) for name, kept in KEPT.items() if kept.absent is ...),
+            *((name, kept.kind, field(default=kept.absent)) for name, kept in KEPT.items() if kept.absent is not ...),
+        ],
+        frozen=True,
+        kw_only=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(_Asked):
+    """How one image was made: the prompt, what `Kept` names of the options, and the fields here. Sizes are in pixels.
+
+    task: "generate", or what was done to which images.
     task_settings: JSON values, what that task needs besides the other fields to be done again.
     sources: role ("image", "mask", ...) -> {"file": name, "sha256": of the file, or of the pixels if there was none}.
     loras: in the order of loading, {"file": name, "sha256": ..., "scale": ...}.
     """
 
-    prompt: str
-    negative_prompt: str = ""
-    seed: int
-    steps: int
-    sampler: str
-    eta: float = 0.0
-    guidance_scale: float
-    guidance_rescale: float = 0.0
-    guidance_interval: tuple[float, float] | None = None
-    spacing: str | None = None
-    cache_interval: int = 1
-    cache_branch: int = 0
-    cache_centre: int | None = None
     width: int
     height: int
     model: str = ""
@@ -71,12 +82,8 @@ class Recipe:
     __pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 
     def sampling(self) -> dict[str, Any]:
-        """The options of `Sampling` that make this picture."""
-        names = (
-            "negative_prompt", "steps", "guidance_scale", "guidance_rescale", "guidance_interval", "sampler", "eta", "seed",
-            "spacing", "cache_interval", "cache_branch", "cache_centre",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        """The options of `SamplingOptions` that make this image."""
+        return {name: getattr(self, name) for name in KEPT}
 
     def settings_as(self, kind: type[Settings]) -> Settings:
         """The settings of the task as an instance of its dataclass.
@@ -132,33 +139,21 @@ class Recipe:
         lines.append(", ".join(f"{key}: {_quote(str(value))}" for key, value in self._settings().items()))
         return "\n".join(lines)
 
-    def _settings(self) -> dict[str, Any]:
-        settings = {
-            "Steps": self.steps,
-            "Sampler": SAMPLER_TITLES.get(self.sampler, self.sampler),
-            "CFG scale": self.guidance_scale,
-            "Seed": self.seed,
-            "Size": f"{self.width}x{self.height}",
-            "Model hash": self.model_hash[:10],
-            "Model": self.model,
-            "Eta DDIM": self.eta,
-            "Guidance rescale": self.guidance_rescale,
-            "Guidance interval": " to ".join(map(str, self.guidance_interval or ())),
-            "Spacing": self.spacing,
-            **self._cache_settings(),
-            "Denoising strength": self.task_settings.get("strength"),
+    def _settings(self) -> dict[str, str]:
+        asked = {
+            kept.title: _written(kept, value)
+            for name, kept in KEPT.items()
+            if kept.title and (value := getattr(self, name)) != kept.absent
+        }
+        model = {"Size": f"{self.width}x{self.height}", "Model hash": self.model_hash[:10], "Model": self.model}
+        done = {
+            "Denoising strength": str(self.task_settings.get("strength") or ""),
             "Task": self.task if self.task != "generate" else "",
             "Version": f"latentdiff {self.versions['latentdiff']}" if "latentdiff" in self.versions else "",
         }
-        always = ("Steps", "Sampler", "CFG scale", "Seed", "Size")
-        return {key: value for key, value in settings.items() if value or key in always}
-
-    def _cache_settings(self) -> dict[str, str]:
-        """As texts, so that a 0 is kept."""
-        if self.cache_interval == 1:
-            return {}
-        centre = {} if self.cache_centre is None else {"Cache centre": str(self.cache_centre)}
-        return {"Cache interval": str(self.cache_interval), "Cache branch": str(self.cache_branch), **centre}
+        first = {title: asked.pop(title) for title in FIRST_TITLES}
+        settings = first | model | asked | done
+        return {title: text for title, text in settings.items() if text}
 
     @classmethod
     def from_parameters(cls, text: str) -> Recipe:
@@ -173,24 +168,16 @@ class Recipe:
         settings = {key: _unquote(value) for key, value in SETTING.findall(last)}
         start = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
         negative = "\n".join(lines[start:]).removeprefix(NEGATIVE).strip()
-        titles = {title: name for name, title in SAMPLER_TITLES.items()}
         try:
             width, height = settings["Size"].split("x")
-            low_high = settings.get("Guidance interval", "").split(" to ")
+            asked = {
+                name: _read(kept, settings[kept.title])
+                for name, kept in KEPT.items()
+                if kept.title in settings or (kept.title and kept.absent is ...)
+            }
             return cls(
                 prompt="\n".join(lines[:start]).strip(),
-                negative_prompt=negative,
-                seed=int(settings["Seed"]),
-                steps=int(settings["Steps"]),
-                sampler=titles[settings["Sampler"]],
-                eta=float(settings.get("Eta DDIM", 0)),
-                guidance_scale=float(settings["CFG scale"]),
-                guidance_rescale=float(settings.get("Guidance rescale", 0)),
-                guidance_interval=(float(low_high[0]), float(low_high[1])) if len(low_high) == 2 else None,
-                spacing=settings.get("Spacing"),
-                cache_interval=int(settings.get("Cache interval", 1)),
-                cache_branch=int(settings.get("Cache branch", 0)),
-                cache_centre=int(settings["Cache centre"]) if "Cache centre" in settings else None,
+                **{**asked, "negative_prompt": negative},
                 task=settings.get("Task", "generate"),
                 width=int(width),
                 height=int(height),
@@ -228,6 +215,27 @@ def read_recipe(info: Mapping[str, Any]) -> Recipe:
     if has_comment(info):
         return Recipe.from_json(info[COMMENT])
     raise DataError("the picture carries no recipe: it was made with --no-metadata, edited, or made elsewhere")
+
+
+def _written(kept: Kept, value: Any) -> str:
+    """A value as the text of the web UIs has it."""
+    if isinstance(value, tuple):
+        return " to ".join(map(str, value))
+    return (kept.names or {}).get(value, str(value))
+
+
+def _read(kept: Kept, text: str) -> Any:
+    """What `_written` wrote.
+
+    Raises:
+        KeyError, ValueError: it is not a value of this option.
+    """
+    if kept.names:
+        return {title: value for value, title in kept.names.items()}[text]
+    kind = next(kind for kind in (get_args(kept.kind) or (kept.kind,)) if kind is not NoneType)
+    if get_origin(kind) is tuple:
+        return tuple(part(end) for part, end in zip(get_args(kind), text.split(" to "), strict=True))
+    return kind(text)
 
 
 def _quote(value: str) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -61,12 +62,13 @@ def test_version_is_that_of_the_package():
 
 
 def test_names_agree_with_what_they_name():
-    from latentdiff.device import FORMATS
-    from latentdiff.diffusion.samplers import SAMPLERS
-    from latentdiff.names import ATTENTION_NAMES, PRECISIONS, SAMPLER_NAMES
-    from latentdiff.networks.attention import ATTENTION_BACKENDS
-    from latentdiff.recipe import SAMPLER_TITLES
 
-    assert tuple(SAMPLERS) == SAMPLER_NAMES == tuple(SAMPLER_TITLES)
-    assert tuple(ATTENTION_BACKENDS) == ATTENTION_NAMES
-    assert ("auto", *FORMATS) == PRECISIONS
+    from latentdiff.device import FORMATS
+    from latentdiff.diffusion.samplers import SAMPLERS, SPACINGS
+    from latentdiff.networks.attention import ATTENTION_BACKENDS
+    from latentdiff.request.options import SAMPLER_TITLES, AttentionName, PrecisionName, SamplerName, SpacingName
+
+    assert tuple(SAMPLERS) == get_args(SamplerName) == tuple(SAMPLER_TITLES)
+    assert SPACINGS == get_args(SpacingName)
+    assert tuple(ATTENTION_BACKENDS) == get_args(AttentionName)
+    assert ("auto", *FORMATS) == get_args(PrecisionName)

@@ -24,9 +24,9 @@ from latentdiff import Pipeline
 from latentdiff.device import PrecisionWarning
 from latentdiff.diffusion.latents import start_noise
 from latentdiff.diffusion.progress import Cancelled
+from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.errors import CheckpointError, LatentDiffError, NotFiniteError, UsageError
 from latentdiff.image import to_pil, to_tensor
-from latentdiff.names import SAMPLER_NAMES
 from latentdiff.recipe import read_recipe
 from tests import peers
 
@@ -519,4 +519,4 @@ def test_modules_can_be_trained_after_a_picture(shared):
 
 
 def test_all_offered_samplers_are_proved():
-    assert {sampler for sampler, _ in METHODS} == set(SAMPLER_NAMES)
+    assert {sampler for sampler, _ in METHODS} == set(SAMPLERS)

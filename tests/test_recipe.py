@@ -3,14 +3,15 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from latentdiff.errors import DataError
-from latentdiff.names import SAMPLER_NAMES, SPACING_NAMES
 from latentdiff.recipe import Recipe, read_recipe
+from latentdiff.request.options import SamplerName, SpacingName
 
 # How AUTOMATIC1111's web UI splits the last line of its text (its format, in our words).
 WEB_UI_SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -23,12 +24,12 @@ recipes = st.builds(
     negative_prompt=text,
     seed=st.integers(0, 2**64 - 1),
     steps=st.integers(1, 1000),
-    sampler=st.sampled_from(SAMPLER_NAMES),
+    sampler=st.sampled_from(get_args(SamplerName)),
     eta=st.floats(0, 1),
     guidance_scale=finite,
     guidance_rescale=st.floats(0, 1),
     guidance_interval=st.none() | st.tuples(finite, finite),
-    spacing=st.none() | st.sampled_from(SPACING_NAMES),
+    spacing=st.none() | st.sampled_from(get_args(SpacingName)),
     cache_interval=st.integers(1, 10),
     cache_branch=st.integers(0, 11),
     cache_centre=st.none() | st.integers(0, 49),

@@ -40,7 +40,8 @@ from latentdiff.networks.attention import use_attention_backend
 from latentdiff.networks.config import UNetConfig
 from latentdiff.networks.unet import UNet
 from latentdiff.pipeline import Pipeline
-from latentdiff.request import FAST, Plan, Sampling
+from latentdiff.request.options import FAST
+from latentdiff.request.plan import Plan, Sampling
 
 BATCH = 16
 SD_TEXT = (1, 77, 768)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import click
 
 from latentdiff.cli.loras import LORAS, ScaledFile
 from latentdiff.cli.options import ANY_PATH, DEVICE, MODEL
 from latentdiff.cli.output import check_writable
-from latentdiff.names import SAMPLER_NAMES
+from latentdiff.request.options import SamplerName
 
 
 @click.command()
@@ -24,7 +25,7 @@ from latentdiff.names import SAMPLER_NAMES
 )
 @click.option("--steps", type=int, default=25, show_default=True, metavar="N", help="Denoising steps, 1 to 1000.")
 @click.option("--guidance", type=float, default=5.0, show_default=True, metavar="X", help="1 is no guidance.")
-@click.option("--sampler", type=click.Choice(SAMPLER_NAMES), default="ddim", show_default=True)
+@click.option("--sampler", type=click.Choice(get_args(SamplerName)), default="ddim", show_default=True)
 @click.option(
     "--scenes",
     type=ANY_PATH,

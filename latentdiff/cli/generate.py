@@ -12,21 +12,13 @@ from latentdiff.cli.job import Job, write_sheet
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import (
     ANY_PATH,
-    BATCH_SIZE,
-    GUIDANCE_OPTIONS,
-    HEIGHT,
+    GENERATE_OPTIONS,
     MODEL_OPTIONS,
-    NEGATIVE,
     NO_METADATA,
-    NUM_IMAGES,
     OUT,
     PREVIEW,
     PREVIEW_DECODER,
     PREVIEW_EVERY,
-    SAMPLER_OPTIONS,
-    SEED,
-    STEPS,
-    WIDTH,
 )
 from latentdiff.cli.previews import preview_file
 from latentdiff.cli.ranks import joined
@@ -42,18 +34,10 @@ from latentdiff.errors import UsageError
     metavar="FILE",
     help="Read prompts from FILE, one a line; - is stdin. Blank lines and lines that begin with # are skipped.",
 )
-@NEGATIVE
-@NUM_IMAGES
 @OUT
 @click.option("--skip-existing", is_flag=True, help="Do not make pictures again that lie in the folder already.")
-@SEED
-@STEPS
-@GUIDANCE_OPTIONS
-@SAMPLER_OPTIONS
-@WIDTH
-@HEIGHT
+@GENERATE_OPTIONS
 @MODEL_OPTIONS
-@BATCH_SIZE
 @PREVIEW
 @PREVIEW_EVERY
 @PREVIEW_DECODER

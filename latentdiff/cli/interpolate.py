@@ -10,18 +10,13 @@ import click
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import (
     ANY_PATH,
-    BATCH_SIZE,
-    GUIDANCE_OPTIONS,
-    HEIGHT,
     MODEL_OPTIONS,
-    NEGATIVE,
     NO_METADATA,
-    SAMPLER_OPTIONS,
-    STEPS,
-    WIDTH,
+    flags_of,
 )
 from latentdiff.cli.output import check_writable
 from latentdiff.errors import UsageError
+from latentdiff.request.options import GenerateOptions
 
 
 @click.command()
@@ -41,19 +36,7 @@ from latentdiff.errors import UsageError
     metavar="FOLDER|FILE.gif",
     help="A new or empty folder for frame-000.png, ..., or an animation, in 256 colours a frame.",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**64 - 1),
-    metavar="N",
-    help="Seed of the first prompt; the next ones have seed + 1, ...  Drawn and printed if not given.",
-)
-@NEGATIVE
-@STEPS
-@GUIDANCE_OPTIONS
-@SAMPLER_OPTIONS
-@WIDTH
-@HEIGHT
-@BATCH_SIZE
+@flags_of(GenerateOptions, without=("num_images",))
 @MODEL_OPTIONS
 @NO_METADATA
 def interpolate(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from latentdiff.cli.model import loaded_model
-from latentdiff.cli.options import ANY_PATH, MODEL_OPTIONS, SPACING
+from latentdiff.cli.options import ANY_PATH, MODEL_OPTIONS, flag
 from latentdiff.cli.output import check_writable
 from latentdiff.errors import UsageError
-from latentdiff.names import INVERSION_NAMES
+from latentdiff.request.options import InversionName
 
 
 @click.command()
@@ -19,7 +19,7 @@ from latentdiff.names import INVERSION_NAMES
 @click.option("--prompt", default="", metavar="TEXT", help="What the picture shows; edict and null-text need it.")
 @click.option(
     "--method",
-    type=click.Choice(INVERSION_NAMES),
+    type=click.Choice(get_args(InversionName)),
     default="fixed-point",
     show_default=True,
     help="edict is exact, and for editing by edict; null-text is for editing by null-text, and slow.",
@@ -41,7 +41,7 @@ from latentdiff.names import INVERSION_NAMES
     help="For which edict (3) and null-text (5) are made to be exact.",
 )
 @click.option("--mixing", type=float, metavar="X", help="0.5 to 1: edict's coupling.  [default: 0.93 at 50 steps]")
-@SPACING
+@flag("spacing")
 @click.option("--width", type=int, metavar="PIXELS", help="Bring the picture to this width first.  [default: its own]")
 @click.option(
     "--height", type=int, metavar="PIXELS", help="Bring the picture to this height first.  [default: its own]"

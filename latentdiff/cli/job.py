@@ -14,6 +14,7 @@ import click
 from latentdiff.cli import output
 from latentdiff.cli.ranks import Ranks
 from latentdiff.errors import LatentDiffError, UsageError
+from latentdiff.request.options import KEPT, SAMPLING, Settings
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
@@ -83,7 +84,7 @@ class Job:
 
     def _calls(self, pictures: Sequence[Picture]) -> Iterator[list[Picture]]:
         """What one call of the pipeline makes: a prompt, or one batch of it where it is to be shared."""
-        from latentdiff.request import batches
+        from latentdiff.request.plan import batches
 
         for _, of_prompt in groupby(pictures, key=lambda picture: picture.prompt):
             found = list(of_prompt)
@@ -113,22 +114,18 @@ class Job:
 
     def _wanted(self, prompt: str, seed: int) -> dict[str, Any]:
         """What the recipe of a picture would say, as far as it decides what the picture shows."""
-        from latentdiff.request import with_defaults
-
-        settings = with_defaults(
-            {name: value for name, value in self.settings.items() if name not in ("batch_size", "callback")}
-        )
-        del settings["fast"]
+        settled = Settings(**{name: value for name, value in self.settings.items() if name in SAMPLING})
+        asked = {name: getattr(settled, name) for name in KEPT}
+        asked["spacing"] = asked["spacing"] or self.pipe.schedule.config.timestep_spacing
         height, width = self.pipe.default_size
-        silent = {"height": height, "width": width, "spacing": self.pipe.schedule.config.timestep_spacing}
-        asked = {name: silent.get(name) if value is None else value for name, value in settings.items()}
+        asked |= {"height": self.settings.get("height") or height, "width": self.settings.get("width") or width}
         model = {
             "model_hash": self.pipe.model_hash,
             "ema": self.pipe.ema,
             "prediction_type": self.pipe.schedule.config.prediction_type,
             "loras": self.pipe.adaptations(),
         }
-        return {"prompt": prompt, "seed": seed, **model, **asked}
+        return {**asked, **model, "prompt": prompt, "seed": seed}
 
 
 def write_sheet(pictures: Sequence[Picture], path: Path) -> None:

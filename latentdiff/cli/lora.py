@@ -7,14 +7,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 
 from latentdiff.cli.loras import parse_scaled
 from latentdiff.cli.options import ANY_PATH, MODEL
 from latentdiff.cli.output import check_writable
-from latentdiff.names import LORA_DIALECTS
+from latentdiff.request.options import LoRADialect
 
 if TYPE_CHECKING:
     from latentdiff.checkpoints.components import Components
@@ -61,7 +61,7 @@ def merge(files: tuple[str, ...], model: str | None, out: Path) -> None:
 @click.option(
     "--to",
     "dialect",
-    type=click.Choice(LORA_DIALECTS),
+    type=click.Choice(get_args(LoRADialect)),
     default="kohya",
     show_default=True,
     help="kohya: for web UIs, kohya's tools and diffusers; peft: for diffusers and PEFT.",

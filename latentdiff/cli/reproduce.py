@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 
@@ -12,8 +12,8 @@ from latentdiff.cli.loras import loras_of, with_loras
 from latentdiff.cli.options import ANY_PATH, DEVICE
 from latentdiff.cli.output import check_writable
 from latentdiff.errors import CheckpointError, DataError, UsageError
-from latentdiff.names import PRECISIONS
 from latentdiff.recipe import Recipe, read_recipe
+from latentdiff.request.options import PrecisionName
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,7 +38,7 @@ ROUNDING = 2
     help="Where a picture lies that the recipe starts from: image=photo.png. Repeat it for several.  [default: beside PICTURE]",
 )
 @DEVICE
-@click.option("--precision", type=click.Choice(PRECISIONS), help="Number format.  [default: the recipe's]")
+@click.option("--precision", type=click.Choice(get_args(PrecisionName)), help="Number format.  [default: the recipe's]")
 @click.option("--out", type=ANY_PATH, metavar="FILE.png|FILE.gif", help="Write the new picture there.")
 @click.option(
     "--lora-dir",

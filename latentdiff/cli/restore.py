@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from latentdiff.cli.model import drawn_seed, loaded_model
-from latentdiff.cli.options import ANY_PATH, BATCH_SIZE, MODEL_OPTIONS, NEGATIVE, RESULT_OPTIONS, SEED
+from latentdiff.cli.options import ANY_PATH, MODEL_OPTIONS, RESULT_OPTIONS, flag, flags_of
 from latentdiff.cli.output import check_results, check_writable, save_results
 from latentdiff.errors import DataError, UsageError
-from latentdiff.names import BORDER_NAMES, OPERATOR_NAMES, RESTORATION_NAMES
+from latentdiff.request.options import BorderName, OperatorName, RestorationName, SeededOptions
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,7 +27,7 @@ OWNERS["border"] = OWNERS["kernel"]
 @click.command()
 @click.argument("picture", type=ANY_PATH)
 @click.option(
-    "--operator", "name", type=click.Choice(OPERATOR_NAMES), required=True, help="What happened to the picture."
+    "--operator", "name", type=click.Choice(get_args(OperatorName)), required=True, help="What happened to the picture."
 )
 @click.option("--mask", type=ANY_PATH, metavar="FILE", help="inpaint: white where the picture is missing.")
 @click.option("--factor", type=int, metavar="N", help="super-resolution: how many times larger to make the picture.")
@@ -39,7 +39,7 @@ OWNERS["border"] = OWNERS["kernel"]
 )
 @click.option(
     "--border",
-    type=click.Choice(BORDER_NAMES),
+    type=click.Choice(get_args(BorderName)),
     help="deblur, super-resolution: what lies beyond the picture's border.  [default: reflect]",
 )
 @click.option(
@@ -51,26 +51,16 @@ OWNERS["border"] = OWNERS["kernel"]
     help="Standard deviation of the picture's noise, where black is -1 and white 1; 0.1 is 13 of 255 grey levels.",
 )
 @click.option("--prompt", default="", metavar="TEXT", help="What the picture shows, if known.")
-@NEGATIVE
-@click.option("--method", type=click.Choice(RESTORATION_NAMES), default="diffpir", show_default=True)
+@click.option("--method", type=click.Choice(get_args(RestorationName)), default="diffpir", show_default=True)
 @click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the method, such as zeta=1 of diffpir."
 )
-@click.option(
-    "--steps", type=int, metavar="N", help="Denoising steps.  [default: 50 for diffpir; see the documentation]"
-)
-@click.option(
-    "--guidance",
-    "guidance_scale",
-    type=float,
-    metavar="X",
-    help="How strongly to follow the prompt.  [default: 3 with a prompt, 1 without]",
-)
+@flag("steps", default="50 for diffpir; see the documentation")
+@flag("guidance_scale", default="3 with a prompt, 1 without")
 @click.option(
     "-n", "samples", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Pictures to make."
 )
-@SEED
-@BATCH_SIZE
+@flags_of(SeededOptions)
 @click.option("--mean", type=ANY_PATH, metavar="FILE.png", help="Also write the mean of the pictures.")
 @click.option("--uncertainty", type=ANY_PATH, metavar="FILE.png", help="Also write how far they differ at each pixel.")
 @MODEL_OPTIONS

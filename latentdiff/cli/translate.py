@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from latentdiff.cli.model import loaded_model
 from latentdiff.cli.options import (
     ANY_PATH,
-    GUIDANCE_INTERVAL,
-    GUIDANCE_RESCALE,
     MODEL_OPTIONS,
-    NEGATIVE,
     RESULT_OPTIONS,
-    SPACING,
+    flag,
+    flags_of,
 )
 from latentdiff.cli.output import check_results, save_results, shown_source
 from latentdiff.errors import UsageError
-from latentdiff.names import BLEND_NAMES, TRANSLATION_NAMES
+from latentdiff.request.options import BlendName, TranslationName, WalkOptions
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
@@ -34,29 +32,22 @@ INVERSION_OPTIONS = ("spacing", "iterations", "width", "height")  # of pictures 
 @click.argument("prompt")
 @click.option(
     "--method",
-    type=click.Choice(TRANSLATION_NAMES),
+    type=click.Choice(get_args(TranslationName)),
     default="features",
     show_default=True,
     help="What holds the result to the picture; see below.",
 )
 @click.option("--source-prompt", default="", metavar="TEXT", help="What the picture shows.  [default: nothing said]")
-@NEGATIVE
+@flag("negative_prompt")
 @click.option(
     "--negative-schedule",
-    type=click.Choice(BLEND_NAMES),
+    type=click.Choice(get_args(BlendName)),
     help="Fade from the empty to the negative prompt over the steps.  [default: the negative prompt throughout]",
 )
 @click.option("--negative-alpha", type=float, metavar="X", help="0 to 1: where the fading begins.  [default: 1]")
-@click.option("--steps", type=int, metavar="N", help="Denoising steps.  [default: 50, or those of the inversion]")
-@click.option(
-    "--guidance",
-    "guidance_scale",
-    type=float,
-    metavar="X",
-    help="How strongly to follow the prompt.  [default: 5, or what the inversion was made for]",
-)
-@GUIDANCE_RESCALE
-@GUIDANCE_INTERVAL
+@flag("steps", default="50, or those of the inversion")
+@flag("guidance_scale", default="5, or what the inversion was made for")
+@flags_of(WalkOptions)
 @click.option("--tau-features", "tau_f", type=float, metavar="X", help="0 to 1: share of the steps.  [default: 0.8]")
 @click.option(
     "--tau-attention", "tau_attn", type=float, metavar="X", help="0 to 1: share of the steps.  [default: 0.5]"
@@ -76,7 +67,7 @@ INVERSION_OPTIONS = ("spacing", "iterations", "width", "height")  # of pictures 
     help="Such as up_blocks.1.attentions.1; repeatable.",
 )
 @click.option("--iterations", type=int, metavar="N", help="Corrections of each step of the inversion.  [default: 1]")
-@SPACING
+@flag("spacing")
 @click.option("--width", type=int, metavar="PIXELS", help="Bring the picture to this width first.  [default: its own]")
 @click.option(
     "--height", type=int, metavar="PIXELS", help="Bring the picture to this height first.  [default: its own]"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 from latentdiff.engines import Example
 from latentdiff.errors import UsageError
-from latentdiff.names import BACKEND_NAMES
 from latentdiff.networks.functions import Decoder, Network
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
+from latentdiff.request.options import BackendName
 
 
 def engines_for(
@@ -26,8 +27,8 @@ def engines_for(
         UsageError: there is no such back end, or it cannot compute these modules.
         MissingDependencyError: what it needs is not installed.
     """
-    if backend not in BACKEND_NAMES:
-        raise UsageError(f"expected a back end of {', '.join(BACKEND_NAMES)}, found {backend!r}")
+    if backend not in get_args(BackendName):
+        raise UsageError(f"expected a back end of {', '.join(get_args(BackendName))}, found {backend!r}")
     if precision == "int8" and backend == "compile":
         raise UsageError("--precision int8 goes with --backend torch or openvino, found compile; leave one of them out")
     if precision == "int8" and backend == "torch":

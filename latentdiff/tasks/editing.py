@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from PIL import Image
 
@@ -14,7 +14,10 @@ from latentdiff.errors import UsageError
 from latentdiff.image import as_rgb, to_pil, to_tensor
 from latentdiff.pipeline import Pipeline, Start
 from latentdiff.recipe import Recipe
-from latentdiff.request import Plan, Sampling
+from latentdiff.request.calls import public
+from latentdiff.request.domains import Real
+from latentdiff.request.options import SIDE, SamplingOptions
+from latentdiff.request.plan import Plan, Sampling
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert
 from latentdiff.tasks.sources import Picture, extended, file_of, open_source, resized, warn_if_large
@@ -35,6 +38,7 @@ class EditSettings:
     inversion: dict[str, Any] | None = None
 
 
+@public(SamplingOptions, strength=Real(0, 1), width=SIDE, height=SIDE)
 def image_to_image(
     pipe: Pipeline,
     image: Picture | Inversion,
@@ -43,7 +47,7 @@ def image_to_image(
     strength: float = 0.6,
     width: int | None = None,
     height: int | None = None,
-    **options: Any,
+    **options: Unpack[SamplingOptions],
 ) -> list[Image.Image]:
     """Change a picture towards a prompt.
 
@@ -61,7 +65,7 @@ def image_to_image(
         width, height: bring the picture to this size first; one alone keeps its proportions, None is its own size.
             Sides that are no multiples of the VAE's factor (8) are extended by their last pixels and cut again at the
             end.
-        options: of `Sampling`: negative_prompt, steps, guidance_scale, sampler, seed, num_images, callback, ...
+        options: see `SamplingOptions`: negative_prompt, steps, guidance_scale, sampler, seed, num_images, ...
 
     Returns:
         RGB pictures of that size with their recipe in `image.info`.
@@ -127,11 +131,16 @@ def with_recipes(
     return images
 
 
-def following(options: Mapping[str, Any], inversion: Inversion) -> Sampling:
+def following(options: SamplingOptions, inversion: Inversion) -> SamplingOptions:
     """The options, with the steps and the spacing of an inversion where they are left open."""
-    own = {"steps": inversion.steps, "spacing": inversion.settings["spacing"]}
-    left_open = {name for name in own if options.get(name) is None}
-    return Sampling(**{**options, **{name: own[name] for name in left_open if not options.get("fast")}})
+    if options.get("fast"):
+        return options
+    found = options.copy()
+    if found.get("steps") is None:
+        found["steps"] = inversion.steps
+    if found.get("spacing") is None:
+        found["spacing"] = inversion.settings["spacing"]
+    return found
 
 
 def _from_inversion(
@@ -141,12 +150,12 @@ def _from_inversion(
     prompt: str | Sequence[str],
     strength: float,
     size: tuple[int | None, int | None],
-    options: Mapping[str, Any],
+    options: SamplingOptions,
 ) -> list[Image.Image]:
     if size != (None, None):
         raise UsageError("expected no size with an inversion, which has its own; invert the picture with that size")
     found.check_model(pipe.model_hash)
-    plan = begin_at(following(options, found).plan(prompt, pipe.schedule), strength)
+    plan = begin_at(Sampling(**following(options, found)).plan(prompt, pipe.schedule), strength)
     begin = found.at(plan.levels[0]).to(pipe.device)  # (1, C, h, w)
 
     def start(part: slice, noise: NoiseStream) -> Start:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from PIL import Image
@@ -21,7 +21,10 @@ from latentdiff.errors import UsageError
 from latentdiff.image import as_rgb
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
-from latentdiff.request import Plan, Sampling
+from latentdiff.request.calls import public
+from latentdiff.request.domains import Real, Whole, YesNo
+from latentdiff.request.options import SamplingOptions
+from latentdiff.request.plan import Plan, Sampling
 from latentdiff.tasks.editing import begin_at, following, with_recipes
 from latentdiff.tasks.inpainting_walk import painted, repeated
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
@@ -55,6 +58,16 @@ class InpaintSettings:
     inversion: dict[str, Any] | None = None
 
 
+@public(
+    SamplingOptions,
+    remove=YesNo(),
+    strength=Real(0, 1),
+    grow=Whole(),
+    blur=Real(),
+    only_masked=YesNo(),
+    padding=Whole(0),
+    repeats=Whole(1),
+)
 def inpaint(
     pipe: Pipeline,
     image: Picture,
@@ -70,7 +83,7 @@ def inpaint(
     padding: int | None = None,
     extend: Margins = (0, 0, 0, 0),
     repeats: int = 1,
-    **options: Any,
+    **options: Unpack[SamplingOptions],
 ) -> list[Image.Image]:
     """Paint what the prompt says into the masked part of a picture.
 
@@ -100,7 +113,7 @@ def inpaint(
         extend: outpainting: pixels to add on the left, top, right and bottom, and to paint.
         repeats: how often each step is taken, with the noise put back in between, so that the painted part fits the
             kept one better (Lugmayr et al. 2022, section 4.2). The cost grows with it.
-        options: of `Sampling`: negative_prompt, steps, guidance_scale, sampler, seed, num_images, callback, ...
+        options: see `SamplingOptions`: negative_prompt, steps, guidance_scale, sampler, seed, num_images, ...
 
     Returns:
         RGB pictures with their recipe in `image.info`.
@@ -127,11 +140,11 @@ def inpaint(
     )
     source = open_source(image)
     sources = {"image": source.entry}
-    sampling, found = Sampling(**options), None
+    found = None
     if inversion is not None:
         found, settings, described = _given(pipe, inversion, settings)
-        sampling, sources = following(options, found), described | sources
-    plan = repeated(begin_at(sampling.plan(prompt, pipe.schedule), strength), repeats)
+        options, sources = following(options, found), described | sources
+    plan = repeated(begin_at(Sampling(**options).plan(prompt, pipe.schedule), strength), repeats)
     original = as_rgb(source.image)
     wanted = None
     if mask is not None:

@@ -23,7 +23,7 @@ from latentdiff.errors import UsageError
 from latentdiff.image import to_pil, to_tensor
 from latentdiff.networks.vae import LatentDistribution
 from latentdiff.pipeline import Pipeline, Start
-from latentdiff.request import Plan
+from latentdiff.request.plan import Plan
 from latentdiff.tasks.inversion.artefact import Inversion
 from latentdiff.tasks.masks import latent_mask
 from latentdiff.tasks.sources import extended

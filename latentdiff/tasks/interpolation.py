@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from PIL import Image
@@ -16,7 +16,10 @@ from latentdiff.errors import UsageError
 from latentdiff.image import gif_of, to_pil
 from latentdiff.pipeline import Pipeline, Start
 from latentdiff.recipe import Recipe, read_recipe
-from latentdiff.request import Sampling, latent_shape, seed_of_each
+from latentdiff.request.calls import public
+from latentdiff.request.domains import Whole, YesNo
+from latentdiff.request.options import SIDE, SamplingOptions
+from latentdiff.request.plan import Sampling, latent_shape, seed_of_each
 
 TASK = "interpolate"
 SLOWEST, FASTEST = 0.1, 50.0  # frames per second
@@ -35,6 +38,7 @@ class InterpolateSettings:
     fps: float | None = None  # of an animation
 
 
+@public(SamplingOptions, frames=Whole(2), same_noise=YesNo(), width=SIDE, height=SIDE)
 def interpolate(
     pipe: Pipeline,
     prompts: Sequence[str],
@@ -43,7 +47,7 @@ def interpolate(
     same_noise: bool = False,
     width: int | None = None,
     height: int | None = None,
-    **options: Any,
+    **options: Unpack[SamplingOptions],
 ) -> list[Image.Image]:
     """Pictures on the way from the first prompt over all others to the last.
 
@@ -55,7 +59,7 @@ def interpolate(
         frames: pictures in all, 2 or more, at equal distances.
         same_noise: give all prompts the start noise of the first, so that only the text changes.
         width, height: in pixels, multiples of the VAE's factor (8); None is the size of the training.
-        options: of `Sampling`; prompt i has seed + i, or the i-th of a list of seeds. `num_images` is 1.
+        options: see `SamplingOptions`; prompt i has seed + i, or the i-th of a list of seeds. `num_images` is 1.
 
     Returns:
         The frames in order, with their recipe in `image.info`.
@@ -69,8 +73,6 @@ def interpolate(
         raise UsageError(
             f"expected two prompts or more to go between, found {1 if isinstance(prompts, str) else len(prompts)}"
         )
-    if frames < 2:
-        raise UsageError(f"expected 2 frames or more, found {frames}")
     sampling = Sampling(**options)
     if sampling.num_images != 1:
         raise UsageError(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, get_args
 
 import torch
 from PIL import Image
@@ -19,12 +19,14 @@ from latentdiff.diffusion.progress import Callback, progress_bar
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.image import to_pil
-from latentdiff.names import BLEND_NAMES, TRANSLATION_NAMES
 from latentdiff.networks.conditioning import TextContext
 from latentdiff.networks.functions import checked_model
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
-from latentdiff.request import batches, make_guidance, one_per_picture
+from latentdiff.request.calls import public
+from latentdiff.request.domains import Choice
+from latentdiff.request.options import OPTIONS, BlendName, TranslationName, WalkOptions
+from latentdiff.request.plan import batches, make_guidance, one_per_picture
 from latentdiff.tasks.features import PnPSpec, default_spec, replay, with_source_features
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert, null_text_denoiser, walk_down, with_null_text
@@ -43,12 +45,11 @@ class NegativeBlend:
     schedule: over the steps i of N, "linear" 1 - i / N, "constant" 1, "exponential" exp(-6 i / N), all times `alpha`.
     """
 
-    schedule: str = "linear"
+    schedule: BlendName = "linear"
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.schedule not in BLEND_NAMES:
-            raise UsageError(f"expected a negative schedule of {', '.join(BLEND_NAMES)}, found {self.schedule!r}")
+        Choice(get_args(BlendName))("the negative schedule", self.schedule)
         if not 0.0 <= self.alpha <= 1.0:
             raise UsageError(f"expected a negative alpha in 0 to 1, found {self.alpha}")
 
@@ -69,27 +70,30 @@ class TranslateSettings:
     pnp: PnPSpec | None
 
 
+@public(
+    WalkOptions,
+    method=Choice(get_args(TranslationName)),
+    negative_prompt=OPTIONS["negative_prompt"].domain,
+    steps=OPTIONS["steps"].domain,
+    guidance_scale=OPTIONS["guidance_scale"].domain,
+)
 @torch.no_grad()
 def translate(
     pipe: Pipeline,
     source: Picture | Inversion,
     prompt: str | Sequence[str],
     *,
-    method: str = "features",
+    method: TranslationName = "features",
     negative_prompt: str = "",
     negative_blend: NegativeBlend | None = None,
     source_prompt: str = "",
     steps: int | None = None,
     guidance_scale: float | None = None,
-    guidance_rescale: float = 0.0,
-    guidance_interval: tuple[float, float] | None = None,
     spec: PnPSpec | None = None,
     tau_f: float | None = None,
     tau_attn: float | None = None,
     inversion: dict[str, Any] | None = None,
-    batch_size: int | None = None,
-    callback: Callback | None = None,
-    progress: bool = True,
+    **options: Unpack[WalkOptions],
 ) -> list[Image.Image]:
     """Make the picture anew as each prompt says, keeping its layout.
 
@@ -113,7 +117,7 @@ def translate(
         spec: blocks and shares of "features" and "direct"; None is `default_spec`. "direct" takes no features.
         tau_f, tau_attn: other shares than those of the specification.
         inversion: further arguments of `invert`, where `source` is a picture.
-        batch_size, callback, progress: as for generation.
+        options: see `WalkOptions`: guidance_rescale, guidance_interval, batch_size, callback, progress.
 
     Returns:
         PIL images of the source's size, with their recipe in `image.info`.
@@ -123,21 +127,21 @@ def translate(
         CheckpointError: the inversion was made with another model.
         Cancelled: the callback returned False.
     """
-    if method not in TRANSLATION_NAMES:
-        raise UsageError(f"expected a method of {', '.join(TRANSLATION_NAMES)}, found {method!r}")
     if method not in INJECTING and (spec, tau_f, tau_attn) != (None, None, None):
         raise UsageError(f"expected no choice of features with the method {method}: it takes none")
     if method in ("negative-prompt", "null-text") and (negative_prompt or negative_blend):
         raise UsageError(f"expected no negative prompt with the method {method}, which has its own")
+    callback, progress = options.get("callback"), options.get("progress") is not False
     pipe.check_text_to_image()
     prompts, _ = one_per_picture(prompt, "", 1)
     found, described = _inverted(
         pipe, source, method, source_prompt, steps, guidance_scale, inversion or {}, callback, progress
     )
     scale = _guidance_scale(found, method, guidance_scale)
-    guidance = make_guidance(scale, guidance_rescale, guidance_interval)
+    rescale, interval = options.get("guidance_rescale") or 0.0, options.get("guidance_interval")
+    guidance = make_guidance(scale, rescale, interval)
     chosen = _specification(pipe, method, spec, tau_f, tau_attn)
-    parts = batches(len(prompts), batch_size)
+    parts = batches(len(prompts), options.get("batch_size"))
     settings = TranslateSettings(
         method=method, source_prompt=found.prompt, inversion=found.settings, negative_blend=negative_blend, pnp=chosen
     )
@@ -158,8 +162,8 @@ def translate(
             steps=found.steps,
             sampler="ddim",
             guidance_scale=scale,
-            guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval,
+            guidance_rescale=rescale,
+            guidance_interval=interval,
             spacing=found.settings["spacing"] or pipe.schedule.config.timestep_spacing,
             width=image.width,
             height=image.height,

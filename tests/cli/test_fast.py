@@ -11,7 +11,7 @@ from latentdiff.cli.generate import generate as generate_command
 from latentdiff.cli.tiny_decoder import TinyDecoder
 from latentdiff.image import open_image
 from latentdiff.recipe import read_recipe
-from latentdiff.request import FAST
+from latentdiff.request.options import FAST
 
 
 @pytest.fixture

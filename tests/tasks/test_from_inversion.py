@@ -15,7 +15,7 @@ from latentdiff import Pipeline
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.image import save_png, to_pil, to_tensor
 from latentdiff.recipe import read_recipe
-from latentdiff.request import Sampling
+from latentdiff.request.plan import Sampling
 from latentdiff.tasks import TASKS, image_to_image, inpaint
 from latentdiff.tasks.inpainting_walk import starts_on_trajectory
 from latentdiff.tasks.inversion import Inversion, invert, reconstruct

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from safetensors.torch import save_file
 from latentdiff.diffusion.progress import Cancelled
 from latentdiff.errors import CheckpointError, DataError, UsageError
 from latentdiff.image import to_tensor
-from latentdiff.names import INVERSION_NAMES, TRANSLATION_NAMES
 from latentdiff.recipe import read_recipe
+from latentdiff.request.options import InversionName, TranslationName
 from latentdiff.tasks.features import PnPSpec
 from latentdiff.tasks.inversion import Inversion, invert, reconstruct
 from latentdiff.tasks.inversion.artefact import psnr
@@ -73,7 +74,7 @@ def test_same_noise_as_diffusers_inverse_scheduler(family, spacing):
     torch.testing.assert_close(found.latents[:1], x, rtol=0, atol=1e-4 * x.std().item())
 
 
-@pytest.mark.parametrize("method", INVERSION_NAMES)
+@pytest.mark.parametrize("method", get_args(InversionName))
 def test_every_inversion_leads_back(method):
     found = inverted(method)
     assert found.latents.shape == (STEPS + 1, 4, 8, 8)
@@ -144,7 +145,7 @@ def test_wrong_options_of_the_inversion_are_refused(options, message):
 # --- The artefact ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", INVERSION_NAMES)
+@pytest.mark.parametrize("method", get_args(InversionName))
 def test_an_inversion_is_saved_and_loaded_whole(method, tmp_path):
     found = inverted(method)
     found.save(tmp_path / "photo.inversion")
@@ -200,7 +201,7 @@ def source_of(method: str) -> Inversion:
     return inverted(method if method in ("edict", "null-text") else "fixed-point")
 
 
-@pytest.mark.parametrize("method", TRANSLATION_NAMES)
+@pytest.mark.parametrize("method", get_args(TranslationName))
 def test_every_method_makes_pictures_that_their_recipe_makes_again(method, tmp_path):
     path = tmp_path / "photo.inversion"
     source_of(method).save(path)

@@ -8,7 +8,8 @@ import pytest
 
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.diffusion.schedule import Schedule
-from latentdiff.request import FAST, Sampling
+from latentdiff.request.options import FAST
+from latentdiff.request.plan import Sampling
 from tools import pareto
 
 SCHEDULE = Schedule(ScheduleConfig(set_alpha_to_one=True, timestep_spacing="trailing"))

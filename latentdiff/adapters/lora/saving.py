@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from latentdiff.adapters.lora.adapter import LoRA
 from latentdiff.adapters.lora.names import kohya_name
 from latentdiff.checkpoints.folder import save_tensors
 from latentdiff.errors import UsageError
-from latentdiff.names import LORA_DIALECTS
+from latentdiff.request.options import LoRADialect
 
 
 def save_lora(
@@ -34,8 +35,8 @@ def save_lora(
         UsageError: another dialect, or another kind of file.
         LatentDiffError: the file cannot be written.
     """
-    if dialect not in LORA_DIALECTS:
-        raise UsageError(f"unknown LoRA dialect {dialect!r}; choose from {', '.join(LORA_DIALECTS)}")
+    if dialect not in get_args(LoRADialect):
+        raise UsageError(f"unknown LoRA dialect {dialect!r}; choose from {', '.join(get_args(LoRADialect))}")
     if Path(path).suffix != ".safetensors":
         raise UsageError(f"expected a name that ends in .safetensors for the LoRA, found {path}")
     about = dict(lora.metadata if metadata is None else metadata)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,12 @@ from latentdiff.diffusion.samplers import SAMPLERS, ddim
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.image import as_rgb, to_tensor
-from latentdiff.names import INVERSION_NAMES
 from latentdiff.networks.conditioning import TextContext
 from latentdiff.networks.functions import checked_model
 from latentdiff.pipeline import Pipeline
+from latentdiff.request.calls import public
+from latentdiff.request.domains import Choice, Real, Whole, YesNo
+from latentdiff.request.options import OPTIONS, SIDE, InversionName, SpacingName
 from latentdiff.tasks.inversion import edict
 from latentdiff.tasks.inversion.artefact import Inversion, psnr
 from latentdiff.tasks.inversion.ddim import Quantity, high_step, low_step, quantity_of
@@ -34,18 +37,31 @@ EDICT_GUIDANCE = 3.0  # the paper's
 LARGEST_NOISE_STD = 1.3  # above, EDICT's two latents have drifted apart
 
 
+@public(
+    method=Choice(get_args(InversionName)),
+    steps=OPTIONS["steps"].domain,
+    iterations=Whole(0),
+    guidance_scale=OPTIONS["guidance_scale"].domain,
+    mixing=Real(0, 1),
+    spacing=OPTIONS["spacing"].domain,
+    width=SIDE,
+    height=SIDE,
+    measure=YesNo(),
+    callback=OPTIONS["callback"].domain,
+    progress=OPTIONS["progress"].domain,
+)
 @torch.no_grad()
 def invert(
     pipe: Pipeline,
     image: Picture,
     *,
     prompt: str = "",
-    method: str = "fixed-point",
+    method: InversionName = "fixed-point",
     steps: int = 50,
     iterations: int = 1,
     guidance_scale: float | None = None,
     mixing: float | None = None,
-    spacing: str | None = None,
+    spacing: SpacingName | None = None,
     width: int | None = None,
     height: int | None = None,
     measure: bool = True,
@@ -81,8 +97,6 @@ def invert(
         NotFiniteError: the inversion diverges; try fewer iterations or more steps.
         Cancelled: the callback returned False.
     """
-    if method not in INVERSION_NAMES:
-        raise UsageError(f"expected an inversion of {', '.join(INVERSION_NAMES)}, found {method!r}")
     pipe.check_text_to_image()
     if guidance_scale is None:
         guidance_scale = {"edict": EDICT_GUIDANCE, "null-text": NullTextSettings().guidance_scale}.get(method, 1.0)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from PIL import Image
@@ -20,7 +20,10 @@ from latentdiff.errors import DataError, UsageError
 from latentdiff.image import as_rgb, to_pil, to_tensor
 from latentdiff.pipeline import Pipeline, Start
 from latentdiff.recipe import Recipe
-from latentdiff.request import Plan, Sampling
+from latentdiff.request.calls import public
+from latentdiff.request.domains import Real, YesNo
+from latentdiff.request.options import OPTIONS, RestorationName, SeededOptions, options_of
+from latentdiff.request.plan import Plan, Sampling
 from latentdiff.tasks.editing import with_recipes
 from latentdiff.tasks.restoration.methods import Autoencoder, Method, Problem, get_method, within_noise
 from latentdiff.tasks.restoration.operators import Inside, Operator, describe, from_description
@@ -39,8 +42,6 @@ SETTINGS: dict[str, dict[str, float]] = {
 GUIDANCE_WITH_PROMPT = 3.0
 # Rounding to 8 bits is noise of this standard deviation, in [-1, 1].
 EIGHT_BITS = 2.0 / 255.0 / 12.0**0.5
-# Options of `Sampling` that mean something here; sampler and levels are the method's.
-OPTIONS = {"negative_prompt", "guidance_rescale", "guidance_interval", "seed", "batch_size", "callback", "progress"}
 SMALL = 256 * 256  # pixels; two such pictures at once are encoded faster than one after the other
 WHITE = 0.25  # the standard deviation, in [-1, 1], that is white in a picture of the uncertainty
 
@@ -90,12 +91,20 @@ class RestoreSettings:
     samples: int = 0
 
 
+@public(
+    SeededOptions,
+    samples=OPTIONS["num_images"].domain,
+    noise_std=Real(0),
+    steps=OPTIONS["steps"].domain,
+    guidance_scale=OPTIONS["guidance_scale"].domain,
+    keep_measurement=YesNo(),
+)
 def restore(
     pipe: Pipeline,
     image: Picture | Tensor,
     operator: Operator,
     *,
-    method: str = "diffpir",
+    method: RestorationName = "diffpir",
     prompt: str = "",
     samples: int = 1,
     noise_std: float | None = None,
@@ -103,7 +112,7 @@ def restore(
     guidance_scale: float | None = None,
     settings: Mapping[str, float | bool] | None = None,
     keep_measurement: bool = True,
-    **options: Any,
+    **options: Unpack[SeededOptions],
 ) -> Restoration:
     """Find pictures that the operator would have made into `image`, and that the model finds likely.
 
@@ -127,8 +136,8 @@ def restore(
         settings: of the method, in place of its defaults.
         keep_measurement: at the end, go to the nearest picture that explains the measurement to within its noise. So
             what the VAE cannot draw comes back where it was measured.
-        options: of `Sampling`: negative_prompt, guidance_rescale, guidance_interval, seed, batch_size, callback,
-            progress.
+        options: see `SeededOptions`: negative_prompt, seed, guidance_rescale, guidance_interval, batch_size, callback,
+            progress; sampler and levels are the method's.
 
     Raises:
         UsageError: an argument outside its domain, or an operator that does not fit the picture.
@@ -136,10 +145,6 @@ def restore(
         NotFiniteError: the model gives NaN or infinity.
         Cancelled: the callback returned False.
     """
-    if foreign := sorted(options.keys() - OPTIONS):
-        raise UsageError(
-            f"restoring takes no {', '.join(foreign)}; besides its own options it takes {', '.join(sorted(OPTIONS))}"
-        )
     pipe.check_text_to_image()
     way = get_method(method, **{**SETTINGS.get(method, {}), **(settings or {})})
     if noise_std is not None:
@@ -177,7 +182,7 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
     operator = from_description(own.operator)
     if "image" not in sources:
         raise DataError("the picture was restored from a measurement in memory, which a recipe does not hold")
-    kept = OPTIONS | {"steps", "guidance_scale"}
+    kept = options_of(SeededOptions).keys() | {"steps", "guidance_scale"}
     options = {name: value for name, value in recipe.sampling().items() if name in kept}
     found = restore(
         pipe,

@@ -1,0 +1,111 @@
+"""The door of the library: calls with a name that nobody takes, or a value outside its domain, end here in one line."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from latentdiff.errors import UsageError
+from latentdiff.request.options import options_of
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Domain = Callable[[str, Any], Any]
+
+# Names of diffusers that mean the same as ours. `docs/diffusers.md` has the whole table.
+SAME = {
+    "num_inference_steps": "steps",
+    "num_images_per_prompt": "num_images",
+    "mask_image": "mask",
+}
+# Names of diffusers for what is said otherwise here.
+OTHERWISE = {
+    "generator": "give `seed`, a whole number or a list with one for each image",
+    "output_type": 'give `output`: "images" for PIL images, or "latents"',
+    "return_dict": "leave it out: a list of PIL images is returned",
+    "callback_on_step_end": "give `callback`, which is called as callback(step, t, x0) and cancels by returning False",
+    "callback_on_step_end_tensor_inputs": "leave it out: `callback` is called as callback(step, t, x0)",
+    "callback_steps": "leave it out: `callback` is called after every step",
+    "scheduler": "give `sampler`, and `spacing` for its noise levels",
+    "padding_mask_crop": "give `only_masked=True`, and `padding` in pixels",
+    "cross_attention_kwargs": "give the scale of a LoRA to `load_lora`",
+    "torch_dtype": 'give `precision`: "fp32", "bf16", "fp16" or "int8"',
+    "dtype": 'give `precision`: "fp32", "bf16", "fp16" or "int8"',
+    "device_map": "give `device`",
+}
+
+
+def public(options: type | None = None, **domains: Domain) -> Callable[[Function], Function]:
+    """Make a function answer wrong calls with a `UsageError`, and its signature show all of its options.
+
+    Args:
+        options: the group of `latentdiff.request.options` that its `**options` are.
+        domains: of its other arguments, where those are checked at the door.
+    """
+    group = options_of(options) if options else {}
+    checks = {**{name: option.domain for name, option in group.items()}, **domains}
+
+    def decorate(function: Function) -> Function:
+        plain = inspect.signature(function)
+        shown = _expanded(plain, options, group)
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            named = _translated(named, shown.parameters)
+            try:
+                plain.bind(*arguments, **named)
+            except TypeError as error:
+                raise UsageError(f"{function.__qualname__}: {error}") from None
+            for name, value in named.items():
+                if value is not None and name in checks:
+                    named[name] = checks[name](name, value)
+            return function(*arguments, **named)
+
+        vars(call)["__signature__"] = shown
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def unknown(name: str, known: Iterable[str]) -> UsageError:
+    """The error for an option that nobody takes, which names the nearest one."""
+    names = list(known)
+    if name in OTHERWISE:
+        return UsageError(f"there is no option {name!r} here; {OTHERWISE[name]}")
+    if near := get_close_matches(name, names, n=1):
+        return UsageError(f"there is no option {name!r}; did you mean {near[0]!r}?")
+    return UsageError(f"there is no option {name!r}; expected one of {', '.join(names)}")
+
+
+def _translated(named: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """The arguments under our names.
+
+    Raises:
+        UsageError: one that is not taken, or is given under both names.
+    """
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    ours: dict[str, Any] = {}
+    for name, value in named.items():
+        own = SAME[name] if name not in parameters and SAME.get(name) in parameters else name
+        if own not in parameters and not takes_any:
+            raise unknown(name, [known for known in parameters if known not in ("self", "cls")])
+        if own in named and own != name:
+            raise UsageError(f"{name!r} is another name of {own!r}; give one of the two")
+        ours[own] = value
+    return ours
+
+
+def _expanded(plain: inspect.Signature, group: type | None, options: Mapping[str, Any]) -> inspect.Signature:
+    """The signature with the options in place of `**options`."""
+    if group is None:
+        return plain
+    own = [parameter for parameter in plain.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    added = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=group.__annotations__[name]
+        )
+        for name, option in options.items()
+    ]
+    return plain.replace(parameters=[*own, *added])

@@ -1,0 +1,142 @@
+"""The domains of options: what a value may be, and what it becomes. Loads no heavy library.
+
+A domain is a callable `(name, value) -> value` that takes numbers of any library and gives Python's.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real as RealNumber
+from typing import Any
+
+from latentdiff.errors import UsageError
+
+LARGEST_SEED = 2**64 - 1
+
+
+def refusal(name: str, expected: str, value: object) -> UsageError:
+    """The error that says what an option takes and what was found."""
+    return UsageError(f"expected {name} to be {expected}, found {reprlib.repr(value)}")
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole number from `low` to `high`, both included."""
+
+    low: int | None = None
+    high: int | None = None
+    metavar: str = "N"
+
+    def __call__(self, name: str, value: Any) -> int:
+        try:
+            number = operator.index(value)
+        except TypeError:
+            number = None
+        if isinstance(value, bool) or number is None or not _lies_within(number, self.low, self.high):
+            raise refusal(name, f"a whole number{_limits(self.low, self.high)}", value)
+        return number
+
+
+@dataclass(frozen=True)
+class Real:
+    """A finite number from `low` to `high`, both included."""
+
+    low: float | None = None
+    high: float | None = None
+    metavar: str = "X"
+
+    def __call__(self, name: str, value: Any) -> float:
+        is_number = isinstance(value, RealNumber) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or not _lies_within(float(value), self.low, self.high):
+            raise refusal(name, f"a finite number{_limits(self.low, self.high)}", value)
+        return float(value)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Two finite numbers, 0 <= low < high."""
+
+    metavar: str = "LOW HIGH"
+
+    def __call__(self, name: str, value: Any) -> tuple[float, float]:
+        try:
+            low, high = (Real(0.0)(name, end) for end in value)
+        except (TypeError, ValueError, UsageError):
+            raise refusal(name, "two finite numbers, 0 <= low < high", value) from None
+        if not low < high:
+            raise refusal(name, "two finite numbers, 0 <= low < high", value)
+        return low, high
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """One seed, or a list of them."""
+
+    metavar: str = "N"
+
+    def __call__(self, name: str, value: Any) -> int | list[int]:
+        one = Whole(0, LARGEST_SEED)
+        if isinstance(value, str | bytes) or not (hasattr(value, "__len__") and getattr(value, "shape", True) != ()):
+            return one(name, value)
+        return [one(f"each {name}", seed) for seed in value]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """One text, or a list of them."""
+
+    metavar: str = "TEXT"
+
+    def __call__(self, name: str, value: Any) -> str | list[str]:
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, Sequence) or not all(isinstance(text, str) for text in value):
+            raise refusal(name, "a text or a list of texts", value)
+        return list(value)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some names."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in self.names:
+            raise refusal(name, f"one of {', '.join(self.names)}", value)
+        return value
+
+
+@dataclass(frozen=True)
+class YesNo:
+    """True or False."""
+
+    def __call__(self, name: str, value: Any) -> bool:
+        if not isinstance(value, bool) and type(value).__name__ != "bool":  # numpy's is no subclass
+            raise refusal(name, "True or False", value)
+        return bool(value)
+
+
+@dataclass(frozen=True)
+class Function:
+    """Something to be called."""
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if not callable(value):
+            raise refusal(name, "a function", value)
+        return value
+
+
+def _lies_within(number: float, low: float | None, high: float | None) -> bool:
+    return (low is None or number >= low) and (high is None or number <= high)
+
+
+def _limits(low: float | None, high: float | None) -> str:
+    if high is None:
+        return "" if low is None else f" of {low:g} or more"
+    ends = ["2**64 - 1" if end == LARGEST_SEED else f"{end:g}" for end in (low or 0, high)]
+    return f" of {ends[0]} to {ends[1]}"

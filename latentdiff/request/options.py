@@ -1,0 +1,212 @@
+"""The options of generation. Each stands here and nowhere else.
+
+The type of a key is what callers may give; its `Option` says the rest: default, domain, flag, place in a recipe; the
+text under it is its documentation. From these come the signatures of `Pipeline.__call__` and of the tasks (as
+`Unpack[...]`), the check of values, the flags of the command line with their help, and the fields of recipes. None is
+the same as not given. Loads no heavy library, as the command line's help has to be instant.
+"""
+
+# Annotations are evaluated here: the metadata in them is read.
+import ast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, make_dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict, Unpack, get_args
+
+from latentdiff.request.domains import Choice, Function, Interval, Real, Seeds, Texts, Whole, YesNo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The names that options choose from. A registry with an entry for each stands where the thing is made.
+SamplerName = Literal["ddim", "ddpm", "euler", "dpmpp-2m", "unipc"]
+SpacingName = Literal["leading", "trailing", "linspace", "karras", "uniform-lambda", "ays"]
+AttentionName = Literal["auto", "sdpa", "xformers", "sliced", "plain"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+BackendName = Literal["torch", "openvino", "compile"]
+PredictionName = Literal["epsilon", "v_prediction", "sample"]
+LoRADialect = Literal["kohya", "peft"]
+InversionName = Literal["fixed-point", "ddim-high", "ddim-low", "edict", "null-text"]
+TranslationName = Literal["features", "direct", "null-text", "negative-prompt", "edict", "ddim", "replay"]
+BlendName = Literal["linear", "constant", "exponential"]
+OperatorName = Literal["inpaint", "super-resolution", "deblur", "denoise", "colourise"]
+RestorationName = Literal["diffpir", "dps", "psld", "resample", "graikos"]
+BorderName = Literal["reflect", "periodic"]
+
+# As the web UIs of the field write them.
+SAMPLER_TITLES = {"ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "dpmpp-2m": "DPM++ 2M", "unipc": "UniPC"}
+
+SIDE = Whole(1, metavar="PIXELS")  # of an image
+MOST_IMAGES = 10_000  # of one call; more is a mistake, or many calls
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A field of recipes.
+
+    kind: its type there, where each image has a recipe of its own.
+    title: what it is called in the text of the web UIs; None leaves it out.
+    absent: what a recipe meant that does not have it; `...` is for what every recipe has.
+    names: value -> how that text writes it.
+    """
+
+    kind: Any
+    title: str | None = None
+    absent: Any = ...
+    names: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Option:
+    """What there is to know of an option besides its name, type and documentation.
+
+    fast: its default with `fast`, where that differs.
+    unset: what stands in the help of the command line for a default of None.
+    kept: as what recipes keep it; None if it does not change the image, or is kept otherwise.
+    flags: of the command line; None is made of the name, and none at all is not offered there.
+    """
+
+    domain: Callable[[str, Any], Any]
+    default: Any = None
+    fast: Any = None
+    unset: str = ""
+    kept: Kept | None = None
+    flags: tuple[str, ...] | None = None
+
+
+class WalkOptions(TypedDict, total=False):
+    """What every walk of the denoise loop takes that follows a prompt."""
+
+    guidance_rescale: Annotated[float | None, Option(Real(0, 1), 0.0, kept=Kept(float, "Guidance rescale", 0.0))]
+    """0 to 1: how far to undo the contrast that guidance adds (Lin et al. 2023, section 3.4)."""
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        Option(Interval(), unset="all", kept=Kept(tuple[float, float] | None, "Guidance interval", None)),
+    ]
+    """Guide only at the noise levels (low, high], in sigma/alpha, 0 to about 15 (Kynkäänniemi et al. 2024)."""
+    batch_size: Annotated[int | None, Option(Whole(1), 4)]
+    """Images made at once: memory against speed; the images stay the same."""
+    callback: Annotated[Callable[[int, float, "Tensor"], Any] | None, Option(Function(), flags=())]
+    """Called as `callback(step, t, x0)` after each step of each batch, with the step from 0, the timestep and the
+    clean latents expected there, (N, C, h, w); False cancels."""
+    progress: Annotated[bool | None, Option(YesNo(), True, flags=())]
+    """Show a progress bar on a terminal or in a notebook."""
+
+
+class SeededOptions(WalkOptions, total=False):
+    """What every task takes that draws noise."""
+
+    negative_prompt: Annotated[
+        str | Sequence[str] | None, Option(Texts(), "", kept=Kept(str, None, ""), flags=("--negative",))
+    ]
+    """What to avoid in the image. In Python also a list with one text for each prompt."""
+    seed: Annotated[int | Sequence[int] | None, Option(Seeds(), unset="drawn and printed", kept=Kept(int, "Seed"))]
+    """Seed of a prompt's first image; the next ones have seed + 1, ... In Python also a list with a seed for each image."""
+
+
+class SamplingOptions(SeededOptions, total=False):
+    """What every task takes that walks with a sampler."""
+
+    num_images: Annotated[int | None, Option(Whole(1, MOST_IMAGES), 1, flags=("-n",))]
+    """Images of each prompt."""
+    fast: Annotated[bool | None, Option(YesNo(), False)]
+    """Nearly the same image in a fraction of the time: 12 steps of dpmpp-2m, trailing, where these are not given."""
+    steps: Annotated[int | None, Option(Whole(1), 25, fast=12, kept=Kept(int, "Steps"))]
+    """Denoising steps, 1 to the number of timesteps of the training."""
+    guidance_scale: Annotated[float | None, Option(Real(), 5.0, kept=Kept(float, "CFG scale"), flags=("--guidance",))]
+    """How strongly to follow the prompt and avoid the negative one; 1 is no guidance (Ho & Salimans 2022)."""
+    sampler: Annotated[
+        SamplerName | None,
+        Option(Choice(get_args(SamplerName)), "ddim", fast="dpmpp-2m", kept=Kept(str, "Sampler", names=SAMPLER_TITLES)),
+    ]
+    """How a step is taken."""
+    eta: Annotated[float | None, Option(Real(0, 1), 0.0, kept=Kept(float, "Eta DDIM", 0.0))]
+    """0 to 1: share of fresh noise in the steps of ddim."""
+    spacing: Annotated[
+        SpacingName | None,
+        Option(
+            Choice(get_args(SpacingName)), fast="trailing", unset="the model's", kept=Kept(str | None, "Spacing", None)
+        ),
+    ]
+    """Which noise levels are visited: even in timesteps (the first three) or in noise."""
+    cache_interval: Annotated[int | None, Option(Whole(1), 1, kept=Kept(int, "Cache interval", 1))]
+    """Compute the deep layers of the U-Net at every Nth step only (DeepCache, Ma et al. 2024); 1 is every step."""
+    cache_branch: Annotated[int | None, Option(Whole(0), 0, kept=Kept(int, "Cache branch", 0))]
+    """With a cache interval: how many more layers are always computed."""
+    cache_centre: Annotated[int | None, Option(Whole(0), unset="evenly", kept=Kept(int | None, "Cache centre", None))]
+    """With a cache interval: compute the deep layers most often around this step, from 0."""
+
+
+class GenerateOptions(SamplingOptions, total=False):
+    """What making images of prompts alone takes."""
+
+    width: Annotated[int | None, Option(SIDE, unset="that of the training")]
+    """Of the image in pixels, a multiple of the VAE's factor (8)."""
+    height: Annotated[int | None, Option(SIDE, unset="that of the training")]
+    """Of the image in pixels, a multiple of the VAE's factor (8)."""
+
+
+def options_of(group: type) -> dict[str, Option]:
+    """The options of one of the groups above, by name."""
+    return {name: kind.__metadata__[0] for name, kind in group.__annotations__.items()}
+
+
+@cache
+def texts() -> dict[str, str]:
+    """What stands under each option in this file, on one line."""
+    classes = [node for node in ast.parse(Path(__file__).read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
+    return {
+        key.target.id: " ".join(text.value.value.split())
+        for group in classes
+        for key, text in pairwise(group.body)
+        if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+    }
+
+
+OPTIONS = options_of(GenerateOptions)
+SAMPLING = options_of(SamplingOptions)
+KEPT = {name: option.kept for name, option in SAMPLING.items() if option.kept is not None}
+FAST = {name: option.fast for name, option in SAMPLING.items() if option.fast is not None}
+
+
+def checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as Python's types; None stays None.
+
+    Raises:
+        UsageError: a value outside its domain.
+    """
+    return {name: value if value is None else OPTIONS[name].domain(name, value) for name, value in options.items()}
+
+
+class _Settled:
+    """All of `SamplingOptions`, checked, with the defaults in place of what was not given; `fast` has done its work."""
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in checked(vars(self)).items() if value is not None}
+        defaults = {name: option.default for name, option in SAMPLING.items()}
+        values = {**defaults, **(FAST if given.get("fast") else {}), **given, "fast": False}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+if TYPE_CHECKING:
+
+    class Settings:
+        """All of `SamplingOptions`, checked, with the defaults in place of what was not given."""
+
+        __dataclass_fields__: ClassVar[dict[str, Any]]
+
+        def __init__(self, **options: Unpack[SamplingOptions]) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    Settings = make_dataclass(
+        "Settings",
+        [(name, Any, field(default=None)) for name in SAMPLING],
+        bases=(_Settled,),
+        frozen=True,
+        kw_only=True,
+    )
