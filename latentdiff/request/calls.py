@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from latentdiff.errors import UsageError
-from latentdiff.request.options import options_of
+from latentdiff.request.options import OPTIONS, options_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Domain = Callable[[str, Any], Any]
@@ -74,6 +74,8 @@ def unknown(name: str, known: Iterable[str]) -> UsageError:
     names = list(known)
     if name in OTHERWISE:
         return UsageError(f"there is no option {name!r} here; {OTHERWISE[name]}")
+    if name in OPTIONS:
+        return UsageError(f"this call takes no option {name!r}; expected one of {', '.join(names)}")
     if near := get_close_matches(name, names, n=1):
         return UsageError(f"there is no option {name!r}; did you mean {near[0]!r}?")
     return UsageError(f"there is no option {name!r}; expected one of {', '.join(names)}")

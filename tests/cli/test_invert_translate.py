@@ -80,7 +80,7 @@ def test_the_options_of_features_and_negatives_arrive(command, workplace, sd1, p
     ("arguments", "message"),
     [
         (("invert", "nothing.png"), "no picture at nothing.png"),
-        (("invert", "photo.png", "--steps", 0), "steps must be 1 to 1000"),
+        (("invert", "photo.png", "--steps", 0), "steps to be a whole number of 1 or more"),
         (("invert", "photo.png", "--out", "photo.png"), "is there already"),
         (("translate", "photo.png", "x", "--negative-alpha", 0.5), "needs a --negative-schedule"),
         (("translate", "photo.png", "x", "--tau-features", 2), "tau_f in 0 to 1"),

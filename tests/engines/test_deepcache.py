@@ -288,5 +288,5 @@ def test_denoisers_of_other_tasks_compute_all(pipe) -> None:
     finally:
         pipe.network = pipe.unet
     assert network.calls == 6
-    with pytest.raises(UsageError, match="restoring takes no cache_interval"):
+    with pytest.raises(UsageError, match="takes no option 'cache_interval'"):
         restore(pipe, Image.new("RGB", (64, 64)), Denoise(noise_std=0.1), cache_interval=2)

@@ -82,12 +82,12 @@ def test_strength_zero_gives_the_picture_back():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strength": -0.1}, "strength of 0 to 1"),
-        ({"strength": 1.5}, "strength of 0 to 1"),
-        ({"strength": float("nan")}, "strength of 0 to 1"),
+        ({"strength": -0.1}, "strength to be a finite number of 0 to 1"),
+        ({"strength": 1.5}, "strength to be a finite number of 0 to 1"),
+        ({"strength": float("nan")}, "strength to be a finite number of 0 to 1"),
         ({"strength": 0.2}, "less than one step"),
-        ({"width": 0}, "width of 1 or more"),
-        ({"steps": 0}, "steps must be"),
+        ({"width": 0}, "width to be a whole number of 1 or more"),
+        ({"steps": 0}, "steps to be"),
         ({"seed": [1, 2]}, "one seed or 1"),
     ],
 )

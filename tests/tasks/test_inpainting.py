@@ -124,12 +124,12 @@ def test_strength_zero_gives_the_picture_back():
         (Image.new("RGBA", (64, 64), (255, 255, 255, 0)), {}, "mask is empty"),
         (None, {}, "expected a mask, or margins"),
         (mask(BOX), {"grow": -1}, "growth of 0 or more"),
-        (mask(BOX), {"blur": float("nan")}, "blur of 0 or more"),
-        (mask(BOX), {"padding": -1}, "padding of 0 or more"),
+        (mask(BOX), {"blur": float("nan")}, "blur to be a finite number"),
+        (mask(BOX), {"padding": -1}, "padding to be a whole number of 0 or more"),
         (mask(BOX), {"extend": (1, 2, 3)}, "four margins"),
         (mask(BOX), {"extend": (0, 0, -3, 0)}, "four margins"),
-        (mask(BOX), {"repeats": 0}, "repeats of 1 or more"),
-        (mask(BOX), {"strength": 2.0}, "strength of 0 to 1"),
+        (mask(BOX), {"repeats": 0}, "repeats to be a whole number of 1 or more"),
+        (mask(BOX), {"strength": 2.0}, "strength to be a finite number of 0 to 1"),
     ],
 )
 def test_bad_arguments(hole, options, message):

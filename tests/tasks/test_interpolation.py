@@ -60,7 +60,7 @@ def test_a_frame_does_not_depend_on_its_batch_and_is_made_again(sampler):
     [
         (["cat"], {}, "two prompts or more"),
         ("cat", {}, "two prompts or more"),
-        (["cat", "dog"], {"frames": 1}, "2 frames or more"),
+        (["cat", "dog"], {"frames": 1}, "frames to be a whole number of 2 or more"),
         (["cat", "dog"], {"num_images": 2}, "num_images 1"),
         (["cat", "dog"], {"seed": [1]}, "one seed or 2"),
         (["cat", "dog"], {"width": 13}, "multiple of 8"),
