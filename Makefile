@@ -1,6 +1,7 @@
 # make demo   install what is needed into .venv and generate a picture
 # make test   install what the tests need and run them
-# make lint   check the style of the code
+# make lint   check style and types of the code
+# make docs   build the pages of docs/ with the API reference into build/docs
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -11,7 +12,7 @@ PROMPT ?= two cats and a rocket on a blue background
 export PROMPT
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint docs clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -24,6 +25,10 @@ test: $(VENV)/installed-test
 
 lint: $(VENV)/installed-test
 	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/pyright
+
+docs: $(VENV)/installed-docs
+	@$(VENV)/bin/mkdocs build --quiet --strict --config-file tools/mkdocs.yml
 
 clean:
 	rm -rf $(VENV) build dist
@@ -43,4 +48,8 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing latentdiff and what its tests need into $(VENV) ..."
 	@$(INSTALL) --editable '.[test]'
+	@touch $(VENV)/installed $@
+
+$(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@$(INSTALL) --editable '.[docs]'
 	@touch $(VENV)/installed $@

@@ -3,29 +3,61 @@
     from latentdiff import Pipeline
     images = Pipeline.load()("two cats on a blue background", seed=0)
 
-Importing this package is instant; torch and transformers are loaded when a name is first used.
+Importing this package is instant; torch is loaded when a name is first used.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from latentdiff.errors import LatentDiffError as LatentDiffError
+    from latentdiff.evaluation.run import evaluate as evaluate
+    from latentdiff.image import save_png as save_png
     from latentdiff.pipeline import Pipeline as Pipeline
+    from latentdiff.tasks.editing import image_to_image as image_to_image
+    from latentdiff.tasks.inpainting import inpaint as inpaint
+    from latentdiff.tasks.interpolation import interpolate as interpolate
+    from latentdiff.tasks.inversion.run import invert as invert
+    from latentdiff.tasks.restoration.task import restore as restore
+    from latentdiff.tasks.translation import translate as translate
     from latentdiff.training.finetuning.run import finetune as finetune
+    from latentdiff.training.run import train as train
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Pipeline": "latentdiff.pipeline",
     "LatentDiffError": "latentdiff.errors",
+    "Pipeline": "latentdiff.pipeline",
+    "evaluate": "latentdiff.evaluation.run",
     "finetune": "latentdiff.training.finetuning.run",
+    "image_to_image": "latentdiff.tasks.editing",
+    "inpaint": "latentdiff.tasks.inpainting",
+    "interpolate": "latentdiff.tasks.interpolation",
+    "invert": "latentdiff.tasks.inversion.run",
+    "restore": "latentdiff.tasks.restoration.task",
+    "save_png": "latentdiff.image",
+    "train": "latentdiff.training.run",
+    "translate": "latentdiff.tasks.translation",
 }
-__all__ = ["LatentDiffError", "Pipeline", "__version__", "finetune"]  # noqa: F822 (three of them by __getattr__)
+__all__ = [
+    "LatentDiffError",
+    "Pipeline",
+    "__version__",
+    "evaluate",
+    "finetune",
+    "image_to_image",
+    "inpaint",
+    "interpolate",
+    "invert",
+    "restore",
+    "save_png",
+    "train",
+    "translate",
+]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     from importlib import import_module
 
     if name not in _HOMES:

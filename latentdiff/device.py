@@ -40,7 +40,7 @@ FORMATS = {
 }
 
 
-def pick_device(name: str = "auto") -> torch.device:
+def pick_device(name: str | torch.device = "auto") -> torch.device:
     """The device called `name`: "cpu", "cuda", "cuda:1", "mps", or "auto" for the first of cuda, mps, cpu there is.
 
     Raises:
@@ -50,7 +50,7 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if _is_available(kind)))
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UsageError(f"expected the device auto, cpu, cuda, cuda:N or mps, found {name!r}") from error
     if not _is_available(device.type):
         raise UsageError(f"this machine has no {device.type} device that torch can use; leave out --device")
@@ -71,8 +71,8 @@ def pick_precision(name: str, device: torch.device, parameters: int) -> Precisio
     Raises:
         UsageError: there is no such precision, or not on this device.
     """
-    if name not in ('auto', *FORMATS):
-        raise UsageError(f"expected a precision of {', '.join(('auto', *FORMATS))}, found {name!r}")
+    if name not in ("auto", *FORMATS):
+        raise UsageError(f"expected a precision of auto, {', '.join(FORMATS)}, found {name!r}")
     if name == "int8" and device.type != "cpu":
         raise UsageError(f"--precision int8 computes on the CPU, found {device.type}; add --device cpu or choose bf16")
     if name != "auto":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from latentdiff.adapters.lora.loaded import LoadedLoRAs
 from latentdiff.adapters.textual_inversion import LoadedWords, is_word_file
 from latentdiff.checkpoints.embedded import embedded_model
-from latentdiff.device import FORMATS, Precision, pick_device, pick_precision, precision_of
+from latentdiff.device import Precision, pick_device, pick_precision, precision_of
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.engines import Example
@@ -24,6 +24,9 @@ from latentdiff.memory.residence import Residence
 from latentdiff.networks.functions import Decoder, Network
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
+from latentdiff.request.calls import public
+from latentdiff.request.domains import Choice, Place, Real, YesNo
+from latentdiff.request.options import BackendName, PrecisionName, PredictionName
 
 if TYPE_CHECKING:
     from latentdiff.adapters.lora.loading import LoadReport
@@ -81,15 +84,23 @@ class LoadedModel:
         _check_inputs(unet.config.in_channels, vae.config.latent_channels)
 
     @classmethod
+    @public(
+        source=Place(),
+        precision=Choice(get_args(PrecisionName)),
+        ema=YesNo(),
+        prediction_type=Choice(get_args(PredictionName)),
+        backend=Choice(get_args(BackendName)),
+        low_memory=YesNo(),
+    )
     def load(
         cls,
         source: str | os.PathLike[str] | None = None,
         *,
-        device: str = "auto",
-        precision: str = "auto",
+        device: str | torch.device = "auto",
+        precision: PrecisionName = "auto",
         ema: bool = False,
-        prediction_type: str | None = None,
-        backend: str = "torch",
+        prediction_type: PredictionName | None = None,
+        backend: BackendName = "torch",
         low_memory: bool = False,
     ) -> Self:
         """Load a model. Each part's weights are read when it is first used.
@@ -107,17 +118,17 @@ class LoadedModel:
 
         Raises:
             CheckpointError: there is no model there, or it is damaged or of another kind.
-            UsageError: this machine has no such device.
+            UsageError: there is no such option, a value outside its domain, or no such device here.
         """
         from latentdiff.checkpoints.components import load_components
 
         where = pick_device(device)
-        found = load_components(source or embedded_model(), ema=ema, prediction_type=prediction_type, weights=False)
+        place = embedded_model() if source is None else source
+        found = load_components(place, ema=ema, prediction_type=prediction_type, weights=False)
         if source is None:
             found.name = EMBEDDED_NAME
-        size = sum(parameter.numel() for parameter in found.unet.parameters())
         pipe = cls.from_components(found, ema=ema, low_memory=low_memory)
-        return pipe.to(where, pick_precision(precision, where, size)).use_backend(backend)
+        return pipe.to(where, precision).use_backend(backend)
 
     @classmethod
     def from_components(cls, parts: Components, *, ema: bool = False, low_memory: bool = False) -> Self:
@@ -135,6 +146,7 @@ class LoadedModel:
             low_memory=low_memory,
         )
 
+    @public(folder=Place())
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model as a folder in the diffusers layout, in the precision that it has here, without its LoRAs."""
         from latentdiff.checkpoints.components import Components, save_folder
@@ -149,24 +161,31 @@ class LoadedModel:
             self.name,
             self.model_hash,
         )
-        save_folder(parts, folder)
+        save_folder(parts, os.path.abspath(folder))
 
-    def to(self, device: torch.device | str, precision: Precision | str | None = None) -> Self:
-        """Move the model to `device`, and to `precision` if one is given ("fp32", "bf16", "fp16", "int8").
+    @public()
+    def to(self, device: torch.device | str, precision: Precision | PrecisionName | None = None) -> Self:
+        """Move the model to `device`, and to `precision` if one is given; see `pick_device` and `pick_precision`.
 
         On a CPU the modules get their fast forms, see `latentdiff.engines.fast_forms`.
+
+        Raises:
+            UsageError: there is no such precision, or this machine has no such device; nothing has moved then.
         """
-        if precision is not None:
-            self.precision = FORMATS[precision] if isinstance(precision, str) else precision
-        self.parts.to(device, self.precision)
+        where = pick_device(device)
+        if isinstance(precision, str):
+            size = sum(parameter.numel() for parameter in self.parts.module("unet").parameters())
+            precision = pick_precision(precision, where, size)
+        self.precision = precision or self.precision
+        self.parts.to(where, self.precision)
         if self.device.type == "cpu":
             for name in ("text_encoder", "unet", "vae"):
                 use_fast_forms(self.parts.module(name))
-        self.loras.to(device, self.precision)
-        self.words.to(device)
+        self.loras.to(where, self.precision)
+        self.words.to(where)
         return self.use_backend(self.backend)
 
-    def use_backend(self, name: str) -> Self:
+    def use_backend(self, name: BackendName) -> Self:
         """Compute the U-Net and the decoder by the back end `name` from now on; the modules stay as they are.
 
         "torch" is the modules themselves. "openvino" and "compile" translate them at the first picture of each size;
@@ -192,6 +211,7 @@ class LoadedModel:
         channels = self.vae.config.latent_channels
         return calibration_examples(self.tokenizer, self.text_encoder, self.unet, self.schedule, channels)
 
+    @public(path=Place(), scale=Real(), allow_partial=YesNo())
     def load_lora(
         self,
         path: str | os.PathLike[str],
@@ -234,6 +254,22 @@ class LoadedModel:
     def adaptations(self) -> list[dict[str, Any]]:
         """What recipes say of the LoRAs and words that are loaded."""
         return [*self.loras.describe(), *self.words.describe()]
+
+    def __repr__(self) -> str:
+        """What is loaded: model, size, precision, device, and what adapts it."""
+        height, width = self.default_size
+        parameters = sum(parameter.numel() for parameter in self.parts.module("unet").parameters())
+        facts = [
+            self.name or "unnamed model",
+            f"U-Net of {parameters / 1e6:.1f} million parameters" + (" for inpainting" * self.is_for_inpainting),
+            f"trained at {width}x{height}",
+            f"{self.schedule.config.prediction_type} prediction",
+            f"{self.precision.name} on {self.device}",
+            *([f"back end {self.backend}"] if self.backend != "torch" else []),
+            *(["low memory"] if self.parts.low_memory else []),
+            *(f"{entry['file']} x {entry['scale']:g}" for entry in self.adaptations() if "scale" in entry),
+        ]
+        return f"<{type(self).__name__} {', '.join(facts)}>"
 
     @property
     def text_encoder(self) -> TextEncoder:

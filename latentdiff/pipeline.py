@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Literal, Unpack, cast, overload
 
 import torch
 from PIL import Image
@@ -36,7 +36,7 @@ from latentdiff.networks.vae import LatentDistribution
 from latentdiff.recipe import Recipe, library_versions
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice, refusal
-from latentdiff.request.options import GenerateOptions
+from latentdiff.request.options import GenerateOptions, SamplingOptions
 from latentdiff.request.plan import Plan, Sampling, latent_shape
 
 
@@ -106,7 +106,7 @@ class Pipeline(LoadedModel):
             Cancelled: the callback returned False.
         """
         size = options.pop("height", None), options.pop("width", None)
-        plan = Sampling(**options).plan(prompt, self.schedule)
+        plan = Sampling(**cast(SamplingOptions, options)).plan(prompt, self.schedule)
         self.check_text_to_image()
         shape = latent_shape(size, self.default_size, self.parts.module("vae").config, latents, len(plan.prompts))
 

@@ -51,7 +51,8 @@ def test_a_picture_needs_little_beside_torch(tmp_path):
 
 def test_pipeline_is_there_when_asked_for():
     assert "torch" in loaded_after("import latentdiff; latentdiff.Pipeline")
-    assert {"Pipeline", "LatentDiffError", "__version__"} <= set(dir(latentdiff))
+    assert set(latentdiff.__all__) <= set(dir(latentdiff))
+    assert all(callable(getattr(latentdiff, name)) for name in latentdiff.__all__ if name != "__version__")
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         latentdiff.Nothing  # noqa: B018
 

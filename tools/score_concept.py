@@ -31,7 +31,7 @@ from latentdiff.cli.loras import parse_scaled
 from latentdiff.errors import DataError, LatentDiffError
 from latentdiff.evaluation.judge import Judge, Verdict
 from latentdiff.evaluation.prompts import read_prompts
-from latentdiff.evaluation.protocol import SEEDS_APART, Score, evaluate
+from latentdiff.evaluation.protocol import SEEDS_APART, Score, score_prompts
 from latentdiff.files import atomic_path
 from latentdiff.image import contact_sheet, open_image, save_png, to_pil, to_tensor
 from latentdiff.pipeline import Pipeline
@@ -89,7 +89,7 @@ def references(judge: Judge, pipe: Pipeline, data: Path, rule: Rule, font: Path)
 def old_tasks(pipe: Pipeline, per_task: int, seeds: int, steps: int, guidance: float) -> Score:
     """The mean of the old tasks, by the judge of `latentdiff evaluate`."""
     prompts = read_prompts(limit=per_task)
-    return evaluate(pipe, prompts, seeds_per_prompt=seeds, steps=steps, guidance_scale=guidance).mean
+    return score_prompts(pipe, prompts, seeds_per_prompt=seeds, steps=steps, guidance_scale=guidance).mean
 
 
 def sheet_of(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:

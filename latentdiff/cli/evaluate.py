@@ -53,7 +53,7 @@ def evaluate(
     check_writable(out)
     from latentdiff import evaluation
 
-    report = evaluation.run(
+    report = evaluation.evaluate(
         model=model,
         loras=loras,
         out=out,

@@ -27,7 +27,7 @@ def loaded_model(settings: dict[str, Any]) -> Iterator[Pipeline]:
     Inside the `with`, it has the LoRAs and the attention back end that were asked for.
     """
     chosen = {name: settings.pop(name) for name in NAMES}
-    read_ahead(Path(chosen["model"] or embedded_model()).expanduser())
+    read_ahead(Path(embedded_model() if chosen["model"] is None else chosen["model"]).expanduser())
 
     from latentdiff.networks.attention import use_attention_backend
     from latentdiff.pipeline import Pipeline

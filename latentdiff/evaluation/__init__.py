@@ -1,15 +1,15 @@
 """How well pictures show what the prompts say: GenEval's protocol (Ghosh et al. 2023) on scenes.
 
-`evaluate` scores anything that is called like a Pipeline; `run` does all that `latentdiff evaluate` does.
+`score_prompts` scores anything that is called like a Pipeline; `evaluate` does all that `latentdiff evaluate` does.
 """
 
 from __future__ import annotations
 
 from latentdiff.evaluation.judge import Judge, Seen, Verdict
 from latentdiff.evaluation.prompts import TASKS, EvaluationPrompt, Requirement, read_prompts
-from latentdiff.evaluation.protocol import Outcome, Result, Score, evaluate
+from latentdiff.evaluation.protocol import Outcome, Result, Score, score_prompts
 from latentdiff.evaluation.report import Report
-from latentdiff.evaluation.run import run
+from latentdiff.evaluation.run import evaluate
 
 __all__ = [
     "TASKS",
@@ -24,5 +24,5 @@ __all__ = [
     "Verdict",
     "evaluate",
     "read_prompts",
-    "run",
+    "score_prompts",
 ]

@@ -113,7 +113,7 @@ def judged(prompt: EvaluationPrompt, seen: Verdict) -> Outcome:
     )
 
 
-def evaluate(
+def score_prompts(
     pipeline: TextToImage,
     prompts: Sequence[EvaluationPrompt],
     *,
@@ -172,7 +172,7 @@ def check_words(prompts: Sequence[EvaluationPrompt], judge: Judge) -> None:
         DataError: there are no prompts, or the judge does not know a noun, colour or background.
     """
     if not prompts:
-        raise DataError("expected prompts to evaluate, found none")
+        raise DataError("expected prompts to score, found none")
     known = {*judge.config.nouns, *judge.config.colours, *judge.config.backgrounds, None}
     for prompt in prompts:
         words = [word for need in prompt.include for word in (need.noun, need.colour)]

@@ -12,7 +12,7 @@ from latentdiff.checkpoints.embedded import embedded_judge
 from latentdiff.errors import UsageError
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.prompts import EvaluationPrompt, read_prompts
-from latentdiff.evaluation.protocol import evaluate
+from latentdiff.evaluation.protocol import score_prompts
 from latentdiff.evaluation.references import read_scenes, score_references
 from latentdiff.evaluation.report import HOW_TO_MAKE_SCENES, Report
 from latentdiff.files import atomic_path
@@ -20,7 +20,7 @@ from latentdiff.image import save_png
 from latentdiff.pipeline import Pipeline
 
 
-def run(
+def evaluate(
     model: str | None = None,
     *,
     out: Path,
@@ -49,7 +49,7 @@ def run(
         The report; `str` gives a table, `to_json` what `out/results.json` holds.
 
     Raises:
-        UsageError, CheckpointError, DataError: see `Pipeline.load`, `evaluate` and `read_scenes`.
+        UsageError, CheckpointError, DataError: see `Pipeline.load`, `score_prompts` and `read_scenes`.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -66,7 +66,7 @@ def run(
     def keep(prompt: EvaluationPrompt, images: Sequence[Image.Image]) -> None:
         save_pictures(out, prompt, images)
 
-    result = evaluate(
+    result = score_prompts(
         pipeline, prompts, judge=judge, **settings, batch_size=batch_size, progress=progress, on_pictures=keep
     )
     references = score_references(pipeline, judge, real, progress=progress) if real else None

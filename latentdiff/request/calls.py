@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from latentdiff.errors import UsageError
 from latentdiff.request.options import OPTIONS, options_of
@@ -37,7 +37,7 @@ OTHERWISE = {
 }
 
 
-def public(options: type | None = None, **domains: Domain) -> Callable[[Function], Function]:
+def public(options: type[Any] | None = None, **domains: Domain) -> Callable[[Function], Function]:
     """Make a function answer wrong calls with a `UsageError`, and its signature show all of its options.
 
     Args:
@@ -50,21 +50,23 @@ def public(options: type | None = None, **domains: Domain) -> Callable[[Function
     def decorate(function: Function) -> Function:
         plain = inspect.signature(function)
         shown = _expanded(plain, options, group)
+        rest = {name for name, parameter in plain.parameters.items() if parameter.kind is parameter.VAR_KEYWORD}
 
         @functools.wraps(function)
         def call(*arguments: Any, **named: Any) -> Any:
             named = _translated(named, shown.parameters)
             try:
-                plain.bind(*arguments, **named)
+                bound = plain.bind(*arguments, **named)
             except TypeError as error:
                 raise UsageError(f"{function.__qualname__}: {error}") from None
-            for name, value in named.items():
-                if value is not None and name in checks:
-                    named[name] = checks[name](name, value)
-            return function(*arguments, **named)
+            for values in (bound.arguments, *(bound.arguments[name] for name in rest & bound.arguments.keys())):
+                for name in checks.keys() & values.keys():
+                    if values[name] is not None:
+                        values[name] = checks[name](name, values[name])
+            return function(*bound.args, **bound.kwargs)
 
         vars(call)["__signature__"] = shown
-        return call  # type: ignore[return-value]
+        return cast(Function, call)
 
     return decorate
 
@@ -99,7 +101,7 @@ def _translated(named: Mapping[str, Any], parameters: Mapping[str, inspect.Param
     return ours
 
 
-def _expanded(plain: inspect.Signature, group: type | None, options: Mapping[str, Any]) -> inspect.Signature:
+def _expanded(plain: inspect.Signature, group: type[Any] | None, options: Mapping[str, Any]) -> inspect.Signature:
     """The signature with the options in place of `**options`."""
     if group is None:
         return plain

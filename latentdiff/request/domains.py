@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,6 +109,16 @@ class Choice:
     def __call__(self, name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in self.names:
             raise refusal(name, f"one of {', '.join(self.names)}", value)
+        return value
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file, a folder or an id, by its name."""
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+            raise refusal(name, "a path or an id", value)
         return value
 
 

@@ -9,7 +9,7 @@ the same as not given. Loads no heavy library, as the command line's help has to
 # Annotations are evaluated here: the metadata in them is read.
 import ast
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -148,7 +148,7 @@ class GenerateOptions(SamplingOptions, total=False):
     """Of the image in pixels, a multiple of the VAE's factor (8)."""
 
 
-def options_of(group: type) -> dict[str, Option]:
+def options_of(group: type[Any]) -> dict[str, Option]:
     """The options of one of the groups above, by name."""
     return {name: kind.__metadata__[0] for name, kind in group.__annotations__.items()}
 
@@ -181,17 +181,6 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value if value is None else OPTIONS[name].domain(name, value) for name, value in options.items()}
 
 
-class _Settled:
-    """All of `SamplingOptions`, checked, with the defaults in place of what was not given; `fast` has done its work."""
-
-    def __post_init__(self) -> None:
-        given = {name: value for name, value in checked(vars(self)).items() if value is not None}
-        defaults = {name: option.default for name, option in SAMPLING.items()}
-        values = {**defaults, **(FAST if given.get("fast") else {}), **given, "fast": False}
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
-
 if TYPE_CHECKING:
 
     class Settings:
@@ -203,6 +192,18 @@ if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...
 
 else:
+    from dataclasses import field, make_dataclass
+
+    class _Settled:
+        """All of `SamplingOptions`, checked, with the defaults in place of what was not given; `fast` has done its work."""
+
+        def __post_init__(self) -> None:
+            given = {name: value for name, value in checked(vars(self)).items() if value is not None}
+            defaults = {name: option.default for name, option in SAMPLING.items()}
+            values = {**defaults, **(FAST if given.get("fast") else {}), **given, "fast": False}
+            for name, value in values.items():
+                object.__setattr__(self, name, value)
+
     Settings = make_dataclass(
         "Settings",
         [(name, Any, field(default=None)) for name in SAMPLING],

@@ -9,7 +9,7 @@ from latentdiff.errors import DataError, UsageError
 from latentdiff.evaluation.judge import Seen, Verdict
 from latentdiff.evaluation.network import JudgeConfig
 from latentdiff.evaluation.prompts import EvaluationPrompt, Requirement
-from latentdiff.evaluation.protocol import Outcome, Result, evaluate
+from latentdiff.evaluation.protocol import Outcome, Result, score_prompts
 from latentdiff.evaluation.references import psnr, shuffled
 
 NOUNS = ("cat", "dog", "key")
@@ -50,7 +50,7 @@ def right(prompt, seed):
 
 
 def test_a_perfect_model():
-    result = evaluate(Model(right), [CAT, DOG, KEYS], judge=PixelJudge(), progress=False)
+    result = score_prompts(Model(right), [CAT, DOG, KEYS], judge=PixelJudge(), progress=False)
     assert {task: (score.value, score.pictures) for task, score in result.tasks.items()} == {
         "single_object": (1.0, 8),
         "counting": (1.0, 4),
@@ -64,7 +64,7 @@ def test_scores_by_hand():
         wrong = {"a cat": seed % 2 == 0, "a dog": True, "two keys": False}[prompt]  # half, none and all right
         return (2, 3, 1) if wrong else right(prompt, seed)
 
-    result = evaluate(Model(answer), [CAT, DOG, KEYS], judge=PixelJudge(), progress=False)
+    result = score_prompts(Model(answer), [CAT, DOG, KEYS], judge=PixelJudge(), progress=False)
     assert result.tasks["single_object"].value == pytest.approx(2 / 8)
     assert result.tasks["counting"].value == 1.0
     assert result.mean.value == pytest.approx((2 / 8 + 1) / 2)  # of tasks, not of pictures
@@ -76,21 +76,21 @@ def test_scores_by_hand():
 @pytest.mark.parametrize("batch_size", [1, 4, 9, 100])
 def test_batches_do_not_change_seeds(batch_size):
     model = Model(right)
-    evaluate(model, [CAT, DOG, KEYS], judge=PixelJudge(), seeds_per_prompt=3, batch_size=batch_size, progress=False)
+    score_prompts(model, [CAT, DOG, KEYS], judge=PixelJudge(), seeds_per_prompt=3, batch_size=batch_size, progress=False)
     asked = [pair for prompts, seeds, _ in model.calls for pair in zip(prompts, seeds, strict=True)]
     assert asked == [(prompt.text, 1000 * prompt.number + seed) for prompt in (CAT, DOG, KEYS) for seed in range(3)]
 
 
 def test_settings_reach_the_model():
     model = Model(right)
-    evaluate(model, [CAT], judge=PixelJudge(), steps=7, guidance_scale=3.0, sampler="euler", progress=False)
+    score_prompts(model, [CAT], judge=PixelJudge(), steps=7, guidance_scale=3.0, sampler="euler", progress=False)
     (_, _, options), expected = model.calls[0], {"steps": 7, "guidance_scale": 3.0, "sampler": "euler"}
     assert expected.items() <= options.items()
 
 
 def test_pictures_are_handed_out_with_their_prompt():
     kept = []
-    evaluate(
+    score_prompts(
         Model(right),
         [CAT, DOG],
         judge=PixelJudge(),
@@ -103,15 +103,15 @@ def test_pictures_are_handed_out_with_their_prompt():
 
 def test_a_judge_that_does_not_know_a_word():
     with pytest.raises(DataError, match="the judge does not know 'yak'"):
-        evaluate(Model(right), [EvaluationPrompt("colors", "a yak", (Requirement("yak"),))], judge=PixelJudge())
+        score_prompts(Model(right), [EvaluationPrompt("colors", "a yak", (Requirement("yak"),))], judge=PixelJudge())
     with pytest.raises(DataError, match="found none"):
-        evaluate(Model(right), [], judge=PixelJudge())
+        score_prompts(Model(right), [], judge=PixelJudge())
 
 
 @pytest.mark.parametrize("seeds", [0, 1001])
 def test_seeds_out_of_range(seeds):
     with pytest.raises(UsageError, match=f"expected 1 to 1000 seeds per prompt, found {seeds}"):
-        evaluate(Model(right), [CAT], judge=PixelJudge(), seeds_per_prompt=seeds)
+        score_prompts(Model(right), [CAT], judge=PixelJudge(), seeds_per_prompt=seeds)
 
 
 def test_only_tasks_that_occur_count():

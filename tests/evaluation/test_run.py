@@ -13,10 +13,10 @@ from PIL import Image
 from latentdiff.adapters.lora import LoRA, LoRASpec, save_lora
 from latentdiff.cli.evaluate import evaluate as command
 from latentdiff.errors import DataError, UsageError
-from latentdiff.evaluation import run
+from latentdiff.evaluation import evaluate
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.prompts import TASKS, EvaluationPrompt, read_prompts
-from latentdiff.evaluation.protocol import evaluate
+from latentdiff.evaluation.protocol import score_prompts
 from latentdiff.recipe import read_recipe
 from tests import peers
 from tests.scenes import JUDGE, font, make_scenes, scene_language
@@ -47,7 +47,7 @@ def check_scores(values):
 
 def test_everything_is_written(model, scenes, tmp_path):
     out = tmp_path / "out"
-    report = run(model, out=out, limit=1, seeds=2, steps=1, scenes=scenes, device="cpu", progress=False)
+    report = evaluate(model, out=out, limit=1, seeds=2, steps=1, scenes=scenes, device="cpu", progress=False)
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert results == json.loads(json.dumps(report.to_json()))
     check_scores(results)
@@ -66,7 +66,7 @@ def test_everything_is_written(model, scenes, tmp_path):
 
 
 def test_pictures_lie_in_the_layout_of_geneval(model, tmp_path):
-    run(model, out=tmp_path, limit=1, seeds=2, steps=1, device="cpu", progress=False)
+    evaluate(model, out=tmp_path, limit=1, seeds=2, steps=1, device="cpu", progress=False)
     for prompt in read_prompts(limit=1):
         folder = tmp_path / f"{prompt.number:05d}"
         (line,) = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
@@ -104,7 +104,7 @@ def test_loras_are_evaluated(model, tmp_path):
     pipe = peers.ours("sd1")
     save_lora(LoRA.create(pipe.unet, None, LoRASpec(rank=2)), tmp_path / "a.safetensors")
     loras = [(tmp_path / "a.safetensors", 0.5)]
-    report = run(model, out=tmp_path / "out", loras=loras, limit=1, seeds=1, steps=1, device="cpu", progress=False)
+    report = evaluate(model, out=tmp_path / "out", loras=loras, limit=1, seeds=1, steps=1, device="cpu", progress=False)
     assert report.to_json()["settings"]["loras"][0]["scale"] == 0.5
     with Image.open(tmp_path / "out/00000/samples/0000.png") as image:
         assert read_recipe(image.info).loras[0]["file"] == "a.safetensors"
@@ -113,12 +113,12 @@ def test_loras_are_evaluated(model, tmp_path):
 def test_wrong_use_is_found_before_the_model_is_loaded(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="expected a folder for --out"):
-        run("no such model", out=tmp_path / "file")
+        evaluate("no such model", out=tmp_path / "file")
     with pytest.raises(DataError, match="expected scenes in .* make them with tools/make_scenes.py"):
-        run("no such model", out=tmp_path / "out", scenes=tmp_path)
+        evaluate("no such model", out=tmp_path / "out", scenes=tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a cat"}\n')
     with pytest.raises(DataError, match="metadata.jsonl line 1: expected a scene"):
-        run("no such model", out=tmp_path / "out", scenes=tmp_path)
+        evaluate("no such model", out=tmp_path / "out", scenes=tmp_path)
 
 
 class Painter:
@@ -147,11 +147,11 @@ class Painter:
 
 def test_a_model_that_draws_what_is_asked():
     prompts = read_prompts(limit=8)
-    result = evaluate(Painter(prompts), prompts, judge=Judge.load(JUDGE), seeds_per_prompt=2, progress=False)
+    result = score_prompts(Painter(prompts), prompts, judge=Judge.load(JUDGE), seeds_per_prompt=2, progress=False)
     assert result.mean.value >= 0.97 and result.background.value >= 0.97
 
 
 def test_a_model_that_draws_something_else():
     prompts = read_prompts(limit=8)
-    result = evaluate(Painter(prompts, skew=9), prompts, judge=Judge.load(JUDGE), seeds_per_prompt=2, progress=False)
+    result = score_prompts(Painter(prompts, skew=9), prompts, judge=Judge.load(JUDGE), seeds_per_prompt=2, progress=False)
     assert result.mean.value <= 0.05
