@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentdiff.device import describe_device, explained_out_of_memory
 from latentdiff.diffusion.denoise import denoise
-from latentdiff.diffusion.guidance import Guidance, guided_denoiser
+from latentdiff.diffusion.guidance import Guidance
 from latentdiff.diffusion.latents import NoiseStream
 from latentdiff.diffusion.parameterization import Denoiser, parameterization
 from latentdiff.diffusion.progress import progress_bar, report
@@ -29,9 +29,10 @@ from latentdiff.image import to_pil
 from latentdiff.memory.estimate import decoding_bytes, denoising_bytes
 from latentdiff.model import LoadedModel
 from latentdiff.networks.attention import attention_backend
-from latentdiff.networks.conditioning import TextContext
-from latentdiff.networks.functions import checked_model, decode_latents, embed_prompt, encode_pictures
+from latentdiff.networks.functions import checked_model, decode_latents, encode_pictures
 from latentdiff.networks.kernels.choice import forms_in_use
+from latentdiff.networks.steering import prompted_denoiser
+from latentdiff.networks.text_embedding import PLAIN, EncodedPrompt, PromptEncoder, Reading
 from latentdiff.networks.vae import LatentDistribution
 from latentdiff.recipe import Recipe, library_versions
 from latentdiff.request.calls import public
@@ -44,6 +45,9 @@ def _tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise refusal(name, "a tensor", value)
     return value
+
+
+Texts = Tensor | Sequence[EncodedPrompt]  # embeddings (N, L, C), or what each picture is told
 
 
 @dataclass(frozen=True)
@@ -131,23 +135,23 @@ class Pipeline(LoadedModel):
         shape: tuple[int, int, int],
         start: Callable[[slice, NoiseStream], Start],
         *,
-        text: tuple[Tensor, Tensor] | None = None,
+        text: tuple[Texts, Texts] | None = None,
     ) -> Tensor:
         """Walk the pictures of a plan, batch by batch, from where `start` puts them down to clean latents (N, C, h, w).
 
         Args:
             shape: (C, h, w), of the noise of one picture.
             start: (pictures of the batch, their noise) -> where they begin, at the first level of the plan.
-            text: embeddings (N, L, C) to follow and to avoid, in place of those of the plan's prompts.
+            text: what to follow and to avoid, in place of the plan's prompts; see `denoiser`.
 
         Raises:
             NotFiniteError: the model gives NaN or infinity.
             Cancelled: the callback returned False.
         """
-        rows = 2 * max(part.stop - part.start for part in plan.batches)
+        rows = max(map(plan.rows, plan.batches))
         job = self.parts.job(rows, *shape[-2:], quadratic=attention_backend() == "plain")
         self.parts.check(job)
-        positive, negative = text or self.encode([*plan.prompts, *plan.negatives]).chunk(2)
+        positive, negative = map(_as_prompts, text or self.encoded(plan))
         self.parts.make_room("unet", denoising_bytes(job))
         finished = []
         with self.parts.using("unet"), progress_bar(plan.steps * len(plan.batches), plan.options.progress) as bar:
@@ -172,12 +176,33 @@ class Pipeline(LoadedModel):
         return torch.cat(finished)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Embed prompts: (N, L, C), float32. Each distinct text is encoded once, alone."""
-        distinct = {
-            text: embed_prompt(self.tokenizer, self.text_encoder, text, self.device) for text in dict.fromkeys(prompts)
-        }
-        return torch.cat([distinct[text] for text in prompts])
+    def encoded(self, plan: Plan) -> tuple[list[EncodedPrompt], list[EncodedPrompt]]:
+        """The prompts and negative prompts of a plan, one of each per picture."""
+        encoder = self.prompt_encoder(plan.reading)
+        positive = {text: encoder.prompt(text, plan.steps) for text in dict.fromkeys(plan.prompts)}
+        negative = {text: encoder.prompt(text, plan.steps, negative=True) for text in dict.fromkeys(plan.negatives)}
+        return [positive[text] for text in plan.prompts], [negative[text] for text in plan.negatives]
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], reading: Reading = PLAIN) -> Tensor:
+        """Embed prompts that say one thing at all steps: (N, L, C), float32. Each distinct text is encoded once, alone.
+
+        Where they have different numbers of chunks, empty chunks fill up the shorter ones.
+
+        Raises:
+            UsageError: a prompt is composed or changes on the way.
+        """
+        encoder = self.prompt_encoder(reading)
+        texts = [encoder.simple(text) for text in prompts]
+        longest = max(text.shape[1] for text in texts)
+        empty = encoder.text("")
+        return torch.cat(
+            [torch.cat([text, *[empty] * ((longest - text.shape[1]) // empty.shape[1])], dim=1) for text in texts]
+        )
+
+    def prompt_encoder(self, reading: Reading = PLAIN) -> PromptEncoder:
+        """What embeds prompts, and remembers them."""
+        return PromptEncoder(self.tokenizer, self.text_encoder, self.device, reading)
 
     @torch.no_grad()
     @explained_out_of_memory()
@@ -195,8 +220,8 @@ class Pipeline(LoadedModel):
 
     def denoiser(
         self,
-        positive: Tensor,
-        negative: Tensor,
+        positive: Texts,
+        negative: Texts,
         guidance: Guidance,
         levels: Sequence[Level],
         *,
@@ -206,7 +231,7 @@ class Pipeline(LoadedModel):
         """The U-Net that follows one batch of text, as a function of latents and level.
 
         Args:
-            positive, negative: embeddings (N, L, C) of the prompts and of what to avoid.
+            positive, negative: the prompts and what to avoid, as embeddings (N, L, C) or one encoded prompt each.
             levels: what will be walked; errors name the step by it.
             extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
             cache: for a denoiser that is called once a step; others have to compute all.
@@ -214,12 +239,15 @@ class Pipeline(LoadedModel):
         network = self.network
         if cache.interval > 1:
             network = DeepCache(network, self.unet, cache, len(levels) - 1)
-        return guided_denoiser(
-            checked_model(network, self.unet, levels, extra_channels=extra_channels),
+        return prompted_denoiser(
+            self.unet,
+            checked_model(network, self.unet, levels),
             parameterization(self.schedule.config.prediction_type),
-            TextContext.of(self.unet, positive),
-            TextContext.of(self.unet, negative),
+            _as_prompts(positive),
+            _as_prompts(negative),
             guidance,
+            levels,
+            extra_channels=extra_channels,
         )
 
     def recipe(self, **fields: Any) -> Recipe:
@@ -245,3 +273,7 @@ class Pipeline(LoadedModel):
                 f"expected a text-to-image model with {latent} U-Net input channels, found {found}: this model is for "
                 "inpainting and needs a picture and a mask"
             )
+
+
+def _as_prompts(texts: Texts) -> list[EncodedPrompt]:
+    return EncodedPrompt.of(texts) if isinstance(texts, Tensor) else list(texts)

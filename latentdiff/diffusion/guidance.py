@@ -7,7 +7,7 @@ Nothing outside this file knows in which order the two halves of a guided batch 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,64 @@ def guided_denoiser(
         else:
             raw = model(x, level.t, context).to(x.dtype)
         return parameterization(raw, x, level, guided=guided)
+
+    return denoise
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Several texts for each image, composed with weights (Liu et al. 2022; `AND` of the web UIs).
+
+    context: of batch P, of a type as `guided_denoiser` takes it.
+    images: which image of the batch of N each row of `context` is for.
+    weights: of the rows.
+    """
+
+    context: Any
+    images: Sequence[int]
+    weights: Sequence[float]
+
+
+def composed_denoiser(
+    model: Model,
+    parameterization: Parameterization,
+    composition: Composition,
+    negative_context: Any,
+    guidance: Guidance = UNGUIDED,
+) -> Denoiser:
+    """Like `guided_denoiser`, for images that follow several texts: D = D_neg + sum_i w_i (D_i - D_neg) is what is
+    followed, so that guidance gives D_neg + sum_i w_i scale (D_i - D_neg).
+
+    Negatives and texts go through the model as one batch of N + P at all levels, whether guidance acts or not.
+
+    Args:
+        negative_context: of batch N.
+    """
+    every = getattr(type(composition.context), "cat", torch.cat)([negative_context, composition.context])
+
+    def denoise(x: Tensor, level: Level) -> Prediction:
+        guided = guidance.acts_at(level)
+        images = torch.tensor(composition.images, device=x.device)  # (P,)
+        weights = torch.tensor(composition.weights, device=x.device, dtype=x.dtype)[:, None, None, None]
+        raw = model(torch.cat([x, x[images]]), level.t, every).to(x.dtype)
+        negative, texts = raw[: len(x)], raw[len(x) :]
+        followed = negative.index_add(0, images, weights * (texts - negative[images]))
+        return parameterization(
+            guidance.combine(negative, followed) if guided else followed, x, level, guided=guided
+        )
+
+    return denoise
+
+
+def staged_denoiser(of_step: Callable[[int], Denoiser], levels: Sequence[Level]) -> Denoiser:
+    """A denoiser that may be another one at each step of a walk down `levels`, counted from 1.
+
+    Solvers that evaluate between two levels meet the step that leads from one to the other.
+    """
+    above = [level.sigma_hat for level in levels[:-1]]
+
+    def denoise(x: Tensor, level: Level) -> Prediction:
+        return of_step(max(1, sum(sigma_hat >= level.sigma_hat for sigma_hat in above)))(x, level)
 
     return denoise
 

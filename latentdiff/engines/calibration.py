@@ -14,9 +14,10 @@ from latentdiff.diffusion.parameterization import parameterization
 from latentdiff.diffusion.samplers import get_sampler
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.engines import Example
-from latentdiff.networks.conditioning import TextContext
-from latentdiff.networks.functions import checked_model, embed_prompt
+from latentdiff.networks.conditioning import Conditioning
+from latentdiff.networks.functions import checked_model
 from latentdiff.networks.layers.transformer import Context, ProjectedContext
+from latentdiff.networks.text_embedding import PromptEncoder
 from latentdiff.networks.unet import UNet
 
 PROMPTS = (
@@ -54,12 +55,13 @@ def calibration_examples(
     extra = torch.zeros(1, others, side, side, device=device) if others else None
     if extra is not None:
         extra[:, 0] = 1.0
+    encoder = PromptEncoder(tokenizer, text_encoder, device)
     negative, *texts = (
-        TextContext.of(unet, embed_prompt(tokenizer, text_encoder, text, device)) for text in ("", *PROMPTS)
+        Conditioning.of(unet, encoder.text(text), extra_channels=extra) for text in ("", *PROMPTS)
     )
     for seed, text in enumerate(texts):
         noise = NoiseStream([seed], (latent_channels, side, side), device=device)
-        model = checked_model(recording, unet, levels, extra_channels=extra)
+        model = checked_model(recording, unet, levels)
         denoiser = guided_denoiser(model, parameterization(schedule.config.prediction_type), text, negative, guidance)
         for _ in denoise(
             denoiser, sampler.start_scale(schedule, "trailing") * noise(), levels, sampler.step, noise=noise

@@ -7,7 +7,7 @@ encoder blocks whose skips are needed and the decoder blocks from there on, with
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,11 +63,21 @@ class CacheSettings:
 UNCACHED = CacheSettings()
 
 
-class DeepCache:
-    """A network for one walk of a batch of pictures, called once a step, that computes less than the one it wraps.
+@dataclass(frozen=True)
+class _Kept:
+    """Deep features, and when they were last used."""
 
-    Features are kept with the text that they were computed for. Where guidance switches on or off another text comes,
-    and the step is a full one. Nothing is kept beyond this object.
+    text: Context
+    deep: Tensor  # (N, C, h, w)
+    step: int
+
+
+class DeepCache:
+    """A network for one walk of a batch of pictures, called once a step, or at each step once for each length of text,
+    that computes less than the one it wraps.
+
+    Features are kept with the text that they were computed for. Where guidance switches on or off, or the prompt
+    changes, another text comes, and the step is a full one. Nothing is kept beyond this object.
 
     Args:
         network: computes full steps; it has to call the modules of `unet`, where the features are read.
@@ -81,15 +91,21 @@ class DeepCache:
         self._network, self._unet = network, unet
         self._branch = _Branch(unet, settings.branch)
         self._full_steps = settings.full_steps(steps)
-        self._calls = 0
-        self._text: Context | None = None
+        self._step = -1
+        self._t: float | None = None
+        self._kept: dict[int, _Kept] = {}  # by the text's identity
         self._deep: Tensor | None = None
 
     def __call__(self, x: Tensor, t: Tensor | float, context: Context) -> Tensor:
         """As `UNet.__call__`."""
-        index, self._calls = self._calls, self._calls + 1
-        if self._text is context and index not in self._full_steps:
-            return self._branch(x, t, context, self._deep)
+        kept = self._kept.get(id(context))
+        if float(t) != self._t or (kept is not None and kept.step == self._step):
+            self._step, self._t = self._step + 1, float(t)
+            self._kept = {key: last for key, last in self._kept.items() if last.step == self._step - 1}
+            kept = self._kept.get(id(context))
+        if kept is not None and self._step not in self._full_steps:
+            self._kept[id(context)] = replace(kept, step=self._step)
+            return self._branch(x, t, context, kept.deep)
         self._deep = None
         with Tap(self._unet, [self._branch.entrance], arguments=self._keep):
             raw = self._network(x, t, context)
@@ -97,7 +113,7 @@ class DeepCache:
             raise UsageError(
                 "the cache needs a back end that runs the U-Net's own modules; leave the cache interval at 1"
             )
-        self._text = context
+        self._kept[id(context)] = _Kept(context, self._deep, self._step)
         return raw
 
     def _keep(self, name: str, arguments: tuple[Tensor, ...]) -> None:

@@ -1,10 +1,14 @@
-"""What steers a U-Net besides the latents and the level, in one value that guidance can join."""
+"""What steers a U-Net besides the latents and the level, in one value that guidance can join and split.
+
+Something new that steers it becomes a field of `Conditioning`, with the rows of the batch first: joining and splitting
+then need no change, and `functions.checked_model` is where a field is handed to the network.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,25 +18,96 @@ from latentdiff.networks.unet import UNet
 
 
 @dataclass(frozen=True)
-class TextContext:
-    """Prompts on their way through one U-Net, with the keys and values of its cross-attentions made once."""
+class Conditioning:
+    """What steers the rows of one batch through one U-Net; all have text of the same length.
 
-    embeddings: Tensor  # (N, L, C), float32
-    projected: ProjectedContext  # in the dtype of the U-Net
+    Attributes:
+        text: embeddings (N, L, C), float32; L is 77 for each chunk of CLIP's.
+        projected: the keys and values of the text for all cross-attentions, made once, in `dtype`.
+        dtype: of the U-Net when this was made.
+        extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
+    """
+
+    text: Tensor
+    projected: ProjectedContext
     dtype: torch.dtype
+    extra_channels: Tensor | None = None
 
     @classmethod
-    def of(cls, unet: UNet, embeddings: Tensor) -> Self:
-        """The context for `unet` of text embeddings (N, L, C)."""
+    def of(cls, unet: UNet, text: Tensor, *, extra_channels: Tensor | None = None) -> Self:
+        """The conditioning of `unet` by text embeddings (N, L, C)."""
         dtype = next(unet.parameters()).dtype
-        return cls(embeddings, unet.project_context(embeddings.to(dtype)), dtype)
+        return cls(text, unet.project_context(text.to(dtype)), dtype, extra_channels)
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    @staticmethod
+    def cat(parts: Sequence[AnyConditioning]) -> AnyConditioning:
+        """Join conditionings of the same U-Net along the batch; of unequal lengths they run apart, as `Ragged`."""
+        same = len({part.text.shape[1] for one in parts for _, part in one.groups()}) == 1
+        return _joined([part for one in parts for _, part in one.groups()]) if same else Ragged.cat(parts)
+
+    def groups(self) -> list[tuple[Tensor | slice, Conditioning]]:
+        """What goes through the network at once, with its rows in the batch."""
+        return [(slice(None), self)]
+
+    def text_in(self, dtype: torch.dtype) -> Tensor | ProjectedContext:
+        """The projections; or the bare embeddings where the U-Net is in another dtype now than it was then."""
+        return self.projected if dtype == self.dtype else self.text.to(dtype)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of one batch whose texts differ in length: each length goes through the network on its own.
+
+    Padding would be cheaper, but then a prompt's picture depended on its neighbours.
+    """
+
+    parts: tuple[tuple[Tensor, Conditioning], ...]  # the rows (n,) of each length
+
+    def __len__(self) -> int:
+        return sum(len(part) for _, part in self.parts)
 
     @classmethod
-    def cat(cls, texts: Sequence[Self]) -> Self:
-        """Join contexts of the same U-Net along the batch."""
-        projected = ProjectedContext.cat([text.projected for text in texts])
-        return cls(torch.cat([text.embeddings for text in texts]), projected, texts[0].dtype)
+    def cat(cls, parts: Sequence[AnyConditioning]) -> Ragged:
+        """Join along the batch; rows of the same length become one group."""
+        found: dict[int, list[tuple[Tensor, Conditioning]]] = {}
+        start = 0
+        for one in parts:
+            for rows, part in one.groups():
+                rows = torch.arange(len(part)) if isinstance(rows, slice) else rows
+                found.setdefault(part.text.shape[1], []).append((rows + start, part))
+            start += len(one)
+        return cls(
+            tuple((torch.cat([rows for rows, _ in some]), _joined([part for _, part in some])) for some in found.values())
+        )
 
-    def for_unet_in(self, dtype: torch.dtype) -> Tensor | ProjectedContext:
-        """The projections; or the bare embeddings where the U-Net is in another dtype now than it was then."""
-        return self.projected if dtype == self.dtype else self.embeddings.to(dtype)
+    def groups(self) -> list[tuple[Tensor | slice, Conditioning]]:
+        """See `Conditioning.groups`."""
+        return list(self.parts)
+
+
+AnyConditioning = Conditioning | Ragged
+
+
+def by_groups(conditioning: AnyConditioning, x: Tensor, call: Callable[[Tensor, Conditioning], Tensor]) -> Tensor:
+    """`call` on the rows of `x` (N, ...) that go together, and its answers in the order of the rows."""
+    groups = conditioning.groups()
+    if len(groups) == 1 and isinstance(groups[0][0], slice):
+        return call(x, groups[0][1])
+    answers = [(rows.to(x.device), call(x[rows.to(x.device)], part)) for rows, part in groups]
+    order = torch.cat([rows for rows, _ in answers]).argsort()
+    return torch.cat([answer for _, answer in answers])[order]
+
+
+def _joined(parts: Sequence[Conditioning]) -> Conditioning:
+    if len(parts) == 1:
+        return parts[0]
+    return Conditioning(**{each.name: _cat([getattr(part, each.name) for part in parts]) for each in fields(Conditioning)})
+
+
+def _cat(values: list[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)
+    return ProjectedContext.cat(values) if isinstance(values[0], ProjectedContext) else values[0]

@@ -1,6 +1,6 @@
 """The networks as plain functions that never give NaN.
 
-Prompts and images pass one at a time: an image does not depend on its neighbours, nor memory on their number.
+Images pass one at a time: an image does not depend on its neighbours, nor memory on their number.
 """
 
 from __future__ import annotations
@@ -8,20 +8,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentdiff.device import finite_or_float32, is_out_of_memory
 from latentdiff.diffusion.denoise import is_asynchronous
 from latentdiff.diffusion.guidance import Model
 from latentdiff.diffusion.schedule import Level
-from latentdiff.networks.conditioning import TextContext
+from latentdiff.networks.conditioning import AnyConditioning, Conditioning, by_groups
 from latentdiff.networks.layers.transformer import Context
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE, LatentDistribution
-from latentdiff.prompts.tokenize import tokenize
 
 # (x (N, C, h, w), t, text embeddings or what `UNet.project_context` made of them) -> raw prediction (N, C_out, h, w).
 Network = Callable[[Tensor, Tensor | float, Context], Tensor]
@@ -35,14 +34,6 @@ class Decoder(Protocol):
     def __call__(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
         """Latents (N, C, h, w) -> pictures (N, 3, H, W), about in [-1, 1]."""
         ...
-
-
-def embed_prompt(tokenizer: Any, text_encoder: nn.Module, text: str, device: torch.device) -> Tensor:
-    """The embeddings (1, L, C) of a prompt, float32."""
-    token_ids = tokenize(tokenizer, [text]).to(device)  # (1, L)
-    return finite_or_float32(
-        "the text encoder", text_encoder, lambda _: text_encoder(token_ids), where=f"on {text!r}"
-    ).float()
 
 
 def encode_pictures(vae: VAE, images: Tensor, device: torch.device) -> LatentDistribution:
@@ -85,32 +76,30 @@ def _decode_one(decoder: Decoder, vae: VAE, latent: Tensor, device: torch.device
     return finite_or_float32("the VAE's decoder", vae, partial(compute, tiled=True)).float()
 
 
-def checked_model(
-    network: Network, unet: UNet, levels: Sequence[Level], *, extra_channels: Tensor | None = None
-) -> Model:
-    """The network as a function (x, t, TextContext) -> raw output that is finite, or an error that names the step.
+def checked_model(network: Network, unet: UNet, levels: Sequence[Level]) -> Model:
+    """The network as a function (x, t, Conditioning) -> raw output that is finite, or an error that names the step.
 
     Args:
         network: what computes `unet`; `unet` itself, or what an engine made of it.
         unet: computes again, in float32, what overflows.
-        extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents; the same for all parts of a
-            guided batch.
     """
     names = {level.t: f"at step {number} of {len(levels) - 1}" for number, level in enumerate(levels[:-1], 1)}
 
-    def model(x: Tensor, t: float, text: TextContext) -> Tensor:
-        if extra_channels is not None:
-            repeats = len(x) // len(extra_channels)
-            x = torch.cat([x, extra_channels.to(x).repeat(repeats, 1, 1, 1)], dim=1)
+    def run(x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+        if conditioning.extra_channels is not None:
+            x = torch.cat([x, conditioning.extra_channels.to(x)], dim=1)
 
         def compute(dtype: torch.dtype) -> Tensor:
-            computes = network if dtype == text.dtype else unet
-            return computes(x.to(dtype), t, text.for_unet_in(dtype))
+            computes = network if dtype == conditioning.dtype else unet
+            return computes(x.to(dtype), t, conditioning.text_in(dtype))
 
-        if is_asynchronous(x.device) and text.dtype in _AS_WIDE_AS_FLOAT32:
+        if is_asynchronous(x.device) and conditioning.dtype in _AS_WIDE_AS_FLOAT32:
             return compute(
                 next(unet.parameters()).dtype
             )  # float32 would overflow as well; the loop checks, and need not wait
         return finite_or_float32("the U-Net", unet, compute, where=names.get(t, f"at timestep {t:g}"))
+
+    def model(x: Tensor, t: float, conditioning: AnyConditioning) -> Tensor:
+        return by_groups(conditioning, x, lambda rows, part: run(rows, t, part))
 
     return model

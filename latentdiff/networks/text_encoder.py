@@ -54,10 +54,19 @@ class TextEncoder(nn.Module):
         """Channels of the embeddings; equals the U-Net's `cross_attention_dim`."""
         return self.text_model.embeddings.token_embedding.weight.shape[1]
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Embed token ids (N, L), L at most `context_length`; return the last hidden state (N, L, C)."""
+    @property
+    def depth(self) -> int:
+        """Layers, so that `skip` is less."""
+        return len(self.text_model.encoder["layers"])
+
+    def forward(self, token_ids: Tensor, skip: int = 0) -> Tensor:
+        """Embed token ids (N, L), L at most `context_length`; return the last hidden state (N, L, C).
+
+        Args:
+            skip: leave out so many of the last layers; the final norm stays.
+        """
         _check_length(token_ids, self.context_length)
-        return self.text_model(token_ids)  # (N, L, C)
+        return self.text_model(token_ids, skip)  # (N, L, C)
 
 
 class OpenCLIPTextEncoder(nn.Module):
@@ -123,8 +132,17 @@ class OpenCLIPTextEncoder(nn.Module):
         """Channels of the embeddings; equals the U-Net's `cross_attention_dim`."""
         return self.positional_embedding.shape[1]
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Embed token ids (N, L), padded with 0 as OpenCLIP does; return the hidden state (N, L, C)."""
+    @property
+    def depth(self) -> int:
+        """Layers that are there, so that `skip` is less."""
+        return len(self.transformer.resblocks)
+
+    def forward(self, token_ids: Tensor, skip: int = 0) -> Tensor:
+        """Embed token ids (N, L), padded with 0 as OpenCLIP does; return the hidden state (N, L, C).
+
+        Args:
+            skip: leave out so many more of the last layers; the final norm stays.
+        """
         _check_length(token_ids, self.context_length)
         length = token_ids.shape[1]
         x = self.token_embedding(token_ids)  # (N, L, C)

@@ -1,5 +1,11 @@
-"""From a prompt to token ids.
+"""From a prompt to token ids and weights; nothing here knows a network.
 
-tokenizer  CLIP's byte-pair encoding
-tokenize   token ids of prompts, and which words do not fit
+syntax      what a prompt says: tags, parts joined by AND, stages over the steps, runs of one weight
+tags        `<lora:name:weight>`
+stages      text that changes on the way: `[from:to:when]`, `[a|b]`
+weights     attention weights, as AUTOMATIC1111 and as ComfyUI read them
+chunks      tokens in pieces that the text encoder can read
+tokenizer   CLIP's byte-pair encoding
+tokenize    which words of a plain prompt do not fit
+notice      what is said when a prompt is not read as its author may think
 """

@@ -1,37 +1,12 @@
-"""Prompt text -> token ids, and a warning that names the words for which the model has no room."""
+"""Prompts as lists of text, and the words of a plain one for which the model has no room."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from latentdiff.errors import UsageError
 from latentdiff.prompts.tokenizer import END_OF_WORD
-
-
-class PromptWarning(UserWarning):
-    """A prompt is longer than the text encoder reads; the message names the words that are dropped."""
-
-
-def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """Turn prompts into token ids (N, L), padded to the length that the text encoder was trained with.
-
-    What lies beyond is dropped with a `PromptWarning`. The empty prompt is a prompt like any other.
-
-    Args:
-        tokenizer: a `Tokenizer`, or one of transformers; its `model_max_length` is L.
-    """
-    for prompt in prompts:
-        if dropped := dropped_text(tokenizer, prompt):
-            longest = tokenizer.model_max_length - 2
-            message = f"the prompt has more than the {longest} tokens that the model reads; dropped: {dropped!r}"
-            warnings.warn(message, PromptWarning, stacklevel=2)
-    rows = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
-    return torch.tensor(rows["input_ids"])  # (N, L)
 
 
 def dropped_text(tokenizer: Any, prompt: str) -> str:

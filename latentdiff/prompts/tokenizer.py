@@ -47,12 +47,14 @@ class Tokenizer:
     Attributes:
         files: as given; words that were added later are not in them.
         model_max_length: the longest prompt in tokens, start and end marks included.
+        expansions: the token of a learned word that has several vectors -> a token for each of them, itself the first.
     """
 
     is_fast = True  # transformers' word for a tokenizer that knows where in the text each token comes from
 
     def __init__(self, files: Mapping[str, str]) -> None:
         self.files = dict(files)
+        self.expansions: dict[int, tuple[int, ...]] = {}
         config = json.loads(files.get(CONFIG, "{}"))
         vocabulary, merges = vocabulary_and_merges(files)
         special, added = _special_tokens(files, config)

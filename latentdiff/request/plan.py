@@ -15,6 +15,8 @@ from latentdiff.diffusion.schedule import Level, Schedule
 from latentdiff.engines.deepcache import CacheSettings
 from latentdiff.errors import UsageError
 from latentdiff.networks.config import VAEConfig
+from latentdiff.networks.text_embedding import PLAIN, Reading
+from latentdiff.prompts.syntax import read_prompt
 from latentdiff.prompts.tokenize import as_list
 from latentdiff.request.options import KEPT, OPTIONS, Settings
 
@@ -61,10 +63,17 @@ class Plan:
     spacing: str | None
     cache: CacheSettings
 
+    reading: Reading = PLAIN
+
     @property
     def steps(self) -> int:
         """How many steps each picture takes."""
         return len(self.levels) - 1
+
+    def rows(self, part: slice) -> int:
+        """How many inputs the U-Net sees at once for a batch: each part of a prompt, and each negative prompt."""
+        texts = self.prompts[part]
+        return len(texts) + sum(len(read_prompt(text, self.reading.syntax).parts) for text in texts)
 
     def recipe_fields(self) -> Iterator[dict[str, Any]]:
         """For each picture, the fields of its recipe that the plan decides."""

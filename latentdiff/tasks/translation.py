@@ -19,7 +19,7 @@ from latentdiff.diffusion.progress import Callback, progress_bar
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.image import to_pil
-from latentdiff.networks.conditioning import TextContext
+from latentdiff.networks.conditioning import Conditioning
 from latentdiff.networks.functions import checked_model
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
@@ -229,10 +229,10 @@ class _Edit:
         pipe, levels = self.pipe, self.inversion.levels
         model = checked_model(pipe.unet, pipe.unet, levels)
         if self.spec is not None:
-            source = TextContext.of(pipe.unet, self.inversion.embeddings.to(pipe.device))
+            source = Conditioning.of(pipe.unet, self.inversion.embeddings.to(pipe.device))
             model = with_source_features(pipe.unet, model, self.spec, levels, self.inversion.latents.split(1), source)
         read = parameterization(pipe.schedule.config.prediction_type)
-        wanted, avoided = (TextContext.of(pipe.unet, text) for text in (positive, negative))
+        wanted, avoided = (Conditioning.of(pipe.unet, text) for text in (positive, negative))
         if self.blend is None:
             return guided_denoiser(model, read, wanted, avoided, self.guidance)
         number = {level: index for index, level in enumerate(levels)}
@@ -241,7 +241,7 @@ class _Edit:
         def share(level: Level) -> float:
             return blend.share_of_empty(number[level], steps)
 
-        return blended_denoiser(model, read, wanted, TextContext.of(pipe.unet, empty), avoided, self.guidance, share)
+        return blended_denoiser(model, read, wanted, Conditioning.of(pipe.unet, empty), avoided, self.guidance, share)
 
 
 def _inverted(

@@ -91,7 +91,7 @@ def test_pictures_of_several_prompts(generate, workplace):
     [("", "picture-0"), ("!?", "picture-0"), ("../../etc/passwd", "etc-passwd-0"), ("Eine Füchsin, 狐!", "eine-füchsin-狐-0"),
      ("狐" * 300, "狐" * 33 + "-0"), ("a" * 300, "a" * 100 + "-0")],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore::latentdiff.prompts.tokenize.PromptWarning")
+@pytest.mark.filterwarnings("ignore::latentdiff.prompts.notice.PromptWarning")
 def test_names_are_safe(generate, workplace, prompt, name):
     assert generate(prompt, "--seed", 0, "--steps", 1).code == 0
     assert files(workplace) == [f"pictures/{name}.png"]

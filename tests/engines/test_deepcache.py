@@ -119,10 +119,10 @@ def test_another_text_makes_a_full_step(unet: UNet) -> None:
     for index, context in enumerate([one, one, both, both, one, one]):
         x = latents(unet, index, len(context))
         before = network.calls
-        found = cached(x, 500.0, context)
+        found = cached(x, 500.0 - index, context)
         full.append(network.calls - before)
         if full[-1]:
-            assert torch.equal(found, unet(x, 500.0, context))
+            assert torch.equal(found, unet(x, 500.0 - index, context))
     assert full == [1, 0, 1, 0, 1, 0]
 
 
@@ -239,6 +239,20 @@ def test_interval_one_is_bit_for_bit_no_caching(pipe) -> None:
     assert torch.equal(pipe("cat", cache_interval=1, cache_branch=3, output="latents", **OPTIONS), plain)
     assert not torch.equal(pipe("cat", cache_interval=2, output="latents", **OPTIONS), plain)
     assert torch.equal(pipe("cat", output="latents", **OPTIONS), plain)
+
+
+@torch.no_grad()
+def test_texts_of_unequal_length_are_cached_apart(unet: UNet) -> None:
+    """Two calls a step, one for each length; every second step computes both in full."""
+    network, short, long = Counting(unet), text(unet), text(unet, 3, 4)
+    cached = DeepCache(network, unet, CacheSettings(2), STEPS)
+    calls = []
+    for index in range(4):
+        before = network.calls
+        for context in (short, long):
+            cached(latents(unet, index, len(context)), 500.0 - index, context)
+        calls.append(network.calls - before)
+    assert calls == [2, 0, 2, 0]
 
 
 @pytest.mark.parametrize(("interval", "expected"), [(None, 2), (2, 3), (3, 2)])

@@ -3,10 +3,11 @@ from __future__ import annotations
 import warnings
 
 import pytest
-import torch
 
 from latentdiff.errors import UsageError
-from latentdiff.prompts.tokenize import PromptWarning, as_list, dropped_text, tokenize
+from latentdiff.prompts.notice import PromptWarning
+from latentdiff.prompts.syntax import chunks_of, warn_of_lost_text
+from latentdiff.prompts.tokenize import as_list, dropped_text
 from tests import tiny
 
 
@@ -22,11 +23,11 @@ def short(tmp_path_factory):
 
 
 def test_same_ids_as_transformers(tokenizer):
-    prompts = ["a photo of the cat", "", "Two  RED foxes!", "狐"]
-    ids = tokenize(tokenizer, prompts)
-    assert ids.shape == (4, 77) and ids.dtype == torch.long
-    assert ids.tolist() == [tokenizer(p, padding="max_length", max_length=77)["input_ids"] for p in prompts]
-    assert ids[1].unique().tolist() == sorted({tokenizer.bos_token_id, tokenizer.eos_token_id})
+    for prompt in ("a photo of the cat", "", "Two  RED foxes!", "狐", "cat " * 100):
+        (chunk,) = chunks_of(tokenizer, prompt, "plain")
+        ids, weights = chunk.framed(tokenizer)
+        assert ids == tokenizer(prompt, padding="max_length", truncation=True, max_length=77)["input_ids"]
+        assert weights == [1.0] * 77
 
 
 @pytest.mark.parametrize(
@@ -48,8 +49,7 @@ def test_dropped_words_are_named(short, prompt, dropped):
         assert dropped_text(short, prompt) == dropped
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ids = tokenize(short, [prompt])
-    assert ids.shape == (1, 8)
+        warn_of_lost_text(short, prompt)
     said = [str(w.message) for w in caught if w.category is PromptWarning]
     assert len(said) == bool(dropped)
     if said:

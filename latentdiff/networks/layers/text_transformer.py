@@ -75,10 +75,11 @@ class TextTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """token_ids (N, L) -> (N, L, C)."""
+    def forward(self, token_ids: Tensor, skip: int = 0) -> Tensor:
+        """token_ids (N, L) -> (N, L, C), without the last `skip` layers."""
         x = self.embeddings(token_ids)
-        for layer in self.encoder["layers"]:
+        layers = self.encoder["layers"]
+        for layer in layers[: len(layers) - skip]:
             x = layer(x)
         return self.final_layer_norm(x)
 

@@ -21,7 +21,7 @@ from latentdiff.diffusion.samplers import SAMPLERS, ddim
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.image import as_rgb, to_tensor
-from latentdiff.networks.conditioning import TextContext
+from latentdiff.networks.conditioning import Conditioning
 from latentdiff.networks.functions import checked_model
 from latentdiff.pipeline import Pipeline
 from latentdiff.request.calls import public
@@ -260,7 +260,7 @@ def with_null_text(
     read = parameterization(pipe.schedule.config.prediction_type)
 
     def following(embeddings: Tensor) -> Denoiser:
-        return guided_denoiser(model, read, TextContext.of(pipe.unet, embeddings))
+        return guided_denoiser(model, read, Conditioning.of(pipe.unet, embeddings))
 
     pivots = [latents.to(pipe.device) for latents in inversion.latents.split(1)]
     embeddings, null = inversion.embeddings.to(pipe.device), pipe.encode([""])

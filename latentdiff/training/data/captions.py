@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from latentdiff.errors import UsageError
+from latentdiff.prompts.chunks import Chunk, chunks_by_commas, cut
 from latentdiff.prompts.tokenize import dropped_text
-from latentdiff.prompts.tokenizer import END_OF_WORD
+from latentdiff.prompts.weights import Run
 from latentdiff.training.data.randomness import generator
 
 LONG_CAPTIONS = ("cut", "chunk")
-MAX_CHUNKS = 3
+MAX_CHUNKS = 8  # 600 tokens of CLIP
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def lost_words(tokenizer: Any, caption: str, long: str = "cut", max_chunks: int 
     """The end of a caption that the text encoder does not get to see, "" if it sees all."""
     if long == "cut":
         return dropped_text(tokenizer, caption)
-    pieces = _pieces(tokenizer, caption)
-    return tokenizer.decode([token for piece in pieces[max_chunks:] for token in piece]).strip()
+    lost = chunks_by_commas(tokenizer, [[Run(caption)]])[max_chunks:]
+    return tokenizer.decode([token for chunk in lost for token in chunk.ids]).strip()
 
 
 def token_chunks(
@@ -74,47 +75,18 @@ def token_chunks(
 ) -> np.ndarray:
     """Token ids of captions, (N, K, L) int64, each chunk with its start and end mark and padded to L.
 
-    With `long="cut"` K is 1. With "chunk" a caption that is too long goes on in further chunks, which are cut between
-    words; K is what the longest caption needs, at most `max_chunks`, and others are filled up with empty chunks. The
-    text encoder encodes each chunk alone and the embeddings are joined along the sequence, (N, K * L, C).
+    With `long="cut"` K is 1. With "chunk" a caption that is too long goes on in further chunks, where generation would
+    cut a prompt of the same words; K is what the longest caption needs, at most `max_chunks`, and others are filled up
+    with empty chunks. The text encoder encodes each chunk alone and the embeddings are joined along the sequence, (N, K
+    * L, C). What looks like the grammar of prompts is letters here.
 
     Args:
         tokenizer: a `Tokenizer`, or one of transformers; its `model_max_length` is L.
     """
     if long not in LONG_CAPTIONS:
         raise UsageError(f"expected long captions to be one of {', '.join(LONG_CAPTIONS)}, found {long!r}")
-    if long == "cut":
-        rows = [[_plain(tokenizer, caption)[: _room(tokenizer)]] for caption in captions]
-    else:
-        rows = [_pieces(tokenizer, caption)[:max_chunks] or [[]] for caption in captions]
+    chunked = cut if long == "cut" else chunks_by_commas
+    rows = [chunked(tokenizer, [[Run(caption)]])[:max_chunks] for caption in captions]
     count = max(len(row) for row in rows)
-    return np.array(
-        [[_framed(tokenizer, piece) for piece in row + [[]] * (count - len(row))] for row in rows], np.int64
-    )
-
-
-def _room(tokenizer: Any) -> int:
-    return tokenizer.model_max_length - 2
-
-
-def _plain(tokenizer: Any, caption: str) -> list[int]:
-    return tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _pieces(tokenizer: Any, caption: str) -> list[list[int]]:
-    """Tokens in pieces that fit a chunk, cut at the end of a word where there is one."""
-    ids = _plain(tokenizer, caption)
-    tokens = tokenizer.convert_ids_to_tokens(ids)
-    pieces = []
-    while ids:
-        end = min(_room(tokenizer), len(ids))
-        if end < len(ids):
-            end = next((place for place in range(end, 0, -1) if tokens[place - 1].endswith(END_OF_WORD)), end)
-        pieces.append(ids[:end])
-        ids, tokens = ids[end:], tokens[end:]
-    return pieces
-
-
-def _framed(tokenizer: Any, ids: list[int]) -> list[int]:
-    framed = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
-    return framed + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(framed))
+    filled = [row + [Chunk()] * (count - len(row)) for row in rows]
+    return np.array([[chunk.framed(tokenizer)[0] for chunk in row] for row in filled], np.int64)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from latentdiff.errors import UsageError
-from latentdiff.prompts.tokenize import tokenize
+from latentdiff.prompts.syntax import chunks_of
 from latentdiff.training.data.captions import CaptionRules, choose, lost_words, token_chunks
 from tests.tiny import tokenizer as tiny_tokenizer
 
@@ -58,10 +58,11 @@ def test_wrong_rules(wrong):
 CAPTIONS = ["", "a photo of the cat", "a photo of the cat on red cat left of the dog"]
 
 
-@pytest.mark.filterwarnings("ignore::latentdiff.prompts.tokenize.PromptWarning")
+@pytest.mark.filterwarnings("ignore::latentdiff.prompts.notice.PromptWarning")
 def test_cut_captions_are_those_of_generate(tokenizer):
     found = token_chunks(tokenizer, CAPTIONS)
-    assert found.shape == (3, 1, LENGTH) and np.array_equal(found[:, 0], tokenize(tokenizer, CAPTIONS))
+    expected = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=LENGTH)["input_ids"]
+    assert found.shape == (3, 1, LENGTH) and np.array_equal(found[:, 0], expected)
     assert lost_words(tokenizer, CAPTIONS[2]) == "red cat left of the dog"
     assert not lost_words(tokenizer, CAPTIONS[1])
 
@@ -78,10 +79,12 @@ def test_chunks_hold_the_whole_caption(tokenizer):
     assert not lost_words(tokenizer, CAPTIONS[2], "chunk")
 
 
-def test_chunks_end_with_words(tokenizer):
-    # "fix" is no word of this tokenizer: three tokens, which do not fit behind five words.
-    found = token_chunks(tokenizer, ["a a a a a fix dog"], "chunk")[0]
-    assert [tokenizer.decode(chunk, skip_special_tokens=True).split() for chunk in found] == [["a"] * 5, ["fix", "dog"]]
+def test_chunks_are_cut_where_prompts_are(tokenizer):
+    """Behind a comma where one is near; else where the chunk is full, within a word if need be."""
+    for caption in ("a cat , dog fox on red blue", "a a a a a fix dog"):
+        found = token_chunks(tokenizer, [caption], "chunk")[0]
+        assert found.tolist() == [chunk.framed(tokenizer)[0] for chunk in chunks_of(tokenizer, caption, "a1111")]
+    assert tokenizer.decode(token_chunks(tokenizer, ["a cat , dog fox on red"], "chunk")[0, 1]).split()[1:3] == ["dog", "fox"]
 
 
 def test_a_caption_of_5000_words(tokenizer):

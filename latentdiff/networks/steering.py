@@ -1,0 +1,72 @@
+"""From encoded prompts to a denoiser that follows them: composed where they have parts, another one at each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from latentdiff.diffusion.guidance import (
+    Composition,
+    Guidance,
+    Model,
+    composed_denoiser,
+    guided_denoiser,
+    staged_denoiser,
+)
+from latentdiff.diffusion.parameterization import Denoiser, Parameterization
+from latentdiff.diffusion.schedule import Level
+from latentdiff.networks.conditioning import AnyConditioning, Conditioning
+from latentdiff.networks.text_embedding import EncodedPrompt
+from latentdiff.networks.unet import UNet
+
+
+def prompted_denoiser(
+    unet: UNet,
+    model: Model,
+    parameterization: Parameterization,
+    positive: Sequence[EncodedPrompt],
+    negative: Sequence[EncodedPrompt],
+    guidance: Guidance,
+    levels: Sequence[Level],
+    *,
+    extra_channels: Tensor | None = None,
+) -> Denoiser:
+    """A denoiser for a batch of N pictures.
+
+    Args:
+        model: what computes `unet`, see `functions.checked_model`.
+        positive, negative: what each of the pictures follows and avoids; negatives have one part.
+        levels: what will be walked; stages count its steps.
+        extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
+    """
+    images = [image for image, prompt in enumerate(positive) for _ in prompt.parts]
+    weights = [part.weight for prompt in positive for part in prompt.parts]
+    made: dict[tuple[int, ...], Denoiser] = {}
+
+    def conditioning(texts: Sequence[Tensor], of: Sequence[int]) -> AnyConditioning:
+        extra = None if extra_channels is None else extra_channels[list(of)]
+        if len({text.shape[1] for text in texts}) == 1:
+            return Conditioning.of(unet, torch.cat(list(texts)), extra_channels=extra)
+        extras = [None] * len(texts) if extra is None else extra.split(1)
+        return Conditioning.cat(
+            [Conditioning.of(unet, text, extra_channels=own) for text, own in zip(texts, extras, strict=True)]
+        )
+
+    def of_step(step: int) -> Denoiser:
+        texts = [part.at(step) for prompt in positive for part in prompt.parts]
+        avoided = [prompt.parts[0].at(step) for prompt in negative]
+        key = tuple(map(id, (*texts, *avoided)))
+        if key not in made:
+            followed, away = conditioning(texts, images), conditioning(avoided, range(len(negative)))
+            if all(prompt.is_plain for prompt in positive):
+                made[key] = guided_denoiser(model, parameterization, followed, away, guidance)
+            else:
+                made[key] = composed_denoiser(
+                    model, parameterization, Composition(followed, images, weights), away, guidance
+                )
+        return made[key]
+
+    is_staged = any(len(part.stages) > 1 for prompt in (*positive, *negative) for part in prompt.parts)
+    return staged_denoiser(of_step, levels) if is_staged else of_step(1)

@@ -1,0 +1,151 @@
+"""Prompts -> text embeddings: chunks encoded one by one, weighted, and joined along the sequence.
+
+A prompt whose text changes over the steps, or that joins several texts by `AND`, becomes several embeddings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.device import finite_or_float32
+from latentdiff.errors import UsageError
+from latentdiff.prompts.chunks import Chunk
+from latentdiff.prompts.notice import shortened
+from latentdiff.prompts.syntax import Prompt, chunks_of, read_prompt, warn_of_lost_text, warn_of_unheeded
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How prompts are read.
+
+    syntax: "a1111", "comfy" or "plain"; see `latentdiff.prompts.syntax`.
+    clip_skip: which hidden state of the text encoder is taken, from its end: 1 is the last, as the model was trained,
+        2 the one before it. That is AUTOMATIC1111's counting; diffusers' `clip_skip` is one less.
+    """
+
+    syntax: str = "plain"
+    clip_skip: int = 1
+
+
+PLAIN = Reading()
+
+
+@dataclass(frozen=True)
+class EncodedPart:
+    """One of the texts that `AND` joins."""
+
+    weight: float
+    stages: tuple[tuple[int, Tensor], ...]  # last step, from 1, and embeddings (1, L, C), float32
+
+    def at(self, step: int) -> Tensor:
+        """What holds at a step, from 1."""
+        return next((text for last, text in self.stages if step <= last), self.stages[-1][1])
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as the U-Net is told it."""
+
+    parts: tuple[EncodedPart, ...]
+
+    @classmethod
+    def of(cls, embeddings: Tensor) -> list[EncodedPrompt]:
+        """Of embeddings (N, L, C), one prompt for each row, the same at all steps."""
+        return [cls((EncodedPart(1.0, ((1, row),)),)) for row in embeddings.split(1)]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has one part of weight 1."""
+        return len(self.parts) == 1 and self.parts[0].weight == 1.0
+
+
+class PromptEncoder:
+    """Embeds prompts; each distinct text once, alone.
+
+    Args:
+        tokenizer: a `Tokenizer`, or one of transformers.
+        text_encoder: token ids (N, L) -> embeddings (N, L, C).
+
+    Raises:
+        UsageError: there is no such layer or syntax.
+    """
+
+    def __init__(
+        self, tokenizer: Any, text_encoder: nn.Module, device: torch.device, reading: Reading = PLAIN
+    ) -> None:
+        if not 1 <= reading.clip_skip <= text_encoder.depth:
+            raise UsageError(
+                f"expected a clip skip of 1 (none) to {text_encoder.depth}, the layers of the text encoder, "
+                f"found {reading.clip_skip}"
+            )
+        self._tokenizer, self._text_encoder, self._device, self._reading = tokenizer, text_encoder, device, reading
+        self._texts: dict[str, Tensor] = {}
+
+    def prompt(self, text: str, steps: int, *, negative: bool = False) -> EncodedPrompt:
+        """A prompt over `steps` steps."""
+        prompt = read_prompt(text, self._reading.syntax, negative=negative)
+        warn_of_unheeded(prompt)
+        return EncodedPrompt(
+            tuple(
+                EncodedPart(
+                    part.weight, tuple((stage.last, self.text(stage.text)) for stage in prompt.stages(part, steps))
+                )
+                for part in prompt.parts
+            )
+        )
+
+    def simple(self, text: str) -> Tensor:
+        """A prompt that says one thing from the first step to the last, (1, L, C).
+
+        Raises:
+            UsageError: it is composed, or changes on the way.
+        """
+        prompt = read_prompt(text, self._reading.syntax)
+        if not prompt.is_simple or prompt.loras:
+            raise UsageError(
+                "expected a prompt without AND, weight at its end, <lora:...> and text that changes over the steps, which "
+                f"only generating and editing by noise can follow; found {shortened(text)}"
+            )
+        warn_of_unheeded(prompt)
+        return self.text(prompt.parts[0].text)
+
+    def text(self, text: str) -> Tensor:
+        """The text of a stage, (1, L, C) float32."""
+        if text not in self._texts:
+            self._texts[text] = self._embedded(text)
+        return self._texts[text]
+
+    def _embedded(self, text: str) -> Tensor:
+        if self._reading.syntax == "plain":
+            warn_of_lost_text(self._tokenizer, text)
+        chunks = chunks_of(self._tokenizer, text, self._reading.syntax)
+        return torch.cat([self._weighted(chunk, text) for chunk in chunks], dim=1)
+
+    def _weighted(self, chunk: Chunk, text: str) -> Tensor:
+        """The embeddings of a chunk, (1, 77, C)."""
+        z, weights = self._encoded(chunk, text)
+        if not chunk.is_weighted:
+            return z
+        if self._reading.syntax == "comfy":
+            empty, _ = self._encoded(Chunk(), "")
+            weighted = torch.where(weights == 1.0, z, empty + weights * (z - empty))
+        else:
+            weighted = z * weights
+            weighted = weighted * (z.mean() / weighted.mean())
+        if not weighted.isfinite().all():
+            raise UsageError(f"expected weights that leave something of the prompt, found {shortened(text)}")
+        return weighted
+
+    def _encoded(self, chunk: Chunk, text: str) -> tuple[Tensor, Tensor]:
+        """Embeddings (1, 77, C) and weights (1, 77, 1)."""
+        ids, weights = chunk.framed(self._tokenizer)
+        token_ids = torch.tensor([ids], device=self._device)
+        encoder, skip = self._text_encoder, self._reading.clip_skip - 1
+        found = finite_or_float32(
+            "the text encoder", encoder, lambda _: encoder(token_ids, skip=skip), where=f"on {shortened(text)}"
+        ).float()
+        return found, torch.tensor(weights, device=found.device)[None, :, None]

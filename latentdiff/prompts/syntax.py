@@ -1,0 +1,142 @@
+"""What a prompt says once its grammar is read.
+
+    text -> tags, parts joined by AND -> stages over the steps -> runs of one weight -> chunks of tokens
+
+Three grammars: "a1111", that of AUTOMATIC1111's web UI and its kin; "comfy", that of ComfyUI; "plain", every letter as
+it stands, cut at the end of the first chunk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from latentdiff.errors import UsageError
+from latentdiff.prompts.chunks import CHUNKING, Chunk, room
+from latentdiff.prompts.notice import LONGEST, shortened, warn
+from latentdiff.prompts.stages import Stage, stages_of
+from latentdiff.prompts.tags import LoRATag, without_tags
+from latentdiff.prompts.tokenize import dropped_text
+from latentdiff.prompts.tokenizer import END_OF_WORD
+from latentdiff.prompts.weights import Run, Stretch, a1111_runs, comfy_runs
+
+_AND = re.compile(r"\bAND\b")
+_PART_WEIGHT = re.compile(r"\s*:\s*([-+]?(?:\d+\.?|\d*\.\d+))\s*$")
+_EMBEDDING = re.compile(r"\bembedding:([^\s,:()\[\]]+)")
+_CHOICES = [re.compile(r"\{[^{}]*\|[^{}]*\}"), re.compile(r"__[\w/*-]+__")]  # of `dynamicprompts`
+_NOT_COMFY = [re.compile(r"\bBREAK\b"), _AND, re.compile(r"<(?:lora|lyco):[^>]+>"), re.compile(r"\[[^\[\]]*[:|][^\[\]]*\]")]
+_RUNS: dict[str, Callable[[str], list[Stretch]]] = {
+    "a1111": a1111_runs,
+    "comfy": comfy_runs,
+    "plain": lambda text: [[Run(text)]],
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the texts that `AND` joins, with its weight; a prompt without `AND` has one."""
+
+    text: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, or a negative one, whose outer grammar is read.
+
+    Attributes:
+        parts: what is composed; a negative prompt has one.
+        loras: what its tags ask for.
+        unheeded: letters that look like grammar and have no meaning here, for warnings and the account.
+    """
+
+    syntax: str
+    parts: tuple[Part, ...]
+    loras: tuple[LoRATag, ...] = ()
+    unheeded: tuple[str, ...] = ()
+
+    def stages(self, part: Part, steps: int) -> list[Stage]:
+        """The texts of a part over the steps."""
+        return stages_of(part.text, steps) if self.syntax == "a1111" else [Stage(steps, part.text)]
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether it says one thing with weight 1 from the first step to the last."""
+        return len(self.parts) == 1 and self.parts[0].weight == 1.0 and len(self.stages(self.parts[0], 1000)) == 1
+
+
+def read_prompt(text: str, syntax: str, *, negative: bool = False) -> Prompt:
+    """Read tags and `AND`, and find what looks like grammar and is none.
+
+    A part may end in `:weight`, a prompt of one part too. Negative prompts know no `AND`.
+
+    Raises:
+        UsageError: there is no such syntax, or a tag or a weight is none.
+    """
+    if syntax not in _RUNS:
+        raise UsageError(f"expected a prompt syntax of {', '.join(_RUNS)}, found {syntax!r}")
+    if syntax != "a1111":
+        return Prompt(syntax, (Part(text),), unheeded=tuple(_foreign(text, syntax)))
+    text, loras, unheeded = without_tags(text)
+    if negative:
+        unheeded += ["AND"] if _AND.search(text) else []
+        parts = [Part(text)]
+    else:
+        parts = [_part(piece) for piece in _AND.split(text)]
+    return Prompt(syntax, tuple(parts), tuple(loras), (*unheeded, *_foreign(text, syntax)))
+
+
+def runs_of(text: str, syntax: str) -> list[Stretch]:
+    """The runs of one weight of a stage's text, one list for each stretch between `BREAK`s."""
+    return _RUNS[syntax](text)
+
+
+def chunks_of(tokenizer: Any, text: str, syntax: str) -> list[Chunk]:
+    """The chunks of a stage's text, at least one.
+
+    `embedding:name` is the learned word of that name. One that is not loaded is left out with a `PromptWarning`.
+    """
+    if syntax != "plain":
+        text = _EMBEDDING.sub(lambda found: _learned_word(tokenizer, found[1]), text)
+    return CHUNKING[syntax](tokenizer, runs_of(text, syntax))
+
+
+def warn_of_unheeded(prompt: Prompt) -> None:
+    """Say in one line which letters of a prompt look like grammar and are none here."""
+    if prompt.unheeded:
+        shown = ", ".join(map(shortened, dict.fromkeys(prompt.unheeded)))
+        warn(f"these parts of the prompt have no meaning in the syntax {prompt.syntax!r}: {shown}")
+
+
+def warn_of_lost_text(tokenizer: Any, text: str) -> None:
+    """Say which words of a plain prompt the model has no room for."""
+    if lost := dropped_text(tokenizer, text):
+        warn(
+            f"the prompt has more than the {room(tokenizer)} tokens that the model reads; dropped: {shortened(lost)}"
+        )
+
+
+def _part(text: str) -> Part:
+    weight = _PART_WEIGHT.search(text)
+    return Part(text, 1.0) if weight is None else Part(text[: weight.start()], float(weight[1]))
+
+
+def _foreign(text: str, syntax: str) -> list[str]:
+    patterns = {"a1111": _CHOICES, "comfy": [*_CHOICES, *_NOT_COMFY], "plain": []}[syntax]
+    return [found.group() for pattern in patterns for found in pattern.finditer(text)]
+
+
+def _learned_word(tokenizer: Any, name: str) -> str:
+    word = name.removesuffix(".safetensors").removesuffix(".pt").removesuffix(".bin")
+    if is_learned(tokenizer, word):
+        return word
+    warn(f"no embedding called {shortened(word)} is loaded; 'embedding:{word[:LONGEST]}' is left out")
+    return ""
+
+
+def is_learned(tokenizer: Any, word: str) -> bool:
+    """Whether a word is a token of its own that was added to the vocabulary."""
+    ids = tokenizer(word, add_special_tokens=False, verbose=False)["input_ids"]
+    return len(ids) == 1 and not tokenizer.convert_ids_to_tokens(ids)[0].endswith(END_OF_WORD)
