@@ -37,7 +37,7 @@ def borders(tokenizer: Tokenizer, prompt: str, syntax: str = "a1111") -> list[in
         ("cat " * 60 + ", " + "dog " * 20, [61, 20]),
         ("cat " * 55 + ", " + "dog " * 20, [56, 20]),  # 20 tokens back, the comma counted: still near
         ("cat " * 54 + ", " + "dog " * 21, [75, 1]),  # 21 back: too far
-        ("cat , " * 50, [74, 26]),
+        ("cat , " * 50, [75, 25]),  # the token that does not fit is the comma itself
         ("cat BREAK dog", [1, 1]),
         ("BREAK cat", [0, 1]),
         ("cat BREAK", [1]),
@@ -70,7 +70,7 @@ def test_the_padding_is_the_tokenizers_own():
         ("", [0]),
         ("cat " * 75, [75]),
         ("cat " * 74 + "qwxzvk", [74, 4]),  # a word of 4 tokens is not cut
-        ("cat " * 70 + "qwxzvk" * 4, [75, 11]),  # one of 8 or more is
+        ("cat " * 70 + "qwxzvk" * 4, [75, 14]),  # one of 8 or more is
         ("cat " * 60 + ", " + "dog " * 20, [75, 6]),  # no comma rule
         ("cat BREAK dog", [3]),
     ],
