@@ -175,6 +175,8 @@ class Recipe(_Asked):
                 for name, kept in KEPT.items()
                 if kept.title in settings or (kept.title and kept.absent is ...)
             }
+            if not settings.get("Version", "").startswith("latentdiff"):
+                asked.setdefault("prompt_syntax", "a1111")
             return cls(
                 prompt="\n".join(lines[:start]).strip(),
                 **{**asked, "negative_prompt": negative},

@@ -142,9 +142,7 @@ def composed_denoiser(
         raw = model(torch.cat([x, x[images]]), level.t, every).to(x.dtype)
         negative, texts = raw[: len(x)], raw[len(x) :]
         followed = negative.index_add(0, images, weights * (texts - negative[images]))
-        return parameterization(
-            guidance.combine(negative, followed) if guided else followed, x, level, guided=guided
-        )
+        return parameterization(guidance.combine(negative, followed) if guided else followed, x, level, guided=guided)
 
     return denoise
 

@@ -56,9 +56,7 @@ def calibration_examples(
     if extra is not None:
         extra[:, 0] = 1.0
     encoder = PromptEncoder(tokenizer, text_encoder, device)
-    negative, *texts = (
-        Conditioning.of(unet, encoder.text(text), extra_channels=extra) for text in ("", *PROMPTS)
-    )
+    negative, *texts = (Conditioning.of(unet, encoder.text(text), extra_channels=extra) for text in ("", *PROMPTS))
     for seed, text in enumerate(texts):
         noise = NoiseStream([seed], (latent_channels, side, side), device=device)
         model = checked_model(recording, unet, levels)

@@ -80,7 +80,9 @@ class Ragged:
                 found.setdefault(part.text.shape[1], []).append((rows + start, part))
             start += len(one)
         return cls(
-            tuple((torch.cat([rows for rows, _ in some]), _joined([part for _, part in some])) for some in found.values())
+            tuple(
+                (torch.cat([rows for rows, _ in some]), _joined([part for _, part in some])) for some in found.values()
+            )
         )
 
     def groups(self) -> list[tuple[Tensor | slice, Conditioning]]:
@@ -104,7 +106,9 @@ def by_groups(conditioning: AnyConditioning, x: Tensor, call: Callable[[Tensor, 
 def _joined(parts: Sequence[Conditioning]) -> Conditioning:
     if len(parts) == 1:
         return parts[0]
-    return Conditioning(**{each.name: _cat([getattr(part, each.name) for part in parts]) for each in fields(Conditioning)})
+    return Conditioning(
+        **{each.name: _cat([getattr(part, each.name) for part in parts]) for each in fields(Conditioning)}
+    )
 
 
 def _cat(values: list[Any]) -> Any:

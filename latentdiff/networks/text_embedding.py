@@ -15,7 +15,7 @@ from latentdiff.device import finite_or_float32
 from latentdiff.errors import UsageError
 from latentdiff.prompts.chunks import Chunk
 from latentdiff.prompts.notice import shortened
-from latentdiff.prompts.syntax import Prompt, chunks_of, read_prompt, warn_of_lost_text, warn_of_unheeded
+from latentdiff.prompts.syntax import chunks_of, read_prompt, warn_of_lost_text, warn_of_unheeded
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,7 @@ class PromptEncoder:
         UsageError: there is no such layer or syntax.
     """
 
-    def __init__(
-        self, tokenizer: Any, text_encoder: nn.Module, device: torch.device, reading: Reading = PLAIN
-    ) -> None:
+    def __init__(self, tokenizer: Any, text_encoder: nn.Module, device: torch.device, reading: Reading = PLAIN) -> None:
         if not 1 <= reading.clip_skip <= text_encoder.depth:
             raise UsageError(
                 f"expected a clip skip of 1 (none) to {text_encoder.depth}, the layers of the text encoder, "

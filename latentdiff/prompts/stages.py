@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import groupby
 
 from latentdiff.errors import UsageError
 from latentdiff.prompts.weights import DEEPEST
@@ -163,8 +162,11 @@ def _close(stack: list[_Bracket], mark: str) -> None:
 def _joined(items: Iterable[_Item]) -> list[_Item]:
     """The items with neighbouring letters as one."""
     found: list[_Item] = []
-    for is_text, some in groupby(items, key=lambda item: isinstance(item, str)):
-        found += ["".join(some)] if is_text else some
+    for item in items:
+        if isinstance(item, str) and found and isinstance(found[-1], str):
+            found[-1] += item
+        else:
+            found.append(item)
     return found
 
 

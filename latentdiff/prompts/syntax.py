@@ -26,7 +26,12 @@ _AND = re.compile(r"\bAND\b")
 _PART_WEIGHT = re.compile(r"\s*:\s*([-+]?(?:\d+\.?|\d*\.\d+))\s*$")
 _EMBEDDING = re.compile(r"\bembedding:([^\s,:()\[\]]+)")
 _CHOICES = [re.compile(r"\{[^{}]*\|[^{}]*\}"), re.compile(r"__[\w/*-]+__")]  # of `dynamicprompts`
-_NOT_COMFY = [re.compile(r"\bBREAK\b"), _AND, re.compile(r"<(?:lora|lyco):[^>]+>"), re.compile(r"\[[^\[\]]*[:|][^\[\]]*\]")]
+_NOT_COMFY = [
+    re.compile(r"\bBREAK\b"),
+    _AND,
+    re.compile(r"<(?:lora|lyco):[^>]+>"),
+    re.compile(r"\[[^\[\]]*[:|][^\[\]]*\]"),
+]
 _RUNS: dict[str, Callable[[str], list[Stretch]]] = {
     "a1111": a1111_runs,
     "comfy": comfy_runs,
@@ -113,9 +118,7 @@ def warn_of_unheeded(prompt: Prompt) -> None:
 def warn_of_lost_text(tokenizer: Any, text: str) -> None:
     """Say which words of a plain prompt the model has no room for."""
     if lost := dropped_text(tokenizer, text):
-        warn(
-            f"the prompt has more than the {room(tokenizer)} tokens that the model reads; dropped: {shortened(lost)}"
-        )
+        warn(f"the prompt has more than the {room(tokenizer)} tokens that the model reads; dropped: {shortened(lost)}")
 
 
 def _part(text: str) -> Part:

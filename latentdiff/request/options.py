@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # The names that options choose from. A registry with an entry for each stands where the thing is made.
 SamplerName = Literal["ddim", "ddpm", "euler", "dpmpp-2m", "unipc"]
+SyntaxName = Literal["a1111", "comfy", "plain"]
 SpacingName = Literal["leading", "trailing", "linspace", "karras", "uniform-lambda", "ays"]
 AttentionName = Literal["auto", "sdpa", "xformers", "sliced", "plain"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8"]
@@ -86,6 +87,14 @@ class WalkOptions(TypedDict, total=False):
         Option(Interval(), unset="all", kept=Kept(tuple[float, float] | None, "Guidance interval", None)),
     ]
     """Guide only at the noise levels (low, high], in sigma/alpha, 0 to about 15 (Kynkäänniemi et al. 2024)."""
+    prompt_syntax: Annotated[
+        SyntaxName | None,
+        Option(Choice(get_args(SyntaxName)), "a1111", kept=Kept(str, "Prompt syntax", "plain")),
+    ]
+    """How prompts are read: with the weights, BREAK, AND, stages and tags of AUTOMATIC1111, with ComfyUI's weights, or
+    as they stand, cut at the model's length."""
+    clip_skip: Annotated[int | None, Option(Whole(1), 1, kept=Kept(int, "Clip skip", 1))]
+    """Which hidden state of the text encoder is taken, from its end; 1 is the model's own. diffusers counts from 0."""
     batch_size: Annotated[int | None, Option(Whole(1), 4)]
     """Images made at once: memory against speed; the images stay the same."""
     callback: Annotated[Callable[[int, float, "Tensor"], Any] | None, Option(Function(), flags=())]

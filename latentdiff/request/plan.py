@@ -15,7 +15,7 @@ from latentdiff.diffusion.schedule import Level, Schedule
 from latentdiff.engines.deepcache import CacheSettings
 from latentdiff.errors import UsageError
 from latentdiff.networks.config import VAEConfig
-from latentdiff.networks.text_embedding import PLAIN, Reading
+from latentdiff.networks.text_embedding import Reading
 from latentdiff.prompts.syntax import read_prompt
 from latentdiff.prompts.tokenize import as_list
 from latentdiff.request.options import KEPT, OPTIONS, Settings
@@ -44,6 +44,7 @@ class Sampling(Settings):
             batches=batches(len(prompts), self.batch_size),
             spacing=self.spacing or schedule.config.timestep_spacing,
             cache=CacheSettings(self.cache_interval, self.cache_branch, self.cache_centre),
+            reading=Reading(self.prompt_syntax, self.clip_skip),
         )
 
 
@@ -62,8 +63,7 @@ class Plan:
     batches: list[slice]  # which images are made at once
     spacing: str | None
     cache: CacheSettings
-
-    reading: Reading = PLAIN
+    reading: Reading
 
     @property
     def steps(self) -> int:

@@ -149,7 +149,7 @@ def _frames(
     shape = latent_shape(size, pipe.default_size, pipe.vae.config, None, len(ways))
     places = [way.frame / (way.frames - 1) * (len(prompts) - 1) for way in ways]
     legs = [(min(int(place), len(prompts) - 2), place) for place in places]
-    noises, texts = start_noise(seeds, shape), pipe.encode(prompts)
+    noises, texts = start_noise(seeds, shape), pipe.encode(prompts, plan.reading)
     x = torch.stack([slerp(noises[leg], noises[leg + 1], place - leg) for leg, place in legs]).to(
         pipe.device
     )  # (N, C, h, w)
@@ -159,7 +159,7 @@ def _frames(
         noise()  # what stochastic steps draw comes after the start noise, as everywhere
         return Start(plan.start_scale * x[part])
 
-    latents = pipe.sample(plan, shape, start, text=(positive, pipe.encode(plan.negatives)))
+    latents = pipe.sample(plan, shape, start, text=(positive, pipe.encode(plan.negatives, plan.reading)))
     images = to_pil(pipe.decode(latents))
     for image, fields, way in zip(images, plan.recipe_fields(), ways, strict=True):
         recipe = pipe.recipe(**fields, width=image.width, height=image.height, task=TASK, task_settings=asdict(way))

@@ -21,6 +21,7 @@ from latentdiff.errors import UsageError
 from latentdiff.image import to_pil
 from latentdiff.networks.conditioning import Conditioning
 from latentdiff.networks.functions import checked_model
+from latentdiff.networks.text_embedding import Reading
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
@@ -117,7 +118,8 @@ def translate(
         spec: blocks and shares of "features" and "direct"; None is `default_spec`. "direct" takes no features.
         tau_f, tau_attn: other shares than those of the specification.
         inversion: further arguments of `invert`, where `source` is a picture.
-        options: see `WalkOptions`: guidance_rescale, guidance_interval, batch_size, callback, progress.
+        options: see `WalkOptions`: guidance_rescale, guidance_interval, prompt_syntax, clip_skip,
+            batch_size, callback, progress.
 
     Returns:
         PIL images of the source's size, with their recipe in `image.info`.
@@ -141,6 +143,10 @@ def translate(
     rescale, interval = options.get("guidance_rescale") or 0.0, options.get("guidance_interval")
     guidance = make_guidance(scale, rescale, interval)
     chosen = _specification(pipe, method, spec, tau_f, tau_attn)
+    reading = Reading(
+        options.get("prompt_syntax") or OPTIONS["prompt_syntax"].default,
+        options.get("clip_skip") or OPTIONS["clip_skip"].default,
+    )
     parts = batches(len(prompts), options.get("batch_size"))
     settings = TranslateSettings(
         method=method, source_prompt=found.prompt, inversion=found.settings, negative_blend=negative_blend, pnp=chosen
@@ -151,7 +157,7 @@ def translate(
     images = []
     with explained_out_of_memory(), progress_bar(found.steps * len(parts), progress) as bar:
         for part in parts:
-            edit = _Edit(pipe, found, method, prompts[part], negative_prompt, negative_blend, guidance, chosen)
+            edit = _Edit(pipe, found, method, prompts[part], negative_prompt, negative_blend, guidance, chosen, reading)
             latents = walk_down(pipe, found, edit.denoiser(), len(prompts[part]), callback=callback, bar=bar)
             images += [image.crop((0, 0, *found.size)) for image in to_pil(pipe.decode(latents))]
     for image, text in zip(images, prompts, strict=True):
@@ -163,6 +169,8 @@ def translate(
             sampler="ddim",
             guidance_scale=scale,
             guidance_rescale=rescale,
+            prompt_syntax=reading.syntax,
+            clip_skip=reading.clip_skip,
             guidance_interval=interval,
             spacing=found.settings["spacing"] or pipe.schedule.config.timestep_spacing,
             width=image.width,
@@ -189,6 +197,8 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
         steps=recipe.steps,
         guidance_scale=recipe.guidance_scale,
         guidance_rescale=recipe.guidance_rescale,
+        prompt_syntax=recipe.prompt_syntax,
+        clip_skip=recipe.clip_skip,
         guidance_interval=recipe.guidance_interval,
         spec=settings.pnp,
         **anew,
@@ -207,12 +217,13 @@ class _Edit:
     blend: NegativeBlend | None
     guidance: Guidance
     spec: PnPSpec | None
+    reading: Reading
 
     def denoiser(self) -> Denoiser:
         """What makes the targets."""
         pipe, inversion, count = self.pipe, self.inversion, len(self.prompts)
         source = inversion.embeddings.to(pipe.device)
-        positive = pipe.encode(self.prompts)
+        positive, negative = self._encoded()
         match self.method:
             case "null-text":
                 return null_text_denoiser(pipe, inversion, positive, self.guidance)
@@ -223,7 +234,18 @@ class _Edit:
                 own = pipe.denoiser(followed, followed, UNGUIDED, inversion.levels)
                 return replay(own, inversion.levels, inversion.latents.split(1))
             case _:
-                return self._guided(positive, pipe.encode([self.negative_prompt] * count), pipe.encode([""] * count))
+                return self._guided(positive, negative, pipe.encode([""] * count))
+
+    def _encoded(self) -> tuple[Tensor, Tensor]:
+        """Embeddings (N, L, C) of the prompts and of what to avoid, as long as those of the source."""
+        texts = [*self.prompts, self.negative_prompt]
+        found = self.pipe.encode(texts, self.reading)
+        if found.shape[1] != self.inversion.embeddings.shape[1]:
+            raise UsageError(
+                f"expected prompts of one chunk, {self.pipe.tokenizer.model_max_length - 2} tokens, for a translation; "
+                "found a longer one"
+            )
+        return found[:-1], found[-1:].expand_as(found[:-1])
 
     def _guided(self, positive: Tensor, negative: Tensor, empty: Tensor) -> Denoiser:
         pipe, levels = self.pipe, self.inversion.levels

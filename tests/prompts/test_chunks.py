@@ -60,7 +60,9 @@ def test_tokens_weights_and_borders_together(clip):
 
 
 def test_the_padding_is_the_tokenizers_own():
-    ids, _ = chunks_of(Tokenizer(clip_tokenizer_files("!")), "cat", "a1111")[0].framed(Tokenizer(clip_tokenizer_files("!")))
+    ids, _ = chunks_of(Tokenizer(clip_tokenizer_files("!")), "cat", "a1111")[0].framed(
+        Tokenizer(clip_tokenizer_files("!"))
+    )
     assert ids == [49406, CAT, 49407, *[0] * 74]
 
 

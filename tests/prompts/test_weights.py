@@ -123,7 +123,9 @@ def test_weights_that_are_no_numbers():
         comfy_runs("(" * 200 + ")" * 200)
 
 
-PIECES = st.lists(st.sampled_from(["cat", " ", "(", ")", "[", "]", ":", "1.5", "\\", ",", "BREAK", "|", "é"]), max_size=40)
+PIECES = st.lists(
+    st.sampled_from(["cat", " ", "(", ")", "[", "]", ":", "1.5", "\\", ",", "BREAK", "|", "é"]), max_size=40
+)
 
 
 @given(PIECES.map("".join))
