@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from latentdiff.diffusion.config import ScheduleConfig
-from latentdiff.diffusion.guidance import Guidance, guided_denoiser
+from latentdiff.diffusion.guidance import Composition, Guidance, composed_denoiser, guided_denoiser, staged_denoiser
 from latentdiff.diffusion.parameterization import Denoiser, Prediction, parameterization
 from latentdiff.diffusion.samplers import get_sampler
 from latentdiff.diffusion.schedule import Level, Schedule
@@ -271,3 +271,43 @@ def test_an_interval_keeps_the_rarer_mode(scale: float, everywhere: float, in_th
     assert share_of_the_rarer_mode(Guidance(scale=scale)) == pytest.approx(everywhere, abs=0.003)
     narrow = Guidance(scale=scale, interval=(0.2, 0.7))
     assert share_of_the_rarer_mode(narrow) == pytest.approx(in_the_interval, abs=0.005)
+
+
+# Composition and stages
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_composition_adds_weighted_differences(scale: float) -> None:
+    """D = D_neg + sum_i w_i scale (D_i - D_neg), image by image, whatever the number of its texts."""
+    x, negative, texts = randn(2, 4, 3, 5), randn(2, 1, 1, 1, seed=1), randn(3, 1, 1, 1, seed=2)
+    composition = Composition(texts, images=[0, 1, 1], weights=[1.0, 0.7, -0.4])
+    raw = composed_denoiser(Spy(), EPSILON, composition, negative, Guidance(scale=scale))(x, LEVEL).raw
+    shift = torch.stack(
+        [scale * (texts[0] - negative[0]), scale * (0.7 * (texts[1] - negative[1]) - 0.4 * (texts[2] - negative[1]))]
+    )
+    torch.testing.assert_close(raw, x + negative + shift, rtol=1e-12, atol=1e-12)
+
+
+def test_one_text_of_weight_one_is_plain_guidance() -> None:
+    x, (positive, negative) = randn(2, 4, 3, 5), contexts()
+    guidance = Guidance(scale=3.0, rescale=0.5)
+    plain = guided_denoiser(Spy(), EPSILON, positive, negative, guidance)(x, LEVEL)
+    composed = composed_denoiser(Spy(), EPSILON, Composition(positive, [0, 1], [1.0, 1.0]), negative, guidance)(
+        x, LEVEL
+    )
+    torch.testing.assert_close(composed.x0, plain.x0, rtol=1e-12, atol=1e-12)
+
+
+def test_stages_follow_the_steps_and_what_lies_between() -> None:
+    levels = SCHEDULE.levels(5, "trailing")
+    seen: list[int] = []
+
+    def of_step(step: int) -> Denoiser:
+        seen.append(step)
+        return guided_denoiser(Spy(), EPSILON, contexts(1)[0])
+
+    denoiser = staged_denoiser(of_step, levels)
+    between = SCHEDULE.level((levels[1].t + levels[2].t) / 2)
+    for level in (*levels[:-1], between, levels[-1]):
+        denoiser(randn(1, 4, 3, 5), level)
+    assert seen == [1, 2, 3, 4, 5, 2, 5]
