@@ -92,6 +92,7 @@ class LoadedModel:
         backend=Choice(get_args(BackendName)),
         low_memory=YesNo(),
     )
+    @torch.inference_mode(False)  # what is made inside could not be used outside
     def load(
         cls,
         source: str | os.PathLike[str] | None = None,
@@ -164,6 +165,7 @@ class LoadedModel:
         save_folder(parts, os.path.abspath(folder))
 
     @public()
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str, precision: Precision | PrecisionName | None = None) -> Self:
         """Move the model to `device`, and to `precision` if one is given; see `pick_device` and `pick_precision`.
 

@@ -66,8 +66,8 @@ def probe_prediction_type(
         width: of the text embeddings.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, channels, 8, 8, generator=generator)
-    context = torch.zeros(1, 2, width)
+    x = torch.randn(1, channels, 8, 8, generator=generator, dtype=torch.float32)
+    context = torch.zeros(1, 2, width, dtype=torch.float32)
     with torch.no_grad():
         out = unet(x, torch.tensor([999]), context).float()
     seen = x[:, : out.shape[1]]

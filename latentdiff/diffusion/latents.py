@@ -46,7 +46,9 @@ class NoiseStream:
         self._dtype = dtype
 
     def __call__(self) -> Tensor:
-        noise = torch.stack([torch.randn(self._shape, generator=generator) for generator in self._generators])
+        # In float32 whatever torch's default is: a seed draws other numbers in float64.
+        draws = [torch.randn(self._shape, generator=each, dtype=torch.float32) for each in self._generators]
+        noise = torch.stack(draws)
         return noise.to(self._device, self._dtype)  # (N, C, h, w)
 
 

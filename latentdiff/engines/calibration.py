@@ -52,7 +52,7 @@ def calibration_examples(
     others = (
         unet.config.in_channels - latent_channels
     )  # of an inpainting model: a mask of all, and nothing outside of it
-    extra = torch.zeros(1, others, side, side, device=device) if others else None
+    extra = torch.zeros(1, others, side, side, device=device, dtype=torch.float32) if others else None
     if extra is not None:
         extra[:, 0] = 1.0
     encoder = PromptEncoder(tokenizer, text_encoder, device)

@@ -26,7 +26,7 @@ FEW_ROWS = 256
 SMALL_MAPS = (32, 128, 512)  # pixels of a batch
 LARGE_MAPS = (1024, 512)
 LARGE_KERNEL = 2**23  # bytes
-LARGE_KERNEL_NEEDED = {32: 0.75, 128: 0.75, 512: 0.9}
+LARGE_KERNEL_NEEDED = {32: 0.6, 128: 0.6, 512: 0.75}
 UPSAMPLING_NEEDED = {torch.float32: 0.5, torch.bfloat16: 1.0}
 
 

@@ -86,7 +86,7 @@ class OpenVINOInt8Network(OpenVINONetwork):
         x, t, context = example
         parts = [x, *(part for layer in self._layers for part in context[layer])]
         first, *others = (part[row : row + 1].float().contiguous() for part in parts)
-        return [first, torch.tensor([t]), *others]
+        return [first, torch.tensor([t], dtype=torch.float32), *others]
 
 
 def _settings() -> Any:

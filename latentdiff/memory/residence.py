@@ -54,7 +54,8 @@ class Residence:
 
     def ready(self, name: str) -> Any:
         """A part with its weights."""
-        return self.parts[name].ready()
+        with torch.inference_mode(False):  # weights that were read inside could not be used outside
+            return self.parts[name].ready()
 
     def module(self, name: str) -> Any:
         """A part as it is now, perhaps without weights: for its configuration."""

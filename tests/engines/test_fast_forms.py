@@ -11,6 +11,7 @@ from torch import nn
 from latentdiff.adapters.lora import LoRA, LoRASpec
 from latentdiff.engines import fast_forms
 from latentdiff.networks.config import UNetConfig, VAEConfig
+from latentdiff.networks.kernels import choice
 from latentdiff.networks.kernels.onednn import has_product
 from latentdiff.networks.layers.resnet import ResnetBlock, Upsample
 from latentdiff.networks.layers.transformer import FeedForward
@@ -149,6 +150,63 @@ def test_taps_see_whole_outputs_and_change_them() -> None:
     assert error(results[1], results[0]) < 1e-5
     for first, second in seen.values():
         assert error(second, first) < 1e-5
+
+
+@torch.no_grad()
+def test_what_a_tap_has_read_in_a_resnet_block_stays_as_it_was() -> None:
+    block = tiny.randomize(ResnetBlock(32, 64, time_channels=None, groups=8, eps=1e-5), seed=3)
+    x, kept = random(2, 32, 9, 7), []
+    for _ in range(2):
+        with Tap(block, ["norm1", "norm2", "conv2"], output=lambda name, _, output: kept.append(output)):
+            block(x)
+        fast_forms.use_fast_forms(block)
+    for plain, fast in zip(kept[:3], kept[3:], strict=True):
+        assert error(fast, plain) < 1e-5, "it was written to afterwards"
+
+
+@torch.no_grad()
+def test_autocast_computes_in_its_own_format() -> None:
+    layer = tiny.randomize(nn.Linear(24, 40), seed=3)
+    x = random(3, 50, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        fast_forms.use_fast_forms(layer)
+        out = layer(x)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+
+
+@torch.no_grad()
+def test_torchs_own_forms_on_demand(monkeypatch) -> None:
+    monkeypatch.setenv("LATENTDIFF_FORMS", "torch")
+    unet = small_unet()
+    arguments = inputs(unet, 2, (24, 32))
+    expected = unet(*arguments)
+    fast_forms.use_fast_forms(unet)
+    monkeypatch.delattr(fast_forms, "product")
+    assert error(unet(*arguments), expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@torch.no_grad()
+def test_what_is_tried_is_right_and_chosen_once(dtype: torch.dtype, monkeypatch, tmp_path) -> None:
+    """Every trial runs its two forms on examples where they agree, or the other form could never be chosen."""
+    tried = {}
+
+    def choose(form, trial, needed=1.0):
+        if form not in tried:
+            expected, found = (each().double() for each in trial())
+            tried[form] = ((found - expected).norm() / expected.norm()).item()
+        return True
+
+    monkeypatch.setattr(fast_forms, "takes_fast_form", choose)
+    for build, shape in MODULES.values():
+        module = tiny.randomize(build(), seed=3).to(dtype)
+        fast_forms.use_fast_forms(module)
+        module(random(*shape, dtype=dtype))
+    kinds = {name.split(" " + str(dtype).removeprefix("torch."))[0] for name in tried}
+    assert kinds == {"linear", "1x1 convolution", "3x3 convolution", "upsampling", "feed-forward"}
+    assert max(tried.values()) < choice.TOLERANCE
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ class LoRALayer(nn.Module):
     def __init__(self, target: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> None:
         super().__init__()
         self.rank, self.alpha = rank, alpha
-        new = nn.utils.skip_init  # does not draw from the global random generator
+        new = partial(nn.utils.skip_init, dtype=torch.float32)  # does not draw from the global random generator
         if isinstance(target, nn.Conv2d):
             window = {name: getattr(target, name) for name in ("stride", "padding", "dilation", "padding_mode")}
             self.lora_down = new(nn.Conv2d, target.in_channels, rank, target.kernel_size, bias=False, **window)

@@ -98,7 +98,7 @@ def speed_up(trial: Trial, seconds: float) -> float:
             if not done and not _agree(*results):
                 return 0.0
             # The first call of each is slower, since oneDNN compiles, so that there are two at least.
-            if done and (_busy() > end or least[1] > HOPELESS * least[0]):
+            if done and (_busy() > end or (done > 1 and least[1] > HOPELESS * least[0])):
                 break
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, MemoryError):
         return 0.0

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentdiff.adapters.lora import LoRA, LoRALayer, load_lora, save_lora
-from latentdiff.engines.fast_forms import restore
+from latentdiff.engines.fast_forms import use_plain_forms
 from tests import peers
 from tests.adapters.lora.conftest import EVERYTHING, make, our_outputs, our_picture, their_outputs, their_picture
 
@@ -148,7 +148,7 @@ def test_kohya_files_of_others(ours, theirs, tmp_path):
 def test_a_training_step_is_that_of_peft(ours, theirs, targets):
     from peft import LoraConfig
 
-    restore(ours.unet)  # weights in the order that the other one's have: sums are then rounded alike
+    use_plain_forms(ours.unet)  # weights in the order that the other one's have: sums are then rounded alike
     lora = make(ours, targets, rank=4, alpha=8.0)
     names = [name.removeprefix("unet.") for name in lora.layers]
     theirs.unet.requires_grad_(False)

@@ -48,6 +48,16 @@ def test_large_scores_are_as_exact_with_the_maximum_as_without(dtype: torch.dtyp
         assert error < 3 * TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_scores_beyond_the_range_of_exp_take_the_maximum(dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in tensors(90, 110, 16))
+    q = q * (200 / (q.norm(dim=3).max() * k.norm(dim=3).max()) * 4).item()  # e^200 is no float32
+    expected = plain.plain_attention(q.double(), k.double(), v.double())
+    out = chunked.chunked_attention(q, k, v).double()
+    assert torch.isfinite(out).all()
+    assert (out - expected).abs().max() / expected.abs().max() < 20 * TOLERANCES[dtype]
+
+
 def test_bfloat16_takes_no_pass_over_the_scores_whatever_the_keys_have_in_common(monkeypatch) -> None:
     q, k, v = (x.bfloat16() for x in tensors(90, 110, 16))
     k = k + 64.0

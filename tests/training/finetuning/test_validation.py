@@ -85,6 +85,22 @@ def test_bands_hold_their_own_timesteps_evenly():
     np.testing.assert_allclose(result, [100, 300, 500, 700, 900], atol=12)
 
 
+def test_the_draws_of_an_image_spread_over_each_band():
+    seen = []
+
+    def errors_of(indices, noise, timesteps):
+        seen.extend(timesteps.tolist())
+        return torch.zeros(len(indices))
+
+    losses([0], errors_of)
+    assert len(seen) == 16 * BANDS
+    width = 1000 // BANDS
+    for band in range(BANDS):
+        places = sorted(t for t in seen if t // width == band)
+        steps = np.diff([*places, places[0] + width])
+        assert len(places) == 16 and steps.min() >= width // 16 and steps.max() <= width // 16 + 1
+
+
 def test_the_noise_belongs_to_the_image():
     """The loss is the same however the images are batched and numbered, and at every call."""
 

@@ -157,7 +157,8 @@ class Function(Operator):
     def __init__(self, function: Callable[[Tensor], Tensor], picture: Shape, *, noise_std: float = 0.0) -> None:
         super().__init__(noise_std=noise_std)
         self.function, self.picture = function, tuple(picture)
-        probe = torch.randn(2, *self.picture, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(2, *self.picture, generator=generator, dtype=torch.float32)
         found = self._probe(probe)
         self.measurement = tuple(found.shape[1:])
         if self.linear:

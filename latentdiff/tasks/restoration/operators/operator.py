@@ -97,7 +97,7 @@ class Operator(ABC):
 
     def observed(self, picture: Shape) -> Tensor:
         """Which entries of a measurement say something, (c, h, w) of 1 and 0; all of them, unless a mask hides some."""
-        return torch.ones(self.measurement_shape(picture))
+        return torch.ones(self.measurement_shape(picture), dtype=torch.float32)
 
     def read(self, damaged: Tensor) -> Tensor:
         """The measurement (N, c, h, w) that damaged pictures (N, 3, h, w) hold; for most operators they are the
