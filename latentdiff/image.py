@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,11 @@ from latentdiff.errors import DataError
 from latentdiff.files import atomic_path
 
 CAPTION_SIZE = 12  # pixels
+
+
+def decibels(error: float, peak: float = 255.0) -> float:
+    """Peak signal-to-noise ratio in dB of a mean square error, of values that span `peak`; infinite for none."""
+    return math.inf if error == 0.0 else 10.0 * math.log10(peak**2 / error)
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

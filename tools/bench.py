@@ -16,6 +16,7 @@ What is measured:
     agreement  how far bf16 and int8 pictures of 20 steps are from float32 ones, in dB
     memory     peak memory of a program that loads a model and makes a 512x512 picture in two steps
     cold       a program from its start to its first PNG, with the embedded model
+    forms      each fast form of the CPU against torch's, under three instruction sets; a table of its own
     growth     time and memory against picture size, batch and steps; with --plots as pictures
 
 Contenders are processes of their own that wait for their turn; the table shows medians. Weights are random, which
@@ -41,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tools.bench_cases import CASES, Settings, cases  # noqa: E402
+from tools.bench_forms import table as table_of_forms  # noqa: E402
 from tools.bench_plots import plot_growth  # noqa: E402
 from tools.bench_race import Result, run_program  # noqa: E402
 
@@ -91,7 +93,7 @@ def _cells(result: Result, first: Result) -> list[str]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(CASES), help="cases, separated by commas (default: all)")
+    parser.add_argument("--only", default=",".join([*CASES, "forms"]), help="cases, separated by commas (default: all)")
     parser.add_argument("--peers", default=",".join(PEERS), help=f"of {', '.join(PEERS)} (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeat", type=int, default=5, help="timed runs of each contender (default: 5)")
@@ -106,7 +108,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write every single time to this file")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the case growth")
     args = parser.parse_args()
-    for name, found, known in (("case", args.only, CASES), ("peer", args.peers, PEERS)):
+    for name, found, known in (("case", args.only, [*CASES, "forms"]), ("peer", args.peers, PEERS)):
         if unknown := set(filter(None, found.split(","))) - set(known):
             parser.error(f"unknown {name} {', '.join(unknown)}; there are {', '.join(known)}")
     return args
@@ -116,6 +118,12 @@ def main() -> None:
     args = arguments()
     # torch and the programs read it when they start.
     os.environ |= {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    chosen = args.only.split(",")
+    if "forms" in chosen:
+        print(table_of_forms(args.repeat, args.tiny) + "\n")
+        chosen.remove("forms")
+    if not chosen:
+        return
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.random_model or Path(scratch)
@@ -126,7 +134,7 @@ def main() -> None:
             model=folder, embedded=args.model, device=args.device, threads=args.threads, repeat=args.repeat,
             peers=tuple(args.peers.split(",")), size=64 if args.tiny else 512,
         )  # fmt: skip
-        for case in args.only.split(","):
+        for case in chosen:
             print(f"... {case}", file=sys.stderr, flush=True)
             results += cases(case, settings)
             if args.json:  # after each case: a long run that is stopped leaves what it has

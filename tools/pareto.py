@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from latentdiff.evaluation.prompts import EvaluationPrompt, read_prompts
 from latentdiff.evaluation.protocol import SEEDS_APART, judged
 from latentdiff.evaluation.statistics import bootstrap_interval
 from latentdiff.files import atomic_path
+from latentdiff.image import decibels
 from latentdiff.networks.attention import use_attention_backend
 from latentdiff.networks.config import UNetConfig
 from latentdiff.networks.unet import UNet
@@ -203,7 +203,7 @@ def read(name: str, out: Path) -> Measured | None:
 
 def psnr(errors: Any) -> float:
     """Mean over pictures of the peak signal-to-noise ratio in dB; 100 for equal pictures."""
-    return float(np.mean([-10 * math.log10(max(error, 1e-10)) for error in errors]))
+    return float(np.mean([decibels(max(error, 1e-10), peak=1.0) for error in errors]))
 
 
 # The table

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -120,10 +121,17 @@ class _Region:
         if self._text:
             (context,) = arguments
             arguments = tuple(part for layer in self._text for part in context[layer])
-        with torch._dynamo.config.patch(
-            recompile_limit=MAX_TRANSLATIONS, accumulated_recompile_limit=8 * MAX_TRANSLATIONS
-        ):
+        with _more_translations():
             return self._function(self._block, x, *arguments, **named)
+
+
+def _more_translations() -> Any:
+    """Let torch translate each function for as many shapes as a network has; where a release calls the limits by other
+    names, it translates as many as it does by itself."""
+    config = getattr(getattr(torch, "_dynamo", None), "config", None)
+    limits = {"recompile_limit": MAX_TRANSLATIONS, "accumulated_recompile_limit": 8 * MAX_TRANSLATIONS}
+    known = {name: limit for name, limit in limits.items() if hasattr(config, name)}
+    return config.patch(**known) if known else nullcontext()
 
 
 def _resnet_block(block: ResnetBlock, x: Tensor, time: Tensor | None = None) -> Tensor:

@@ -21,13 +21,14 @@ from torch.nn import functional as F
 
 from latentdiff import __version__
 from latentdiff.device import in_float32
-from latentdiff.engines.replacement import fingerprint, forms_in_force, plain_steps_in, refuse_gradients, state_of
+from latentdiff.engines.replacement import forms_in_force, plain_steps_in, refuse_gradients, state_of
 from latentdiff.errors import MissingDependencyError, UsageError
 from latentdiff.files import cache_folder
 from latentdiff.networks.attention import use_attention_backend
 from latentdiff.networks.layers.transformer import Context, FeedForward, ProjectedContext
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
+from latentdiff.networks.weights import weights_hash
 
 HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _NAME = "OpenVINO"
@@ -154,7 +155,9 @@ def cached_model(module: nn.Module, form: str, make: Callable[[Path], None]) -> 
     """The file of one form of `module` in the cache; `make` writes one that is missing, to a path in a folder of its
     own."""
     release = openvino_package().__version__.split("-")[0]
-    name = f"{type(module).__name__.lower()}{form}-{fingerprint(module)}-{release}-{__version__}"
+    first = next(module.parameters()).dtype
+    fingerprint = weights_hash(module, getattr(module, "config", module), first)
+    name = f"{type(module).__name__.lower()}{form}-{fingerprint}-{release}-{__version__}"
     folder = cache_folder("openvino")
     if not (folder / name).is_dir():
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,12 +51,3 @@ def state_of(module: nn.Module) -> Hashable:
     """A value that changes when the weights of `module` are written to, moved or converted."""
     first = next(module.parameters())
     return first.dtype, first.device, sum(parameter._version for parameter in module.parameters())
-
-
-def fingerprint(module: nn.Module) -> str:
-    """A hash of the configuration and all weights of `module`, 16 hexadecimal digits."""
-    digest = hashlib.sha256(repr(getattr(module, "config", module)).encode())
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]

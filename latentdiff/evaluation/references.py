@@ -18,7 +18,7 @@ from latentdiff.errors import DataError
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.prompts import TASK_OF_KIND, EvaluationPrompt, prompt_of_scene
 from latentdiff.evaluation.protocol import Result, check_words, judged
-from latentdiff.image import open_image, to_pil, to_tensor
+from latentdiff.image import decibels, open_image, to_pil, to_tensor
 from latentdiff.pipeline import Pipeline
 
 BATCH = 16
@@ -124,5 +124,4 @@ def reconstruct(pipeline: Pipeline, images: Sequence[Image.Image], *, progress: 
 def psnr(image: Image.Image, copy: Image.Image) -> float:
     """Peak signal-to-noise ratio in dB; 99 for equal pictures."""
     a, b = (np.asarray(one.convert("RGB"), dtype=np.float64) for one in (image, copy))
-    error = float(((a - b) ** 2).mean())
-    return 99.0 if error == 0 else 10 * float(np.log10(255.0**2 / error))
+    return min(99.0, decibels(float(((a - b) ** 2).mean())))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from latentdiff.checkpoints.hashing import file_hash
 from latentdiff.errors import DataError, UsageError
 from latentdiff.image import open_image
 from latentdiff.pipeline import Pipeline
@@ -39,7 +40,7 @@ def open_source(picture: Picture) -> Source:
     if isinstance(picture, Image.Image):
         return Source(picture, {"file": "", "sha256": _hash_of_pixels(picture)})
     image = open_image(picture)
-    return Source(image, {"file": Path(picture).name, "sha256": hash_of_file(picture)})
+    return Source(image, {"file": Path(picture).name, "sha256": file_hash(Path(picture))})
 
 
 def is_the_one(path: Path, sha256: str) -> bool:
@@ -48,7 +49,7 @@ def is_the_one(path: Path, sha256: str) -> bool:
     Raises:
         DataError: it is neither that file nor a picture.
     """
-    return hash_of_file(path) == sha256 or _hash_of_pixels(open_image(path)) == sha256
+    return file_hash(path) == sha256 or _hash_of_pixels(open_image(path)) == sha256
 
 
 def file_of(sources: Mapping[str, Path], role: str) -> Path:
@@ -60,12 +61,6 @@ def file_of(sources: Mapping[str, Path], role: str) -> Path:
     if role not in sources:
         raise DataError(f"the picture's recipe does not say what it was made from: it has no source {role!r}")
     return sources[role]
-
-
-def hash_of_file(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def resized(picture: Image.Image, width: int | None, height: int | None) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +19,7 @@ from latentdiff.networks.config import UNetConfig, VAEConfig
 from latentdiff.networks.text_encoder import TextEncoder
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
+from latentdiff.networks.weights import weights_hash
 from latentdiff.training.config import TextEncoderSection
 from latentdiff.training.data.randomness import torch_seed
 
@@ -135,8 +135,4 @@ def load_vae(folder: Path) -> VAE:
 def encoder_hash(vae: VAE) -> str:
     """Changes with everything that the latents depend on: encoder, scale factor; not with the decoder. 16 hex
     digits."""
-    digest = hashlib.sha256(repr(vae.config.scaling_factor).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.")):
-            digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return weights_hash(vae, vae.config.scaling_factor, only=("encoder.", "quant_conv."))

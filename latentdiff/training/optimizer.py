@@ -16,6 +16,7 @@ from latentdiff.errors import MissingDependencyError
 from latentdiff.training.config import StageSection
 from latentdiff.training.muon import is_hidden, muon_step
 from latentdiff.training.sharding import is_split, own_part, part_of
+from latentdiff.training.torch_private import adamw_step
 
 # Entries of Prodigy's groups that change while it runs.
 _REMEMBERED = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")
@@ -110,13 +111,10 @@ class FusedAdamW(torch.optim.Optimizer):
             states = [self._state_of(parameter) for parameter in members]
             if not members:
                 continue
-            steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, 1)
-            torch._fused_adamw_(
+            adamw_step(
                 [own_part(parameter) for parameter in members], [own_part(parameter.grad) for parameter in members],
-                [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [], steps,
-                lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
-                eps=group["eps"], amsgrad=False, maximize=False,
+                *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
+                lr=group["lr"], betas=group["betas"], weight_decay=group["weight_decay"], eps=group["eps"],
             )  # fmt: skip
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:

@@ -133,5 +133,6 @@ def _parts(network: nn.Module, here: bool) -> list[tuple[nn.Module, dict[str, ob
         }
         if isinstance(module, FSDPModule):
             module.__dict__.update({name: type(module.__dict__[name])() for name in _HOOKS})
-            module.__class__ = type(module).__mro__[2]  # that of FSDP derives from its own and from the plain one
+            plain = (cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+            module.__class__ = next(plain)  # that of FSDP derives from its own and from the plain one
     return state

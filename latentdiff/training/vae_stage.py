@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from latentdiff.errors import ConfigError
 from latentdiff.files import atomic_path
+from latentdiff.image import decibels
 from latentdiff.networks.vae import VAE
 from latentdiff.training.captioned_folder import CaptionedFolder
 from latentdiff.training.config import VAEStageSection
@@ -244,5 +245,5 @@ def _edges(error: Tensor) -> Tensor:
 
 def _psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of uint8 images (N, 3, H, W) in dB, (N,)."""
-    error = (a.float() - b.float()).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
-    return 10 * torch.log10(255**2 / error)
+    errors = (a.float() - b.float()).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
+    return torch.tensor([decibels(error) for error in errors.tolist()])

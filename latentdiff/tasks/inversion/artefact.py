@@ -15,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latentdiff.checkpoints.hashing import file_hash
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import CheckpointError, DataError, UsageError
 from latentdiff.files import atomic_path
-from latentdiff.tasks.sources import Picture, hash_of_file
+from latentdiff.image import decibels
+from latentdiff.tasks.sources import Picture
 
 FORMAT = "latentdiff.inversion"
 SCHEMA = 1
@@ -180,14 +182,13 @@ def given_inversion(source: Picture | Inversion) -> tuple[Inversion, dict[str, d
     if isinstance(source, Inversion):
         return source, {"image": source.source}
     if isinstance(source, (str, os.PathLike)) and is_inversion(source):
-        return Inversion.load(source), {"inversion": {"file": Path(source).name, "sha256": hash_of_file(source)}}
+        return Inversion.load(source), {"inversion": {"file": Path(source).name, "sha256": file_hash(Path(source))}}
     return None
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of two pictures in [-1, 1], each (…, H, W); infinite if they are equal."""
-    error = (a.double() - b.double()).square().mean().item()
-    return math.inf if error == 0.0 else 10.0 * math.log10(4.0 / error)
+    return decibels((a.double() - b.double()).square().mean().item(), peak=2.0)
 
 
 def _check_whole(found: Inversion) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.image import contact_sheet, to_pil, to_tensor
+from latentdiff.image import contact_sheet, decibels, to_pil, to_tensor
 from latentdiff.training.data.buckets import Size
 from latentdiff.training.data.dataset import Dataset
 from latentdiff.training.data.transforms import prepare
@@ -58,4 +58,4 @@ def _cell(pair: tuple[Image.Image, Image.Image], side: int) -> Image.Image:
 
 def _psnr(image: Image.Image, other: Image.Image) -> float:
     error = np.square(np.subtract(np.asarray(image, np.float64), np.asarray(other, np.float64))).mean()
-    return float(10 * np.log10(255**2 / max(error, 1e-3)))
+    return decibels(max(float(error), 1e-3))

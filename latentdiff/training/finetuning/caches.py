@@ -9,7 +9,6 @@ Latents are kept as distributions and drawn anew at every use, as without the ca
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from latentdiff.errors import NotFiniteError
 from latentdiff.networks.text_encoder import TextEncoder
 from latentdiff.networks.vae import VAE
+from latentdiff.networks.weights import weights_hash
 from latentdiff.training.captioned_folder import Prefetch
 from latentdiff.training.checkpoint import check_space
 from latentdiff.training.finetuning.loss import encode_images, encode_tokens
@@ -113,7 +112,7 @@ def cache_text(
 ) -> TextCache:
     """Encode the captions (chunks, L) that are not in the cache yet; processes share the work."""
     text_encoder.to(accelerator.device)
-    store = RowStore(cache / f"text-{module_hash(text_encoder)}-{precision}")
+    store = RowStore(cache / f"text-{weights_hash(text_encoder)}-{precision}")
     work = {token_key(row): row for row in tokens}
     missing = sorted((key for key in work if key not in store), key=lambda key: len(work[key]))
     per_token = text_encoder.embedding_width * TYPES[precision].itemsize
@@ -136,18 +135,6 @@ def cache_text(
         accelerator,
     )
     return TextCache(store)
-
-
-def module_hash(module: nn.Module) -> str:
-    """Changes with every weight and buffer of a module. 16 hex digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + _content(tensor))
-    return digest.hexdigest()[:16]
-
-
-def _content(tensor: Tensor) -> bytes:
-    return tensor.detach().float().cpu().contiguous().numpy().tobytes()
 
 
 def _batches(keys: list[str], size: int, kind_of: Callable[[str], object]) -> Iterator[list[str]]:
