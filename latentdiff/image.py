@@ -6,9 +6,8 @@ import io
 import math
 import os
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import BinaryIO
+from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from latentdiff.errors import DataError
 from latentdiff.files import atomic_path
+from latentdiff.reading.pictures import MOST_FRAMES, opened
 
 CAPTION_SIZE = 12  # pixels
 
@@ -67,11 +67,12 @@ def frames_of(animation: bytes | str | os.PathLike[str]) -> list[Image.Image]:
     Raises:
         DataError: there is no such file, or it is damaged or no picture.
     """
-    from_memory = isinstance(animation, bytes)
-    with _opened(
-        io.BytesIO(animation) if from_memory else animation, "the animation" if from_memory else animation
-    ) as image:
-        return [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+    name = "the animation" if isinstance(animation, bytes) else os.fspath(animation)
+    with opened(animation, name) as image:
+        frames = [frame.convert("RGB") for frame in islice(ImageSequence.Iterator(image), MOST_FRAMES + 1)]
+    if len(frames) > MOST_FRAMES:
+        raise DataError(f"{name} has more than {MOST_FRAMES:,} frames, as bombs do; cut it")
+    return frames
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -80,20 +81,9 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         DataError: there is no such file, or it is damaged or no picture.
     """
-    with _opened(path, path) as image:
+    with opened(path, os.fspath(path)) as image:
         image.load()
         return image
-
-
-@contextmanager
-def _opened(file: BinaryIO | str | os.PathLike[str], name: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    try:
-        with Image.open(file) as image:
-            yield image
-    except FileNotFoundError as error:
-        raise DataError(f"no picture at {os.fspath(name)}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read {os.fspath(name)} as a picture: {error}") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

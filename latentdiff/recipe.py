@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 from latentdiff import __version__
 from latentdiff.errors import DataError
+from latentdiff.reading.json import is_unicode, parse_json
 from latentdiff.request.options import KEPT, Kept
 
 JSON_CHUNK = "latentdiff"
@@ -24,8 +25,9 @@ COMMENT = "comment"  # of a GIF; Pillow gives it as bytes
 
 FIRST_TITLES = ("Steps", "Sampler", "CFG scale", "Seed")  # of the settings, as the web UIs order them
 NEGATIVE = "Negative prompt:"
-# One "Key: value" of the last line; a value that contains a comma, a colon or a line break is a JSON string.
-SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_KEY = re.compile(r"\w[\w \-/]+$")  # at the end of what stands before a colon
+_LONGEST_KEY = 64
+_QUOTED = re.compile(r'"(?:\\.|[^\\"])*"')
 
 Settings = TypeVar("Settings")
 
@@ -164,8 +166,10 @@ class Recipe(_Asked):
         Raises:
             DataError: a setting that is needed is missing, or has a value that latentdiff does not know.
         """
+        if not is_unicode(text):
+            raise DataError("the picture's parameters text holds half of a character, a lone surrogate")
         *lines, last = text.strip().split("\n")
-        settings = {key: _unquote(value) for key, value in SETTING.findall(last)}
+        settings = read_settings(last)
         start = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
         negative = "\n".join(lines[start:]).removeprefix(NEGATIVE).strip()
         try:
@@ -240,6 +244,31 @@ def _read(kept: Kept, text: str) -> Any:
     return kind(text)
 
 
+def read_settings(line: str) -> dict[str, str]:
+    """ "Key: value, Key: value" as the web UIs write it; a value with a comma, a colon or a line break is quoted.
+
+    Text that is neither a key nor a value is passed over. The time is in proportion to the length of the line.
+    """
+    found: dict[str, str] = {}
+    place = 0
+    while (colon := line.find(":", place)) >= 0:
+        before = line[max(place, colon - _LONGEST_KEY) : colon]
+        key = _KEY.search(before[before.rfind(",") + 1 :])
+        if not key:
+            place = colon + 1
+            continue
+        start = colon + 1
+        start += len(line[start : start + _LONGEST_KEY]) - len(line[start : start + _LONGEST_KEY].lstrip())
+        quoted = _QUOTED.match(line, start) if line.startswith('"', start) else None
+        if quoted and line[quoted.end() : quoted.end() + 1] in ("", ","):
+            end = quoted.end()
+        else:
+            end = next((comma for comma in (line.find(",", start),) if comma >= 0), len(line))
+        found[key[0]] = _unquote(line[start:end])
+        place = end
+    return found
+
+
 def _quote(value: str) -> str:
     is_plain = value == value.strip() and not re.search(r'[,:\n"]', value)
     return value if is_plain else json.dumps(value, ensure_ascii=False)
@@ -247,6 +276,6 @@ def _quote(value: str) -> str:
 
 def _unquote(value: str) -> str:
     try:
-        return str(json.loads(value)) if value.startswith('"') else value.strip()
-    except ValueError:
+        return str(parse_json(value, "a setting", DataError)) if value.startswith('"') else value.strip()
+    except DataError:
         return value

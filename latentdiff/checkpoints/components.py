@@ -18,7 +18,8 @@ from latentdiff.checkpoints.modules import module_without_weights, parse_config
 from latentdiff.checkpoints.raw import RawModel
 from latentdiff.checkpoints.tokenizer import open_tokenizer, tokenizer_files
 from latentdiff.diffusion.config import ScheduleConfig
-from latentdiff.errors import ConfigError
+from latentdiff.errors import CheckpointError, ConfigError
+from latentdiff.reading.plain import exists
 
 if TYPE_CHECKING:
     import torch
@@ -80,8 +81,10 @@ def load_components(
         modules[part], stored[part] = module_without_weights(raw, part, dtype)
         if weights:
             fill(modules[part], stored.pop(part))
+    tokenizer = open_tokenizer(raw.tokenizer)
+    _check_tokens(tokenizer, modules["text_encoder"])
     return Components(
-        tokenizer=open_tokenizer(raw.tokenizer),
+        tokenizer=tokenizer,
         **modules,
         stored=stored,
         schedule_config=parse_config("scheduler", raw.configs["scheduler"]),
@@ -93,9 +96,25 @@ def load_components(
 def _name(source: str | os.PathLike[str], raw: RawModel) -> str:
     """What people call the model: a file's name without suffix, a folder's name, or the hub id."""
     path = raw.source.resolve()
-    if not Path(source).expanduser().exists():
+    if not exists(Path(os.path.expanduser(source))):
         return os.fspath(source)
     return path.name if path.is_dir() else path.stem
+
+
+def _check_tokens(tokenizer: Tokenizer, text_encoder: TextEncoder) -> None:
+    """Make sure that the text encoder reads as long a prompt, and has an embedding for every token."""
+    longest = text_encoder.context_length
+    if tokenizer.model_max_length > longest:
+        raise CheckpointError(
+            f"the tokenizer and the text encoder do not fit: model_max_length is {tokenizer.model_max_length} tokens, the "
+            f"text encoder reads {longest}; write that into tokenizer_config.json"
+        )
+    count = text_encoder.text_model.embeddings.token_embedding.weight.shape[0]
+    if tokenizer.highest >= count:
+        raise CheckpointError(
+            f"the tokenizer and the text encoder do not fit: tokens are numbered up to {tokenizer.highest}, the text "
+            f"encoder has embeddings up to {count - 1}; take the tokenizer of this model"
+        )
 
 
 def save_folder(components: Components, folder: str | os.PathLike[str]) -> None:

@@ -18,12 +18,19 @@ from latentdiff.checkpoints.raw import PART_LABELS, RawModel, with_usual_names
 from latentdiff.checkpoints.writing import write_safetensors
 from latentdiff.errors import CheckpointError, LatentDiffError
 from latentdiff.files import atomic_path
+from latentdiff.reading.json import read_object
+from latentdiff.reading.plain import read_text
 
 INDEX = "model_index.json"
 EXTRAS = "original_extras.safetensors"  # what an original single file holds beyond the parts of a folder
 CONFIGS = {**{part: f"{part}/config.json" for part in PARTS}, "scheduler": "scheduler/scheduler_config.json"}
 # Parts that published folders have and that have no place in a single file and no use here.
 _IGNORED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
+# The classes whose parts are read here. The pipelines differ in what they do with them.
+_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+_PIPELINES = tuple(
+    f"StableDiffusion{task}Pipeline" for task in ("", "Inpaint", "InpaintLegacy", "Img2Img", "InstructPix2Pix")
+)
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:
@@ -49,11 +56,12 @@ def read_folder(folder: Path) -> RawModel:
         CheckpointError: it is no such folder, of another pipeline, or a part of it is missing or damaged.
     """
     index = _check_index(folder)
+    warnings = unknown_classes(index)
     left_out = [name for name in _IGNORED_PARTS if (folder / name).is_dir()]
     # A folder written from this must not promise parts that it does not have.
     index |= {"requires_safety_checker": False, **{name: [None, None] for name in _IGNORED_PARTS if name in index}}
     configs: dict[str, dict[str, Any]] = {"model_index": index}
-    configs |= {name: _read_json(folder / path) for name, path in CONFIGS.items()}
+    configs |= {name: _config(folder / path) for name, path in CONFIGS.items()}
     tensors, names, files = {}, {}, []
     for part in PARTS:
         files += (part_files := weight_files(folder, part))
@@ -69,6 +77,7 @@ def read_folder(folder: Path) -> RawModel:
         extras=extras.tensors,
         names=names,
         metadata=extras.metadata,
+        warnings=warnings,
         left_out=left_out,
         weight_files=tuple(files),
     )
@@ -128,7 +137,7 @@ def _check_index(folder: Path) -> dict[str, Any]:
             f"{folder} is no model folder: expected {INDEX}, found {listing(folder)}; give the folder that "
             "holds unet/, vae/, text_encoder/ and tokenizer/, or a single file"
         )
-    index = _read_json(folder / INDEX)
+    index = read_object(folder / INDEX)
     if "text_encoder_2" in index or "transformer" in index or "prior" in index:
         raise CheckpointError(
             f"{folder} holds a {index.get('_class_name')}, another architecture; expected Stable Diffusion 1.x or 2.x"
@@ -139,16 +148,23 @@ def _check_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; found {listing(path.parent)}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found a {type(content).__name__}")
-    return content
+def unknown_classes(index: Mapping[str, Any]) -> list[str]:
+    """What a model_index.json names that is read as something else, in words."""
+    found = [] if index.get("_class_name") in (None, *_PIPELINES) else [index["_class_name"]]
+    for part, expected in _CLASSES.items():
+        named = index.get(part)
+        name = named[-1] if isinstance(named, list) and named else named
+        found += [] if name in (None, expected) else [f"{part}: {name}"]
+    if not found:
+        return []
+    shown = ", ".join(str(name)[:80] for name in found)
+    return [f"{INDEX} names classes that latentdiff does not know ({shown}); its parts are read as Stable Diffusion's"]
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; found {listing(path.parent)}")
+    return read_object(path)
 
 
 def read_tokenizer(folder: Path) -> dict[str, str]:
@@ -163,12 +179,23 @@ def read_tokenizer(folder: Path) -> dict[str, str]:
         raise CheckpointError(
             f"{folder} holds no CLIP tokenizer: expected vocab.json and merges.txt, or tokenizer.json, found {listing(folder)}"
         )
-    return {path.name: path.read_text(encoding="utf-8") for path in files}
+    return {path.name: read_text(path, remedy="download it again") for path in files}
 
 
 def shard_names(index: Path) -> list[str]:
-    """The names of the files that an index of shards lists."""
-    return sorted(set(_read_json(index).get("weight_map", {}).values()))
+    """The names of the files that an index of shards lists.
+
+    Raises:
+        CheckpointError: it lists none, or one in another folder.
+    """
+    listed = read_object(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise CheckpointError(f"{index} lists no shards: expected a weight_map of file names; download it again")
+    names = sorted(set(listed.values()))
+    for name in names:
+        if name in ("", ".", "..") or set(name) & set("/\\\0"):
+            raise CheckpointError(f"{index} lists the shard {name[:80]!r}; expected names of files beside it")
+    return names
 
 
 def shards(index: Path) -> list[Path]:
@@ -230,6 +257,9 @@ def _replaced_folder(folder: Path) -> Iterator[Path]:
 
 
 def _check_replaceable(folder: Path) -> None:
+    here = Path.cwd()
+    if folder.resolve() in (here, *here.parents):
+        raise CheckpointError(f"cannot write a model folder to {folder}: this program runs in it; name a new folder")
     if not folder.exists():
         return
     if not folder.is_dir():

@@ -12,6 +12,7 @@ from latentdiff.checkpoints.folder import CONFIGS, INDEX, shard_names, weight_fi
 from latentdiff.checkpoints.layout import PARTS, weight_candidates
 from latentdiff.checkpoints.raw import PART_LABELS
 from latentdiff.errors import CheckpointError
+from latentdiff.reading.plain import exists
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
@@ -24,17 +25,19 @@ def locate(source: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: nothing is there, or the hub cannot be reached or does not have it.
     """
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
     name = os.fspath(source)
+    path = Path(os.path.expanduser(name))
+    if name and exists(path):
+        return path
     if not _HUB_ID.fullmatch(name) or name.endswith(_WEIGHTS):
         raise _nothing_at(name)
     return _cached(name) or _download(name)
 
 
 def _nothing_at(name: str) -> CheckpointError:
-    return CheckpointError(f"no model at {name}: expected a folder, a file, or a hub id such as org/name")
+    return CheckpointError(
+        f"no model at {name or 'an empty name'}: expected a folder, a file, or a hub id such as org/name"
+    )
 
 
 def _cached(hub_id: str) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from latentdiff.checkpoints.architecture import ORIGINAL_PREFIXES, family_name, identify, lora_dialect
-from latentdiff.checkpoints.files import GIF, PNG, SAFETENSORS, TensorFile, read_tensors, sniff
+from latentdiff.checkpoints.files import GIF, PNG, SAFETENSORS, FileWarning, TensorFile, read_tensors, sniff
 from latentdiff.checkpoints.folder import EXTRAS, INDEX, listing, read_folder
 from latentdiff.checkpoints.hashing import SHORT, file_hash, model_hash
 from latentdiff.checkpoints.hub import locate
@@ -21,7 +22,7 @@ from latentdiff.checkpoints.layout import PARTS
 from latentdiff.checkpoints.modules import check_fits, parse_config, shapes_of
 from latentdiff.checkpoints.original import has_ema, read_original
 from latentdiff.checkpoints.raw import RawModel
-from latentdiff.errors import LatentDiffError
+from latentdiff.errors import DataError, LatentDiffError, printable
 from latentdiff.recipe import COMMENT, JSON_CHUNK, TEXT_CHUNK, has_comment
 
 _LABELS = {
@@ -79,7 +80,7 @@ class Report:
             total = sum(self.dtypes.values())
             lines.append(f"  {'types:':<14}" + ", ".join(f"{n} {c / total:.0%}" for n, c in self.dtypes.items()))
         lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines + [f"  problem: {self.problem}"] * bool(self.problem))
+        return "\n".join(map(printable, lines + [f"  problem: {self.problem}"] * bool(self.problem)))
 
 
 def inspect(source: str | os.PathLike[str]) -> Report:
@@ -94,7 +95,12 @@ def inspect(source: str | os.PathLike[str]) -> Report:
         CheckpointError: there is nothing of that name.
     """
     path = locate(source)
-    return _inspect_folder(path) if path.is_dir() else _inspect_file(path)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", FileWarning)
+        report = _inspect_folder(path) if path.is_dir() else _inspect_file(path)
+    notes = [str(warning.message) for warning in seen if isinstance(warning.message, FileWarning)]
+    report.notes += dict.fromkeys(notes)
+    return report
 
 
 def _inspect_file(path: Path) -> Report:
@@ -183,16 +189,16 @@ def _describe_other_folder(report: Report, folder: Path) -> Report:
 
 
 def _describe_picture(report: Report, path: Path) -> None:
-    from PIL import Image
+    from latentdiff.reading.pictures import opened
 
     try:
-        with Image.open(path) as image:
+        with opened(path, str(path)) as image:
             image.load()
             report.family = f"{image.width}x{image.height} pixels"
             chunks = [name for name in (JSON_CHUNK, TEXT_CHUNK) if name in image.info]
             chunks += [COMMENT] if has_comment(image.info) else []
-    except (OSError, SyntaxError, ValueError) as error:
-        report.problem = f"the picture is damaged: {error}"
+    except DataError as error:
+        report.problem = str(error)
         return
     report.notes.append(f"recipe present ({', '.join(chunks)})" if chunks else "no recipe in it")
 

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from latentdiff.reading.plain import exists
+
 PARTS = ("unet", "vae", "text_encoder")
 STEMS = {
     "unet": ("diffusion_pytorch_model",),
@@ -32,6 +34,8 @@ def read_ahead(source: Path) -> None:
     asked, is left alone: nothing depends on this but time.
     """
     if not hasattr(os, "posix_fadvise"):
+        return
+    if not exists(source):
         return
     candidates = (
         [[source]] if source.is_file() else [[source / name for name in weight_candidates(part)] for part in PARTS]

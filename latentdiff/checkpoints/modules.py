@@ -16,6 +16,7 @@ from latentdiff.checkpoints.raw import PART_LABELS, RawModel
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.errors import CheckpointError, ConfigError, LatentDiffError
 from latentdiff.networks.config import UNetConfig, VAEConfig
+from latentdiff.networks.layers.text_transformer import TextTransformerConfig
 from latentdiff.networks.text_encoder import TextEncoder
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
@@ -36,18 +37,35 @@ def parse_config(part: str, config: dict[str, Any]) -> UNetConfig | VAEConfig | 
         return _CONFIGS[part].from_diffusers(config)
 
 
-def empty_module(part: str, config: dict[str, Any]) -> nn.Module:
-    """Build a part on the meta device, where it has shapes and no memory.
+def empty_module(part: str, config: dict[str, Any], found: int | None = None) -> nn.Module:
+    """Build a part on the meta device, where it has shapes and no memory; see `expected_shapes`.
 
     Raises:
         ConfigError: the configuration is not one of Stable Diffusion 1.x or 2.x, or makes no sense.
     """
+    if found is not None:
+        _check_size(part, config, found)
     if part == "text_encoder":
         build, config_of_part = TextEncoder, config
     else:
         build, config_of_part = (UNet if part == "unet" else VAE), parse_config(part, config)
     with _sensible(part), torch.device("meta"), _NoInitialization():
         return build(config_of_part)
+
+
+def _check_size(part: str, config: dict[str, Any], found: int) -> None:
+    """Compare the layers that a configuration describes with the weights that there are: each has eight or more."""
+    with _sensible(part):
+        if part == "text_encoder":
+            layers = TextTransformerConfig.of(config).num_hidden_layers
+        else:
+            read = parse_config(part, config)
+            layers = 2 * len(read.block_out_channels) * read.layers_per_block
+    if layers * 8 > max(found, 1) * 2:
+        raise ConfigError(
+            f"the configuration of the {PART_LABELS[part]} describes {layers} layers, far more than its {found} weights "
+            "make; take the configuration that belongs to them"
+        )
 
 
 class _NoInitialization(TorchFunctionMode):
@@ -80,9 +98,16 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def expected_shapes(part: str, config: dict[str, Any]) -> dict[str, Shape]:
-    """Names and shapes of a part's weights, as its configuration wants them."""
-    return shapes_of(empty_module(part, config).state_dict())
+def expected_shapes(part: str, config: dict[str, Any], found: int | None = None) -> dict[str, Shape]:
+    """Names and shapes of a part's weights, as its configuration wants them.
+
+    Args:
+        found: how many weights there are; a configuration that wants many more is refused before anything is built.
+
+    Raises:
+        ConfigError: it does, or makes no sense.
+    """
+    return shapes_of(empty_module(part, config, found).state_dict())
 
 
 def check_fits(raw: RawModel, part: str, expected: Mapping[str, Shape] | None = None) -> None:
@@ -92,7 +117,7 @@ def check_fits(raw: RawModel, part: str, expected: Mapping[str, Shape] | None = 
         CheckpointError: names, shapes or types do not fit.
     """
     tensors = weights_of(raw, part)
-    expected = expected_shapes(part, raw.configs[part]) if expected is None else expected
+    expected = expected_shapes(part, raw.configs[part], len(tensors)) if expected is None else expected
     compare(PART_LABELS[part], expected, shapes_of(tensors)).raise_unless_fits(raw.source)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
@@ -111,7 +136,7 @@ def module_without_weights(
     Raises:
         CheckpointError: names, shapes or types do not fit the configuration.
     """
-    module = empty_module(part, raw.configs[part])
+    module = empty_module(part, raw.configs[part], len(raw.tensors[part]))
     check_fits(raw, part, shapes_of(module.state_dict()))
     tensors = weights_of(raw, part)
     if dtype is None:

@@ -31,6 +31,7 @@ from latentdiff.checkpoints.prediction import PredictionType, probe_prediction_t
 from latentdiff.checkpoints.raw import PART_LABELS, RawModel
 from latentdiff.checkpoints.tokenizer import clip_tokenizer_files, with_clip_vocabulary, without_clip_vocabulary
 from latentdiff.errors import CheckpointError, ConfigError
+from latentdiff.reading.json import parse_object
 
 METADATA = "latentdiff"  # the metadata entry in which `convert` keeps what the layout has no place for
 
@@ -206,7 +207,7 @@ def _read_part(
             unknown[name] = tensor
     found = layout.to_ours(renamed)
     weights = {layout.theirs(name): tensor for name, tensor in found.items() if name != POSITION_IDS}
-    expected = {layout.theirs(name): shape for name, shape in expected_shapes(part, config).items()}
+    expected = {layout.theirs(name): shape for name, shape in expected_shapes(part, config, len(found)).items()}
     compare(PART_LABELS[part], expected, shapes_of(weights | unknown)).raise_unless_fits(path)
     return found, used
 
@@ -252,18 +253,24 @@ def _stored(file: TensorFile) -> dict[str, Any]:
     """
     if METADATA not in file.metadata:
         return {}
+    stored = parse_object(
+        file.metadata[METADATA], f"the entry {METADATA} of {file.path}", remedy="convert it from its source again"
+    )
     try:
-        stored = json.loads(file.metadata[METADATA])
         sound = all(isinstance(stored["configs"][name], dict) for name in (*PARTS, "scheduler", "model_index"))
         sound = sound and all(
             isinstance(text, str) and Path(name).name == name for name, text in stored["tokenizer"].items()
         )
-        sound = sound and all(isinstance(names, dict) for names in stored["names"].values())
+        sound = sound and all(_are_texts(names) for names in stored["names"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
         raise CheckpointError(f"{file.path} has damaged {METADATA} metadata; convert it from its source again")
     return stored
+
+
+def _are_texts(names: Any) -> bool:
+    return isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
 
 
 def _probe(raw: RawModel) -> PredictionType:

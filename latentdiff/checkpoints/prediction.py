@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from latentdiff.checkpoints.files import TensorFile
+from latentdiff.errors import CheckpointError
+from latentdiff.reading.yaml import read_yaml
 
 _SD2_BASE_STEPS = 875_000  # global_step of 512-base-ema.ckpt
 _ARCHITECTURE = "modelspec.architecture"
@@ -82,13 +84,11 @@ def probe_prediction_type(
 
 def _beside(file: TensorFile) -> PredictionType | None:
     """The configuration that the original programs need beside an SD 2.x file: same name, .yaml."""
-    import yaml
-
     path = file.path.with_suffix(".yaml")
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
-        parameters = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]
+        parameters = read_yaml(path, CheckpointError)["model"]["params"]
         return PredictionType(_NAMES[parameters.get("parameterization", "eps")], path.name)
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+    except (CheckpointError, KeyError, TypeError, AttributeError):
         return None

@@ -13,6 +13,7 @@ from typing import Any
 
 from latentdiff.errors import CheckpointError
 from latentdiff.prompts.tokenizer import MERGES, VOCABULARY, WHOLE, Tokenizer, vocabulary_and_merges
+from latentdiff.reading.json import parse_object
 
 _VOCABULARY_FILES = (VOCABULARY, MERGES, WHOLE)
 
@@ -50,6 +51,8 @@ def open_tokenizer(tokenizer: Mapping[str, str]) -> Tokenizer:
     """
     try:
         return Tokenizer(tokenizer)
+    except CheckpointError:
+        raise
     except Exception as error:  # the tokenizers library raises bare Exception for broken files
         said = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"the tokenizer's files are damaged: {said}; download them again") from error
@@ -101,9 +104,12 @@ def _vocabulary_files(vocabulary: Mapping[str, int], merges: list[str]) -> dict[
 
 
 def _vocabulary(tokenizer: Mapping[str, str]) -> dict[str, int]:
-    if "vocab.json" in tokenizer:
-        return json.loads(tokenizer["vocab.json"])
-    return json.loads(tokenizer["tokenizer.json"])["model"]["vocab"]
+    if VOCABULARY in tokenizer:
+        return parse_object(tokenizer[VOCABULARY], VOCABULARY)
+    try:
+        return vocabulary_and_merges(tokenizer)[0]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{WHOLE} holds no vocabulary of a CLIP tokenizer; download it again") from error
 
 
 def _as_json(**contents: dict[str, object]) -> dict[str, str]:

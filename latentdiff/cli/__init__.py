@@ -25,9 +25,10 @@ from latentdiff.cli.lora import lora
 from latentdiff.cli.report import report
 from latentdiff.cli.reproduce import reproduce
 from latentdiff.cli.restore import restore
+from latentdiff.cli.terminal import Signals, Terminated, close_streams, open_streams
 from latentdiff.cli.train import train
 from latentdiff.cli.translate import translate
-from latentdiff.errors import LatentDiffError
+from latentdiff.errors import LatentDiffError, printable
 
 SELDOM = (50_000, 20, 100)  # for gc.set_threshold
 INTERRUPTED = 130  # 128 + SIGINT, as shells expect
@@ -49,17 +50,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Importing torch makes half a million objects that stay: looking through them for garbage all the while takes a
     # fifth of a second, and once more at the end half a second.
     gc.set_threshold(*SELDOM)
-    code = run(arguments)
+    signals = Signals()
+    signals.handle()
+    try:
+        open_streams()
+        code = run(arguments)
+    except KeyboardInterrupt:  # a second one, while the first was being answered
+        code = INTERRUPTED
+    except Terminated as stopped:
+        code = _fail("terminated", 128 + stopped.number)
+    except Exception:
+        if not signals.received:
+            raise
+        code = _fail("interrupted", 128 + signals.received)  # libraries in C make other exceptions of it
+    signals.release()
     gc.freeze()
-    sys.exit(code)
+    sys.exit(close_streams() or code)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; errors become one line on stderr.
 
     Returns:
-        0, or 2 for wrong usage, 130 after Ctrl-C, 1 for any other error. If the reader of the output leaves, click
-        ends the program without a word.
+        0, or 2 for wrong usage, 130 after Ctrl-C, 1 for any other error.
     """
     try:
         with warnings.catch_warnings():
@@ -78,7 +91,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
     return code
 
 
@@ -93,7 +106,7 @@ def _show_own_warnings() -> None:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        click.echo(f"warning: {message}", err=True)
+        click.echo(f"warning: {printable(message)}", err=True)
 
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", module=r"latentdiff\b", category=UserWarning)

@@ -9,7 +9,7 @@ import click
 
 from latentdiff.cli.options import ANY_PATH, DEVICE, MODEL
 from latentdiff.cli.output import check_writable
-from latentdiff.errors import UsageError
+from latentdiff.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
@@ -97,7 +97,7 @@ def check(
         validation=held_out,
     )
     for line in report.lines():
-        click.echo(line)
+        click.echo(printable(line))
     if sheet is not None and any(report.buckets):
         _write_sheet(sheet, sheet_images, pipe, training, report)
     return 1 if report.failures else 0

@@ -13,7 +13,7 @@ import click
 
 from latentdiff.cli import output
 from latentdiff.cli.ranks import Ranks
-from latentdiff.errors import LatentDiffError, UsageError
+from latentdiff.errors import LatentDiffError, UsageError, printable
 from latentdiff.request.options import KEPT, SAMPLING, Settings
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Job:
                 if is_alone:
                     raise
                 failed.add(prompt)
-                click.echo(f"error: {prompt!r}: {' '.join(str(error).split())}", err=True)
+                click.echo(f"error: {prompt!r}: {printable(' '.join(str(error).split()))}", err=True)
         if failed:
             count = len({picture.prompt for picture in pictures})
             click.echo(f"error: {len(failed)} of {count} prompts failed", err=True)

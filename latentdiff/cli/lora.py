@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,8 @@ import click
 from latentdiff.cli.loras import parse_scaled
 from latentdiff.cli.options import ANY_PATH, MODEL
 from latentdiff.cli.output import check_writable
+from latentdiff.errors import CheckpointError, printable
+from latentdiff.reading.json import parse_json
 from latentdiff.request.options import LoRADialect
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def inspect(file: str) -> None:
         "SHA-256": file_hash(found.path),
     }
     for name, value in (facts | _told(found.metadata)).items():
-        click.echo(f"  {name + ': ':<14}{value}")
+        click.echo(printable(f"  {name + ': ':<14}{value}"))
 
 
 def _load(model: str | None) -> Components:
@@ -116,11 +117,10 @@ def _summary(names: Iterable[str]) -> str:
 
 def _told(metadata: Mapping[str, str]) -> dict[str, str]:
     """The file's metadata, ours unpacked."""
-    own: dict[str, object] = {}
     try:
-        own = json.loads(metadata.get("latentdiff", "{}"))
-    except ValueError:
-        pass
+        own = parse_json(metadata.get("latentdiff", "{}"), "latentdiff")
+    except CheckpointError:
+        own = {}
     training = own.pop("training", {}) if isinstance(own, dict) else {}
     entries = {**(own if isinstance(own, dict) else {}), **(training if isinstance(training, dict) else {})}
     entries |= {name: text for name, text in sorted(metadata.items()) if name not in ("latentdiff", "format")}

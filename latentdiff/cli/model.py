@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,7 +28,7 @@ def loaded_model(settings: dict[str, Any]) -> Iterator[Pipeline]:
     Inside the `with`, it has the LoRAs and the attention back end that were asked for.
     """
     chosen = {name: settings.pop(name) for name in NAMES}
-    read_ahead(Path(embedded_model() if chosen["model"] is None else chosen["model"]).expanduser())
+    read_ahead(Path(os.path.expanduser(embedded_model() if chosen["model"] is None else chosen["model"])))
 
     from latentdiff.networks.attention import use_attention_backend
     from latentdiff.pipeline import Pipeline

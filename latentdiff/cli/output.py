@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -121,6 +122,8 @@ def _free(folder: Path, prompt: str, seed: int) -> Path:
 
 def _names(prompt: str, seed: int) -> Iterator[str]:
     slug = re.sub(r"\W+", "-", prompt.lower()).strip("-_").encode()[:LONGEST_SLUG].decode(errors="ignore")
+    encoding = sys.getfilesystemencoding()
+    slug = slug.encode(encoding, "ignore").decode(encoding)  # what names of files can hold here
     stem = f"{slug.rstrip('-_') or 'picture'}-{seed}"
     yield f"{stem}.png"
     yield from (f"{stem}-{number}.png" for number in itertools.count(2))

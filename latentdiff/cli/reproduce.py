@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Differences up to this many grey levels of 255 are rounding: another batch size or number of threads.
 ROUNDING = 2
+SHORT = 8  # digits of the shortest hash of a model that web UIs wrote; today it is 10
 
 
 @click.command()
@@ -159,6 +160,11 @@ def _load(recipe: Recipe, model: str | None, device: str, precision: str | None)
 
 def _same_hash(recipe: Recipe, pipe: Pipeline) -> bool:
     """Whether `pipe` is the recipe's model; the text of the web UIs holds only the start of a hash."""
+    if 0 < len(recipe.model_hash) < SHORT:
+        raise DataError(
+            f"the picture's recipe has a model hash of {len(recipe.model_hash)} digits ({recipe.model_hash}), too few to tell "
+            f"models apart; expected at least {SHORT}: name the model with --model"
+        )
     return bool(recipe.model_hash) and pipe.model_hash.startswith(recipe.model_hash)
 
 

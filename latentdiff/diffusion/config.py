@@ -11,6 +11,8 @@ from latentdiff.errors import ConfigError
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+LONGEST_TRAINING = 100_000  # timesteps; published models have 1,000
+SMALLEST_BETA = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +30,21 @@ class ScheduleConfig:
     rescale_betas_zero_snr: bool = False  # Lin et al. 2023: the last timestep holds no signal at all
 
     def __post_init__(self) -> None:
+        _check_number("num_train_timesteps", self.num_train_timesteps, 1, LONGEST_TRAINING, whole=True)
+        _check_number("steps_offset", self.steps_offset, 0, self.num_train_timesteps, whole=True)
+        _check_number("beta_start", self.beta_start, SMALLEST_BETA, 0.999)
+        _check_number("beta_end", self.beta_end, SMALLEST_BETA, 0.999)
+        for name in ("set_alpha_to_one", "rescale_betas_zero_snr"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"schedule {name} must be true or false, found {str(getattr(self, name))[:40]!r}")
         for name, choices in (
             ("beta_schedule", BETA_SCHEDULES),
             ("prediction_type", PREDICTION_TYPES),
             ("timestep_spacing", (*TIMESTEP_SPACINGS, None)),
         ):
-            if getattr(self, name) not in choices:
+            if not isinstance(value := getattr(self, name), str | None) or value not in choices:
                 expected = ", ".join(map(str, choices))
-                raise ConfigError(f"schedule {name} must be one of {expected}, found {getattr(self, name)!r}")
+                raise ConfigError(f"schedule {name} must be one of {expected}, found {str(value)[:40]!r}")
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> Self:
@@ -58,6 +67,13 @@ class ScheduleConfig:
         """The `scheduler_config.json` from which diffusers builds a DDIMScheduler with the same schedule."""
         fields = {name: value for name in self.__dataclass_fields__ if (value := getattr(self, name)) is not None}
         return {"_class_name": "DDIMScheduler", "clip_sample": False, **fields}
+
+
+def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        kind = "a whole number" if whole else "a number"
+        raise ConfigError(f"schedule {name} must be {kind} from {low} to {high}, found {str(value)[:40]!r}")
 
 
 def known_entries(cls: type, config: Mapping[str, Any], silent: Mapping[str, Any]) -> dict[str, Any]:

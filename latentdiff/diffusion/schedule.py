@@ -97,6 +97,11 @@ class Schedule:
             )
         self.config = config
         alphas_cumprod = torch.cumprod(1.0 - _betas(config), dim=0)
+        if not alphas_cumprod[-1] > 0.0:
+            raise ConfigError(
+                f"the schedule leaves no signal: {config.num_train_timesteps} timesteps of beta up to {config.beta_end} are "
+                "too much; Stable Diffusion has 1000 up to 0.012"
+            )
         if config.rescale_betas_zero_snr:
             alphas_cumprod = _rescale_to_zero_terminal_snr(alphas_cumprod)
         self.alphas_cumprod: Tensor = alphas_cumprod  # (T,)

@@ -9,7 +9,7 @@ nonsense.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from latentdiff.diffusion.config import known_entries
@@ -66,6 +66,10 @@ _VAE_FIXED: dict[str, tuple[Any, ...]] = {
     "use_quant_conv": (True,),
 }
 
+# What is larger is no Stable Diffusion, and building it would take hours.
+MOST_LEVELS = 12
+LARGEST = {"layers_per_block": 32, "sample_size": 2**15}
+
 _DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 _UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
@@ -92,6 +96,7 @@ class UNetConfig:
     upcast_attention: bool = False  # compute attention in float32 (SD 2.1 overflows float16 otherwise)
 
     def __post_init__(self) -> None:
+        _check_values("U-Net", self)
         levels = len(self.block_out_channels)
         for name in ("attention_levels", "num_heads"):
             if len(getattr(self, name)) != levels:
@@ -122,7 +127,7 @@ class UNetConfig:
         return cls(
             block_out_channels=channels,
             attention_levels=attention,
-            num_heads=(heads,) * len(channels) if isinstance(heads, int) else tuple(heads),
+            num_heads=(heads,) * len(channels[: MOST_LEVELS + 1]) if isinstance(heads, int) else tuple(heads),
             **known_entries(cls, config, {"cross_attention_dim": 1280}),
         )
 
@@ -169,6 +174,7 @@ class VAEConfig:
     scaling_factor: float = 0.18215  # brings latents to unit variance; applied in `vae.py` and nowhere else
 
     def __post_init__(self) -> None:
+        _check_values("VAE", self)
         _check_groups("VAE", self.block_out_channels, self.norm_num_groups)
 
     @property
@@ -228,11 +234,30 @@ def _refuse_other_architecture(
             values = value if isinstance(value, (list, tuple)) else (value,)
             if any(entry not in fixed[key] for entry in values):
                 raise ConfigError(
-                    f"{part} with {key}={value!r} is another architecture than Stable Diffusion 1.x/2.x"
+                    f"{part} with {key}={str(value)[:80]} is another architecture than Stable Diffusion 1.x/2.x"
                     f" (expected {fixed[key][0]!r})"
                 )
         elif key not in fields and not key.startswith("_") and value not in (None, False):
-            raise ConfigError(f"{part} has the unknown key {key}={value!r}; latentdiff cannot tell what it changes")
+            raise ConfigError(
+                f"{part} has the unknown key {key[:80]}={str(value)[:80]}; latentdiff cannot tell what it changes"
+            )
+
+
+def _check_values(part: str, config: UNetConfig | VAEConfig) -> None:
+    """Every value is of its type and of a size that can be built: nothing is allocated for one that is not."""
+    for entry in fields(config):
+        value, kind = getattr(config, entry.name), entry.type
+        values = value if isinstance(value, tuple) else (value,)
+        if not values or len(values) > MOST_LEVELS:
+            raise ConfigError(f"{part} {entry.name} needs 1 to {MOST_LEVELS} entries, found {len(values)}")
+        largest = LARGEST.get(entry.name, 2**16)
+        for each in values:
+            if "int" in kind and not (type(each) is int and 0 < each <= largest):
+                raise ConfigError(f"{part} {entry.name} must be a number from 1 to {largest}, found {str(each)[:40]!r}")
+            if "bool" in kind and not isinstance(each, bool):
+                raise ConfigError(f"{part} {entry.name} must be true or false, found {str(each)[:40]!r}")
+            if kind == "float" and not (isinstance(each, (int, float)) and 1e-6 < each < 1e6):
+                raise ConfigError(f"{part} {entry.name} must be a number above 0, found {str(each)[:40]!r}")
 
 
 def _check_groups(part: str, widths: tuple[int, ...], groups: int) -> None:

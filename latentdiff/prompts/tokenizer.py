@@ -6,13 +6,15 @@ import takes longer than a picture.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, overload
 
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
+
+from latentdiff.errors import CheckpointError
+from latentdiff.reading.json import parse_object
 
 END_OF_WORD = "</w>"  # how CLIP's vocabulary marks a word's last token
 CONFIG, SPECIAL, ADDED, WHOLE = (
@@ -22,6 +24,7 @@ CONFIG, SPECIAL, ADDED, WHOLE = (
     "tokenizer.json",
 )
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
+LONGEST_PROMPT = 4096  # tokens; CLIP reads 77
 
 _DEFAULTS = {
     "bos_token": "<|startoftext|>",
@@ -41,6 +44,7 @@ class Tokenizer:
             special_tokens_map.json and added_tokens.json where there are such.
 
     Raises:
+        CheckpointError: a file is no JSON, or the length of prompts makes no sense.
         ValueError, KeyError, TypeError, Exception: the files are damaged (the library below has no exceptions of its
             own).
 
@@ -48,6 +52,7 @@ class Tokenizer:
         files: as given; words that were added later are not in them.
         model_max_length: the longest prompt in tokens, start and end marks included.
         expansions: the token of a learned word that has several vectors -> a token for each of them, itself the first.
+        highest: the largest number that a token of the files has.
     """
 
     is_fast = True  # transformers' word for a tokenizer that knows where in the text each token comes from
@@ -55,16 +60,17 @@ class Tokenizer:
     def __init__(self, files: Mapping[str, str]) -> None:
         self.files = dict(files)
         self.expansions: dict[int, tuple[int, ...]] = {}
-        config = json.loads(files.get(CONFIG, "{}"))
+        config = _object(files, CONFIG)
         vocabulary, merges = vocabulary_and_merges(files)
         special, added = _special_tokens(files, config)
-        self.model_max_length = int(config.get("model_max_length", 77))
+        self.model_max_length = _length(config.get("model_max_length", 77))
         self.bos_token, self.eos_token, self.pad_token = (
             str(special[role].content) for role in ("bos_token", "eos_token", "pad_token")
         )
         self._unknown = special["unk_token"].content
         self._backend = _backend(vocabulary, merges, self._unknown)
         self._backend.add_tokens(added)
+        self.highest = max(max(vocabulary.values()), len(self) - 1)
         marks = ((self.eos_token, self.eos_token_id), (self.bos_token, self.bos_token_id))
         self._backend.post_processor = processors.RobertaProcessing(*marks, trim_offsets=False, add_prefix_space=False)
 
@@ -156,10 +162,10 @@ class Tokenizer:
 def vocabulary_and_merges(files: Mapping[str, str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Token -> number, and the pairs that become one token, most important first."""
     if WHOLE in files:
-        model = json.loads(files[WHOLE])["model"]
+        model = _object(files, WHOLE)["model"]
         vocabulary, lines = model["vocab"], model["merges"]
     else:
-        vocabulary = json.loads(files[VOCABULARY])
+        vocabulary = _object(files, VOCABULARY)
         lines = [line for line in files[MERGES].split("\n") if line and not line.startswith("#version")]
     merges = (line.split(" ") if isinstance(line, str) else line for line in lines)
     return vocabulary, [(left, right) for left, right in merges]
@@ -178,21 +184,35 @@ def _special_tokens(
     if "added_tokens_decoder" in config:
         numbered = [(int(number), token) for number, token in config["added_tokens_decoder"].items()]
     else:
-        special = json.loads(files.get(SPECIAL, "{}"))
+        special = _object(files, SPECIAL)
         roles |= {role: special[role] for role in _ROLES if special.get(role)}
         named = {_content(token) for token in roles.values()}
         numbered = [
             (number, {"content": word, "special": word in named, "normalized": word not in named})
-            for word, number in json.loads(files.get(ADDED, "{}")).items()
+            for word, number in _object(files, ADDED).items()
         ]
         if WHOLE in files:
-            numbered += [(token["id"], token) for token in json.loads(files[WHOLE])["added_tokens"]]
+            numbered += [(token["id"], token) for token in _object(files, WHOLE)["added_tokens"]]
     known = {_content(token): _token(token) for _, token in sorted(numbered, key=lambda pair: pair[0])}
     special_tokens = {role: known.get(_content(token)) or _token(token, special=True) for role, token in roles.items()}
     return special_tokens, [
         *known.values(),
         *(token for token in special_tokens.values() if token.content not in known),
     ]
+
+
+def _object(files: Mapping[str, str], name: str) -> dict[str, Any]:
+    return parse_object(files.get(name, "{}"), name)
+
+
+def _length(value: Any) -> int:
+    """The longest prompt. Transformers writes 1e30 where nobody said one, which no text encoder reads."""
+    if type(value) not in (int, float) or not 3 <= value <= LONGEST_PROMPT or value != int(value):
+        raise CheckpointError(
+            f"{CONFIG} has model_max_length {str(value)[:40]}, expected 3 to {LONGEST_PROMPT} tokens as the text encoder "
+            "reads (77 for Stable Diffusion); write that there"
+        )
+    return int(value)
 
 
 def _content(token: str | Mapping[str, Any]) -> str:

@@ -49,7 +49,7 @@ def parse_json(
     # Looking at every value takes longer than reading them: only where the text gives cause.
     if text.count("{") + text.count("[") > DEEPEST and _is_deep(value):
         refuse(f"it is nested more than {DEEPEST} levels deep")
-    if _LONG_NUMBER.search(text) and any(_is_huge(leaf) for leaf in _leaves(value)):
+    if _LONG_NUMBER.search(text) and any(_is_huge(leaf, finite) for leaf in _leaves(value)):
         refuse("it holds a number beyond 64 bits")
     if _SURROGATE.search(text) and any(isinstance(leaf, str) and not is_unicode(leaf) for leaf in _leaves(value)):
         refuse("it holds half of a character, a lone surrogate")
@@ -96,9 +96,9 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _is_huge(value: Any) -> bool:
+def _is_huge(value: Any, finite: bool) -> bool:
     if isinstance(value, float):
-        return value in (float("inf"), -float("inf"))
+        return finite and value in (float("inf"), -float("inf"))
     return isinstance(value, int) and not -_LARGEST <= value < 2 * _LARGEST
 
 

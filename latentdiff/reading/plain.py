@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
-from latentdiff.errors import CheckpointError, LatentDiffError
+from latentdiff.errors import CheckpointError, DataError, LatentDiffError
 
 MIB = 2**20
+LONGEST_CAPTION = MIB  # also of a line of metadata
 LONGEST_TEXT = 32 * MIB  # the largest text files of published models, tokenizers, have 2 to 4 MiB
 
 # Opening a pipe waits for its other end unless this is given; Windows has neither.
@@ -90,6 +92,22 @@ def decode(
         raise error(
             f"{place} is not UTF-8 text (byte {cause.start} is {content[cause.start]:#04x}); {remedy}"
         ) from cause
+
+
+def bounded_lines(
+    file: TextIO, place: str, error: type[LatentDiffError] = DataError, longest: int = LONGEST_CAPTION
+) -> Iterator[str]:
+    """The lines of a text, as iterating over it gives them, none longer than `longest` letters.
+
+    Raises:
+        error: one is.
+    """
+    number = 0
+    while line := file.readline(longest + 1):
+        number += 1
+        if len(line) > longest:
+            raise error(f"{place} line {number} is longer than {longest:,} letters; it is probably another file")
+        yield line
 
 
 def exists(path: Path) -> bool:

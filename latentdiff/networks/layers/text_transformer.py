@@ -20,6 +20,9 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
+# More of these is no text encoder of this world, and would take hours to build; ViT-bigG has 32 layers.
+LARGEST = {"num_hidden_layers": 256, "max_position_embeddings": 4096}
+
 
 @dataclass(frozen=True)
 class TextTransformerConfig:
@@ -42,14 +45,17 @@ class TextTransformerConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and not (type(value) is int and value > 0):
-                raise ConfigError(f"expected a positive number as {field.name} of the text encoder, found {value!r}")
+            largest = LARGEST.get(field.name, 2**22)
+            if field.type == "int" and not (type(value) is int and 0 < value <= largest):
+                shown = str(value)[:40]
+                raise ConfigError(
+                    f"expected a number from 1 to {largest} as {field.name} of the text encoder, found {shown}"
+                )
             if field.type == "float" and not (isinstance(value, int | float) and 0 <= value < 1):
                 raise ConfigError(f"expected a number from 0 to 1 as {field.name} of the text encoder, found {value!r}")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ConfigError(
-                f"expected hidden_act of the text encoder to be one of {', '.join(ACTIVATIONS)}, found {self.hidden_act!r}"
-            )
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
+            known, shown = ", ".join(ACTIVATIONS), str(self.hidden_act)[:40]
+            raise ConfigError(f"expected hidden_act of the text encoder to be one of {known}, found {shown!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"the text encoder's hidden_size {self.hidden_size} is not a multiple of its "

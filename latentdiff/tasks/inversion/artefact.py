@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latentdiff.checkpoints.files import read_tensors
 from latentdiff.checkpoints.hashing import file_hash
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import CheckpointError, DataError, UsageError
 from latentdiff.files import atomic_path
 from latentdiff.image import decibels
+from latentdiff.reading.json import parse_json
+from latentdiff.reading.plain import exists
+from latentdiff.reading.safetensors import read_header
 from latentdiff.tasks.sources import Picture
 
 FORMAT = "latentdiff.inversion"
@@ -135,27 +138,31 @@ class Inversion:
             DataError: there is no such file, it is damaged, no inversion, or comes from a newer latentdiff.
         """
         name = os.fspath(path)
+        if not exists(Path(path)):
+            raise DataError(f"no inversion at {name}")
         try:
-            with safe_open(name, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except FileNotFoundError as error:
-            raise DataError(f"no inversion at {name}") from error
-        except (OSError, SafetensorError) as error:
+            file = read_tensors(Path(path))
+        except CheckpointError as error:
             raise DataError(
                 f"cannot read {name} as an inversion, a safetensors file of `latentdiff invert`: {error}"
             ) from error
+        metadata = file.metadata
         if metadata.get("format") != FORMAT:
             raise DataError(
                 f"expected an inversion made by `latentdiff invert`, found another safetensors file: {name}"
             )
         if metadata.get("schema") != str(SCHEMA):
             raise DataError(f"{name} was written by a newer latentdiff; update latentdiff to read it")
+        # Two pictures that are equal are infinitely alike, in dB.
+        plain = parse_json(
+            metadata.get("inversion", ""),
+            f"the inversion of {name}",
+            DataError,
+            remedy="invert the picture anew",
+            finite=False,
+        )
         try:
-            plain = json.loads(metadata["inversion"])
-            plain["levels"] = tuple(Level(**level) for level in plain["levels"])
-            plain["size"] = tuple(plain["size"])
-            found = cls(**tensors, **plain)
+            found = cls(**_checked(plain, file.tensors))
             _check_whole(found)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{name} is a damaged inversion: {error}; invert the picture anew") from error
@@ -165,9 +172,8 @@ class Inversion:
 def is_inversion(path: str | os.PathLike[str]) -> bool:
     """Whether `path` holds an inversion, and not a picture."""
     try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (OSError, SafetensorError):
+        return read_header(Path(path)).metadata.get("format") == FORMAT
+    except CheckpointError:
         return False
 
 
@@ -191,14 +197,57 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return decibels((a.double() - b.double()).square().mean().item(), peak=2.0)
 
 
-def _check_whole(found: Inversion) -> None:
-    expected: Sequence[tuple[str, Tensor | None, int]] = [
-        ("latents", found.latents, found.steps + 1),
-        ("embeddings", found.embeddings, 1),
-        ("nulls", found.nulls, found.steps),
+# What each entry of the metadata is.
+_KINDS: dict[str, Any] = {
+    "levels": list, "prompt": str, "method": str, "model": str, "model_hash": str, "size": list, "settings": dict,
+    "reconstruction_db": (int, float, type(None)), "floor_db": (int, float, type(None)), "source": dict,
+}  # fmt: skip
+_LARGEST_SIDE = 2**16
+
+
+def _checked(plain: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of an inversion, each of its type and within sense; ValueError says which is not."""
+    if not isinstance(plain, dict):
+        raise ValueError(f"expected its fields, found a {type(plain).__name__}")
+    for name, value in plain.items():
+        if name not in _KINDS or isinstance(value, bool) or not isinstance(value, _KINDS[name]):
+            raise ValueError(f"the field {name} is unknown or of the wrong type")
+    if len(plain["size"]) != 2 or any(type(side) is not int or not 0 < side <= _LARGEST_SIDE for side in plain["size"]):
+        raise ValueError(f"expected width and height as size, found {str(plain['size'])[:40]}")
+    if not all(isinstance(text, str) for text in plain.get("source", {}).values()):
+        raise ValueError("expected texts as source")
+    if unknown := tensors.keys() - {"latents", "embeddings", "nulls", "partner"}:
+        raise ValueError(f"unknown tensor {min(unknown)}")
+    levels = tuple(_level(level) for level in plain["levels"])
+    return {**tensors, **plain, "levels": levels, "size": tuple(plain["size"])}
+
+
+def _level(plain: Any) -> Level:
+    level = Level(**plain)
+    numbers = [
+        value for value in (level.t, level.alpha_cumprod) if type(value) in (int, float) and math.isfinite(value)
     ]
-    for name, tensor, count in expected:
-        if tensor is not None and len(tensor) != count:
-            raise ValueError(f"expected {count} {name}, found {len(tensor)}")
-        if tensor is not None and not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} are not finite")
+    if len(numbers) != 2 or level.t < 0 or not 0 <= level.alpha_cumprod <= 1 or type(level.is_clean) is not bool:
+        raise ValueError(f"expected a level of a timestep and a share of signal, found {str(plain)[:80]}")
+    return level
+
+
+def _check_whole(found: Inversion) -> None:
+    steps = found.steps
+    if steps < 1:
+        raise ValueError(f"expected two levels or more, found {steps + 1}")
+    sides = tuple(found.latents.shape[1:])
+    width = tuple(found.embeddings.shape[1:])
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...], int]] = {
+        "latents": (found.latents, (steps + 1, *sides), 4),
+        "embeddings": (found.embeddings, (1, *width), 3),
+        "nulls": (found.nulls, (steps, *width), 3),
+        "partner": (found.partner, sides, 3),
+    }
+    for name, (tensor, shape, dimensions) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or tensor.ndim != dimensions or not tensor.numel():
+            raise ValueError(f"expected {name} of shape {shape}, found {tuple(tensor.shape)}")
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"{name} are not finite numbers")

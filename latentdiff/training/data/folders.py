@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import DataError, MissingDependencyError
+from latentdiff.reading.json import parse_json
+from latentdiff.reading.plain import LONGEST_CAPTION, bounded_lines, exists, open_file, read_text
 from latentdiff.training.data.entries import Entry, FileOrigin, Listing, Problem, as_captions, caption_column
 from latentdiff.training.data.images import SUFFIXES
 
@@ -62,7 +64,7 @@ def _from_metadata(folder: Path, metadata: list[Path], images: list[Path], colum
                 raise DataError(f"{place}: expected a {FILE_NAME!r}, found {_short(row)}")
             path = table.parent / name
             named.add(path)
-            if path.is_file():
+            if exists(path) and path.is_file():
                 captions = as_captions(row.get(found), place)
                 listing.entries.append(Entry(_name(path, folder), captions, FileOrigin(path)))
             else:
@@ -103,8 +105,10 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from enumerate(_parquet_rows(table), start=1)
         return
     try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            yield from _json_rows(table, file) if table.suffix == ".jsonl" else enumerate(csv.DictReader(file), start=1)
+        with io.TextIOWrapper(open_file(table, DataError), encoding="utf-8-sig", newline="") as file:
+            lines = bounded_lines(file, str(table))
+            rows = _json_rows(table, lines) if table.suffix == ".jsonl" else enumerate(csv.DictReader(lines), start=1)
+            yield from rows
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {table}: {error}; save it as UTF-8") from error
 
@@ -113,12 +117,10 @@ def _json_rows(table: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
+        place = f"{table} row {number}"
+        row = parse_json(line, place, DataError, remedy='expected {"file_name": ..., "text": ...}')
         if not isinstance(row, dict):
-            raise DataError(f'{table} row {number}: expected {{"file_name": ..., "text": ...}}, found {line[:60]!r}')
+            raise DataError(f'{place}: expected {{"file_name": ..., "text": ...}}, found {line[:60]!r}')
         yield number, row
 
 
@@ -134,10 +136,7 @@ def _parquet_rows(table: Path) -> list[dict[str, Any]]:
 
 
 def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"cannot read the caption {path}: {error}; save it as UTF-8") from error
+    return read_text(path, DataError, LONGEST_CAPTION)
 
 
 def _name(path: Path, folder: Path) -> str:

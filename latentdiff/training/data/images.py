@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from latentdiff.errors import DataError
+from latentdiff.reading.pictures import DAMAGED
+from latentdiff.reading.plain import open_file
 
 # Only these readers are asked, whatever a file is called: others start programs (EPS) or read what is no picture.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
@@ -26,8 +28,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What Pillow's readers raise on damaged files.
-_DAMAGED = (OSError, SyntaxError, ValueError, IndexError, KeyError, TypeError, struct.error, OverflowError, EOFError)
 
 
 def read_image(source: Path | bytes, name: str, *, background: str = BACKGROUND) -> Image.Image:
@@ -45,10 +45,10 @@ def read_image(source: Path | bytes, name: str, *, background: str = BACKGROUND)
         DataError: it is no image, is damaged, or is larger than Pillow's limit against decompression bombs.
     """
     try:
-        with _open(source) as file:
+        with _bytes_of(source) as content, Image.open(content, formats=FORMATS) as file:
             orientation = _orientation(file)
             image = _to_rgb(file, background)
-    except (*_DAMAGED, Image.DecompressionBombError, MemoryError) as error:
+    except DAMAGED as error:
         raise DataError(f"cannot read the image {name}: {_reason(source, error)}") from error
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
@@ -60,22 +60,22 @@ def image_size(source: Path | bytes, name: str) -> tuple[int, int]:
         DataError: it is no image.
     """
     try:
-        with _open(source) as file:
+        with _bytes_of(source) as content, Image.open(content, formats=FORMATS) as file:
             width, height = file.size
             return (height, width) if _orientation(file) >= 5 else (width, height)
-    except (*_DAMAGED, Image.DecompressionBombError, MemoryError) as error:
+    except DAMAGED as error:
         raise DataError(f"cannot read the image {name}: {_reason(source, error)}") from error
 
 
-def _open(source: Path | bytes) -> Image.Image:
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+def _bytes_of(source: Path | bytes) -> BinaryIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else open_file(source, DataError)
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         # Of the base class: that of PNG files decodes the whole image to look behind it.
         return int(Image.Image.getexif(image).get(_ORIENTATION, 1))
-    except _DAMAGED:
+    except DAMAGED:
         return 1  # broken EXIF data in a sound image are common
 
 

@@ -6,15 +6,16 @@ dot.
 
 from __future__ import annotations
 
-import json
 import re
-import tarfile
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import DataError
+from latentdiff.reading.json import parse_json
+from latentdiff.reading.plain import LONGEST_CAPTION, decode
+from latentdiff.reading.tars import Member, list_members
 from latentdiff.training.data.entries import CAPTION_COLUMNS, Entry, Listing, MemberOrigin, Problem, as_captions
 from latentdiff.training.data.images import SUFFIXES
 
@@ -65,7 +66,7 @@ def list_shards(shards: list[Path], column: str | None) -> Listing:
             if image is None:
                 listing.problems.append(Problem(name, f"the sample has no image; its fields are {', '.join(members)}"))
                 continue
-            texts = {field: _origin(shard, member).source() for field, member in members.items() if _is_text(field)}
+            texts = {field: read_caption(shard, member) for field, member in members.items() if is_text(field)}
             captions = sample_captions(texts, column, name)
             listing.entries.append(Entry(name, captions, _origin(shard, image)))
     if not listing.entries:
@@ -75,19 +76,20 @@ def list_shards(shards: list[Path], column: str | None) -> Listing:
     return listing
 
 
-def members_of(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+def members_of(shard: Path) -> Iterator[tuple[str, dict[str, Member]]]:
     """Samples of a shard in order: the key, and its members by field; reads headers only.
 
     Raises:
-        DataError: the shard is damaged.
+        DataError: the shard is damaged, or holds a field of a sample twice.
     """
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            members = ((name, member) for member in tar if member.isreg() and (name := split_name(member.name)))
-            for key, group in groupby(members, lambda item: item[0][0]):
-                yield key, {field: member for (_, field), member in group}
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"cannot read the shard {shard}: {error}; make or fetch it again") from error
+    members = ((name, member) for member in list_members(shard) if (name := split_name(member.name)))
+    for key, group in groupby(members, lambda item: item[0][0]):
+        fields: dict[str, Member] = {}
+        for (_, field), member in group:
+            if field in fields:
+                raise DataError(f"the shard {shard} holds {key[:80]}.{field[:80]} twice; make it again")
+            fields[field] = member
+        yield key, fields
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -108,9 +110,10 @@ def sample_captions(fields: Mapping[str, Any], column: str | None, name: str) ->
     try:
         if column is None and (field := next((field for field in CAPTION_FIELDS if field in fields), None)):
             return as_captions(fields[field].decode("utf-8"), name)
-        row = json.loads(fields["json"]) if "json" in fields else {}
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise DataError(f"cannot read the captions of {name}: {error}") from error
+    place = f"the captions of {name}"
+    row = parse_json(decode(fields["json"], place, DataError), place, DataError) if "json" in fields else {}
     columns = [column] if column else CAPTION_COLUMNS
     found = next((row[each] for each in columns if each in row), None) if isinstance(row, dict) else None
     return as_captions(found, name)
@@ -123,12 +126,24 @@ def looked_for(column: str | None) -> str:
     return f"{', '.join(f'.{field}' for field in CAPTION_FIELDS)}, and {', '.join(CAPTION_COLUMNS)} in .json"
 
 
-def _is_text(field: str) -> bool:
+def is_text(field: str) -> bool:
+    """Whether a field may hold captions."""
     return field in CAPTION_FIELDS or field == "json"
 
 
-def _origin(shard: Path, member: tarfile.TarInfo) -> MemberOrigin:
-    return MemberOrigin(shard, member.offset_data, member.size)
+def read_caption(shard: Path, member: Member) -> bytes:
+    """The text of a member.
+
+    Raises:
+        DataError: it is too long for a caption.
+    """
+    if member.size > LONGEST_CAPTION:
+        raise DataError(f"{member.name[:80]} in {shard} has {member.size:,} bytes, expected a caption")
+    return _origin(shard, member).source()
+
+
+def _origin(shard: Path, member: Member) -> MemberOrigin:
+    return MemberOrigin(shard, member.start, member.size)
 
 
 def _fields(seen: set[str]) -> str:

@@ -25,10 +25,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from latentdiff.errors import DataError, MissingDependencyError, UsageError
-from latentdiff.training.data.entries import Problem
+from latentdiff.training.data.entries import MemberOrigin, Problem
 from latentdiff.training.data.images import BACKGROUND, read_image
 from latentdiff.training.data.randomness import SampleOrder, torch_seed
-from latentdiff.training.data.shards import IMAGE_FIELDS, members_of, sample_captions
+from latentdiff.training.data.shards import IMAGE_FIELDS, is_text, members_of, read_caption, sample_captions
 
 BUFFER = 4096  # samples that are shuffled together, over all lanes
 _GIVE_UP = 100  # samples in a row that cannot be read
@@ -246,15 +246,13 @@ def _samples(shard: Path) -> Iterator[Sample]:
     Raises:
         DataError: it is damaged.
     """
-    reader = _library().tariterators
-    try:
-        with open(shard, "rb") as file:
-            for fields in reader.group_by_keys(reader.tar_file_expander([{"url": str(shard), "stream": file}])):
-                key = fields["__key__"]
-                yield Sample(
-                    f"{shard.name}/{key}", {name: value for name, value in fields.items() if not name.startswith("__")}
-                )
-    except Exception as error:  # the library passes on whatever the tar module raises, and adds to it
-        raise DataError(
-            f"cannot read the shard {shard}: {str(error.args[0]) if error.args else error}; make it again"
-        ) from error
+    for key, members in members_of(shard):
+        yield Sample(
+            f"{shard.name}/{key}",
+            {
+                name: read_caption(shard, member)
+                if is_text(name)
+                else MemberOrigin(shard, member.start, member.size).source()
+                for name, member in members.items()
+            },
+        )

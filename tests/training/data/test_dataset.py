@@ -239,7 +239,7 @@ def make_unreadable(folder):
         ),
         (make_half_captioned, r"1 of 2 images .* have no caption, the first is x.png"),
         (make_only_captions, r"no images in .*found 1 \.txt"),
-        (make_bad_line, "row 2: expected"),
+        (make_bad_line, "row 2 is not valid JSON .*; expected"),
         (make_number_as_text, "row 1: expected a caption as text or a list of text, found '3'"),
         (make_empty_metadata, "is empty"),
         (make_unreadable, "none of 1 images can be used, the first is 0.png: the file is empty"),

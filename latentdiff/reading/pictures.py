@@ -1,0 +1,71 @@
+"""Image files from anywhere, by Pillow: only formats that are pictures, of bounded size, and no exception but ours."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+
+from latentdiff.errors import DataError
+from latentdiff.reading.plain import open_file
+
+# Other readers of Pillow start programs (EPS), read what is no picture, or ask the network.
+FORMATS = (
+    "PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "PPM", "TGA", "ICO", "JPEG2000", "PSD", "PCX",
+)  # fmt: skip
+MOST_FRAMES = 10_000  # of an animation
+# What Pillow's readers raise on damaged files.
+DAMAGED = (
+    OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, MemoryError,
+    AssertionError, RecursionError, NotImplementedError, RuntimeError, struct.error, zlib.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+
+
+@contextmanager
+def opened(
+    source: bytes | str | os.PathLike[str], name: str, formats: Sequence[str] = FORMATS
+) -> Iterator[Image.Image]:
+    """An image, not decoded yet; whatever goes wrong with it inside the `with` is an error of ours.
+
+    Args:
+        source: a file, or its content.
+        name: for messages.
+
+    Raises:
+        DataError: there is no such file, or it is damaged, no picture, or larger than Pillow's limit against
+            decompression bombs.
+    """
+    if not isinstance(source, bytes) and not Path(source).exists():
+        raise DataError(f"no picture at {name}")
+    with io.BytesIO(source) if isinstance(source, bytes) else open_file(source, DataError) as file:
+        try:
+            with _open(file, formats) as image:
+                yield image
+        except DataError:
+            raise
+        except UnidentifiedImageError as error:
+            raise DataError(
+                f"cannot read {name} as a picture: it is none that is known, or its start is damaged"
+            ) from error
+        except DAMAGED as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise DataError(f"cannot read {name} as a picture: {reason}") from error
+
+
+def _open(file: BinaryIO, formats: Sequence[str]) -> Image.Image:
+    """The common formats first: the readers of the others take a while to load."""
+    Image.preinit()
+    try:
+        return Image.open(file, formats=[name for name in formats if name in Image.OPEN])
+    except UnidentifiedImageError:
+        Image.init()
+        file.seek(0)
+        return Image.open(file, formats=[name for name in formats if name in Image.OPEN])
