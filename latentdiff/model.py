@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.adapters.lora.loaded import LoadedLoRAs
-from latentdiff.adapters.textual_inversion import LoadedWords, is_word_file
+from latentdiff.adapters.textual_inversion import LoadedEmbeddings, is_word_file
 from latentdiff.checkpoints.embedded import embedded_model
 from latentdiff.device import Precision, pick_device, pick_precision, precision_of
 from latentdiff.diffusion.config import ScheduleConfig
@@ -47,7 +47,7 @@ class LoadedModel:
         low_memory: see `load`.
 
     Attributes:
-        parts: which of the networks are in memory; `parts.keep` says how long they stay there.
+        residence: which of the networks are in memory; `residence.keep` says how long they stay there.
 
     Raises:
         CheckpointError: the parts do not fit one another.
@@ -68,7 +68,7 @@ class LoadedModel:
         low_memory: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
-        self.parts = Residence(
+        self.residence = Residence(
             {"text_encoder": text_encoder, "unet": unet, "vae": vae}, stored or {}, low_memory=low_memory
         )
         self._network: Network | None = None
@@ -78,7 +78,7 @@ class LoadedModel:
         self.precision = precision_of(unet)
         self.backend = "torch"
         self.loras = LoadedLoRAs(unet, text_encoder)
-        self.words = LoadedWords(tokenizer, text_encoder)
+        self.embeddings = LoadedEmbeddings(tokenizer, text_encoder)
         _check_fit("text embeddings", text_encoder.embedding_width, unet.config.cross_attention_dim)
         _check_fit("latent channels", vae.config.latent_channels, unet.config.out_channels)
         _check_inputs(unet.config.in_channels, vae.config.latent_channels)
@@ -152,7 +152,7 @@ class LoadedModel:
         """Write the model as a folder in the diffusers layout, in the precision that it has here, without its LoRAs."""
         from latentdiff.checkpoints.components import Components, save_folder
 
-        self.parts.require_whole("saving")
+        self.residence.require_whole("saving")
         parts = Components(
             self.tokenizer,
             self.text_encoder,
@@ -176,15 +176,15 @@ class LoadedModel:
         """
         where = pick_device(device)
         if isinstance(precision, str):
-            size = sum(parameter.numel() for parameter in self.parts.module("unet").parameters())
+            size = sum(parameter.numel() for parameter in self.residence.module("unet").parameters())
             precision = pick_precision(precision, where, size)
         self.precision = precision or self.precision
-        self.parts.to(where, self.precision)
+        self.residence.to(where, self.precision)
         if self.device.type == "cpu":
             for name in ("text_encoder", "unet", "vae"):
-                use_fast_forms(self.parts.module(name))
+                use_fast_forms(self.residence.module(name))
         self.loras.to(where, self.precision)
-        self.words.to(where)
+        self.embeddings.to(where)
         return self.use_backend(self.backend)
 
     def use_backend(self, name: BackendName) -> Self:
@@ -203,8 +203,8 @@ class LoadedModel:
             MissingDependencyError: what it needs is not installed.
         """
         if name != "torch" or self.precision.name == "int8":
-            self.parts.require_whole(f"the back end {name} in {self.precision.name}")
-        unet, vae = self.parts.module("unet"), self.parts.module("vae")
+            self.residence.require_whole(f"the back end {name} in {self.precision.name}")
+        unet, vae = self.residence.module("unet"), self.residence.module("vae")
         self.network, self.decoder = engines_for(name, self.precision.name, unet, vae, self._examples)
         self.backend = name
         return self
@@ -237,30 +237,30 @@ class LoadedModel:
         Raises:
             CheckpointError: there is no such file, it is damaged, no LoRA, or one for another model.
         """
-        self.parts.ready("text_encoder"), self.parts.ready("unet")  # what is loaded goes where they lie
+        self.residence.ready("text_encoder"), self.residence.ready("unet")  # what is loaded goes where they lie
         if is_word_file(path):
-            report = self.words.load(path, os.fspath(path) if name is None else name)
-            self.tokenizer = self.words.tokenizer
+            report = self.embeddings.load(path, os.fspath(path) if name is None else name)
+            self.tokenizer = self.embeddings.tokenizer
             return report
         return self.loras.load(path, scale, name, allow_partial, self.precision)
 
     def unload_lora(self, name: str | None = None) -> None:
         """Take a LoRA off again, or all of them: pictures are as before, bit for bit."""
-        is_word = name in self.words
+        is_word = name in self.embeddings
         if is_word or name is None:
-            self.words.unload(name)
-            self.tokenizer = self.words.tokenizer
+            self.embeddings.unload(name)
+            self.tokenizer = self.embeddings.tokenizer
         if not is_word:
             self.loras.unload(name)
 
     def adaptations(self) -> list[dict[str, Any]]:
         """What recipes say of the LoRAs and words that are loaded."""
-        return [*self.loras.describe(), *self.words.describe()]
+        return [*self.loras.describe(), *self.embeddings.describe()]
 
     def __repr__(self) -> str:
         """What is loaded: model, size, precision, device, and what adapts it."""
         height, width = self.default_size
-        parameters = sum(parameter.numel() for parameter in self.parts.module("unet").parameters())
+        parameters = sum(parameter.numel() for parameter in self.residence.module("unet").parameters())
         facts = [
             self.name or "unnamed model",
             f"U-Net of {parameters / 1e6:.1f} million parameters" + (" for inpainting" * self.is_for_inpainting),
@@ -268,7 +268,7 @@ class LoadedModel:
             f"{self.schedule.config.prediction_type} prediction",
             f"{self.precision.name} on {self.device}",
             *([f"back end {self.backend}"] if self.backend != "torch" else []),
-            *(["low memory"] if self.parts.low_memory else []),
+            *(["low memory"] if self.residence.low_memory else []),
             *(f"{entry['file']} x {entry['scale']:g}" for entry in self.adaptations() if "scale" in entry),
         ]
         return f"<{type(self).__name__} {', '.join(facts)}>"
@@ -276,17 +276,17 @@ class LoadedModel:
     @property
     def text_encoder(self) -> TextEncoder:
         """Token ids (N, L) -> embeddings (N, L, C)."""
-        return self.parts.ready("text_encoder")
+        return self.residence.ready("text_encoder")
 
     @property
     def unet(self) -> UNet:
         """Noisy latents, timestep and text -> raw prediction."""
-        return self.parts.ready("unet")
+        return self.residence.ready("unet")
 
     @property
     def vae(self) -> VAE:
         """Pictures to latents and back."""
-        return self.parts.ready("vae")
+        return self.residence.ready("vae")
 
     @property
     def network(self) -> Network:
@@ -295,7 +295,7 @@ class LoadedModel:
 
     @network.setter
     def network(self, network: Network) -> None:
-        self._network = None if network is self.parts.module("unet") else network
+        self._network = None if network is self.residence.module("unet") else network
 
     @property
     def decoder(self) -> Decoder:
@@ -304,23 +304,26 @@ class LoadedModel:
 
     @decoder.setter
     def decoder(self, decoder: Decoder) -> None:
-        self._decoder = None if decoder == self.parts.module("vae").decode else decoder
+        self._decoder = None if decoder == self.residence.module("vae").decode else decoder
 
     @property
     def default_size(self) -> tuple[int, int]:
         """Height and width in pixels of the pictures that the model was trained on."""
-        side = self.parts.module("unet").config.sample_size * self.parts.module("vae").config.downscale
+        side = self.residence.module("unet").config.sample_size * self.residence.module("vae").config.downscale
         return side, side
 
     @property
     def device(self) -> torch.device:
         """Where the model lies and latents are made."""
-        return self.parts.device
+        return self.residence.device
 
     @property
     def is_for_inpainting(self) -> bool:
         """Whether the U-Net sees, after the latents, a mask and the latents of the picture under it."""
-        return self.parts.module("unet").config.in_channels == 2 * self.parts.module("vae").config.latent_channels + 1
+        return (
+            self.residence.module("unet").config.in_channels
+            == 2 * self.residence.module("vae").config.latent_channels + 1
+        )
 
 
 def _check_fit(what: str, found: int, expected: int) -> None:

@@ -112,7 +112,7 @@ class Pipeline(LoadedModel):
         size = options.pop("height", None), options.pop("width", None)
         plan = Sampling(**cast(SamplingOptions, options)).plan(prompt, self.schedule)
         self.check_text_to_image()
-        shape = latent_shape(size, self.default_size, self.parts.module("vae").config, latents, len(plan.prompts))
+        shape = latent_shape(size, self.default_size, self.residence.module("vae").config, latents, len(plan.prompts))
 
         def start(part: slice, noise: NoiseStream) -> Start:
             x = noise()  # drawn even if it is given, so that later draws do not depend on that
@@ -149,12 +149,12 @@ class Pipeline(LoadedModel):
             Cancelled: the callback returned False.
         """
         rows = max(map(plan.rows, plan.batches))
-        job = self.parts.job(rows, *shape[-2:], quadratic=attention_backend() == "plain")
-        self.parts.check(job)
+        workload = self.residence.workload(rows, *shape[-2:], quadratic=attention_backend() == "plain")
+        self.residence.check(workload)
         positive, negative = map(_as_prompts, text or self.encoded(plan))
-        self.parts.make_room("unet", denoising_bytes(job))
+        self.residence.make_room("unet", denoising_bytes(workload))
         finished = []
-        with self.parts.using("unet"), progress_bar(plan.steps * len(plan.batches), plan.options.progress) as bar:
+        with self.residence.using("unet"), progress_bar(plan.steps * len(plan.batches), plan.options.progress) as bar:
             for part in plan.batches:
                 noise = NoiseStream(plan.seeds[part], shape, device=self.device)
                 begun = start(part, noise)
@@ -208,9 +208,9 @@ class Pipeline(LoadedModel):
     @explained_out_of_memory()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (N, C, h, w) to pictures (N, 3, H, W), about in [-1, 1], float32, one at a time."""
-        job = self.parts.job(1, *latents.shape[-2:])
-        self.parts.make_room("vae", decoding_bytes(job))
-        return decode_latents(self.decoder, self.vae, latents, self.device, tiled=job.is_tiled)
+        workload = self.residence.workload(1, *latents.shape[-2:])
+        self.residence.make_room("vae", decoding_bytes(workload))
+        return decode_latents(self.decoder, self.vae, latents, self.device, tiled=workload.is_tiled)
 
     @torch.no_grad()
     @explained_out_of_memory()

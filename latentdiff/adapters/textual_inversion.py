@@ -92,7 +92,7 @@ class NewWord(nn.Module):
         save_tensors({self.word: self.vector.detach().cpu()}, Path(path), {"format": "pt", **(metadata or {})})
 
 
-class LoadedWords:
+class LoadedEmbeddings:
     """The new words that a pipeline knows, each removable without a trace.
 
     Args:

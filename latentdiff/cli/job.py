@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Picture:
+class WantedImage:
     """One picture that is wanted; `is_there` says whether it was made before."""
 
     prompt: str
@@ -47,19 +47,19 @@ class Job:
     metadata: bool = True
     ranks: Ranks = Ranks()
 
-    def plan(self, out: Path, prompts: Sequence[str], seeds: Sequence[int]) -> list[Picture]:
+    def plan(self, out: Path, prompts: Sequence[str], seeds: Sequence[int]) -> list[WantedImage]:
         """All pictures, prompt by prompt, each once and each in a file of its own.
 
         What other processes of the same job have written already does not change the plan.
         """
-        pictures: dict[Path, Picture] = {}
+        pictures: dict[Path, WantedImage] = {}
         for prompt in dict.fromkeys(prompts):
             for seed in seeds:
                 path, is_there = output.picture_path(out, self._wanted(prompt, seed), taken=pictures)
-                pictures[path] = Picture(prompt, seed, path, is_there)
+                pictures[path] = WantedImage(prompt, seed, path, is_there)
         return list(pictures.values())
 
-    def run(self, pictures: Sequence[Picture]) -> int:
+    def run(self, pictures: Sequence[WantedImage]) -> int:
         """Make the share of this process; one failing prompt does not end the job. Returns the exit code."""
         calls = self.ranks.own(list(self._calls(pictures)))
         is_alone = len(calls) == 1 and self.ranks.count == 1
@@ -67,7 +67,7 @@ class Job:
         for call in calls:
             prompt = call[0].prompt
             if call is calls[-1]:
-                self.pipe.parts.expect_no_more()
+                self.pipe.residence.expect_no_more()
             try:
                 self._make(call)
             except UsageError:
@@ -82,7 +82,7 @@ class Job:
             click.echo(f"error: {len(failed)} of {count} prompts failed", err=True)
         return 1 if failed else 0
 
-    def _calls(self, pictures: Sequence[Picture]) -> Iterator[list[Picture]]:
+    def _calls(self, pictures: Sequence[WantedImage]) -> Iterator[list[WantedImage]]:
         """What one call of the pipeline makes: a prompt, or one batch of it where it is to be shared."""
         from latentdiff.request.plan import batches
 
@@ -91,7 +91,7 @@ class Job:
             parts = [slice(None)] if self.ranks.count == 1 else batches(len(found), self.settings.get("batch_size"))
             yield from (found[part] for part in parts)
 
-    def _make(self, pictures: Sequence[Picture]) -> None:
+    def _make(self, pictures: Sequence[WantedImage]) -> None:
         from latentdiff.image import save_png
 
         missing = []
@@ -128,7 +128,7 @@ class Job:
         return {**asked, **model, "prompt": prompt, "seed": seed}
 
 
-def write_sheet(pictures: Sequence[Picture], path: Path) -> None:
+def write_sheet(pictures: Sequence[WantedImage], path: Path) -> None:
     """Lay out those of the pictures that there are, with their prompts."""
     from latentdiff.image import contact_sheet, open_image, save_png
 

@@ -37,7 +37,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What is going to be computed.
 
     Args:
@@ -66,7 +66,7 @@ class Job:
         tile = self.vae.sample_size // self.vae.downscale
         return self.low_memory and max(self.height, self.width) > tile
 
-    def changed(self, **fields: object) -> Job:
+    def changed(self, **fields: object) -> Workload:
         """The same with other fields."""
         return replace(self, **fields)
 
@@ -76,40 +76,40 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
-def denoising_bytes(job: Job) -> int:
+def denoising_bytes(workload: Workload) -> int:
     """Activations of one call of the U-Net."""
-    config, levels = job.unet, range(len(job.unet.block_out_channels))
-    sizes = [(_ceil(job.height, 2**level), _ceil(job.width, 2**level)) for level in levels]
-    maps = [job.rows * h * w * width for (h, w), width in zip(sizes, config.block_out_channels, strict=True)]
+    config, levels = workload.unet, range(len(workload.unet.block_out_channels))
+    sizes = [(_ceil(workload.height, 2**level), _ceil(workload.width, 2**level)) for level in levels]
+    maps = [workload.rows * h * w * width for (h, w), width in zip(sizes, config.block_out_channels, strict=True)]
     kept = sum((config.layers_per_block + 1) * count for count in maps)  # the skips
     widest = max(_FEED_FORWARD * count for count in maps)
     attention = 0
-    if job.quadratic:
+    if workload.quadratic:
         tokens = [h * w for h, w in sizes]
         attention = 2 * max(
-            job.rows * heads * count**2
+            workload.rows * heads * count**2
             for heads, count, present in zip(config.num_heads, tokens, config.attention_levels, strict=True)
             if present
         )
-    return (kept + widest + attention) * job.unet_bytes + _SLACK
+    return (kept + widest + attention) * workload.unet_bytes + _SLACK
 
 
-def decoding_bytes(job: Job) -> int:
+def decoding_bytes(workload: Workload) -> int:
     """Activations of the decoder for one picture."""
-    factor, tile = job.vae.downscale, max(1, job.vae.sample_size // job.vae.downscale)
-    height, width = (min(side, tile) if job.low_memory else side for side in (job.height, job.width))
-    widths = job.vae.block_out_channels
+    factor, tile = workload.vae.downscale, max(1, workload.vae.sample_size // workload.vae.downscale)
+    height, width = (min(side, tile) if workload.low_memory else side for side in (workload.height, workload.width))
+    widths = workload.vae.block_out_channels
     # At the size of the picture the decoder comes from the second level's width and goes to the first's.
-    whole = _DECODER * widths[min(1, len(widths) - 1)] * height * width * factor**2 * job.vae_bytes
-    picture = TILE_OVERHEAD * job.vae.out_channels * job.height * job.width * factor**2 * 4
+    whole = _DECODER * widths[min(1, len(widths) - 1)] * height * width * factor**2 * workload.vae_bytes
+    picture = TILE_OVERHEAD * workload.vae.out_channels * workload.height * workload.width * factor**2 * 4
     return whole + picture + _SLACK
 
 
-def needed(job: Job, *, at_once: bool) -> int:
+def needed(workload: Workload, *, at_once: bool) -> int:
     """Bytes at the peak: with all parts in memory at once, or each for as long as it is used."""
-    weights, denoising, decoding = job.weights, denoising_bytes(job), decoding_bytes(job)
-    unet = weights.streamed if job.low_memory else weights.unet
-    if at_once and not job.low_memory:
+    weights, denoising, decoding = workload.weights, denoising_bytes(workload), decoding_bytes(workload)
+    unet = weights.streamed if workload.low_memory else weights.unet
+    if at_once and not workload.low_memory:
         return weights.text_encoder + unet + weights.vae + max(denoising, decoding)
     return max(weights.text_encoder, unet + denoising, weights.vae + decoding)
 
@@ -119,17 +119,19 @@ def in_gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
-def advice(job: Job, free: int) -> str:
-    """The options, each of which would alone make a job fit into `free` bytes; empty if none would."""
-    short = replace(job.weights, **{name: size * 2 // job.unet_bytes for name, size in vars(job.weights).items()})
+def advice(workload: Workload, free: int) -> str:
+    """The options, each of which would alone make a workload fit into `free` bytes; empty if none would."""
+    short = replace(
+        workload.weights, **{name: size * 2 // workload.unet_bytes for name, size in vars(workload.weights).items()}
+    )
     options = {
-        "--batch-size 1": job.changed(rows=2),
-        "--precision bf16": job.changed(weights=short, unet_bytes=2, vae_bytes=2),
-        "--attention sdpa": job.changed(quadratic=False),
-        "--low-memory": job.changed(low_memory=True),
+        "--batch-size 1": workload.changed(rows=2),
+        "--precision bf16": workload.changed(weights=short, unet_bytes=2, vae_bytes=2),
+        "--attention sdpa": workload.changed(quadratic=False),
+        "--low-memory": workload.changed(low_memory=True),
     }
     return " or ".join(
-        name for name, changed in options.items() if changed != job and needed(changed, at_once=False) <= free
+        name for name, changed in options.items() if changed != workload and needed(changed, at_once=False) <= free
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from latentdiff.device import Precision
 from latentdiff.errors import LatentDiffError, UsageError
 from latentdiff.memory.available import available_memory, free_swap
-from latentdiff.memory.estimate import Job, Weights, advice, in_gigabytes, needed, weight_bytes
+from latentdiff.memory.estimate import Weights, Workload, advice, in_gigabytes, needed, weight_bytes
 from latentdiff.memory.parts import Part
 from latentdiff.memory.streaming import StreamedPart
 
@@ -78,10 +78,10 @@ class Residence:
                 f"{what} needs all weights in memory, and low_memory streams those of the U-Net; load without it"
             )
 
-    def job(self, rows: int, height: int, width: int, *, quadratic: bool = False) -> Job:
-        """What it takes to make pictures of latents of this size; see `Job`."""
+    def workload(self, rows: int, height: int, width: int, *, quadratic: bool = False) -> Workload:
+        """What it takes to make pictures of latents of this size; see `Workload`."""
         unet, vae = self.module("unet"), self.module("vae")
-        return Job(
+        return Workload(
             unet=unet.config,
             vae=vae.config,
             weights=Weights.of(*(self.module(name) for name in NAMES)),
@@ -94,16 +94,16 @@ class Residence:
             low_memory=self.low_memory,
         )
 
-    def check(self, job: Job) -> None:
-        """Raise a LatentDiffError if a job does not fit into the memory that is free now; warn where it is close, or
+    def check(self, workload: Workload) -> None:
+        """Raise a LatentDiffError if a workload does not fit into the memory that is free now; warn where it is close, or
         swaps."""
         free = self._free()
-        if free is None or (need := needed(job, at_once=self.keep is True)) <= CLOSE * free:
+        if free is None or (need := needed(workload, at_once=self.keep is True)) <= CLOSE * free:
             return
         found = (
             f"about {in_gigabytes(need)} of memory for the model and this picture, and {in_gigabytes(free)} are free"
         )
-        options = " or ".join(filter(None, [advice(job, free), "a smaller --width and --height"]))
+        options = " or ".join(filter(None, [advice(workload, free), "a smaller --width and --height"]))
         if need > free + free_swap(self.device):
             raise LatentDiffError(f"not enough memory: it takes {found}; try {options}")
         warnings.warn(f"it takes {found}; if it fails or is slow, try {options}", MemoryWarning, stacklevel=2)

@@ -20,7 +20,7 @@ from latentdiff.request.options import SIDE, SamplingOptions
 from latentdiff.request.plan import Plan, Sampling
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert
-from latentdiff.tasks.sources import Picture, extended, file_of, open_source, resized, warn_if_large
+from latentdiff.tasks.sources import ImageInput, extended, file_of, open_source, resized, warn_if_large
 
 TASK = "edit"
 
@@ -41,7 +41,7 @@ class EditSettings:
 @public(SamplingOptions, strength=Real(0, 1), width=SIDE, height=SIDE)
 def image_to_image(
     pipe: Pipeline,
-    image: Picture | Inversion,
+    image: ImageInput | Inversion,
     prompt: str | Sequence[str],
     *,
     strength: float = 0.6,
@@ -92,7 +92,7 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
     """The picture of a recipe once more."""
     settings = asdict(recipe.settings_as(EditSettings))
     inverting = settings.pop("inversion")
-    source: Picture | Inversion = sources["inversion"] if "inversion" in sources else file_of(sources, "image")
+    source: ImageInput | Inversion = sources["inversion"] if "inversion" in sources else file_of(sources, "image")
     if inverting is not None:
         source = invert(pipe, source, measure=False, progress=False, **inverting)
     return image_to_image(pipe, source, recipe.prompt, **settings, **recipe.sampling())[0]

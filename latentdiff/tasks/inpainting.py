@@ -30,7 +30,7 @@ from latentdiff.tasks.inpainting_walk import painted, repeated
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert
 from latentdiff.tasks.masks import Box, composed, filled, prepared_mask, surroundings
-from latentdiff.tasks.sources import Picture, file_of, open_source, warn_if_large
+from latentdiff.tasks.sources import ImageInput, file_of, open_source, warn_if_large
 
 TASK = "inpaint"
 # Where something is removed, the walk begins from its surroundings at this strength: from more noise than that, models
@@ -70,8 +70,8 @@ class InpaintSettings:
 )
 def inpaint(
     pipe: Pipeline,
-    image: Picture,
-    mask: Picture | None,
+    image: ImageInput,
+    mask: ImageInput | None,
     prompt: str | Sequence[str],
     *,
     inversion: Inversion | str | os.PathLike[str] | None = None,

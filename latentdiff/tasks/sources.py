@@ -20,7 +20,7 @@ from latentdiff.pipeline import Pipeline
 # From this many times the area of the training's pictures on, a model's pictures fall apart into repetitions.
 MUCH_LARGER = 4
 
-Picture = Image.Image | str | os.PathLike[str]
+ImageInput = Image.Image | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Source:
     entry: dict[str, str]
 
 
-def open_source(picture: Picture) -> Source:
+def open_source(picture: ImageInput) -> Source:
     """Read a picture from a file, or take one of Pillow; that one is known by the hash of its pixels and has no name.
 
     Raises:

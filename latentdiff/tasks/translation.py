@@ -31,7 +31,7 @@ from latentdiff.request.plan import batches, make_guidance, one_per_picture
 from latentdiff.tasks.features import PnPSpec, default_spec, replay, with_source_features
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert, null_text_denoiser, walk_down, with_null_text
-from latentdiff.tasks.sources import Picture
+from latentdiff.tasks.sources import ImageInput
 
 TASK = "translate"
 INVERSION_OF = {"edict": "edict"}  # how a method inverts a picture, where it is not by fixed point
@@ -81,7 +81,7 @@ class TranslateSettings:
 @torch.no_grad()
 def translate(
     pipe: Pipeline,
-    source: Picture | Inversion,
+    source: ImageInput | Inversion,
     prompt: str | Sequence[str],
     *,
     method: TranslationName = "features",
@@ -268,7 +268,7 @@ class _Edit:
 
 def _inverted(
     pipe: Pipeline,
-    source: Picture | Inversion,
+    source: ImageInput | Inversion,
     method: str,
     prompt: str,
     steps: int | None,

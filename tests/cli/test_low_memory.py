@@ -35,6 +35,6 @@ def test_generate_low_memory_makes_the_same_picture(tmp_path: Path, monkeypatch)
         assert result.exit_code == 0, result.output
         pictures.append(Image.open(out).tobytes())
     assert pictures[0] == pictures[1]
-    assert [isinstance(pipe.parts.parts["unet"], StreamedPart) for pipe in loaded] == [False, True]
+    assert [isinstance(pipe.residence.parts["unet"], StreamedPart) for pipe in loaded] == [False, True]
     # The program ends after its last picture, and keeps nothing for another one.
-    assert all(not part.is_ready for name, part in loaded[0].parts.parts.items() if name != "vae")
+    assert all(not part.is_ready for name, part in loaded[0].residence.parts.items() if name != "vae")

@@ -13,8 +13,8 @@ from latentdiff.engines.fast_forms import use_fast_forms
 from latentdiff.memory.available import trim
 from latentdiff.memory.estimate import (
     _SLACK,
-    Job,
     Weights,
+    Workload,
     advice,
     decoding_bytes,
     denoising_bytes,
@@ -55,8 +55,8 @@ VAE_CONFIG = VAEConfig.from_diffusers(
 SIZE = 48  # of the latents
 
 
-def job(size: int = SIZE, *, rows: int = 2, item: int = 4, **options: object) -> Job:
-    return Job(UNET, VAE_CONFIG, Weights(10**8, 10**9, 10**8, 10**7), rows, size, size, item, item, **options)
+def workload(size: int = SIZE, *, rows: int = 2, item: int = 4, **options: object) -> Workload:
+    return Workload(UNET, VAE_CONFIG, Weights(10**8, 10**9, 10**8, 10**7), rows, size, size, item, item, **options)
 
 
 def status(field: str) -> int:
@@ -98,7 +98,7 @@ def test_denoising_takes_what_is_estimated(dtype: torch.dtype):
     x, context = torch.randn(rows, 4, size, size).to(dtype), torch.randn(rows, 77, 64).to(dtype)
     unet(x[..., :8, :8], 10.0, context)
     measured = measured_peak(lambda: unet(x, 10.0, context))
-    assert within(denoising_bytes(job(size, rows=rows, item=dtype.itemsize)), measured), measured
+    assert within(denoising_bytes(workload(size, rows=rows, item=dtype.itemsize)), measured), measured
 
 
 @linux
@@ -109,7 +109,7 @@ def test_plain_attention_takes_what_is_estimated():
     with use_attention_backend("plain"):
         unet(x[..., :8, :8], 10.0, context)
         measured = measured_peak(lambda: unet(x, 10.0, context))
-    assert within(denoising_bytes(job(48, quadratic=True)), measured), measured
+    assert within(denoising_bytes(workload(48, quadratic=True)), measured), measured
 
 
 @linux
@@ -120,7 +120,7 @@ def test_decoding_takes_what_is_estimated(dtype: torch.dtype):
     z = torch.randn(1, 4, SIZE, SIZE).to(dtype)
     vae.decode(z[..., :8, :8])
     measured = measured_peak(lambda: vae.decode(z))
-    assert within(decoding_bytes(job(item=dtype.itemsize)), measured), measured
+    assert within(decoding_bytes(workload(item=dtype.itemsize)), measured), measured
 
 
 def test_weights_are_counted_in_their_formats():
@@ -132,33 +132,33 @@ def test_weights_are_counted_in_their_formats():
 
 
 def test_activations_grow_as_the_mathematics_says():
-    denoising, decoding = (lambda j, f=f: f(j) - f(job(0)) for f in (denoising_bytes, decoding_bytes))
-    assert denoising(job(rows=8)) == 4 * denoising(job(rows=2))
-    assert denoising(job(128)) == 4 * denoising(job(64))
-    assert denoising(job(128, quadratic=True)) > 10 * denoising(job(64, quadratic=True))
-    assert decoding(job(128)) == 4 * decoding(job(64))
+    denoising, decoding = (lambda j, f=f: f(j) - f(workload(0)) for f in (denoising_bytes, decoding_bytes))
+    assert denoising(workload(rows=8)) == 4 * denoising(workload(rows=2))
+    assert denoising(workload(128)) == 4 * denoising(workload(64))
+    assert denoising(workload(128, quadratic=True)) > 10 * denoising(workload(64, quadratic=True))
+    assert decoding(workload(128)) == 4 * decoding(workload(64))
 
 
 def test_tiles_bound_the_decoder():
-    large, low = job(256), job(256, low_memory=True)
-    assert low.is_tiled and not job(SIZE, low_memory=True).is_tiled and not large.is_tiled
+    large, low = workload(256), workload(256, low_memory=True)
+    assert low.is_tiled and not workload(SIZE, low_memory=True).is_tiled and not large.is_tiled
     assert decoding_bytes(low) < decoding_bytes(large) / 4
-    assert decoding_bytes(job(low_memory=True)) == decoding_bytes(job())
+    assert decoding_bytes(workload(low_memory=True)) == decoding_bytes(workload())
 
 
 def test_one_part_at_a_time_takes_less():
     at_once, staged, streamed = (
-        needed(job(), at_once=True),
-        needed(job(), at_once=False),
-        needed(job(low_memory=True), at_once=False),
+        needed(workload(), at_once=True),
+        needed(workload(), at_once=False),
+        needed(workload(low_memory=True), at_once=False),
     )
     assert at_once > 1.2e9 > staged > 1e9 > streamed
 
 
 def test_the_advice_names_every_option_that_helps_alone():
-    large = job(64, rows=32)
+    large = workload(64, rows=32)
     assert advice(large, int(1.3e9)) == "--batch-size 1 or --precision bf16 or --low-memory"
     assert advice(large, 10**9) == "--precision bf16 or --low-memory"
-    assert advice(job(), int(5e8)) == "--low-memory"
-    assert advice(job(128, quadratic=True), int(3.5e9)) == "--attention sdpa"
+    assert advice(workload(), int(5e8)) == "--low-memory"
+    assert advice(workload(128, quadratic=True), int(3.5e9)) == "--attention sdpa"
     assert advice(large, 10**6) == ""

@@ -23,7 +23,7 @@ def make(pipe: Pipeline, **options) -> Tensor:
 
 
 def ready(pipe: Pipeline) -> set[str]:
-    return {name for name, part in pipe.parts.parts.items() if part.is_ready}
+    return {name for name, part in pipe.residence.parts.items() if part.is_ready}
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_loading_reads_no_weights():
 def test_every_part_only_as_long_as_it_is_used(free):
     free(10**15)
     pipe, usual = load(), load()
-    pipe.parts.keep = False
+    pipe.residence.keep = False
     for _ in range(2):
         (found,), (expected,) = make(pipe, output="images"), make(usual, output="images")
         assert found.tobytes() == expected.tobytes()
@@ -57,8 +57,8 @@ def test_every_part_only_as_long_as_it_is_used(free):
 
 def test_parts_are_given_back_where_memory_is_short(free, monkeypatch: pytest.MonkeyPatch):
     pipe = load()
-    total = int(1.2 * needed(pipe.parts.job(2, 8, 8), at_once=False))
-    taken = lambda: sum(weight_bytes(p.module) for p in pipe.parts.parts.values() if p.has_own_memory)  # noqa: E731
+    total = int(1.2 * needed(pipe.residence.workload(2, 8, 8), at_once=False))
+    taken = lambda: sum(weight_bytes(p.module) for p in pipe.residence.parts.values() if p.has_own_memory)  # noqa: E731
     monkeypatch.setattr(residence, "available_memory", lambda device: total - taken())
     (found,) = make(pipe, output="images")
     assert ready(pipe) == {"vae"}
@@ -69,17 +69,17 @@ def test_parts_are_given_back_where_memory_is_short(free, monkeypatch: pytest.Mo
 
 def test_parts_stay_where_that_is_asked_for(free):
     pipe = load()
-    pipe.parts.keep = True
-    free(3 * needed(pipe.parts.job(2, 8, 8), at_once=True))
+    pipe.residence.keep = True
+    free(3 * needed(pipe.residence.workload(2, 8, 8), at_once=True))
     make(pipe, output="images")
     free(0)
-    pipe.parts.make_room("vae", 10**9)
+    pipe.residence.make_room("vae", 10**9)
     assert ready(pipe) == {"text_encoder", "unet", "vae"}
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_read(free):
     pipe = load()
-    need = needed(pipe.parts.job(8, 8, 8), at_once=False)
+    need = needed(pipe.residence.workload(8, 8, 8), at_once=False)
     free(need // 2)
     with pytest.raises(LatentDiffError, match=r"takes about .* GB .* are free; try .*a smaller --width"):
         make(pipe, num_images=4)
@@ -88,10 +88,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(free):
 
 def test_a_close_fit_warns(free):
     pipe = load()
-    free(int(needed(pipe.parts.job(2, 8, 8), at_once=False) / 0.95))
+    free(int(needed(pipe.residence.workload(2, 8, 8), at_once=False) / 0.95))
     with pytest.warns(MemoryWarning, match="if it fails or is slow"):
         make(pipe)
-    free(2 * needed(pipe.parts.job(2, 8, 8), at_once=False))
+    free(2 * needed(pipe.residence.workload(2, 8, 8), at_once=False))
     with warnings.catch_warnings():
         warnings.simplefilter("error", MemoryWarning)
         make(pipe)
@@ -107,7 +107,7 @@ def test_what_would_have_to_swap_warns(free, monkeypatch: pytest.MonkeyPatch):
 def test_memory_that_the_model_has_already_counts_as_its_own(free):
     pipe = load()
     make(pipe, output="images")
-    free(needed(pipe.parts.job(2, 8, 8), at_once=False) - pipe.parts.job(2, 8, 8).weights.unet)
+    free(needed(pipe.residence.workload(2, 8, 8), at_once=False) - pipe.residence.workload(2, 8, 8).weights.unet)
     with warnings.catch_warnings():
         warnings.simplefilter("error", MemoryWarning)
         make(pipe)
@@ -118,7 +118,7 @@ def test_merged_weights_survive_a_shortage(free):
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(0.5)
     first = make(pipe)
-    pipe.parts.keep = False
+    pipe.residence.keep = False
     make(pipe, output="images")
     assert "unet" in ready(pipe) and torch.equal(make(pipe), first)
 

@@ -23,7 +23,7 @@ from latentdiff.image import decibels
 from latentdiff.reading.json import parse_json
 from latentdiff.reading.plain import exists
 from latentdiff.reading.safetensors import read_header
-from latentdiff.tasks.sources import Picture
+from latentdiff.tasks.sources import ImageInput
 
 FORMAT = "latentdiff.inversion"
 SCHEMA = 1
@@ -177,7 +177,7 @@ def is_inversion(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def given_inversion(source: Picture | Inversion) -> tuple[Inversion, dict[str, dict[str, str]]] | None:
+def given_inversion(source: ImageInput | Inversion) -> tuple[Inversion, dict[str, dict[str, str]]] | None:
     """The inversion that is given in place of a picture, and what recipes say of where it came from; None is a picture.
 
     One in memory is known by the picture that it was made of, from which it can be made again.

@@ -31,7 +31,7 @@ from latentdiff.tasks.inversion import edict
 from latentdiff.tasks.inversion.artefact import Inversion, psnr
 from latentdiff.tasks.inversion.ddim import Quantity, high_step, low_step, quantity_of
 from latentdiff.tasks.inversion.null_text import NullTextSettings, optimise
-from latentdiff.tasks.sources import Picture, extended, open_source, resized, warn_if_large
+from latentdiff.tasks.sources import ImageInput, extended, open_source, resized, warn_if_large
 
 EDICT_GUIDANCE = 3.0  # the paper's
 LARGEST_NOISE_STD = 1.3  # above, EDICT's two latents have drifted apart
@@ -53,7 +53,7 @@ LARGEST_NOISE_STD = 1.3  # above, EDICT's two latents have drifted apart
 @torch.no_grad()
 def invert(
     pipe: Pipeline,
-    image: Picture,
+    image: ImageInput,
     *,
     prompt: str = "",
     method: InversionName = "fixed-point",

@@ -36,7 +36,7 @@ PIXELS = Autoencoder(encode=lambda x: x, decode=lambda z: z)
 
 
 @dataclass(frozen=True)
-class Problem:
+class InverseProblem:
     """Find x = D(z) with y = A x + n.
 
     Attributes:
@@ -79,16 +79,16 @@ class Problem:
         return latents + torch.cat([pair[:1] - pair[1:] for pair in pairs])
 
 
-class Method(Protocol):
+class RestorationMethod(Protocol):
     """A way to restore: where to begin, along which levels to walk, and one step of the denoise loop."""
 
     def levels(self, schedule: Schedule, steps: int) -> list[Level]:
         """The `steps + 1` levels of the walk."""
 
-    def start(self, problem: Problem, noise: Noise) -> Tensor:
+    def start(self, problem: InverseProblem, noise: Noise) -> Tensor:
         """The latents (N, C, h, w) at the first level."""
 
-    def step(self, problem: Problem, levels: list[Level]) -> Step:
+    def step(self, problem: InverseProblem, levels: list[Level]) -> Step:
         """The step for `denoise`."""
 
 
@@ -100,7 +100,7 @@ class SamplingMethod:
         """The model's levels."""
         return schedule.levels(steps)
 
-    def start(self, problem: Problem, noise: Noise) -> Tensor:
+    def start(self, problem: InverseProblem, noise: Noise) -> Tensor:
         """Pure noise."""
         return noise()
 

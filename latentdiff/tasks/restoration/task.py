@@ -25,9 +25,15 @@ from latentdiff.request.domains import Real, YesNo
 from latentdiff.request.options import OPTIONS, RestorationName, SeededOptions, options_of
 from latentdiff.request.plan import Plan, Sampling
 from latentdiff.tasks.editing import with_recipes
-from latentdiff.tasks.restoration.methods import Autoencoder, Method, Problem, get_method, within_noise
+from latentdiff.tasks.restoration.methods import (
+    Autoencoder,
+    InverseProblem,
+    RestorationMethod,
+    get_method,
+    within_noise,
+)
 from latentdiff.tasks.restoration.operators import Inside, Operator, describe, from_description
-from latentdiff.tasks.sources import Picture, open_source, warn_if_large
+from latentdiff.tasks.sources import ImageInput, open_source, warn_if_large
 
 TASK = "restore"
 STEPS = {"diffpir": 50, "dps": 250, "psld": 250, "resample": 100, "graikos": 200}
@@ -101,7 +107,7 @@ class RestoreSettings:
 )
 def restore(
     pipe: Pipeline,
-    image: Picture | Tensor,
+    image: ImageInput | Tensor,
     operator: Operator,
     *,
     method: RestorationName = "diffpir",
@@ -157,7 +163,7 @@ def restore(
     sampling = Sampling(steps=steps, guidance_scale=guidance_scale, num_images=samples, **options)
     plan = sampling.plan(prompt, pipe.schedule)
     levels = way.levels(pipe.schedule, steps)
-    problem = Problem(fitted, measured.to(pipe.device), autoencoder_of(pipe))
+    problem = InverseProblem(fitted, measured.to(pipe.device), autoencoder_of(pipe))
     plan = replace(plan, levels=levels, sampler=replace(plan.sampler, step=_batch_step(way, problem, levels)))
     pictures, residuals = _walk(pipe, plan, way, problem, keep_measurement)
 
@@ -220,7 +226,7 @@ def autoencoder_of(pipe: Pipeline) -> Autoencoder:
     return Autoencoder(encode, decode)
 
 
-def _measurement(image: Picture | Tensor, operator: Operator) -> tuple[Tensor, dict[str, dict[str, str]]]:
+def _measurement(image: ImageInput | Tensor, operator: Operator) -> tuple[Tensor, dict[str, dict[str, str]]]:
     """The measurement (1, c, h, w), and what recipes say about where it came from."""
     if not isinstance(image, Tensor):
         source = open_source(image)
@@ -253,7 +259,7 @@ def _fitted(operator: Operator, measured: Tensor, pipe: Pipeline) -> Operator:
     return operator if whole == (height, width) else Inside(operator, (height, width), whole)
 
 
-def _batch_step(way: Method, problem: Problem, levels: list[Level]) -> Step:
+def _batch_step(way: RestorationMethod, problem: InverseProblem, levels: list[Level]) -> Step:
     """The method's step for batches of any size, which all have the one measurement."""
 
     def step(denoiser: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Any]:
@@ -262,12 +268,14 @@ def _batch_step(way: Method, problem: Problem, levels: list[Level]) -> Step:
     return step
 
 
-def _for_batch(problem: Problem, count: int) -> Problem:
+def _for_batch(problem: InverseProblem, count: int) -> InverseProblem:
     return replace(problem, measurement=problem.measurement[:1].expand(count, -1, -1, -1))
 
 
 @torch.no_grad()
-def _walk(pipe: Pipeline, plan: Plan, way: Method, problem: Problem, keep: bool) -> tuple[Tensor, list[float]]:
+def _walk(
+    pipe: Pipeline, plan: Plan, way: RestorationMethod, problem: InverseProblem, keep: bool
+) -> tuple[Tensor, list[float]]:
     """The pictures (N, 3, H, W) on the CPU, and how far each misses the measurement before it is clipped to [-1, 1]."""
     operator = problem.operator
     factor = pipe.vae.config.downscale

@@ -22,7 +22,7 @@ from latentdiff.tasks.restoration.methods import (
     Autoencoder,
     DiffPIR,
     Graikos,
-    Problem,
+    InverseProblem,
     ReSample,
     get_method,
     within_noise,
@@ -90,7 +90,7 @@ def test_diffpir_is_the_affine_map_of_its_equations(zeta):
         linear = (after.alpha - from_noise * level.alpha) * to_x0 + from_noise * identity
         mean = linear @ mean + (after.alpha - from_noise * level.alpha) * constant
         covariance = linear @ covariance @ linear.T + zeta * after.sigma**2 * identity
-    problem = Problem(operator, y.expand(COUNT, -1, -1, -1))
+    problem = InverseProblem(operator, y.expand(COUNT, -1, -1, -1))
     found = walk(DiffPIR(weight=2.0, zeta=zeta), prior.denoiser(), problem, 6)
     assert_same_distribution(found.flatten(1), mean, covariance)
 
@@ -122,7 +122,7 @@ def test_diffpir_comes_near_the_posterior(method, steps, far, ratios):
     prior, operator, y = example()
     mean, covariance = prior.posterior(operator, y)
     deviation = covariance.diagonal().sqrt()
-    samples = walk(method, prior.denoiser(), Problem(operator, y.expand(2048, -1, -1, -1)), steps).flatten(1)
+    samples = walk(method, prior.denoiser(), InverseProblem(operator, y.expand(2048, -1, -1, -1)), steps).flatten(1)
     assert ((samples.mean(dim=0) - mean).abs() / deviation).max() < far
     ratio = samples.std(dim=0) / deviation
     assert ratios[0] < ratio.min() and ratio.max() < ratios[1]
@@ -137,7 +137,7 @@ def test_the_other_methods_move_towards_the_posterior(method):
     """Nearer to the posterior's mean than samples that know nothing of the measurement."""
     prior, operator, y = example(noise_std=0.1)
     mean, _ = prior.posterior(operator, y)
-    problem = Problem(operator, y.expand(6, -1, -1, -1))
+    problem = InverseProblem(operator, y.expand(6, -1, -1, -1))
     found = walk(method, prior.denoiser(), problem, 60).flatten(1)
     blind = walk(DiffPIR(weight=math.inf), prior.denoiser(), problem, 60).flatten(1)
     assert problem.residual(found.view(-1, *SHAPE)).mean() < 0.6 * problem.residual(blind.view(-1, *SHAPE)).mean()
@@ -178,7 +178,7 @@ def test_deblurring_a_random_field(noise_std):
     y = operator.apply(truth) + noise_std * normal(*truth.shape, seed=1)
     transfer = operator._transfer(truth)
     best = psnr(filtered(y, transfer.conj() * power / (transfer.abs().square() * power + noise_std**2)), truth)
-    samples = walk(DiffPIR(zeta=1.0), denoiser, Problem(operator, y.expand(8, -1, -1, -1)), 50)
+    samples = walk(DiffPIR(zeta=1.0), denoiser, InverseProblem(operator, y.expand(8, -1, -1, -1)), 50)
     of_mean, of_one = psnr(samples.mean(dim=0), truth[0]), psnr(samples[0], truth[0])
     assert best - 3.01 - 0.5 < of_one < best  # a perfect sample lies 3.01 dB below the best estimate
     assert best - 0.8 < of_mean < best + 0.01  # the mean of 8 perfect ones 0.51 dB
@@ -192,7 +192,7 @@ def test_graikos_settles_at_the_ridge_solution():
     """With a Gaussian prior and no noise drawn, the objective is quadratic: a ridge regression towards the mean."""
     prior, operator, y = example()
     level, constraint = SCHEDULE.level(400), 0.7
-    problem, denoiser, method = Problem(operator, y), prior.denoiser(), Graikos(constraint=constraint)
+    problem, denoiser, method = InverseProblem(operator, y), prior.denoiser(), Graikos(constraint=constraint)
     # eps(alpha z) = (I - alpha gain) alpha (z - mean) / sigma.
     slope = level.alpha / level.sigma * (torch.eye(SIZE, dtype=torch.float64) - level.alpha * prior.gain(level))
     matrix = operator.matrix
@@ -239,7 +239,7 @@ METHODS = {
 def small_problem(autoencoder=PIXELS, *, noise_std=0.05, count=2, operator=None):
     operator = operator or ops.Deblur(ops.gaussian_blur(0.7), border="periodic", noise_std=noise_std)
     y = operator.apply(normal(count, 3, 8, 8, seed=1).mul(0.5)) + noise_std * normal(count, 3, 8, 8, seed=2)
-    return Problem(operator, y, autoencoder)
+    return InverseProblem(operator, y, autoencoder)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -267,7 +267,7 @@ def test_a_linear_decoder_is_part_of_the_operator():
     whole = Matrix(operator.matrix @ basis, noise_std=operator.noise_std)
     levels = SCHEDULE.levels(10)
     found = []
-    for problem in (Problem(operator, y, autoencoder), Problem(whole, y)):
+    for problem in (InverseProblem(operator, y, autoencoder), InverseProblem(whole, y)):
         step = DPS(scale=3.0).step(problem, levels)
         *_, last = denoise(gaussian(0.1, 0.5), normal(1, 1, 2, 2), levels, step, noise=Draws(1, 1, 2, 2))
         found.append(last.x)
@@ -297,7 +297,7 @@ def test_the_ladder():
     assert torch.equal(stepped(ReSample(every=0), problem), stepped(nudged, problem))
     # For a mask, the gluing term in pixels is the misfit once more.
     masked = small_problem(operator=ops.Inpaint(normal(8, 8) > 0))
-    masked = Problem(masked.operator, masked.operator.apply(masked.measurement))
+    masked = InverseProblem(masked.operator, masked.operator.apply(masked.measurement))
     twice = stepped(PSLD(scale=1.0, gluing=0.25), masked), stepped(DPS(scale=1.25, eta=0.0), masked)
     torch.testing.assert_close(*twice, rtol=0, atol=1e-12)
 
@@ -319,7 +319,7 @@ def test_the_last_step_explains_the_measurement_unless_asked_otherwise():
     y = normal(2, 3, 8, 8, seed=3).clamp(-1, 1)
     missed = {}
     for paper in (False, True):
-        problem = Problem(ops.Denoise(noise_std=0.0), y)
+        problem = InverseProblem(ops.Denoise(noise_std=0.0), y)
         found = walk(DiffPIR(paper_final=paper), gaussian(0.0, 0.5), problem, 20)
         missed[paper] = (found - y).abs().max().item()
     assert missed[False] < 1e-4 < missed[True]
@@ -376,7 +376,7 @@ def test_pictures_do_not_depend_on_their_batch_and_no_graph_is_kept(method):
     with torch.no_grad():
         together = walk(method, mixture(), problem, 8)
     assert not together.requires_grad
-    alone = Problem(problem.operator, problem.measurement[1:])
+    alone = InverseProblem(problem.operator, problem.measurement[1:])
     draws = Draws(2, 3, 8, 8)
     noise = lambda: draws()[1:]  # noqa: E731
     levels = method.levels(SCHEDULE, 8)
@@ -413,7 +413,7 @@ def test_within_noise():
         lambda: Graikos(lr=-1.0),
         lambda: get_method("magic"),
         lambda: get_method("dps", zeta=1.0),
-        lambda: PSLD().objective(Problem(ops.Nonlinear(torch.tanh, (3, 8, 8)), torch.zeros(1, 3, 8, 8))),
+        lambda: PSLD().objective(InverseProblem(ops.Nonlinear(torch.tanh, (3, 8, 8)), torch.zeros(1, 3, 8, 8))),
     ],
 )
 def test_settings_outside_their_domain_are_refused(make):

@@ -1,6 +1,6 @@
 """The model as a prior: ways to restore what a known operator took away, each over the one denoise loop.
 
-All are pure functions of a denoiser and a `Problem`; none keeps a graph from one step to the next. To add one, write it
+All are pure functions of a denoiser and a `InverseProblem`; none keeps a graph from one step to the next. To add one, write it
 in a file of this folder and name it in `METHODS`.
 """
 
@@ -11,7 +11,7 @@ from latentdiff.tasks.restoration.methods.diffpir import DiffPIR
 from latentdiff.tasks.restoration.methods.gradient import DPS, PSLD
 from latentdiff.tasks.restoration.methods.graikos import Graikos
 from latentdiff.tasks.restoration.methods.resample import ReSample
-from latentdiff.tasks.restoration.problem import PIXELS, Autoencoder, Method, Problem, within_noise
+from latentdiff.tasks.restoration.problem import PIXELS, Autoencoder, InverseProblem, RestorationMethod, within_noise
 
 __all__ = [
     "DPS",
@@ -21,8 +21,8 @@ __all__ = [
     "Autoencoder",
     "DiffPIR",
     "Graikos",
-    "Method",
-    "Problem",
+    "RestorationMethod",
+    "InverseProblem",
     "ReSample",
     "get_method",
     "within_noise",
@@ -31,7 +31,7 @@ __all__ = [
 METHODS: dict[str, type] = {"diffpir": DiffPIR, "dps": DPS, "psld": PSLD, "resample": ReSample, "graikos": Graikos}
 
 
-def get_method(name: str, **settings: float | bool) -> Method:
+def get_method(name: str, **settings: float | bool) -> RestorationMethod:
     """The method of that name with some settings other than its defaults.
 
     Raises:

@@ -12,7 +12,7 @@ from latentdiff.diffusion.denoise import Noise, Step
 from latentdiff.diffusion.parameterization import Denoiser, Prediction
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
-from latentdiff.tasks.restoration.problem import Problem, SamplingMethod, at_least_zero
+from latentdiff.tasks.restoration.problem import InverseProblem, SamplingMethod, at_least_zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +48,14 @@ class DiffPIR(SamplingMethod):
         if not 0.0 <= self.zeta <= 1.0:
             raise UsageError(f"expected zeta in 0 to 1, found {self.zeta}")
 
-    def rho(self, problem: Problem, level: Level) -> float:
+    def rho(self, problem: InverseProblem, level: Level) -> float:
         """The weight of the prediction against the measurement: lambda noise² / variance of the prediction."""
         precision = 1.0 / level.sigma_hat**2 + 1.0 / self.prior_std**2
         # Without any signal and any prior the prediction weighs nothing; what the operator cannot see still stays in
         # place.
         return max(self.weight * problem.noise_std**2 * precision, 1e-9)
 
-    def denoiser(self, problem: Problem, denoiser: Denoiser) -> Denoiser:
+    def denoiser(self, problem: InverseProblem, denoiser: Denoiser) -> Denoiser:
         """The denoiser whose predictions explain the measurement; the noise follows from x and the new x0."""
 
         def consistent(x: Tensor, level: Level) -> Prediction:
@@ -69,7 +69,7 @@ class DiffPIR(SamplingMethod):
 
         return denoiser if math.isinf(self.weight) else consistent
 
-    def step(self, problem: Problem, levels: list[Level]) -> Step:
+    def step(self, problem: InverseProblem, levels: list[Level]) -> Step:
         """Algorithm 1 of the paper, with the proximal step at the end as well."""
 
         def step(

@@ -22,7 +22,7 @@ from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.tasks.restoration.operators import Nonlinear, Operator
 from latentdiff.tasks.restoration.operators.operator import per_image_norm
-from latentdiff.tasks.restoration.problem import Problem, SamplingMethod, at_least_zero
+from latentdiff.tasks.restoration.problem import InverseProblem, SamplingMethod, at_least_zero
 
 # What DPS was tuned on: pictures of 256x256 in 1000 steps.
 PAPER_ENTRIES, PAPER_STEPS = 256 * 256 * 3, 1000
@@ -53,11 +53,11 @@ class DPS(SamplingMethod):
         if not 0.0 <= self.eta <= 1.0:
             raise UsageError(f"expected eta in 0 to 1, found {self.eta}")
 
-    def objective(self, problem: Problem) -> Objective:
+    def objective(self, problem: InverseProblem) -> Objective:
         """|y - A D(z0)|, each image's own."""
         return lambda z0: problem.misfit(problem.autoencoder.decode(z0))
 
-    def step(self, problem: Problem, levels: list[Level]) -> Step:
+    def step(self, problem: InverseProblem, levels: list[Level]) -> Step:
         """Algorithm 1 of the paper."""
         objective, steps = self.objective(problem), len(levels) - 1
 
@@ -87,7 +87,7 @@ class PSLD(DPS):
         super().__post_init__()
         at_least_zero(gluing=self.gluing)
 
-    def objective(self, problem: Problem) -> Objective:
+    def objective(self, problem: InverseProblem) -> Objective:
         """Eq. 9 of the paper, with the pseudo-inverse where the paper's transpose is one only for operators that
         select."""
         if isinstance(problem.operator, Nonlinear):

@@ -11,7 +11,7 @@ from torch import Tensor
 from latentdiff.diffusion.denoise import Noise, Step
 from latentdiff.diffusion.parameterization import Denoiser
 from latentdiff.diffusion.schedule import Level, Schedule
-from latentdiff.tasks.restoration.problem import Problem, at_least_zero
+from latentdiff.tasks.restoration.problem import InverseProblem, at_least_zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +47,12 @@ class Graikos:
             schedule.clean,
         ]
 
-    def start(self, problem: Problem, noise: Noise) -> Tensor:
+    def start(self, problem: InverseProblem, noise: Noise) -> Tensor:
         """The latents of the best linear estimate."""
         return problem.autoencoder.encode(problem.first_guess())
 
     def objective(
-        self, problem: Problem, denoiser: Denoiser, z: Tensor, level: Level, eps: Tensor, constraint: float
+        self, problem: InverseProblem, denoiser: Denoiser, z: Tensor, level: Level, eps: Tensor, constraint: float
     ) -> Tensor:
         """Eq. 7 of the paper with one draw of noise, each image's own, (N,); differentiable in z (N, C, h, w)."""
         x = level.alpha * z + level.sigma * eps
@@ -64,7 +64,7 @@ class Graikos:
             missed = (direction * z).flatten(1).sum(dim=1)
         return missed + constraint * problem.misfit(problem.autoencoder.decode(z)).square()
 
-    def step(self, problem: Problem, levels: list[Level]) -> Step:
+    def step(self, problem: InverseProblem, levels: list[Level]) -> Step:
         """One step of Adam; the loop's x is z, and its state the moments of the gradient."""
         steps = len(levels) - 1
 

@@ -15,7 +15,7 @@ from latentdiff.diffusion.parameterization import Denoiser
 from latentdiff.diffusion.samplers import ddim
 from latentdiff.diffusion.schedule import Level, posterior_variance
 from latentdiff.tasks.restoration.methods.gradient import guided_step
-from latentdiff.tasks.restoration.problem import Problem, SamplingMethod, at_least_zero, within_noise
+from latentdiff.tasks.restoration.problem import InverseProblem, SamplingMethod, at_least_zero, within_noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class ReSample(SamplingMethod):
         at_least_zero(nudge=self.nudge, gamma=self.gamma, lr=self.lr)
         at_least_zero(every=self.every, lookahead=self.lookahead, iterations=self.iterations)
 
-    def step(self, problem: Problem, levels: list[Level]) -> Step:
+    def step(self, problem: InverseProblem, levels: list[Level]) -> Step:
         """Algorithm 1 of the paper."""
         nudged = guided_step(
             ddim.step,
@@ -81,7 +81,7 @@ class ReSample(SamplingMethod):
                 x = next_level.alpha * prediction.x0 + next_level.sigma * prediction.eps
         return prediction.x0 if len(levels) > 1 else x
 
-    def _solve_in_latents(self, problem: Problem, z0: Tensor) -> Tensor:
+    def _solve_in_latents(self, problem: InverseProblem, z0: Tensor) -> Tensor:
         """Adam on the squared misfit through the decoder; an image stands still once it is within the noise."""
         z = z0.detach().clone().requires_grad_()
         optimizer = torch.optim.Adam([z], lr=self.lr)
@@ -109,7 +109,7 @@ class ReSample(SamplingMethod):
         return mean + math.sqrt(trust * variance / (trust + variance)) * noise()
 
 
-def _solve_in_pixels(problem: Problem, z0: Tensor) -> Tensor:
+def _solve_in_pixels(problem: InverseProblem, z0: Tensor) -> Tensor:
     """What the paper's gradient descent in pixels, stopped early, goes towards: the nearest picture within the
     noise."""
     picture = problem.autoencoder.decode(z0)
