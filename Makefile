@@ -1,4 +1,4 @@
-# make demo   install what is needed into .venv and generate a picture
+# make demo   install what is needed into .venv, draw four pictures, and name commands to try next
 # make test   install what the tests need and run them
 # make lint   check style and types of the code
 # make docs   build the pages of docs/ with the API reference into build/docs
@@ -8,8 +8,9 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done)
 VENV ?= .venv
-PROMPT ?= two cats and a rocket on a blue background
-export PROMPT
+PROMPT ?= a panda to the left of a cactus on a pink background
+SEED ?= 4
+export PROMPT SEED
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help demo test lint docs clean
@@ -18,7 +19,11 @@ help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 demo: $(VENV)/installed
-	@$(VENV)/bin/latentdiff generate "$$PROMPT" --out pictures/
+	@$(VENV)/bin/latentdiff generate "$$PROMPT" --seed "$$SEED" -n 4 --out pictures/ --sheet pictures/demo.png
+	@printf '%s\n' "All four on one sheet: pictures/demo.png. Try next:" \
+	  '  $(VENV)/bin/latentdiff words' \
+	  '  $(VENV)/bin/latentdiff generate "a hat above a frog on a yellow background" --fast' \
+	  '  $(VENV)/bin/latentdiff edit pictures/a-panda-to-the-left-of-a-cactus-on-a-pink-background-4.png "a cat to the left of a cactus on a pink background"'
 
 test: $(VENV)/installed-test
 	@$(VENV)/bin/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from latentdiff import Pipeline
 from latentdiff.checkpoints.embedded import embedded_model
@@ -19,10 +18,14 @@ def pipe() -> Pipeline:
     return Pipeline.load(device="cpu", precision="fp32")
 
 
-def test_same_picture_in_diffusers(pipe: Pipeline) -> None:
+def test_same_picture_in_diffusers_without_options_or_complaints(
+    pipe: Pipeline, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
     from diffusers import StableDiffusionPipeline
 
-    peer = StableDiffusionPipeline.from_pretrained(embedded_model(), torch_dtype=torch.float32, local_files_only=True)
+    peer = StableDiffusionPipeline.from_pretrained(embedded_model(), local_files_only=True)
+    said = [str(warning.message) for warning in recwarn] + [record.getMessage() for record in caplog.records]
+    assert not [line for line in said if "steps_offset" in line or "dtype" in line]
     peer.set_progress_bar_config(disable=True)
     latents = start_noise([7], (8, 12, 12))
     expected = peer(PROMPT, latents=latents, num_inference_steps=25, guidance_scale=5.0, output_type="np").images[0]

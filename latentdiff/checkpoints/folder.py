@@ -18,6 +18,7 @@ from latentdiff.checkpoints.raw import PART_LABELS, RawModel, with_usual_names
 from latentdiff.checkpoints.writing import write_safetensors
 from latentdiff.errors import CheckpointError, LatentDiffError
 from latentdiff.files import atomic_path
+from latentdiff.prompts import words
 from latentdiff.reading.json import read_object
 from latentdiff.reading.plain import read_text
 
@@ -264,7 +265,7 @@ def _check_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise CheckpointError(f"cannot write a model folder to {folder}: a file of that name exists")
-    known = {INDEX, EXTRAS, "tokenizer", "scheduler", *PARTS, *_IGNORED_PARTS}
+    known = {INDEX, EXTRAS, words.FILE, "tokenizer", "scheduler", *PARTS, *_IGNORED_PARTS}
     foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in known)
     if foreign or (any(folder.iterdir()) and not (folder / INDEX).exists()):
         raise CheckpointError(

@@ -28,6 +28,7 @@ from latentdiff.cli.restore import restore
 from latentdiff.cli.terminal import Signals, Terminated, close_streams, open_streams
 from latentdiff.cli.train import train
 from latentdiff.cli.translate import translate
+from latentdiff.cli.words import words
 from latentdiff.errors import LatentDiffError, printable
 
 SELDOM = (50_000, 20, 100)  # for gc.set_threshold
@@ -41,7 +42,7 @@ def cli() -> None:
 
 
 MAKING = (generate, edit, inpaint, interpolate, invert, translate, restore, reproduce)
-for command in (*MAKING, inspect, convert, lora, data, train, finetune, report, evaluate):
+for command in (*MAKING, words, inspect, convert, lora, data, train, finetune, report, evaluate):
     cli.add_command(command)
 
 

@@ -22,6 +22,7 @@ from latentdiff.cli.options import (
 )
 from latentdiff.cli.previews import preview_file
 from latentdiff.cli.ranks import joined
+from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
 
 
@@ -78,6 +79,8 @@ def generate(
             raise UsageError(
                 "expected --seed and no --sheet, as the processes have no MASTER_ADDR and MASTER_PORT to agree by"
             )
+        if ranks.is_first and not settings["loras"]:  # which bring words of their own
+            remark(settings["model"], texts, settings["width"], settings["height"])
         settings["device"] = ranks.device(settings["device"])
         with loaded_model(settings) as pipe:
             first = ranks.agree(lambda: drawn_seed(seed))

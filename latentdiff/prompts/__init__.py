@@ -7,5 +7,6 @@ weights     attention weights, as AUTOMATIC1111 and as ComfyUI read them
 chunks      tokens in pieces that the text encoder can read
 tokenizer   CLIP's byte-pair encoding
 tokenize    which words of a plain prompt do not fit
+words       which words a small model knows
 notice      what is said when a prompt is not read as its author may think
 """

@@ -85,6 +85,7 @@ def new_text_encoder(section: TextEncoderSection, tokenizer: Any, seed: int) -> 
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        "dtype": "float32",  # in which transformers computes, whatever the files hold; diffusers asks for the same of all parts
     }
     return seeded(lambda: TextEncoder(config), seed, "text encoder")
 

@@ -40,6 +40,7 @@ from latentdiff.training.networks import (
 )
 from latentdiff.training.text_stage import TextTask, read_labels
 from latentdiff.training.vae_stage import VAETask, measure_scaling_factor
+from latentdiff.training.words import write_words
 
 STAGES = ("vae", "decoder", "text", "diffusion")
 
@@ -90,6 +91,7 @@ def export(config: TrainingConfig, folder: Path) -> Path:
     for network in (components.text_encoder, components.unet, components.vae):
         network.to(getattr(torch, config.model_dtype))
     save_folder(components, folder)
+    write_words(read_folder(config.data.train, limit=config.data.limit), config.data.resolution, folder)
     return folder
 
 

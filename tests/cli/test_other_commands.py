@@ -19,7 +19,7 @@ from latentdiff.checkpoints.files import read_tensors
 from tests import peers
 from tests.cli.conftest import files
 
-COMMANDS = ("generate", "reproduce", "inspect", "convert", "train", "evaluate")
+COMMANDS = ("generate", "words", "reproduce", "inspect", "convert", "train", "evaluate")
 
 
 def test_version(command):

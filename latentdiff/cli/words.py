@@ -1,0 +1,41 @@
+"""`latentdiff words`: what a small model knows, and what `generate` says of prompts beyond that."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from latentdiff.checkpoints.embedded import embedded_model
+from latentdiff.cli.options import MODEL
+from latentdiff.errors import UsageError
+from latentdiff.prompts.words import KINDS, Words, read_words
+
+
+@click.command()
+@MODEL
+def words(model: str | None) -> None:
+    """List the words that a model knows: things, colours, backgrounds, sizes, counts and relations.
+
+    Models that latentdiff trained say so; the embedded one is taken without --model.
+    """
+    known = words_of(model)
+    if known is None:
+        raise UsageError(f"{model} does not say which words it knows; only small models that latentdiff trained do")
+    for kind in KINDS:
+        text = f"{kind}: {', '.join(known.kinds[kind])}"
+        click.echo(textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False))
+
+
+def words_of(model: str | None) -> Words | None:
+    """The words of the model that --model names, None where it does not say."""
+    return read_words(Path(model).expanduser() if model else embedded_model())
+
+
+def remark(model: str | None, prompts: Sequence[str], width: int | None, height: int | None) -> None:
+    """Say on stderr, in a line each, how a request goes beyond what the model was trained on."""
+    known = words_of(model)
+    for line in known.remarks(prompts, width, height) if known else ():
+        click.echo(f"note: {line}", err=True)
