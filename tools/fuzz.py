@@ -120,7 +120,7 @@ def _child(
         os.kill(child, signal.SIGKILL)
     os.close(ours)
     _, status = os.waitpid(child, 0)
-    if case < end:
+    if case < end and status:
         timed_out = not ready or os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGXCPU)
         result.note(case, readers[case % len(readers)].name, "hang" if timed_out else "crash", f"status {status}")
         _keep(folder, keep, case)

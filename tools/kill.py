@@ -1,6 +1,6 @@
 """Kill commands at random moments and compare what is left: no half file, and the same bits after going on.
 
-    python tools/kill.py --kills 100 finetune train convert generate
+    python tools/kill.py --kills 100                    all four commands; name some to try only those
 
 Each command is run once undisturbed, then again and again in a fresh folder: killed (SIGKILL) after a random part of its
 time, continued by the same command (with --resume for training), until it ends, and compared file by file. The tiny
@@ -33,7 +33,7 @@ class Case:
     """A command, and what of its results has to be the same: file names and contents, by name."""
 
     first: Sequence[str]
-    again: Sequence[str]
+    again: Callable[[Path], Sequence[str]]
     results: Callable[[Path], dict[str, bytes]]
 
 
@@ -63,8 +63,8 @@ def kill(case: Case, place: Path, kills: int, seed: int) -> Outcome:
             if done >= kills or not _interrupted(command, folder, rng.uniform(0.0, length)):
                 break
             done += 1
-            command = case.again
-        ended = subprocess.run(case.again, cwd=folder, capture_output=True, text=True)
+            command = case.again(folder)
+        ended = subprocess.run(case.again(folder), cwd=folder, capture_output=True, text=True)
         if ended.returncode:
             faults.append(f"round {number}: going on failed: {ended.stderr.strip().splitlines()[-1:]}")
         faults += [f"round {number}: {fault}" for fault in _differences(expected, case.results(folder))]
@@ -110,11 +110,11 @@ def files(folder: Path, pattern: str) -> dict[str, bytes]:
 
 
 def cases(model: Path) -> dict[str, Case]:
-    """The commands, for a place that holds `model`, `data`, `prompts.txt` and `train.yaml`."""
+    """The commands, for a place that holds what `prepare` makes."""
     python = [sys.executable, "-m", "latentdiff"]
     tune = [
-        *python, "finetune", "--data", "data", "--model", str(model), "--out", "run", "--max-steps", "12", "--batch-size", "2",
-        "--checkpoint-every", "3", "--resolution", "16", "--device", "cpu", "--sample-count", "0", "--seed", "1",
+        *python, "finetune", "--data", "train", "--model", str(model), "--out", "run", "--max-steps", "12",
+        "--batch-size", "2", "--checkpoint-every", "3", "--resolution", "16", "--device", "cpu", "--sample-count", "0",
     ]  # fmt: skip
     make = [
         *python, "generate", "--prompts", "prompts.txt", "--model", str(model), "--seed", "1", "--steps", "2",
@@ -122,30 +122,36 @@ def cases(model: Path) -> dict[str, Case]:
     ]  # fmt: skip
     change = [*python, "convert", str(model), "model.safetensors"]
     train = [*python, "train", "train.yaml", "--out", "run"]
-    weights = "run/checkpoints/*12/[!s]*.safetensors"
+
+    def resumed(folder: Path) -> Sequence[str]:
+        there = (folder / "run/config.yaml").exists()
+        return [*python, "finetune", "--resume", "run"] if there else tune
+
     return {
-        "finetune": Case(tune, [*tune, "--resume", "run"], lambda folder: files(folder, weights)),
-        "train": Case(train, [*train, "--resume"], lambda folder: files(folder, "run/checkpoints/*/[!s]*.safetensors")),
-        "convert": Case(change, change, lambda folder: files(folder, "model.safetensors")),
-        "generate": Case(make, make, lambda folder: files(folder, "pictures/*")),
+        "finetune": Case(tune, resumed, lambda folder: files(folder, "run/lora.safetensors")),
+        "train": Case(train, lambda folder: train, lambda folder: files(folder, "run/**/*model.safetensors")),
+        "convert": Case(change, lambda folder: change, lambda folder: files(folder, "model.safetensors")),
+        "generate": Case(make, lambda folder: make, lambda folder: files(folder, "pictures/[!.]*")),
     }
 
 
 def prepare(place: Path) -> Path:
-    """Make the input of all commands; returns the model's folder."""
-    from tests.training.build import captioned_folder
+    """Make the input of all commands: data, prompts, a training; returns the model's folder."""
+    import yaml
+
+    from tests.training.build import prepared, values
     from tools.fuzzing.readers import tiny_model
 
     place.mkdir()
-    model = tiny_model(place.parent)
-    captioned_folder(place / "data")
-    (place / "prompts.txt").write_text("\n".join(f"a {color} cat" for color in ("red", "blue", "green", "white")))
-    return model
+    prepared(place)
+    (place / "train.yaml").write_text(yaml.safe_dump(values(place)))
+    (place / "prompts.txt").write_text("\n".join(f"a {colour} cat" for colour in ("red", "blue", "green", "white")))
+    return tiny_model(place.parent)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("commands", nargs="*", default=["finetune", "convert", "generate"])
+    parser.add_argument("commands", nargs="*", default=["finetune", "train", "convert", "generate"])
     parser.add_argument("--kills", type=int, default=100, help="of each command")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()

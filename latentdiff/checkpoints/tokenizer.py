@@ -51,8 +51,8 @@ def open_tokenizer(tokenizer: Mapping[str, str]) -> Tokenizer:
     """
     try:
         return Tokenizer(tokenizer)
-    except CheckpointError:
-        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"the tokenizer's files are damaged: {error}") from error
     except Exception as error:  # the tokenizers library raises bare Exception for broken files
         said = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"the tokenizer's files are damaged: {said}; download them again") from error

@@ -205,8 +205,11 @@ def _start(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> int:
     if not 0 <= info.header_offset <= size - _LOCAL.size:
         damaged(path, f"its record {info.filename!r} lies outside the file")
     file.seek(info.header_offset)
-    mark, name, more = _LOCAL.unpack(file.read(_LOCAL.size))
-    start = info.header_offset + _LOCAL.size + name + more
+    mark, length, more = _LOCAL.unpack(file.read(_LOCAL.size))
+    name = file.read(length).decode("utf-8", "replace")
+    if name.isascii() and name != info.orig_filename:
+        damaged(path, f"its record {info.filename!r} is called {name!r} in another place")
+    start = info.header_offset + _LOCAL.size + length + more
     if mark != b"PK\x03\x04" or start + info.compress_size > size:
         damaged(path, f"its record {info.filename!r} lies outside the file")
     return start

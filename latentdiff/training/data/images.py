@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from latentdiff.errors import DataError
-from latentdiff.reading.pictures import DAMAGED
+from latentdiff.reading.pictures import DAMAGED, check_png
 from latentdiff.reading.plain import open_file
 
 # Only these readers are asked, whatever a file is called: others start programs (EPS) or read what is no picture.
@@ -45,7 +45,9 @@ def read_image(source: Path | bytes, name: str, *, background: str = BACKGROUND)
         DataError: it is no image, is damaged, or is larger than Pillow's limit against decompression bombs.
     """
     try:
-        with _bytes_of(source) as content, Image.open(content, formats=FORMATS) as file:
+        with _bytes_of(source) as content:
+            check_png(content)
+            file = Image.open(content, formats=FORMATS)
             orientation = _orientation(file)
             image = _to_rgb(file, background)
     except DAMAGED as error:
