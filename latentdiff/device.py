@@ -115,9 +115,9 @@ def finite_or_float32(
 
 
 def precision_of(unet: nn.Module) -> Precision:
-    """The precision that a model has whose U-Net is `unet`."""
+    """The precision that a model has whose U-Net is `unet`; float32 for types in which nothing computes here."""
     dtype = next(unet.parameters()).dtype
-    return next(precision for precision in FORMATS.values() if precision.unet == dtype)
+    return next((precision for precision in FORMATS.values() if precision.unet == dtype), FORMATS["fp32"])
 
 
 @contextmanager

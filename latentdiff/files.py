@@ -1,8 +1,9 @@
-"""Writing files so that a crash, a full disk or Ctrl-C never leaves half of one behind."""
+"""Writing files so that a crash, a full disk or Ctrl-C never leaves half of one behind; and what is no path at all."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from pathlib import Path
 from latentdiff.errors import LatentDiffError
 
 CACHE_VARIABLE = "LATENTDIFF_CACHE"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# Ends of names of files; the last part of a hub id may have a dot, "stable-diffusion-v1.5".
+_SUFFIX = re.compile(r"\.(safetensors|ckpt|bin|pth?|zip|tar|gz|tgz|ya?ml|jsonl?|txt|csv|parquet|png|jpe?g|webp)$", re.I)
 
 
 def cache_folder(purpose: str) -> Path:
@@ -27,6 +31,15 @@ def _user_caches() -> Path:
     if sys.platform == "darwin":
         return Path(os.path.expanduser("~/Library/Caches"))
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can only be that of something on a hub, `owner/name`, and is no mistyped path.
+
+    Where the first part is a folder, somebody meant that folder.
+    """
+    owner = name.partition("/")[0]
+    return bool(_HUB_ID.fullmatch(name)) and not _SUFFIX.search(name) and not Path(owner).exists()
 
 
 @contextmanager

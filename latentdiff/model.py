@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 from torch import Tensor
 
 from latentdiff.adapters.lora.loaded import LoadedLoRAs
-from latentdiff.adapters.textual_inversion import LoadedEmbeddings, is_word_file
+from latentdiff.adapters.lora.reading import read_lora
+from latentdiff.adapters.lora.strength import Strength
+from latentdiff.adapters.textual_inversion import LoadedEmbeddings, is_word_file, read_embedding, read_words
 from latentdiff.checkpoints.embedded import embedded_model
 from latentdiff.device import Precision, pick_device, pick_precision, precision_of
 from latentdiff.diffusion.config import ScheduleConfig
@@ -19,13 +22,13 @@ from latentdiff.engines import Example
 from latentdiff.engines.backends import engines_for
 from latentdiff.engines.calibration import calibration_examples
 from latentdiff.engines.fast_forms import use_fast_forms
-from latentdiff.errors import CheckpointError
+from latentdiff.errors import CheckpointError, LatentDiffError
 from latentdiff.memory.residence import Residence
 from latentdiff.networks.functions import Decoder, Network
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
 from latentdiff.request.calls import public
-from latentdiff.request.domains import Choice, Place, Real, YesNo
+from latentdiff.request.domains import Choice, Place, YesNo
 from latentdiff.request.options import BackendName, PrecisionName, PredictionName
 
 if TYPE_CHECKING:
@@ -91,6 +94,10 @@ class LoadedModel:
         prediction_type=Choice(get_args(PredictionName)),
         backend=Choice(get_args(BackendName)),
         low_memory=YesNo(),
+        zero_terminal_snr=YesNo(),
+        vae=Place(),
+        text_encoder=Place(),
+        base=Place(),
     )
     @torch.inference_mode(False)  # what is made inside could not be used outside
     def load(
@@ -99,10 +106,14 @@ class LoadedModel:
         *,
         device: str | torch.device = "auto",
         precision: PrecisionName = "auto",
-        ema: bool = False,
-        prediction_type: PredictionName | None = None,
         backend: BackendName = "torch",
         low_memory: bool = False,
+        ema: bool = False,
+        prediction_type: PredictionName | None = None,
+        zero_terminal_snr: bool = False,
+        vae: str | os.PathLike[str] | None = None,
+        text_encoder: str | os.PathLike[str] | None = None,
+        base: str | os.PathLike[str] | None = None,
     ) -> Self:
         """Load a model. Each part's weights are read when it is first used.
 
@@ -111,11 +122,14 @@ class LoadedModel:
             device: "auto", "cpu", "cuda", "cuda:N" or "mps"; see `pick_device`.
             precision: "auto", "fp32", "bf16", "fp16" or "int8"; see `pick_precision`.
             backend: "torch", "openvino" or "compile"; see `use_backend`.
+            low_memory: keep only the part that is used, of the U-Net only two blocks at a time, and decode pictures
+                that are larger than those of the training in tiles. Slower; the picture is otherwise the same.
             ema: take the averaged weights of a `.ckpt` that holds both.
             prediction_type: what the U-Net predicts, "epsilon", "v_prediction" or "sample", where the model
                 does not say or says it wrong.
-            low_memory: keep only the part that is used, of the U-Net only two blocks at a time, and decode pictures
-                that are larger than those of the training in tiles. Slower; the picture is otherwise the same.
+            zero_terminal_snr: begin in pure noise, where the model was trained so and does not say it.
+            vae, text_encoder: where these parts lie, in place of the model's own; a VAE may be a TAESD.
+            base: a model that the parts come from that the file lacks.
 
         Raises:
             CheckpointError: there is no model there, or it is damaged or of another kind.
@@ -125,7 +139,9 @@ class LoadedModel:
 
         where = pick_device(device)
         place = embedded_model() if source is None else source
-        found = load_components(place, ema=ema, prediction_type=prediction_type, weights=False)
+        choices = {"ema": ema, "prediction_type": prediction_type, "zero_terminal_snr": zero_terminal_snr}
+        parts = {"vae": vae, "text_encoder": text_encoder, "base": base}
+        found = load_components(place, weights=False, **choices, **parts)
         if source is None:
             found.name = EMBEDDED_NAME
         pipe = cls.from_components(found, ema=ema, low_memory=low_memory)
@@ -213,21 +229,21 @@ class LoadedModel:
         channels = self.vae.config.latent_channels
         return calibration_examples(self.tokenizer, self.text_encoder, self.unet, self.schedule, channels)
 
-    @public(path=Place(), scale=Real(), allow_partial=YesNo())
+    @public(path=Place(), scale=lambda name, value: Strength.of(value), allow_partial=YesNo())
     def load_lora(
         self,
         path: str | os.PathLike[str],
-        scale: float = 1.0,
+        scale: float | str | Strength = 1.0,
         name: str | None = None,
         *,
         allow_partial: bool = False,
     ) -> LoadReport | str:
-        """Adapt the model by a LoRA file; several act at once. The model's own weights stay as they are.
+        """Adapt the model by a LoRA or LyCORIS file; several act at once. The model's own weights stay as they are.
 
         Args:
-            path: in the dialect of kohya's tools, of PEFT or of diffusers; or a folder that the last two wrote. The
-                embedding of a word, as textual inversion makes it, is taken too; it has no scale.
-            scale: strength; 1 is as trained.
+            path: in the dialect of kohya's tools, of LyCORIS, of PEFT or of diffusers; or a folder that the last two
+                wrote. An embedding of words, as textual inversion makes it, is taken too; it has no scale.
+            scale: strength; 1 is as trained. Text and a `Strength` say more, see `adapters.lora.strength`.
             name: what `unload_lora` calls it; None is the path as it is given here.
             allow_partial: leave out what does not fit, as long as something does.
 
@@ -237,20 +253,51 @@ class LoadedModel:
         Raises:
             CheckpointError: there is no such file, it is damaged, no LoRA, or one for another model.
         """
-        self.residence.ready("text_encoder"), self.residence.ready("unet")  # what is loaded goes where they lie
+        name = os.fspath(path) if name is None else name
         if is_word_file(path):
-            report = self.embeddings.load(path, os.fspath(path) if name is None else name)
+            return self.load_embedding(path, name)
+        self.residence.ready("text_encoder"), self.residence.ready("unet")  # what is loaded goes where they lie
+        file = read_lora(path)
+        report = self.loras.load(file, scale, name, allow_partial=allow_partial, precision=self.precision)
+        if file.words:
+            try:
+                words = read_words(file.path, file.words, self.text_encoder)
+                self.embeddings.load(words, file.path, name, alone=False)
+            except LatentDiffError:
+                self.loras.unload(name)
+                raise
             self.tokenizer = self.embeddings.tokenizer
-            return report
-        return self.loras.load(path, scale, name, allow_partial, self.precision)
+        return report
+
+    @public(path=Place())
+    def load_embedding(self, path: str | os.PathLike[str], name: str | None = None) -> str:
+        """Teach the model the words of a textual-inversion file; prompts then use them.
+
+        Args:
+            path: `.safetensors`, `.pt` or `.bin`, of A1111, diffusers or latentdiff. Files that do not hold the word
+                are named after it.
+            name: what `unload_lora` calls it; None is the path as it is given here.
+
+        Returns:
+            A report that names the word.
+
+        Raises:
+            CheckpointError: there is no such file, it is damaged, or for another model.
+            UsageError: the word is in the vocabulary already.
+        """
+        self.residence.ready("text_encoder")
+        path, name = Path(path), os.fspath(path) if name is None else name
+        report = self.embeddings.load(read_words(path, read_embedding(path), self.text_encoder), path, name)
+        self.tokenizer = self.embeddings.tokenizer
+        return report
 
     def unload_lora(self, name: str | None = None) -> None:
-        """Take a LoRA off again, or all of them: pictures are as before, bit for bit."""
-        is_word = name in self.embeddings
-        if is_word or name is None:
+        """Take a LoRA or an embedding off again, or all of them: pictures are as before, bit for bit."""
+        has_words = name is None or name in self.embeddings
+        if has_words:
             self.embeddings.unload(name)
             self.tokenizer = self.embeddings.tokenizer
-        if not is_word:
+        if name is None or name in self.loras or not has_words:
             self.loras.unload(name)
 
     def adaptations(self) -> list[dict[str, Any]]:
@@ -269,7 +316,7 @@ class LoadedModel:
             f"{self.precision.name} on {self.device}",
             *([f"back end {self.backend}"] if self.backend != "torch" else []),
             *(["low memory"] if self.residence.low_memory else []),
-            *(f"{entry['file']} x {entry['scale']:g}" for entry in self.adaptations() if "scale" in entry),
+            *(f"{entry['file']} x {Strength.of(entry['scale'])}" for entry in self.adaptations() if "scale" in entry),
         ]
         return f"<{type(self).__name__} {', '.join(facts)}>"
 

@@ -257,6 +257,7 @@ class Pipeline(LoadedModel):
             model_hash=self.model_hash,
             ema=self.ema,
             prediction_type=self.schedule.config.prediction_type,
+            zero_terminal_snr=self.schedule.config.rescale_betas_zero_snr,
             precision=self.precision.name,
             backend=self.backend,
             device=describe_device(self.device),

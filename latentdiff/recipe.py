@@ -69,6 +69,7 @@ class Recipe(_Asked):
     model: str = ""
     model_hash: str = ""
     prediction_type: str | None = None
+    zero_terminal_snr: bool = False
     ema: bool = False
     given_latents: bool = False
     precision: str = ""

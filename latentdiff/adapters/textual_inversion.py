@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentdiff.checkpoints.architecture import is_embedding
 from latentdiff.checkpoints.files import read_tensors
 from latentdiff.checkpoints.folder import save_tensors
 from latentdiff.checkpoints.hashing import file_hash
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.networks.text_encoder import TextEncoder
 
-_UNNAMED = "emb_params"  # what web UIs call the vector in files that do not hold the word
+_UNNAMED = ("*", "emb_params", "string_to_param.*")  # what files that do not hold the word call the vectors
+_SDXL = ("clip_l", "clip_g")
+_LONGEST = 75  # vectors: as many tokens as a prompt holds
 
 
 class NewWord(nn.Module):
@@ -26,13 +29,13 @@ class NewWord(nn.Module):
 
     Args:
         word: as prompts use it.
-        vector: (C,), C the width of the text encoder's embeddings.
+        vectors: (n, C), or (C,) for one; C is the width of the text encoder's embeddings. n take n places in a prompt.
     """
 
-    def __init__(self, word: str, vector: Tensor) -> None:
+    def __init__(self, word: str, vectors: Tensor) -> None:
         super().__init__()
         self.word = word
-        self.vector = nn.Parameter(vector.detach().float().clone())
+        self.vectors = nn.Parameter(torch.atleast_2d(vectors.detach().float()).clone())
 
     @classmethod
     def create(cls, word: str, tokenizer: Any, text_encoder: TextEncoder, initial: str | None = None) -> NewWord:
@@ -49,32 +52,43 @@ class NewWord(nn.Module):
             raise UsageError(f"expected a word to start from, found {initial!r}")
         return cls(word, vocabulary[torch.tensor(ids)].float().mean(0))
 
+    @property
+    def tokens(self) -> list[str]:
+        """What the tokenizer calls the vectors: the word itself, then it and a number, as in diffusers."""
+        return [self.word, *(f"{self.word}_{number}" for number in range(1, len(self.vectors)))]
+
     def extended(self, tokenizer: Any) -> Any:
-        """A copy of the tokenizer that knows the word as one token.
+        """A copy of the tokenizer that knows the word as one token, and which other tokens belong to it.
 
         Raises:
             UsageError: it is a token of the vocabulary already.
         """
         pieces = tokenizer(self.word, add_special_tokens=False)["input_ids"]
         new = copy.deepcopy(tokenizer)
-        if len(pieces) < 2 or new.add_tokens([self.word]) != 1:
+        if len(pieces) < 2 or new.add_tokens(self.tokens) != len(self.tokens):
             raise UsageError(
                 f"{self.word!r} is in the vocabulary already; choose a new word, for example <{self.word.strip() or 'word'}>"
             )
+        first, *others = new.convert_tokens_to_ids(self.tokens)
+        if others:
+            new.expansions = {**getattr(tokenizer, "expansions", {}), first: (first, *others)}
         return new
 
     @contextmanager
     def attached(self, tokenizer: Any, text_encoder: TextEncoder) -> Iterator[NewWord]:
-        """Inside, the text encoder reads the token that `tokenizer`, a copy that knows it, has for the word."""
-        own = tokenizer.convert_tokens_to_ids(self.word)
+        """Inside, the text encoder reads the tokens that `tokenizer`, a copy that knows them, has for the word."""
+        own = tokenizer.convert_tokens_to_ids(self.tokens)
         layer, seen = _token_embedding(text_encoder), []
 
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            seen.append(inputs[0] == own)
-            return (inputs[0].masked_fill(seen[-1], 0), *inputs[1:])
+            places = inputs[0][..., None] == torch.tensor(own, device=inputs[0].device)  # (N, L, n)
+            seen.append(places)
+            return (inputs[0].masked_fill(places.any(-1), 0), *inputs[1:])
 
         def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return torch.where(seen.pop()[..., None], self.vector.to(output.dtype), output)
+            places = seen.pop()
+            chosen = self.vectors[places.long().argmax(-1)].to(output.dtype)  # (N, L, C)
+            return torch.where(places.any(-1, keepdim=True), chosen, output)
 
         hooks = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
         try:
@@ -89,11 +103,13 @@ class NewWord(nn.Module):
         Raises:
             LatentDiffError: the file cannot be written.
         """
-        save_tensors({self.word: self.vector.detach().cpu()}, Path(path), {"format": "pt", **(metadata or {})})
+        vectors = self.vectors.detach().cpu()
+        tensors = {self.word: vectors[0] if len(vectors) == 1 else vectors}
+        save_tensors(tensors, Path(path), {"format": "pt", **(metadata or {})})
 
 
 class LoadedEmbeddings:
-    """The new words that a pipeline knows, each removable without a trace.
+    """The new words that a pipeline knows, by the names under which they were loaded, each removable without a trace.
 
     Args:
         tokenizer, text_encoder: the model's; neither is touched, `tokenizer` here is the one that knows the words.
@@ -102,76 +118,113 @@ class LoadedEmbeddings:
     def __init__(self, tokenizer: Any, text_encoder: TextEncoder) -> None:
         self.tokenizer = self._plain = tokenizer
         self._text_encoder = text_encoder
-        self._words: dict[str, tuple[NewWord, dict[str, Any]]] = {}
+        self._words: dict[str, list[NewWord]] = {}
+        self._files: dict[str, dict[str, Any]] = {}
         self._hooks = ExitStack()
 
     def __contains__(self, name: str | None) -> bool:
         return name in self._words
 
-    def load(self, path: str | os.PathLike[str], name: str) -> str:
-        """Read the word of a file; see `Pipeline.load_lora`."""
+    def load(self, words: Sequence[NewWord], path: Path, name: str, *, alone: bool = True) -> str:
+        """Learn the words of a file; see `Pipeline.load_embedding`.
+
+        Args:
+            alone: the file holds nothing else, so that recipes name it for them.
+        """
         if name in self._words:
             raise UsageError(
                 f"a word called {name!r} is loaded already; unload it first, or give this one another name"
             )
-        word = read_word(path, self._text_encoder)
-        word.extended(self.tokenizer)  # raises if it is known
-        about = {"file": Path(path).name, "sha256": file_hash(Path(path)), "scale": 1.0}
-        self._words[name] = (word.to(_token_embedding(self._text_encoder).weight.device).requires_grad_(False), about)
+        tokenizer = self.tokenizer
+        for word in words:
+            tokenizer = word.extended(tokenizer)  # raises if it is known
+        device = _token_embedding(self._text_encoder).weight.device
+        self._words[name] = [word.to(device).requires_grad_(False) for word in words]
+        if alone:
+            self._files[name] = {"file": path.name, "sha256": file_hash(path), "scale": 1.0}
         self._attach()
-        return f"the word {word.word}"
+        return "the " + ", ".join(
+            f"word {word.word}" + (f" ({len(word.vectors)} vectors)" if len(word.vectors) > 1 else "") for word in words
+        )
 
     def unload(self, name: str | None) -> None:
-        """Forget one word, or all."""
+        """Forget the words of one file, or all."""
         for each in [*self._words] if name is None else [name]:
             self._words.pop(each)
+            self._files.pop(each, None)
         self._attach()
 
     def to(self, device: torch.device | str) -> None:
         """Follow the model to `device`."""
-        for word, _ in self._words.values():
+        for word in self._all():
             word.to(device)
 
     def describe(self) -> list[dict[str, Any]]:
-        """What recipes say of them, as of LoRAs."""
-        return [about for _, about in self._words.values()]
+        """What recipes say of their files, as of LoRAs."""
+        return list(self._files.values())
+
+    def _all(self) -> list[NewWord]:
+        return [word for words in self._words.values() for word in words]
 
     def _attach(self) -> None:
         self._hooks.close()
         self.tokenizer = self._plain
-        for word, _ in self._words.values():
+        for word in self._all():
             self.tokenizer = word.extended(self.tokenizer)
-        for word, _ in self._words.values():
+        for word in self._all():
             self._hooks.enter_context(word.attached(self.tokenizer, self._text_encoder))
 
 
-def read_word(path: str | os.PathLike[str], text_encoder: TextEncoder) -> NewWord:
-    """Read the embedding of a word; in files without its name, the word is the file's name.
+def read_embedding(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The vectors of a textual-inversion file by the words that it gives them. Nothing in it is executed.
+
+    The forms of the field: {word: (C,) or (n, C)} (diffusers), {"emb_params": (n, C)}, {"clip_l": ..., "clip_g": ...}
+    (SDXL), and {"string_to_param": {"*": (n, C)}, "name": ...} (A1111, `.pt`).
 
     Raises:
-        CheckpointError: it is no such file, or for another model.
+        CheckpointError: there is no such file, it is damaged, or holds something else.
     """
     path = Path(path)
-    tensors = {name: tensor for name, tensor in read_tensors(path).tensors.items() if tensor.is_floating_point()}
-    if len(tensors) != 1:
-        raise CheckpointError(f"expected the embedding of one word in {path}, found {len(tensors)} tensors")
-    ((name, vector),) = tensors.items()
-    vector = vector[0] if vector.ndim == 2 and len(vector) == 1 else vector
+    if not path.is_file():
+        raise CheckpointError(f"there is no embedding {path}")
+    file = read_tensors(path)
+    inner = file.others.get("string_to_param")
+    tensors = {str(name): each for name, each in inner.items()} if isinstance(inner, Mapping) else file.tensors
+    vectors = {name: each for name, each in tensors.items() if isinstance(each, Tensor) and each.is_floating_point()}
+    if set(vectors) & set(_SDXL):
+        raise CheckpointError(f"{path} is an embedding for Stable Diffusion XL; expected one for 1.x or 2.x")
+    if len(vectors) != 1:
+        raise CheckpointError(f"expected the embedding of one word in {path}, found {len(vectors)} tensors")
+    return {name: each.detach() for name, each in vectors.items()}
+
+
+def read_words(path: Path, vectors: Mapping[str, Tensor], text_encoder: TextEncoder) -> list[NewWord]:
+    """Words of these vectors; where their file does not name the word, it is called as the file.
+
+    Raises:
+        CheckpointError: they are for another model, or not finite.
+    """
     width = text_encoder.embedding_width
-    if vector.shape != (width,):
-        raise CheckpointError(
-            f"expected one vector of {width} numbers in {path}, found the shape {tuple(vector.shape)}: it is for another model"
-        )
-    return NewWord(path.stem if name == _UNNAMED else name, vector)
+    for vector in vectors.values():
+        if vector.ndim not in (1, 2) or vector.shape[-1] != width or not vector.numel():
+            found = "x".join(map(str, vector.shape))
+            raise CheckpointError(
+                f"expected vectors of {width} numbers in {path}, found the shape {found}: it is for another model"
+            )
+        if len(torch.atleast_2d(vector)) > _LONGEST:
+            raise CheckpointError(f"expected at most {_LONGEST} vectors in {path}, found {len(vector)}")
+        if not torch.isfinite(vector.float()).all():
+            raise CheckpointError(f"the embedding {path} holds NaN or infinity; download it again")
+    return [NewWord(path.stem if name in _UNNAMED else name, vector) for name, vector in vectors.items()]
 
 
 def is_word_file(path: str | os.PathLike[str]) -> bool:
     """Whether a file holds the embedding of a word, and no LoRA."""
     path = Path(path)
-    if path.suffix != ".safetensors" or not path.is_file():
+    if path.suffix not in (".safetensors", ".pt", ".bin") or not path.is_file():
         return False
-    tensors = read_tensors(path).tensors
-    return len(tensors) == 1 and next(iter(tensors.values())).ndim <= 2 and not next(iter(tensors)).endswith(".weight")
+    file = read_tensors(path)
+    return "string_to_param" in file.others or is_embedding({n: tuple(t.shape) for n, t in file.tensors.items()})
 
 
 def _token_embedding(text_encoder: TextEncoder) -> nn.Embedding:

@@ -40,8 +40,24 @@ _OTHERS = (
     ("class_embedding.", "class-conditional U-Net (upscaler, unCLIP)"),
     ("adaLN_modulation.", "diffusion transformer"),
 )
-_LORA = re.compile(r"\.?(lora_up|lora_down|lora_A|lora_B|lora\.up|lora\.down|hada_w1_a|lokr_w1|lora_linear_layer)\b")
-_EMBEDDING = ("emb_params", "string_to_param", "clip_l", "clip_g")
+# What names of tensors in adapter files end in, and the kinds that are told by it.
+_ADAPTERS = {
+    "LoRA": r"lora_(up|down|mid|A|B)(\.\w+)?\.(weight|bias)|(lora|\w+_lora|lora_linear_layer)\.(up|down)\.weight",
+    "LoHa": r"hada_\w+",
+    "LoKr": r"lokr_\w+",
+    "OFT or BOFT": r"oft_blocks|oft_R(\.\w+)*|boft_[Rs]|rescale",
+    "IA3": r"on_input|ia3_l",
+    "GLoRA": r"(a1|a2|b1|b2|bm)\.weight",
+    "T-LoRA": r"lambda_layer|[pq]_layer\.weight",
+    "DoRA": r"dora_scale|lora_magnitude_vector(\.\w+)*",
+    "norm difference": r"[wb]_norm",
+    "full difference": r"diff",
+    "bias difference": r"diff_b",
+}
+_ADAPTER_ENDS = {kind: re.compile(rf"(.*)[.](?:{end})") for kind, end in _ADAPTERS.items()}
+_ADAPTER_STARTS = ("lora_unet_", "lora_te", "lycoris_", "bundle_emb.")
+_FILL = "use a file saved with all parts, or say where the others are with --vae, --text-encoder or --base MODEL"
+_EMBEDDING = ("emb_params", "string_to_param.*")
 
 
 @dataclass(frozen=True)
@@ -53,28 +69,64 @@ class Identity:
             out of a single file), "lora", "embedding" or "other".
         family: a name for people, "Stable Diffusion 1.x" say.
         parts: which of unet, vae, text_encoder it holds.
+        strays: names of tensors that belong to something else, of a model; the majority decides what a file is.
     """
 
     kind: str
     family: str
     parts: tuple[str, ...] = ()
+    strays: tuple[str, ...] = ()
 
 
 def identify(shapes: Mapping[str, Shape]) -> Identity:
     """Recognise a file by the names and shapes of its tensors."""
-    if any(_LORA.search(name) for name in shapes):
-        return Identity("lora", f"LoRA ({lora_dialect(shapes)} names)")
+    adapter = {name for name in shapes if _is_of_adapter(name)}
+    if 2 * len(adapter) >= len(shapes) > 0:
+        return Identity("lora", f"{', '.join(adapter_kinds(shapes)) or 'LoRA'} ({lora_dialect(shapes)} names)")
+    own = {name: shape for name, shape in shapes.items() if name not in adapter}
+    parts = tuple(part for part, prefix in ORIGINAL_PREFIXES.items() if any(name.startswith(prefix) for name in own))
+    if len(parts) == len(ORIGINAL_PREFIXES):  # a whole model: what lies beside it does not make it another thing
+        beside = [name for name in own if not name.startswith(tuple(ORIGINAL_PREFIXES.values()))]
+        others = [name for name in beside if any(marker in name for marker, _ in _OTHERS)]
+        own = {name: shape for name, shape in own.items() if name not in set(others)}
+        adapter |= set(others) if 2 * len(others) < len(shapes) else set()
     for marker, family in _OTHERS:
-        if any(marker in name for name in shapes):
+        if any(marker in name for name in own):
             return Identity("other", family)
-    parts = tuple(part for part, prefix in ORIGINAL_PREFIXES.items() if any(name.startswith(prefix) for name in shapes))
     if parts:
-        return Identity("model", _family_of_original(shapes), parts)
-    if part := _lone_part(shapes):
+        return Identity("model", _family_of_original(own), parts, tuple(sorted(adapter)))
+    if part := _lone_part(own):
         return Identity("part", *part)
-    if 0 < len(shapes) <= 4 and any(name in _EMBEDDING or name.startswith("<") for name in shapes):
+    if is_embedding(shapes):
         return Identity("embedding", "textual-inversion embedding")
     return Identity("other", "unknown architecture")
+
+
+def is_embedding(shapes: Mapping[str, Shape]) -> bool:
+    """Whether these are vectors of words and nothing else: one tensor, or two for the two encoders of SDXL."""
+    if set(shapes) == {"clip_l", "clip_g"}:
+        return True
+    ((name, shape),) = shapes.items() if len(shapes) == 1 else [("", ())]
+    is_other = name.endswith((".weight", ".bias", ".alpha")) or _is_of_adapter(name)
+    return name in _EMBEDDING or (0 < len(shape) <= 2 and not is_other)
+
+
+def adapter_kinds(names: Iterable[str]) -> list[str]:
+    """The kinds of changes that a file of an adapter holds, by the names of its tensors."""
+    names = list(names)
+    return [kind for kind, end in _ADAPTER_ENDS.items() if any(end.fullmatch(name) for name in names)]
+
+
+def adapter_layer(name: str) -> str:
+    """The layer that a tensor of an adapter changes, as the file calls it."""
+    if re.search(r"_lora\.(up|down)\.weight$", name):
+        return name.rpartition("_lora.")[0]
+    ends = (end.fullmatch(name) for end in _ADAPTER_ENDS.values())
+    return next((match[1] for match in ends if match), name.rpartition(".")[0])
+
+
+def _is_of_adapter(name: str) -> bool:
+    return name.startswith(_ADAPTER_STARTS) or any(end.fullmatch(name) for end in _ADAPTER_ENDS.values())
 
 
 def require_original(source: object, identity: Identity, names: Iterable[str]) -> None:
@@ -94,20 +146,23 @@ def require_original(source: object, identity: Identity, names: Iterable[str]) -
         first = ", ".join(list(names)[:5]) or "no tensors at all"
         raise CheckpointError(f"{source} is another architecture ({identity.family}); {wanted}, found {first}")
     if identity.kind == "part":
-        raise CheckpointError(f"{source} holds only a {identity.family}; {wanted}")
+        raise CheckpointError(f"{source} holds only a {identity.family}; {wanted}: {_FILL}")
     missing = [part for part in ORIGINAL_PREFIXES if part not in identity.parts]
     if missing:
         lacking = " and ".join(f"{part} ({ORIGINAL_PREFIXES[part]}*)" for part in missing)
         held = ", ".join(identity.parts)
-        raise CheckpointError(f"{source} has no {lacking}, only {held}; {wanted}: use a file saved with all parts")
+        raise CheckpointError(f"{source} has no {lacking}, only {held}; {wanted}: {_FILL}")
 
 
 def lora_dialect(shapes: Iterable[str]) -> str:
-    """Whose names a LoRA file uses: "kohya", "peft" or "diffusers"."""
+    """Whose names an adapter file uses: "kohya", "lycoris", "peft", "diffusers", or "original" single files'."""
     names = list(shapes)
-    if any(name.startswith(("lora_unet_", "lora_te")) for name in names):
-        return "kohya"
-    if any(".lora_A." in name or ".lora_B." in name for name in names):
+    for dialect, starts in {"kohya": ("lora_unet_", "lora_te"), "lycoris": ("lycoris_",)}.items():
+        if any(name.startswith(starts) for name in names):
+            return dialect
+    if any(name.startswith(("diffusion_model.", "model.diffusion_model.")) for name in names):
+        return "original"
+    if any(name.startswith("base_model.") or ".lora_A." in name or ".lora_B." in name for name in names):
         return "peft"
     return "diffusers"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.checkpoints.conversion import convert, read_model
+from latentdiff.checkpoints.conversion import Choices, convert, read_model
 from latentdiff.checkpoints.folder import model_index, write_folder
 from latentdiff.checkpoints.hashing import model_hash
 from latentdiff.checkpoints.inspection import Report, inspect
@@ -50,10 +50,9 @@ class Components:
 def load_components(
     source: str | os.PathLike[str],
     *,
-    ema: bool = False,
-    prediction_type: str | None = None,
     dtype: torch.dtype | None = None,
     weights: bool = True,
+    **choices: Any,
 ) -> Components:
     """Load a model from a diffusers folder, a hub id, or an original single file (`.safetensors`, `.ckpt`).
 
@@ -61,18 +60,17 @@ def load_components(
 
     Args:
         source: where it is. A hub id is looked up in the local cache first.
-        ema: take the averaged weights of a single file that holds both.
-        prediction_type: "epsilon", "v_prediction" or "sample", where the model does not say or says it wrong.
         dtype: of all weights; None keeps those of the file. What has to be converted is, tensor by tensor: no more than
             one of them is in memory in both types.
         weights: False leaves the parts on the meta device, with the mapped tensors in `Components.stored` by part and
             name: they fit, and nothing of them has been read.
+        choices: averaged weights, prediction type, parts from elsewhere: the fields of `Choices`.
 
     Raises:
         CheckpointError: nothing is there, or it is damaged, incomplete, or of another kind.
         ConfigError: the configuration describes another architecture.
     """
-    raw = read_model(source, ema=ema, prediction_type=prediction_type)
+    raw = read_model(source, Choices(**choices))
     for warning in raw.warnings:
         warnings.warn(warning, stacklevel=2)
     modules: dict[str, Any] = {}
@@ -142,7 +140,7 @@ def save_folder(components: Components, folder: str | os.PathLike[str]) -> None:
             "vae": components.vae.config.to_diffusers(),
             "text_encoder": dict(text_config),
             "scheduler": components.schedule_config.to_diffusers(),
-            "model_index": model_index(unet_config["in_channels"]),
+            "model_index": model_index(unet_config["in_channels"], components.vae.config.to_diffusers()["_class_name"]),
         },
         tokenizer=tokenizer_files(components.tokenizer),
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from latentdiff.checkpoints.files import TensorFile, read_tensors
 from latentdiff.checkpoints.layout import PARTS, STEMS, weight_candidates
 from latentdiff.checkpoints.raw import PART_LABELS, RawModel, with_usual_names
+from latentdiff.checkpoints.tokenizer import with_vocabulary_files
 from latentdiff.checkpoints.writing import write_safetensors
 from latentdiff.errors import CheckpointError, LatentDiffError
 from latentdiff.files import atomic_path
@@ -34,18 +35,24 @@ _PIPELINES = tuple(
 )
 
 
-def weight_files(folder: Path, part: str) -> list[Path]:
+def weight_files(folder: Path, part: str, kind: str = "") -> list[Path]:
     """The files that hold the weights of one part.
+
+    Args:
+        folder: of the model.
+        part: the part's folder.
+        kind: which part it is, where its folder is not called so.
 
     Raises:
         CheckpointError: there are none, or a shard is missing.
     """
-    for candidate in weight_candidates(part):
-        path = folder / candidate
+    kind = kind or part
+    for candidate in weight_candidates(kind):
+        path = folder / part / Path(candidate).name
         if path.exists():
             return shards(path) if path.suffix == ".json" else [path]
     raise CheckpointError(
-        f"{folder} has no weights of the {PART_LABELS[part]}: expected {part}/{STEMS[part][0]}.safetensors "
+        f"{folder} has no weights of the {PART_LABELS[kind]}: expected {part}/{STEMS[kind][0]}.safetensors "
         f"(or .fp16.safetensors, shards, .bin), found {listing(folder / part)}"
     )
 
@@ -93,8 +100,9 @@ def write_folder(raw: RawModel, folder: Path) -> None:
     """
     with _replaced_folder(folder) as temporary:
         for name, path in {**CONFIGS, "model_index": INDEX}.items():
-            _write_text(temporary / path, json.dumps(raw.configs[name], indent=2, sort_keys=True) + "\n")
-        for name, text in raw.tokenizer.items():
+            config = _explicit(raw.configs[name]) if name == "text_encoder" else raw.configs[name]
+            _write_text(temporary / path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        for name, text in with_vocabulary_files(raw.tokenizer).items():
             _write_text(temporary / "tokenizer" / name, text)
         for part in PARTS:
             stem = STEMS[part][0]
@@ -108,7 +116,12 @@ def write_folder(raw: RawModel, folder: Path) -> None:
             save_tensors(raw.extras, temporary / EXTRAS, raw.metadata)
 
 
-def model_index(in_channels: int) -> dict[str, Any]:
+def _explicit(config: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers 5 computes in the type of the file, diffusers beside it in float32, unless the type is stated."""
+    return dict(config) if {"dtype", "torch_dtype"} & config.keys() else {**config, "dtype": "float32"}
+
+
+def model_index(in_channels: int, vae: str = "AutoencoderKL") -> dict[str, Any]:
     """The model_index.json with which diffusers opens the folder."""
     pipeline = "StableDiffusionInpaintPipeline" if in_channels == 9 else "StableDiffusionPipeline"
     return {
@@ -122,7 +135,7 @@ def model_index(in_channels: int) -> dict[str, Any]:
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", vae],
     }
 
 

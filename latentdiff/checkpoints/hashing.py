@@ -49,6 +49,18 @@ def once(path: Path, name: str, check: Callable[[], None]) -> None:
         _remember(_remembered() | {key: "passed"})
 
 
+def remembered(path: Path, name: str, find: Callable[[], str]) -> str:
+    """What `find` says of a file, in words; of a large file it is found once."""
+    if path.stat().st_size < _WORTH_REMEMBERING:
+        return find()
+    key = f"{name}|{_key(path)}"
+    known = _remembered()
+    if key not in known:
+        known[key] = find()
+        _remember(known)
+    return known[key]
+
+
 def _key(path: Path) -> str:
     stat = path.stat()
     return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"

@@ -4,7 +4,6 @@ opened."""
 from __future__ import annotations
 
 import os
-import re
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -12,10 +11,9 @@ from latentdiff.checkpoints.folder import CONFIGS, INDEX, shard_names, weight_fi
 from latentdiff.checkpoints.layout import PARTS, weight_candidates
 from latentdiff.checkpoints.raw import PART_LABELS
 from latentdiff.errors import CheckpointError
+from latentdiff.files import is_hub_id
 from latentdiff.reading.plain import exists
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 _TOKENIZER = ("tokenizer/*.json", "tokenizer/*.txt")
 
 
@@ -29,14 +27,15 @@ def locate(source: str | os.PathLike[str]) -> Path:
     path = Path(os.path.expanduser(name))
     if name and exists(path):
         return path
-    if not _HUB_ID.fullmatch(name) or name.endswith(_WEIGHTS):
+    if not is_hub_id(name):
         raise _nothing_at(name)
     return _cached(name) or _download(name)
 
 
 def _nothing_at(name: str) -> CheckpointError:
     return CheckpointError(
-        f"no model at {name or 'an empty name'}: expected a folder, a file, or a hub id such as org/name"
+        f"no such folder or file, no model at {name or 'an empty name'}: expected a folder, a file, or a hub id such as "
+        "org/name"
     )
 
 

@@ -7,13 +7,20 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from latentdiff.checkpoints.architecture import ORIGINAL_PREFIXES, family_name, identify, lora_dialect
+from latentdiff.checkpoints.architecture import (
+    ORIGINAL_PREFIXES,
+    adapter_kinds,
+    adapter_layer,
+    family_name,
+    identify,
+    lora_dialect,
+)
 from latentdiff.checkpoints.files import GIF, PNG, SAFETENSORS, FileWarning, TensorFile, read_tensors, sniff
 from latentdiff.checkpoints.folder import EXTRAS, INDEX, listing, read_folder
 from latentdiff.checkpoints.hashing import SHORT, file_hash, model_hash
@@ -21,6 +28,7 @@ from latentdiff.checkpoints.hub import locate
 from latentdiff.checkpoints.layout import PARTS
 from latentdiff.checkpoints.modules import check_fits, parse_config, shapes_of
 from latentdiff.checkpoints.original import has_ema, read_original
+from latentdiff.checkpoints.prefixes import unwrapped
 from latentdiff.checkpoints.raw import RawModel
 from latentdiff.errors import DataError, LatentDiffError, printable
 from latentdiff.recipe import COMMENT, JSON_CHUNK, TEXT_CHUNK, has_comment
@@ -119,8 +127,10 @@ def _inspect_file(path: Path) -> Report:
 
 
 def _describe_tensors(report: Report, file: TensorFile, wrapping: str) -> None:
-    shapes = shapes_of(file.tensors)
-    identity = identify(shapes)
+    vectors = file.others.get("string_to_param")  # A1111's embeddings
+    tensors = {f"string_to_param.{name}": tensor for name, tensor in vectors.items()} if isinstance(vectors, dict) else None
+    file = replace(file, tensors=tensors or unwrapped(file.tensors))
+    identity = identify(shapes_of(file.tensors))
     report.family = identity.family
     report.dtypes = _count_types(file.tensors.values())
     if identity.kind == "model":
@@ -204,20 +214,24 @@ def _describe_picture(report: Report, path: Path) -> None:
 
 
 def _lora(file: TensorFile) -> dict[str, Any]:
-    down = {
-        name: tensor
-        for name, tensor in file.tensors.items()
-        if any(mark in name for mark in ("lora_down", "lora_A", "lora.down", "_lora.down"))
+    inner = ("lora_down", "lora_A", "lora.down", "_lora.down", "hada_w1_b", "lokr_w2_b", "a2.weight")
+    widths = {tensor.shape[0] for name, tensor in file.tensors.items() if tensor.ndim > 1 and any(m in name for m in inner)}
+    layers = {adapter_layer(name) for name in file.tensors if not name.startswith("bundle_emb.")}
+    parts = {
+        "text_encoder": ("lora_te", "text_encoder", "text_model"),
+        "unet": ("lora_unet", "unet", "_blocks", "lycoris_", "diffusion_model"),
     }
-    parts = {"text_encoder": ("lora_te", "text_encoder", "text_model"), "unet": ("lora_unet", "unet", "down_blocks")}
     facts: dict[str, Any] = {
+        "kinds": adapter_kinds(file.tensors),
         "names": lora_dialect(file.tensors),
-        "rank": sorted({tensor.shape[0] for tensor in down.values()}),
-        "layers": len(down),
-        "parts": [part for part, marks in parts.items() if any(mark in name for name in down for mark in marks)],
+        "rank": sorted(widths),
+        "layers": len(layers),
+        "parts": [part for part, marks in parts.items() if any(mark in name for name in layers for mark in marks)],
     }
+    words = sorted({name.split(".")[1] for name in file.tensors if name.startswith("bundle_emb.")})
+    facts |= {"words": words} if words else {}
     base = file.metadata.get("ss_sd_model_name") or file.metadata.get("modelspec.architecture")
-    return facts | ({"base": base} if base else {})
+    return {name: value for name, value in facts.items() if value} | ({"base": base} if base else {})
 
 
 def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:

@@ -18,6 +18,8 @@ from latentdiff.errors import CheckpointError, ConfigError, LatentDiffError
 from latentdiff.networks.config import UNetConfig, VAEConfig
 from latentdiff.networks.layers.text_transformer import TextTransformerConfig
 from latentdiff.networks.text_encoder import TextEncoder
+from latentdiff.networks.tiny_vae import NAME as TINY_VAE
+from latentdiff.networks.tiny_vae import TinyVAE, TinyVAEConfig
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
 
@@ -34,7 +36,7 @@ def parse_config(part: str, config: dict[str, Any]) -> UNetConfig | VAEConfig | 
         ConfigError: it is not one of Stable Diffusion 1.x or 2.x, or makes no sense.
     """
     with _sensible(part):
-        return _CONFIGS[part].from_diffusers(config)
+        return (TinyVAEConfig if _is_tiny(part, config) else _CONFIGS[part]).from_diffusers(config)
 
 
 def empty_module(part: str, config: dict[str, Any], found: int | None = None) -> nn.Module:
@@ -48,7 +50,8 @@ def empty_module(part: str, config: dict[str, Any], found: int | None = None) ->
     if part == "text_encoder":
         build, config_of_part = TextEncoder, config
     else:
-        build, config_of_part = (UNet if part == "unet" else VAE), parse_config(part, config)
+        networks = {"unet": UNet, "vae": TinyVAE if _is_tiny(part, config) else VAE}
+        build, config_of_part = networks[part], parse_config(part, config)
     with _sensible(part), torch.device("meta"), _NoInitialization():
         return build(config_of_part)
 
@@ -66,6 +69,10 @@ def _check_size(part: str, config: dict[str, Any], found: int) -> None:
             f"the configuration of the {PART_LABELS[part]} describes {layers} layers, far more than its {found} weights "
             "make; take the configuration that belongs to them"
         )
+
+
+def _is_tiny(part: str, config: dict[str, Any]) -> bool:
+    return part == "vae" and config.get("_class_name") == TINY_VAE
 
 
 class _NoInitialization(TorchFunctionMode):

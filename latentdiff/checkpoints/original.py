@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from torch import Tensor
 from latentdiff.checkpoints import tables
 from latentdiff.checkpoints.architecture import ORIGINAL_PREFIXES, identify, require_original
 from latentdiff.checkpoints.files import TensorFile, read_tensors
-from latentdiff.checkpoints.folder import save_tensors
+from latentdiff.checkpoints.folder import model_index, save_tensors
+from latentdiff.checkpoints.hashing import remembered
 from latentdiff.checkpoints.infer import infer_configs, is_open_clip
 from latentdiff.checkpoints.keymap import KeyMap, compare
 from latentdiff.checkpoints.layout import PARTS
+from latentdiff.checkpoints.modelspec import modelspec
 from latentdiff.checkpoints.modules import (
     POSITION_IDS,
     build_module,
@@ -27,13 +29,20 @@ from latentdiff.checkpoints.modules import (
     parse_config,
     shapes_of,
 )
+from latentdiff.checkpoints.parts import PartWeights
 from latentdiff.checkpoints.prediction import PredictionType, probe_prediction_type, read_prediction_type
+from latentdiff.checkpoints.prefixes import unwrapped
 from latentdiff.checkpoints.raw import PART_LABELS, RawModel
+from latentdiff.checkpoints.schedules import stored_schedule
 from latentdiff.checkpoints.tokenizer import clip_tokenizer_files, with_clip_vocabulary, without_clip_vocabulary
+from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.errors import CheckpointError, ConfigError
+from latentdiff.networks.tiny_vae import NAME as TINY_VAE
 from latentdiff.reading.json import parse_object
 
 METADATA = "latentdiff"  # the metadata entry in which `convert` keeps what the layout has no place for
+
+_SHOWN = 5  # names in a message
 
 Tensors = dict[str, Tensor]
 
@@ -103,17 +112,18 @@ def read_original(path: Path, *, ema: bool = False, prediction_type: str | None 
         CheckpointError: the file is damaged, something else, incomplete, or has no averaged weights.
     """
     file = read_tensors(path)
+    file = replace(file, tensors=unwrapped(file.tensors))
     shapes = shapes_of(file.tensors)
     identity = identify(shapes)
     require_original(path, identity, shapes)
     stored = _stored(file)
-    tensors = _with_text_model_level(file.tensors)
+    tensors = {name: tensor for name, tensor in file.tensors.items() if name not in set(identity.strays)}
     found = PredictionType(prediction_type, "the argument") if prediction_type else None
     if not found and not stored:
-        found = read_prediction_type(file, second_family="2.x" in identity.family)
+        found = read_prediction_type(file)
     raw = _assemble(file, tensors, stored, found.name if found else "v_prediction", ema=ema)
     if not found and not stored:
-        found = _probe(raw)
+        found = probed(raw, second_family="2.x" in identity.family)
         raw = _assemble(file, tensors, stored, found.name, ema=ema)
     if found:
         raw.configs["scheduler"]["prediction_type"] = found.name
@@ -122,6 +132,32 @@ def read_original(path: Path, *, ema: bool = False, prediction_type: str | None 
                 f"guessed that {path.name} predicts {found.name}, from {found.source}; if pictures look wrong, give "
                 "the other prediction_type"
             )
+    if not stored:
+        raw.configs["scheduler"] |= stored_schedule(tensors)
+    if identity.strays:
+        raw.warnings.append(
+            f"{path.name} holds {len(identity.strays)} tensors of something else, which are left out: "
+            f"{', '.join(identity.strays[:_SHOWN])}"
+        )
+    return raw
+
+
+def assembled(path: Path, parts: Mapping[str, PartWeights], prediction_type: str | None) -> RawModel:
+    """A model of parts that lie in different files; `path` is that of the U-Net, after which it is called."""
+    configs = {part: given.config for part, given in parts.items()}
+    unet = parse_config("unet", configs["unet"])
+    open_clip = unet.use_linear_projection
+    raw = RawModel(
+        source=path,
+        tensors={part: dict(parts[part].tensors) for part in PARTS},
+        configs={**configs, "scheduler": ScheduleConfig().to_diffusers(), "model_index": model_index(unet.in_channels)},
+        tokenizer=parts["text_encoder"].tokenizer or clip_tokenizer_files("!" if open_clip else "<|endoftext|>"),
+        weight_files=tuple(dict.fromkeys(file for part in PARTS for file in parts[part].files)),
+    )
+    found = PredictionType(prediction_type, "the argument") if prediction_type else probed(raw, second_family=open_clip)
+    raw.configs["scheduler"]["prediction_type"] = found.name
+    if found.guessed:
+        raw.warnings.append(f"guessed that {path.name} predicts {found.name}, from {found.source}")
     return raw
 
 
@@ -134,6 +170,8 @@ def write_original(raw: RawModel, path: Path) -> None:
         CheckpointError: the weights do not fit the configuration.
         LatentDiffError: the file cannot be written.
     """
+    if raw.configs["vae"].get("_class_name") == TINY_VAE:
+        raise CheckpointError("a single file cannot hold a tiny VAE; convert the model with its own VAE, without --vae")
     # The original programs tell the two text encoders apart by these names, and expect OpenCLIP with SD 2.x.
     open_clip = bool(raw.configs["unet"].get("use_linear_projection")) and (
         raw.configs["text_encoder"].get("hidden_act") == "gelu"
@@ -147,7 +185,9 @@ def write_original(raw: RawModel, path: Path) -> None:
         "tokenizer": without_clip_vocabulary(raw.tokenizer),
         "names": raw.names,
     }
-    metadata = {"format": "pt", **raw.metadata, METADATA: json.dumps(kept)}
+    about = {name: text for name, text in modelspec(raw, path.stem).items() if name not in raw.metadata}
+    kept["added"] = list(about)
+    metadata = {"format": "pt", **about, **raw.metadata, METADATA: json.dumps(kept)}
     save_tensors({**tensors, **raw.extras}, path, metadata)
 
 
@@ -165,8 +205,6 @@ def _assemble(
     text_prefix = ORIGINAL_PREFIXES["text_encoder"]
     open_clip = is_open_clip({n.removeprefix(text_prefix): s for n, s in shapes.items() if n.startswith(text_prefix)})
     configs = stored.get("configs") or infer_configs(shapes, prediction_type)
-    if "ztsnr" in tensors and not stored:
-        configs["scheduler"] |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if ema:
         tensors = _with_ema(file.path, tensors)
     parts: dict[str, Tensors] = {}
@@ -184,7 +222,11 @@ def _assemble(
         tokenizer=with_clip_vocabulary(stored["tokenizer"]) if stored else clip_tokenizer_files(pad_token),
         extras=extras,
         names=stored.get("names", {}),
-        metadata={name: text for name, text in file.metadata.items() if name not in (METADATA, "format")},
+        metadata={
+            name: text
+            for name, text in file.metadata.items()
+            if name not in (METADATA, "format", *stored.get("added", ()))
+        },
         weight_files=(file.path,),
     )
 
@@ -222,17 +264,6 @@ def _refuse_unknown(path: Path, extras: Tensors) -> None:
     prefixes = tuple(ORIGINAL_PREFIXES.values())
     unknown = {n: tuple(t.shape) for n, t in extras.items() if not _EXTRAS.match(n) and not n.startswith(prefixes)}
     compare("content", {}, unknown).raise_unless_fits(path)
-
-
-def _with_text_model_level(tensors: Tensors) -> Tensors:
-    """Some programs save SD 1.x text encoders without the level `text_model`."""
-    short = "cond_stage_model.transformer."
-    if f"{short}embeddings.token_embedding.weight" not in tensors:
-        return tensors
-    return {
-        f"{short}text_model.{name.removeprefix(short)}" if name.startswith(short) else name: tensor
-        for name, tensor in tensors.items()
-    }
 
 
 def _with_ema(path: Path, tensors: Tensors) -> Tensors:
@@ -273,14 +304,22 @@ def _are_texts(names: Any) -> bool:
     return isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
 
 
-def _probe(raw: RawModel) -> PredictionType:
-    """Run the U-Net once; half precision is widened to bfloat16, which CPUs compute at a bearable speed."""
-    half = any(tensor.dtype == torch.float16 for tensor in raw.tensors["unet"].values())
-    unet = build_module(raw, "unet", torch.bfloat16 if half else None)
+def probed(raw: RawModel, *, second_family: bool) -> PredictionType:
+    """Run the U-Net once; half precision is widened to bfloat16, which CPUs compute at a bearable speed.
+
+    What a large file showed is remembered.
+    """
+    kept = remembered(raw.weight_files[0], "predicts", lambda: _probe(raw, second_family).to_text())
+    return PredictionType.from_text(kept)
+
+
+def _probe(raw: RawModel, second_family: bool) -> PredictionType:
+    types = {tensor.dtype for tensor in raw.tensors["unet"].values()}
+    unet = build_module(raw, "unet", torch.float32 if types & {torch.float32, torch.float64} else torch.bfloat16)
     dtype = next(unet.parameters()).dtype
     config = parse_config("unet", raw.configs["unet"])
 
     def run(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return unet(x.to(dtype), t, context.to(dtype))
 
-    return probe_prediction_type(run, config.in_channels, config.cross_attention_dim)
+    return probe_prediction_type(run, config.in_channels, config.cross_attention_dim, second_family=second_family)

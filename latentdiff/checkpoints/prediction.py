@@ -1,9 +1,9 @@
 """What the U-Net of an original single file predicts: the noise or the velocity.
 
-Nothing in the shapes tells SD 2.x base (noise) from SD 2.x 768-v (velocity), so the first of these that speaks decides:
-the configuration that `convert` stored; the marker tensor `v_pred`; the file's `modelspec` metadata; a YAML
-file of the same name beside it (`parameterization: "v"`); the family (SD 1.x predicts noise); the number of training
-steps of the published SD 2.0 base; and at last a guess, by asking the network itself.
+Nothing in the shapes tells noise from velocity, so the first of these that speaks decides: the configuration that
+`convert` stored; the marker tensor `v_pred`; the file's `modelspec` metadata; a YAML file of the same name beside it
+(`parameterization: "v"`); the number of training steps of the published SD 2.0 base; and at last the network itself is
+asked. SD 1.x predicts noise unless that trial says clearly that it was retrained.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from latentdiff.errors import CheckpointError
 from latentdiff.reading.yaml import read_yaml
 
 _SD2_BASE_STEPS = 875_000  # global_step of 512-base-ema.ckpt
+_LAST, _EARLY = 999, 250  # timesteps
+_EARLY_SIGMA = 0.57  # share of noise at that timestep of Stable Diffusion's schedule
+_BETWEEN = 0.5  # slopes that tell one from the other
 _ARCHITECTURE = "modelspec.architecture"
 _NAMES = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
@@ -33,9 +36,19 @@ class PredictionType:
     source: str
     guessed: bool = False
 
+    def to_text(self) -> str:
+        """As `from_text` reads it."""
+        return f"{self.name}|{int(self.guessed)}|{self.source}"
 
-def read_prediction_type(file: TensorFile, *, second_family: bool) -> PredictionType | None:
-    """What the file itself says; None if only the network can tell. `second_family`: it is an SD 2.x."""
+    @classmethod
+    def from_text(cls, text: str) -> PredictionType:
+        """Inverse of `to_text`."""
+        name, guessed, source = text.split("|", 2)
+        return cls(name, source, guessed == "1")
+
+
+def read_prediction_type(file: TensorFile) -> PredictionType | None:
+    """What the file itself says; None if only the network can tell."""
     if "v_pred" in file.tensors:
         return PredictionType("v_prediction", "the marker v_pred")
     stated = file.metadata.get("modelspec.prediction_type", "").lower()
@@ -46,15 +59,13 @@ def read_prediction_type(file: TensorFile, *, second_family: bool) -> Prediction
         return PredictionType(name, "its modelspec metadata")
     if found := _beside(file):
         return found
-    if not second_family:
-        return PredictionType("epsilon", "its family")
     if file.others.get("global_step") == _SD2_BASE_STEPS:
         return PredictionType("epsilon", "its number of training steps, that of SD 2.0 base")
     return None
 
 
 def probe_prediction_type(
-    unet: Callable[[Tensor, Tensor, Tensor], Tensor], channels: int, width: int
+    unet: Callable[[Tensor, Tensor, Tensor], Tensor], channels: int, width: int, *, second_family: bool = True
 ) -> PredictionType:
     """Ask the network: at the last timestep its input is all but pure noise.
 
@@ -62,24 +73,42 @@ def probe_prediction_type(
     v = alpha eps - sigma x0 returns the negative mean picture (slope near alpha, 0.07). The reading is decisive for
     trained networks and means nothing for random ones, so it counts as a guess.
 
+    SD 1.x as published predicts noise. It was retrained only if a second reading says so, too: of a grey picture under
+    little noise, where the slope on the noise is again alpha, there near 1, for v, and 1 for noise.
+
     Args:
         unet: x (1, channels, 8, 8), t (1,), context (1, 2, width) -> prediction (1, channels_out, 8, 8).
         channels: input channels; only the first four are compared.
         width: of the text embeddings.
+        second_family: it is an SD 2.x, most of which predict v.
     """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, channels, 8, 8, generator=generator, dtype=torch.float32)
-    context = torch.zeros(1, 2, width, dtype=torch.float32)
-    with torch.no_grad():
-        out = unet(x, torch.tensor([999]), context).float()
-    seen = x[:, : out.shape[1]]
-    slope = float((out * seen).sum() / (seen * seen).sum())
+    slope = _slope(unet, channels, width, _LAST, 1.0)
     if not math.isfinite(slope):
+        if not second_family:
+            return PredictionType("epsilon", "its family")
         return PredictionType(
             "v_prediction", "its family alone, as most SD 2.x do (a trial run gave NaN)", guessed=True
         )
-    name = "epsilon" if slope > 0.5 else "v_prediction"
-    return PredictionType(name, f"a trial run of the U-Net (slope {slope:.2f} on noise)", guessed=True)
+    if second_family or slope > _BETWEEN:
+        name = "epsilon" if slope > _BETWEEN else "v_prediction"
+        source = f"a trial run of the U-Net (slope {slope:.2f} on noise)"
+        return PredictionType(name, source, guessed=second_family)
+    second = _slope(unet, channels, width, _EARLY, _EARLY_SIGMA)
+    if second > _BETWEEN:
+        source = f"a trial run of the U-Net (slopes {slope:.2f} and {second:.2f} on noise)"
+        return PredictionType("v_prediction", source, guessed=True)
+    return PredictionType("epsilon", "its family")
+
+
+@torch.no_grad()
+def _slope(
+    unet: Callable[[Tensor, Tensor, Tensor], Tensor], channels: int, width: int, t: int, sigma: float
+) -> float:
+    """Of the output on noise, for a grey picture with this much of it."""
+    noise = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    out = unet(sigma * noise, torch.tensor([t]), torch.zeros(1, 2, width, dtype=torch.float32)).float()
+    seen = noise[:, : out.shape[1]]
+    return float((out * seen).sum() / (seen * seen).sum())
 
 
 def _beside(file: TensorFile) -> PredictionType | None:

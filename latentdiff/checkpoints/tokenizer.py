@@ -62,11 +62,16 @@ def tokenizer_files(tokenizer: Any) -> dict[str, str]:
     """The files of a tokenizer, ours or transformers', as published models have them: with vocab.json and
     merges.txt."""
     saved = tokenizer.files if isinstance(tokenizer, Tokenizer) else _saved_by_transformers(tokenizer)
+    files = with_vocabulary_files(saved)
+    return files if VOCABULARY in saved else {name: text for name, text in files.items() if name != WHOLE}
+
+
+def with_vocabulary_files(saved: Mapping[str, str]) -> dict[str, str]:
+    """The files of a tokenizer, with vocab.json and merges.txt, which other programs read and tokenizer.json holds."""
     if VOCABULARY in saved:
         return dict(saved)
     vocabulary, merges = vocabulary_and_merges(saved)
-    files = {name: text for name, text in saved.items() if name != WHOLE}
-    return files | _vocabulary_files(vocabulary, [" ".join(pair) for pair in merges])
+    return dict(saved) | _vocabulary_files(vocabulary, [" ".join(pair) for pair in merges])
 
 
 def _saved_by_transformers(tokenizer: Any) -> dict[str, str]:

@@ -82,6 +82,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
             return code or 0
     except LatentDiffError as error:
         return _fail(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:  # a group without a command: its help, as help
+        click.echo(error.ctx.get_help())
+        return 0
     except click.ClickException as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "latentdiff")
         return _fail(f"{error.format_message()} (see {command} --help)", error.exit_code)

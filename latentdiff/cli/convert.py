@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from latentdiff.cli.options import ANY_PATH, EMA, PREDICTION_TYPE
+from latentdiff.cli.options import ANY_PATH, EMA, PARTS_FROM, PREDICTION_TYPE, ZERO_SNR
 from latentdiff.cli.output import check_writable
 
 
@@ -15,11 +16,13 @@ from latentdiff.cli.output import check_writable
 @click.argument("target", metavar="OUT", type=ANY_PATH)
 @EMA
 @PREDICTION_TYPE
-def convert(source: str, target: Path, ema: bool, prediction_type: str | None) -> None:
+@ZERO_SNR
+@PARTS_FROM
+def convert(source: str, target: Path, **choices: Any) -> None:
     """Convert the model IN to OUT, loss-free: a name ending in .safetensors is a single file, others a folder."""
     check_writable(target)
     from latentdiff.checkpoints.conversion import convert as convert_model
 
-    for note in convert_model(source, target, ema=ema, prediction_type=prediction_type):
+    for note in convert_model(source, target, **choices):
         click.echo(f"note: {note}", err=True)
     click.echo(target)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from latentdiff.cli.loras import parse_scaled
+from latentdiff.cli.loras import ALLOW_PARTIAL, parse_scaled
 from latentdiff.cli.options import ANY_PATH, MODEL
 from latentdiff.cli.output import check_writable
 from latentdiff.errors import CheckpointError, printable
@@ -36,10 +36,11 @@ def lora() -> None:
 
 
 @lora.command()
-@click.argument("files", nargs=-1, required=True, metavar="FILE[:SCALE]...")
+@click.argument("files", nargs=-1, required=True, metavar="FILE[:STRENGTH]...")
 @MODEL
+@ALLOW_PARTIAL
 @click.option("--out", type=ANY_PATH, required=True, metavar="FOLDER", help="Where to write the adapted model.")
-def merge(files: tuple[str, ...], model: str | None, out: Path) -> None:
+def merge(files: tuple[str, ...], model: str | None, allow_partial: bool, out: Path) -> None:
     """Put one or more LoRAs into a model's weights and write it as a folder in the diffusers layout."""
     check_writable(out)
     from latentdiff.adapters import lora as adapters
@@ -48,8 +49,10 @@ def merge(files: tuple[str, ...], model: str | None, out: Path) -> None:
     parts = _load(model)
     loaded = []
     for path, scale in map(parse_scaled, files):
-        found, report = adapters.load_lora(path, parts.unet, parts.text_encoder)
+        found, report = adapters.load_lora(path, parts.unet, parts.text_encoder, allow_partial=allow_partial)
         click.echo(f"{path}: {report}", err=True)
+        if report.words:
+            click.echo(f"note: the words of {path} cannot be merged into weights and are left out", err=True)
         loaded.append((found, scale))
     adapters.merge(loaded)
     save_folder(parts, out)
@@ -90,16 +93,19 @@ def inspect(file: str) -> None:
     found = read_lora(file)
     click.echo(found.path)
     facts = {
+        "kinds": ", ".join(f"{count} {kind}" for kind, count in found.kinds.most_common()),
         "names": found.dialect,
         "made for": made_for(found),
         "layers": f"{len(found.layers)} ({_summary(found.layers)})",
         "rank": ", ".join(map(str, found.ranks)),
         "alpha": ", ".join(f"{alpha:g}" for alpha in found.alphas),
+        "words": ", ".join(found.words),
         "bytes": f"{found.path.stat().st_size:,}",
         "SHA-256": file_hash(found.path),
     }
     for name, value in (facts | _told(found.metadata)).items():
-        click.echo(printable(f"  {name + ': ':<14}{value}"))
+        if value:
+            click.echo(printable(f"  {name + ': ':<14}{value}"))
 
 
 def _load(model: str | None) -> Components:

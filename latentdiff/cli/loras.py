@@ -1,4 +1,4 @@
-"""LoRAs on the command line: FILE:SCALE, loading them, and finding those that a recipe names."""
+"""Adapters and embeddings on the command line: FILE:STRENGTH, loading them, and finding those that a recipe names."""
 
 from __future__ import annotations
 
@@ -9,27 +9,55 @@ from typing import TYPE_CHECKING
 
 import click
 
-from latentdiff.errors import DataError
+from latentdiff.errors import DataError, UsageError
 from latentdiff.recipe import Recipe
 
 if TYPE_CHECKING:
+    from latentdiff.adapters.lora import Strength
     from latentdiff.pipeline import Pipeline
 
-ScaledFile = tuple[str, float]
+ScaledFile = tuple[str, "float | str | Strength"]
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt")
 
 
 def parse_scaled(text: str) -> ScaledFile:
-    """ "file.safetensors:0.8" -> ("file.safetensors", 0.8); without a number the scale is 1."""
-    path, colon, scale = text.rpartition(":")
-    try:
-        return (path, float(scale)) if colon and path and not Path(text).exists() else (text, 1.0)
-    except ValueError:
+    """ "file.safetensors:0.8" -> ("file.safetensors", 0.8); without a strength it is 1. `adapters.lora.strength` has the
+    grammar.
+
+    Raises:
+        UsageError: the part behind the colon is no strength.
+    """
+    path, colon, strength = text.rpartition(":")
+    if not colon or not path or Path(text).exists() or (len(path) == 1 and strength[:1] in ("\\", "/")):
         return text, 1.0
+    try:
+        return path, float(strength)
+    except ValueError:
+        from latentdiff.adapters.lora.strength import Strength
+
+        try:
+            return path, Strength.parse(strength)
+        except UsageError:
+            if Path(path).exists():
+                raise
+    return text, 1.0
 
 
 def _parse_all(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> list[ScaledFile]:
     return [parse_scaled(text) for text in texts]
+
+
+def _embeddings(context: click.Context, parameter: click.Parameter, paths: tuple[str, ...]) -> list[str]:
+    """The files, and all embeddings of the folders."""
+    files = []
+    for path in map(Path, paths):
+        found = [path]
+        if path.is_dir():
+            found = sorted(each for each in path.iterdir() if each.suffix in (".safetensors", ".pt", ".bin"))
+            if not found:
+                raise UsageError(f"expected embeddings in {path} (.safetensors, .pt, .bin), found none")
+        files += [str(each) for each in found]
+    return files
 
 
 LORAS = click.option(
@@ -37,19 +65,40 @@ LORAS = click.option(
     "loras",
     multiple=True,
     callback=_parse_all,
-    metavar="FILE[:SCALE]",
-    help="Adapt the model by a LoRA file, at this strength.  [default: 1]  Repeat it for several at once.",
+    metavar="FILE[:STRENGTH]",
+    help="Adapt the model by a LoRA or LyCORIS file, at a strength: 0.8, or unet=0.8,te=0.4, or 0.8,blocks=1,0,... with "
+    "17, 25 or 26 numbers (base, IN, M and OUT blocks).  [default: 1]  An embedding is taken too. Repeat it for several.",
+)
+ALLOW_PARTIAL = click.option(
+    "--allow-partial", is_flag=True, help="Use what fits of a --lora that was made for another model."
+)
+EMBEDDINGS = click.option(
+    "--embedding",
+    "embeddings",
+    multiple=True,
+    callback=_embeddings,
+    metavar="FILE|FOLDER",
+    help="Teach the model a word by a textual-inversion file; the prompt uses it by its name. Repeat it for several.",
 )
 
 
 @contextmanager
-def with_loras(pipe: Pipeline, loras: Iterable[ScaledFile]) -> Iterator[None]:
+def with_loras(
+    pipe: Pipeline,
+    loras: Iterable[ScaledFile],
+    *,
+    embeddings: Iterable[str] = (),
+    allow_partial: bool = False,
+) -> Iterator[None]:
     """Inside, the model is adapted by these; how much of each file fits it goes to stderr."""
     names = []
     try:
-        for number, (path, scale) in enumerate(loras, 1):
+        for number, (path, scale) in enumerate([*((path, None) for path in embeddings), *loras], 1):
             name = f"{number}: {path}"  # the same file may come twice
-            report = pipe.load_lora(path, scale, name)
+            if scale is None:
+                report = pipe.load_embedding(path, name)
+            else:
+                report = pipe.load_lora(path, scale, name, allow_partial=allow_partial)
             names.append(name)
             click.echo(f"{path}: {report}", err=True)
         yield
@@ -64,10 +113,13 @@ def loras_of(recipe: Recipe, folders: Iterable[Path]) -> list[ScaledFile]:
     Raises:
         DataError: one is not there, or the recipe does not say which it is.
     """
+    from latentdiff.adapters.lora.strength import Strength
+
     folders = list(folders)
     try:
-        return [(str(_find(entry["file"], entry["sha256"], folders)), float(entry["scale"])) for entry in recipe.loras]
-    except (KeyError, TypeError, ValueError) as error:
+        entries = [(entry["file"], entry["sha256"], Strength.of(entry["scale"])) for entry in recipe.loras]
+        return [(str(_find(file, sha256, folders)), strength) for file, sha256, strength in entries]
+    except (KeyError, TypeError, ValueError, UsageError) as error:
         raise DataError(f"the picture's recipe does not say which LoRAs it was made with: {error}") from error
 
 

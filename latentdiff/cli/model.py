@@ -18,7 +18,9 @@ from latentdiff.cli.loras import with_loras
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
 
-NAMES = ("model", "ema", "prediction_type", "loras", "device", "precision", "backend", "attention", "low_memory")
+ADAPTING = ("loras", "embeddings", "allow_partial")
+CHOICES = ("ema", "prediction_type", "zero_terminal_snr", "vae", "text_encoder", "base")
+NAMES = ("model", *CHOICES, "device", "precision", "backend", "attention", "low_memory")
 
 
 @contextmanager
@@ -28,14 +30,15 @@ def loaded_model(settings: dict[str, Any]) -> Iterator[Pipeline]:
     Inside the `with`, it has the LoRAs and the attention back end that were asked for.
     """
     chosen = {name: settings.pop(name) for name in NAMES}
+    adapting = {name: settings.pop(name) for name in ADAPTING}
     read_ahead(Path(os.path.expanduser(embedded_model() if chosen["model"] is None else chosen["model"])))
 
     from latentdiff.networks.attention import use_attention_backend
     from latentdiff.pipeline import Pipeline
 
-    attention, loras = chosen.pop("attention"), chosen.pop("loras")
+    attention = chosen.pop("attention")
     pipe = Pipeline.load(chosen.pop("model"), **chosen)
-    with with_loras(pipe, loras), use_attention_backend(attention) if attention else nullcontext():
+    with with_loras(pipe, **adapting), use_attention_backend(attention) if attention else nullcontext():
         yield pipe
 
 

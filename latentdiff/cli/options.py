@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from latentdiff.cli.loras import LORAS
+from latentdiff.cli.loras import ALLOW_PARTIAL, EMBEDDINGS, LORAS
 from latentdiff.request.domains import Interval, Real, Seeds, Texts, Whole
 from latentdiff.request.options import (
     OPTIONS,
@@ -46,6 +46,19 @@ PREDICTION_TYPE = click.option(
     type=click.Choice(get_args(PredictionName)),
     help="What the model predicts, if its file says it wrong.",
 )
+ZERO_SNR = click.option(
+    "--zero-terminal-snr",
+    is_flag=True,
+    help="Begin in pure noise, as models trained with zero terminal SNR need it, if its file does not say so.",
+)
+VAE = click.option(
+    "--vae", metavar="FILE|FOLDER", help="The VAE, in place of the model's own: a file, a folder, or a TAESD."
+)
+TEXT_ENCODER = click.option(
+    "--text-encoder", metavar="FILE|FOLDER", help="The text encoder, in place of the model's own."
+)
+BASE = click.option("--base", metavar="MODEL", help="The model that parts come from that the file of --model lacks.")
+PARTS_FROM = together(VAE, TEXT_ENCODER, BASE)
 DEVICE = click.option(
     "--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:N or mps."
 )
@@ -74,7 +87,8 @@ LOW_MEMORY = click.option(
     help="Pass the weights through memory block by block and decode large pictures in tiles: slower, the same picture.",
 )
 MODEL_OPTIONS = together(
-    MODEL, EMA, PREDICTION_TYPE, LORAS, DEVICE, PRECISION, BACKEND, COMPILE, ATTENTION, LOW_MEMORY
+    MODEL, EMA, PREDICTION_TYPE, ZERO_SNR, PARTS_FROM, LORAS, ALLOW_PARTIAL, EMBEDDINGS,
+    DEVICE, PRECISION, BACKEND, COMPILE, ATTENTION, LOW_MEMORY,
 )  # see `loaded_model`
 
 

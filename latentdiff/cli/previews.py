@@ -1,21 +1,57 @@
-"""Pictures of what is being made, for the commands that show them."""
+"""Pictures of what the model expects while it is still at work, by the VAE or by a tiny decoder that takes no time."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from latentdiff.errors import UsageError
+
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from latentdiff.diffusion.progress import Callback
     from latentdiff.pipeline import Pipeline
+
+    # Latents (N, C, h, w) -> pictures (N, 3, H, W), about in [-1, 1].
+    Decode = Callable[[Tensor], Tensor]
+
+
+class PreviewFile:
+    """A callback for pipelines that writes the picture expected so far; several on one sheet.
+
+    Args:
+        path: a PNG file, written anew each time.
+        decode: `Pipeline.decode`, or a tiny decoder.
+        every: steps from one preview to the next.
+
+    Raises:
+        UsageError: `every` is below 1.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], decode: Decode, *, every: int = 5) -> None:
+        if every < 1:
+            raise UsageError(f"expected a preview every 1 step or more, found {every}")
+        self._path, self._decode, self._every = Path(path), decode, every
+
+    def __call__(self, step: int, t: float, x0: Tensor) -> None:
+        """See `latentdiff.diffusion.progress.Callback`."""
+        from latentdiff.image import contact_sheet, save_png, to_pil
+
+        if step % self._every == 0:
+            images = to_pil(self._decode(x0))
+            save_png(images[0] if len(images) == 1 else contact_sheet(images, [""] * len(images)), self._path)
 
 
 def preview_file(pipe: Pipeline, path: Path, every: int, decoder: Path | None) -> Callback:
     """What writes previews to `path`, by the tiny decoder in that file or else by the model's VAE."""
-    from latentdiff.cli.tiny_decoder import PreviewFile, TinyDecoder
-
     if decoder is None:
         return PreviewFile(path, pipe.decode, every=every)
-    tiny = TinyDecoder.load(decoder)
-    tiny.check_fit(pipe.vae.config)
-    return PreviewFile(path, tiny.to(pipe.device), every=every)
+    from latentdiff.checkpoints.tiny_vae import check_decoder_fits, load_tiny_decoder
+
+    tiny = load_tiny_decoder(decoder)
+    check_decoder_fits(tiny, pipe.vae.config)
+    tiny = tiny.to(pipe.device)
+    return PreviewFile(path, lambda latents: tiny(latents.to(pipe.device).float()), every=every)

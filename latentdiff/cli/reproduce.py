@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import click
 
 from latentdiff.cli.loras import loras_of, with_loras
-from latentdiff.cli.options import ANY_PATH, DEVICE
+from latentdiff.cli.options import ANY_PATH, DEVICE, PARTS_FROM
 from latentdiff.cli.output import check_writable
 from latentdiff.errors import CheckpointError, DataError, UsageError
 from latentdiff.recipe import Recipe, read_recipe
@@ -32,6 +32,7 @@ SHORT = 8  # digits of the shortest hash of a model that web UIs wrote; today it
     metavar="FOLDER|HUB_ID|FILE",
     help="The model of the recipe; not needed for the one that comes with latentdiff.",
 )
+@PARTS_FROM
 @click.option(
     "--source",
     multiple=True,
@@ -55,6 +56,7 @@ def reproduce(
     precision: str | None,
     out: Path | None,
     lora_dir: Path | None,
+    **parts: str | None,
 ) -> int:
     """Make PICTURE again from its recipe, report the pixel difference and why there is one. An animation is one, too.
 
@@ -72,7 +74,7 @@ def reproduce(
         raise DataError(f"{picture} was made from given start noise, which a recipe does not hold")
     sources = _sources(recipe, picture, source)
     loras = loras_of(recipe, [lora_dir] if lora_dir else [picture.parent, Path()])
-    pipe = _load(recipe, model, device, precision)
+    pipe = _load(recipe, model, device, precision, parts)
     with with_loras(pipe, loras):
         again = _make(pipe, recipe, sources)
     if out:
@@ -139,7 +141,9 @@ def _role_and_file(text: str, recipe: Recipe) -> tuple[str, Path]:
     return role, Path(file)
 
 
-def _load(recipe: Recipe, model: str | None, device: str, precision: str | None) -> Pipeline:
+def _load(
+    recipe: Recipe, model: str | None, device: str, precision: str | None, parts: Mapping[str, str | None]
+) -> Pipeline:
     from latentdiff.pipeline import Pipeline
 
     pipe = Pipeline.load(
@@ -149,6 +153,8 @@ def _load(recipe: Recipe, model: str | None, device: str, precision: str | None)
         backend=recipe.backend,
         ema=recipe.ema,
         prediction_type=recipe.prediction_type if model else None,
+        zero_terminal_snr=recipe.zero_terminal_snr and model is not None,
+        **parts,
     )
     if model is None and not _same_hash(recipe, pipe):
         raise CheckpointError(

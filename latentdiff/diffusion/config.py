@@ -27,6 +27,7 @@ class ScheduleConfig:
     timestep_spacing: str | None = None  # leading, trailing or linspace; None: what is customary for each sampler
     steps_offset: int = 1  # added to every timestep of the leading spacing
     set_alpha_to_one: bool = False  # clean end: alpha_cumprod 1 (True) or that of timestep 0 (False, Stable Diffusion)
+    trained_betas: tuple[float, ...] | None = None  # a table in place of beta_schedule and its ends
     rescale_betas_zero_snr: bool = False  # Lin et al. 2023: the last timestep holds no signal at all
 
     def __post_init__(self) -> None:
@@ -45,6 +46,8 @@ class ScheduleConfig:
             if not isinstance(value := getattr(self, name), str | None) or value not in choices:
                 expected = ", ".join(map(str, choices))
                 raise ConfigError(f"schedule {name} must be one of {expected}, found {str(value)[:40]!r}")
+        if self.trained_betas is not None:
+            _check_betas(self.trained_betas, self.num_train_timesteps)
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> Self:
@@ -53,15 +56,14 @@ class ScheduleConfig:
         Raises:
             ConfigError: the noise schedule is one that cannot be reproduced here.
         """
-        if config.get("trained_betas") is not None:
-            raise ConfigError(
-                "schedule with trained_betas is not supported; expected beta_start, beta_end and beta_schedule"
-            )
         # What diffusers' DDIMScheduler assumes where a file is silent.
         silent = {
             "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "steps_offset": 0, "set_alpha_to_one": True,
         }  # fmt: skip
-        return cls(**known_entries(cls, config, silent))
+        entries = known_entries(cls, config, silent)
+        if (betas := entries.get("trained_betas")) is not None:
+            entries["trained_betas"] = tuple(betas) if isinstance(betas, list) else betas
+        return cls(**entries)
 
     def to_diffusers(self) -> dict[str, Any]:
         """The `scheduler_config.json` from which diffusers builds a DDIMScheduler with the same schedule."""
@@ -74,6 +76,14 @@ def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         kind = "a whole number" if whole else "a number"
         raise ConfigError(f"schedule {name} must be {kind} from {low} to {high}, found {str(value)[:40]!r}")
+
+
+def _check_betas(betas: Any, count: int) -> None:
+    if not isinstance(betas, tuple) or len(betas) != count:
+        found = f"{len(betas)} entries" if isinstance(betas, tuple) else repr(betas)[:40]
+        raise ConfigError(f"schedule trained_betas must be a list of {count} numbers, found {found}")
+    if not all(isinstance(beta, int | float) and 0 <= beta <= 1 for beta in betas):
+        raise ConfigError("schedule trained_betas must be numbers from 0 to 1")
 
 
 def known_entries(cls: type, config: Mapping[str, Any], silent: Mapping[str, Any]) -> dict[str, Any]:

@@ -189,6 +189,8 @@ class Schedule:
 
 def _betas(config: ScheduleConfig) -> Tensor:
     """The variances of the single noising steps, (T,), float64."""
+    if config.trained_betas is not None:
+        return torch.tensor(config.trained_betas, dtype=torch.float64)
     steps, start, end = config.num_train_timesteps, config.beta_start, config.beta_end
     match config.beta_schedule:
         case "linear":  # Ho et al. 2020

@@ -193,6 +193,10 @@ def with_ema(shapes: Shapes) -> Shapes:
 
 
 def tensors(shapes: Shapes, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Small random values for every name."""
+    """Small random values for every name, and Stable Diffusion's for the training schedule."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: (0.05 * torch.randn(shape, generator=generator)).to(dtype) for name, shape in shapes.items()}
+    made = {name: 0.05 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    if "alphas_cumprod" in made:
+        made["betas"] = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square().float()
+        made["alphas_cumprod"] = torch.cumprod(1 - made["betas"], dim=0)
+    return {name: tensor.to(dtype) for name, tensor in made.items()}

@@ -111,7 +111,8 @@ def test_lora(tmp_path: Path, names: tuple[str, ...], dialect: str, parts: list[
     save_file({name: torch.zeros(4, 16) for name in names}, path, metadata={"ss_sd_model_name": "base.ckpt"})
     report = inspect(path)
     check(report, kind="LoRA (safetensors)", problem="")
-    assert report.lora == {"names": dialect, "rank": [4], "layers": len(names), "parts": parts, "base": "base.ckpt"}
+    expected = {"names": dialect, "rank": [4], "layers": len(names), "parts": parts, "base": "base.ckpt"}
+    assert report.lora == {"kinds": ["LoRA"], **expected}
 
 
 def test_parts_and_tokenizer(tmp_path: Path):
@@ -185,3 +186,23 @@ def test_other_folders(tmp_path: Path):
 def test_nothing_there(tmp_path: Path):
     with pytest.raises(CheckpointError, match="no model at"):
         inspect(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.pt", {"string_to_param": {"*": torch.zeros(4, 32)}, "name": "x"}),
+        ("a.bin", {"<teapot>": torch.zeros(32)}),
+        ("b.pt", {"emb_params": torch.zeros(2, 32)}),
+    ],
+)
+def test_embeddings(tmp_path: Path, name: str, content: dict):
+    torch.save(content, tmp_path / name)
+    report = inspect(tmp_path / name)
+    check(report, kind="textual inversion (pickle)", family="textual-inversion embedding", problem="")
+
+
+def test_a_single_difference_is_no_word(tmp_path: Path):
+    save_file({"lora_unet_conv_in.diff": torch.zeros(4, 4)}, tmp_path / "a.safetensors")
+    report = inspect(tmp_path / "a.safetensors")
+    assert report.kind == "LoRA (safetensors)" and report.lora["kinds"] == ["full difference"]

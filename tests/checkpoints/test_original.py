@@ -14,13 +14,18 @@ from safetensors.torch import load_file, save_file
 from latentdiff.checkpoints.components import load_components
 from latentdiff.checkpoints.conversion import convert
 from latentdiff.checkpoints.files import read_tensors
+from latentdiff.checkpoints.inspection import inspect
 from latentdiff.checkpoints.original import read_original
 from latentdiff.checkpoints.prediction import probe_prediction_type
+from latentdiff.diffusion.config import ScheduleConfig
+from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import CheckpointError, ConfigError, UsageError
+from latentdiff.model import LoadedModel
 from tests import tiny
 from tests.checkpoints import compvis
 
 Tensors = dict[str, torch.Tensor]
+ALPHAS_CUMPROD = Schedule(ScheduleConfig()).alphas_cumprod
 
 
 def save(path: Path, tensors: Tensors, **metadata: str) -> Path:
@@ -206,6 +211,32 @@ def test_probe_tells_noise_from_velocity():
         assert probe_prediction_type(lambda x, t, c: velocity(x, t, c)[:, :4], channels, 8).name == "v_prediction"
 
 
+def test_probe_of_the_first_family_believes_only_two_readings():
+    """Perfect networks for grey pictures at any timestep; a random network is taken for what the family predicts."""
+
+    def alpha(t: torch.Tensor) -> float:
+        return float(ALPHAS_CUMPROD[int(t)]) ** 0.5
+
+    def velocity(x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        return alpha(t) * x / (1 - alpha(t) ** 2) ** 0.5
+
+    def noise(x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        return x / (1 - alpha(t) ** 2) ** 0.5
+
+    found = probe_prediction_type(velocity, 4, 8, second_family=False)
+    assert found.name == "v_prediction" and found.guessed
+    for network in (noise, lambda x, t, c: torch.roll(x, 3, -1), lambda x, t, c: 0 * x, lambda x, t, c: x * torch.nan):
+        found = probe_prediction_type(network, 4, 8, second_family=False)
+        assert found.name == "epsilon" and not found.guessed
+
+
+def test_velocity_of_the_first_family_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("latentdiff.checkpoints.prediction._slope", lambda unet, channels, width, t, s: 1 - t / 1000)
+    path = save(tmp_path / "model.safetensors", compvis.tensors(compvis.tiny_sd1()))
+    with pytest.warns(UserWarning, match="guessed that model.safetensors predicts v_prediction"):
+        assert load_components(path).schedule_config.prediction_type == "v_prediction"
+
+
 def test_probe_that_fails_falls_back_to_what_most_files_predict():
     found = probe_prediction_type(lambda x, t, context: x * float("nan"), 4, 8)
     assert found.name == "v_prediction" and found.guessed and "NaN" in found.source
@@ -217,16 +248,78 @@ def test_probe_that_fails_falls_back_to_what_most_files_predict():
 @pytest.mark.parametrize(
     ("extra", "family"),
     [
-        ("conditioner.embedders.1.model.ln_final.weight", "SDXL"),
         ("model.diffusion_model.label_emb.0.0.weight", "class-conditional"),
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
         ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "Flux"),
-        ("control_model.input_hint_block.0.weight", "ControlNet"),
     ],
 )
 def test_other_architectures_are_named(tmp_path: Path, extra: str, family: str):
     path = save(tmp_path / "model.safetensors", compvis.tensors(compvis.tiny_sd1() | {extra: (2, 2)}))
     assert f"another architecture ({family}" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("extra", "family"),
+    [("conditioner.embedders.1.model.ln_final.weight", "SDXL"), ("control_model.zero_convs.0.0.weight", "ControlNet")],
+)
+def test_other_architectures_beside_an_unet(tmp_path: Path, extra: str, family: str):
+    own = {name: shape for name, shape in compvis.tiny_sd1().items() if not name.startswith("cond_stage_model.")}
+    path = save(tmp_path / "model.safetensors", compvis.tensors(own | {extra: (2, 2)}))
+    assert f"another architecture ({family}" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    ["control_model.input_hint_block.0.weight", "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
+     "conditioner.embedders.1.model.ln_final.weight", "lora_unet_x.alpha"],
+)  # fmt: skip
+def test_strays_do_not_decide_and_are_named(tmp_path: Path, extra: str):
+    path = save(tmp_path / "model.safetensors", compvis.tensors(compvis.tiny_sd1() | {extra: (2, 2)}))
+    with pytest.warns(UserWarning, match=rf"holds 1 tensors of something else.*: {extra}"):
+        ours = load_components(path)
+    assert "Stable Diffusion 1.x" in inspect(path).family
+    assert ours.unet.config.cross_attention_dim == 32
+
+
+WRAPPED = {
+    "data parallel": lambda name: f"module.{name}",
+    "nested": lambda name: name if name.startswith("model.") else f"model.{name}",
+    "doubled": lambda name: f"model.{name}",
+    "no wrapper around the text encoder": lambda name: name.replace(
+        "cond_stage_model.transformer.text_model.", "cond_stage_model.text_model."
+    ),
+    "no level in the text encoder": lambda name: name.replace(
+        "cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_odd_prefixes(tmp_path: Path, wrapper: str):
+    tensors = compvis.tensors(compvis.tiny_sd1())
+    plain = load_components(save(tmp_path / "plain.safetensors", tensors), prediction_type="epsilon")
+    odd = save(tmp_path / "odd.safetensors", {WRAPPED[wrapper](name): tensor for name, tensor in tensors.items()})
+    ours = load_components(odd, prediction_type="epsilon")
+    for part in ("unet", "vae", "text_encoder"):
+        assert_same_weights(getattr(ours, part), getattr(plain, part))
+    assert inspect(odd).family == inspect(tmp_path / "plain.safetensors").family and not inspect(odd).problem
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
+@pytest.mark.parametrize("parts", [("model.diffusion_model.",), ("model.", "cond_", "first_")])
+def test_types_in_which_nothing_computes(tmp_path: Path, dtype: torch.dtype, parts: tuple[str, ...]):
+    tensors = {
+        name: tensor.to(dtype) if name.startswith(parts) else tensor
+        for name, tensor in compvis.tensors(compvis.tiny_sd1()).items()
+    }
+    path = save(tmp_path / "model.safetensors", tensors)
+    for precision in ("fp32", "bf16"):
+        pipe = LoadedModel.load(path, device="cpu", precision=precision)
+        expected = torch.float32 if precision == "fp32" else torch.bfloat16
+        weight = pipe.unet.conv_in.weight
+        assert weight.dtype == expected and next(pipe.vae.parameters()).dtype == expected
+        stored = tensors["model.diffusion_model.input_blocks.0.0.weight"]
+        assert torch.equal(weight, stored.float().to(expected))
 
 
 @pytest.mark.parametrize(

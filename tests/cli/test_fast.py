@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from latentdiff.cli.generate import generate as generate_command
-from latentdiff.cli.tiny_decoder import TinyDecoder
 from latentdiff.image import open_image
+from latentdiff.networks.tiny_vae import TinyDecoder
 from latentdiff.recipe import read_recipe
 from latentdiff.request.options import FAST
 
@@ -72,7 +72,8 @@ def test_a_preview_is_written_and_changes_nothing(generate, tmp_path, tiny):
     options = ()
     if tiny:
         torch.manual_seed(0)
-        save_file(TinyDecoder().state_dict(), tmp_path / "tiny.safetensors")
+        state = {f"decoder.{name}": tensor for name, tensor in TinyDecoder().state_dict().items()}
+        save_file(state, tmp_path / "tiny.safetensors")
         options = ("--preview-decoder", tmp_path / "tiny.safetensors")
     assert generate("--steps", 2, "--out", "plain.png").code == 0
     assert (

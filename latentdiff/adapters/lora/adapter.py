@@ -1,7 +1,8 @@
-"""Low-rank adapters (Hu et al. 2021): W x becomes W x + alpha / rank · up(down(x)), beside a model that stays as it is.
+"""Adapters beside a model that stays as it is: W x becomes W x + alpha / rank · up(down(x)) (Hu et al. 2021), or more.
 
 The model does not know of them. While a LoRA is attached, a tap on every adapted layer adds its part to the output;
-detaching removes the taps, and as no weight was touched, the outputs are the old ones bit for bit.
+detaching removes the taps, and as no weight was touched, the outputs are the old ones bit for bit. What a layer's part
+is, `kinds` says; the others than LoRA are only read, not trained.
 """
 
 from __future__ import annotations
@@ -13,58 +14,14 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from latentdiff.adapters.lora.kinds import Change, LoRALayer
 from latentdiff.adapters.lora.names import kohya_name
-from latentdiff.adapters.lora.spec import LoRASpec, adaptable
+from latentdiff.adapters.lora.spec import LoRASpec, changeable
+from latentdiff.adapters.lora.strength import Strength
 from latentdiff.errors import UsageError
 from latentdiff.networks.taps import Tap
 from latentdiff.networks.unet import UNet
-
-
-class LoRALayer(nn.Module):
-    """The change of one layer. For a convolution (Yeh et al. 2023, "LoCon"), `lora_down` has its kernel and stride.
-
-    A new one changes nothing: `lora_up` is zero.
-
-    Args:
-        target: the layer that is adapted; only its sizes are read.
-        rank: inner width.
-        alpha: see `LoRASpec`.
-    """
-
-    def __init__(self, target: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> None:
-        super().__init__()
-        self.rank, self.alpha = rank, alpha
-        new = partial(nn.utils.skip_init, dtype=torch.float32)  # does not draw from the global random generator
-        if isinstance(target, nn.Conv2d):
-            window = {name: getattr(target, name) for name in ("stride", "padding", "dilation", "padding_mode")}
-            self.lora_down = new(nn.Conv2d, target.in_channels, rank, target.kernel_size, bias=False, **window)
-            self.lora_up = new(nn.Conv2d, rank, target.out_channels, 1, bias=False)
-        else:
-            self.lora_down = new(nn.Linear, target.in_features, rank, bias=False)
-            self.lora_up = new(nn.Linear, rank, target.out_features, bias=False)
-        self.reset(torch.Generator())
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Draw `lora_down` as linear layers are drawn (uniform, He et al. 2015, a = √5), and zero `lora_up`."""
-        nn.init.kaiming_uniform_(self.lora_down.weight, a=5**0.5, generator=generator)
-        nn.init.zeros_(self.lora_up.weight)
-
-    @property
-    def factor(self) -> float:
-        """What the product of the two matrices is multiplied by."""
-        return self.alpha / self.rank
-
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        """Input of the layer -> what is added to its output, in the precision of the input or that of autocast."""
-        return _in_precision_of(x, self.lora_up, _in_precision_of(x, self.lora_down, x)) * (self.factor * scale)
-
-    def change(self) -> Tensor:
-        """The change of the layer's weight, in its shape, in float32."""
-        up, down = self.lora_up.weight.detach().float(), self.lora_down.weight.detach().float()
-        product = up.flatten(1) @ down.flatten(1)  # (out, rank) (rank, in k k)
-        return self.factor * product.reshape(up.shape[0], *down.shape[1:])
 
 
 class LoRA(nn.Module):
@@ -78,14 +35,14 @@ class LoRA(nn.Module):
 
     def __init__(
         self,
-        layers: Mapping[str, LoRALayer],
+        layers: Mapping[str, Change],
         unet: UNet,
         text_encoder: nn.Module | None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.metadata = dict(metadata or {})
-        targets = dict(adaptable(unet, text_encoder))
+        targets = dict(changeable(unet, text_encoder))
         self._model = _Others({"unet": unet, "text_encoder": text_encoder})
         self._targets = _Others({name: targets[name] for name in layers})
         for name, layer in layers.items():
@@ -111,12 +68,17 @@ class LoRA(nn.Module):
         return cls(layers, unet, text_encoder).to(unet.conv_in.weight.device)
 
     @property
-    def layers(self) -> dict[str, LoRALayer]:
+    def layers(self) -> dict[str, Change]:
         """The adapters by full name."""
         return {name: getattr(self, kohya_name(name)) for name in self._targets}
 
+    @property
+    def targets(self) -> list[nn.Module]:
+        """The layers of the model that are adapted."""
+        return list(self._targets.values())
+
     @contextmanager
-    def attached(self, scale: float = 1.0) -> Iterator[Self]:
+    def attached(self, scale: float | Strength = 1.0) -> Iterator[Self]:
         """Inside, the model's outputs are those of the adapted model; outside, the old ones bit for bit.
 
         Gradients reach the adapters. With gradient checkpointing the backward pass must lie inside too, as it
@@ -125,52 +87,63 @@ class LoRA(nn.Module):
         Args:
             scale: strength of the adaptation; 0 is none, 1 is as trained.
         """
-        layers = self.layers
+        layers, scales = self.layers, self._scales(scale)
+
+        def added(part: str, path: str, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            name = f"{part}.{path}"
+            return output + layers[name].added(self._targets[name], inputs[0], scales[name])
+
         with ExitStack() as taps:
             for part, root in self._model.items():
                 paths = [name.removeprefix(f"{part}.") for name in layers if name.startswith(f"{part}.")]
                 if paths:
-                    taps.enter_context(Tap(root, paths, output=partial(_added, layers, part, scale)))
+                    taps.enter_context(Tap(root, paths, output=partial(added, part)))
             yield self
 
-    def merge(self, scale: float = 1.0) -> None:
+    def merge(self, scale: float | Strength = 1.0) -> None:
         """Put the adaptation into the model's weights for good; see `merge`."""
         merge([(self, scale)])
 
-    def changes(self) -> Iterator[tuple[nn.Module, Tensor]]:
-        """The adapted layers and the changes of their weights, in float32."""
+    @torch.no_grad()
+    def changes(self, scale: float | Strength = 1.0) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """The adapted layers, "weight" or "bias", and what is added to it, in its shape, in float32."""
+        scales = self._scales(scale)
         for name, layer in self.layers.items():
-            yield self._targets[name], layer.change()
+            target = self._targets[name]
+            asked = {"weight": layer.weight_change, "bias": layer.bias_change}
+            for leaf, ask in asked.items():
+                own = getattr(target, leaf)
+                change = ask(None if own is None else own.float(), scales[name])
+                if change is not None and own is None:
+                    raise UsageError(f"{name} has no bias that the adapter could be merged into; attach it instead")
+                if change is not None:
+                    yield target, leaf, change.reshape(own.shape)
+
+    def _scales(self, scale: float | Strength) -> dict[str, float]:
+        strength, config = Strength.of(scale), self._model["unet"].config
+        strength.check(config)
+        return {name: strength.at(name, config.layers_per_block) for name in self._targets}
 
 
 @torch.no_grad()
-def merge(loras: Sequence[tuple[LoRA, float]]) -> None:
+def merge(loras: Sequence[tuple[LoRA, float | Strength]]) -> None:
     """Put several LoRAs of the same model, each with its scale, into the model's weights for good.
 
-    The changes are summed in float32 and rounded once to the weights' precision.
+    Each one's changes are those of the weights as they were. They are summed in float32 and rounded once to the
+    weights' precision.
     """
-    changes: dict[nn.Module, Tensor] = {}
-    for lora, scale in loras:
-        for target, change in lora.changes():
-            changes[target] = changes[target] + scale * change if target in changes else scale * change
-    if any(target.weight.is_meta for target in changes):
+    if any(target.weight.is_meta for lora, _ in loras for target in lora.targets):
         raise UsageError(
             "merging needs all weights in memory, and low_memory streams those of the U-Net; load without it"
         )
-    for target, change in changes.items():
-        target.weight.data = (target.weight.float() + change.to(target.weight.device)).to(target.weight.dtype)
-
-
-def _in_precision_of(x: Tensor, layer: nn.Module, argument: Tensor) -> Tensor:
-    if layer.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
-        return layer(argument)
-    return functional_call(layer, {"weight": layer.weight.to(x.dtype)}, (argument,))
-
-
-def _added(
-    layers: Mapping[str, LoRALayer], part: str, scale: float, path: str, inputs: tuple[Tensor, ...], output: Tensor
-) -> Tensor:
-    return output + layers[f"{part}.{path}"](inputs[0], scale)
+    changes: dict[tuple[nn.Module, str], Tensor] = {}
+    for lora, scale in loras:
+        for target, leaf, change in lora.changes(scale):
+            known = changes.get((target, leaf))
+            changes[target, leaf] = change if known is None else known + change
+    for (target, leaf), change in changes.items():
+        own = getattr(target, leaf)
+        own.data = (own.float() + change.to(own.device)).to(own.dtype)
 
 
 class _Others(dict[str, Any]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ import torch
 
 from latentdiff.adapters.lora.adapter import LoRA
 from latentdiff.adapters.lora.loading import LoadReport, load_lora
+from latentdiff.adapters.lora.reading import LoRAFile
+from latentdiff.adapters.lora.strength import Strength
 from latentdiff.checkpoints.hashing import file_hash
 from latentdiff.device import Precision
 from latentdiff.errors import UsageError
@@ -22,7 +23,7 @@ from latentdiff.networks.unet import UNet
 @dataclass(frozen=True)
 class _Entry:
     lora: LoRA
-    scale: float
+    scale: Strength
     path: Path
     sha256: str
     taps: ExitStack
@@ -39,21 +40,29 @@ class LoadedLoRAs:
         self._unet, self._text_encoder = unet, text_encoder
         self._entries: dict[str, _Entry] = {}
 
+    def __contains__(self, name: str | None) -> bool:
+        return name in self._entries
+
     def load(
-        self, path: str | os.PathLike[str], scale: float, name: str | None, allow_partial: bool, precision: Precision
+        self,
+        file: LoRAFile,
+        scale: float | str | Strength,
+        name: str,
+        *,
+        allow_partial: bool,
+        precision: Precision,
     ) -> LoadReport:
-        """Attach the LoRA of a file; see `Pipeline.load_lora`."""
-        if not -float("inf") < scale < float("inf"):
-            raise UsageError(f"expected a finite LoRA scale, found {scale}")
-        name = os.fspath(path) if name is None else name
+        """Attach the adapter of a file; see `Pipeline.load_lora`."""
+        strength = Strength.of(scale)
+        strength.check(self._unet.config)
         if name in self._entries:
             raise UsageError(
                 f"a LoRA called {name!r} is loaded already; unload it first, or give this one another name"
             )
-        lora, report = load_lora(path, self._unet, self._text_encoder, allow_partial=allow_partial)
+        lora, report = load_lora(file, self._unet, self._text_encoder, allow_partial=allow_partial)
         taps = ExitStack()
-        taps.enter_context(lora.attached(scale))
-        self._entries[name] = _Entry(lora, scale, report.path, file_hash(report.path), taps)
+        taps.enter_context(lora.attached(strength))
+        self._entries[name] = _Entry(lora, strength, report.path, file_hash(report.path), taps)
         self.to(self._unet.conv_in.weight.device, precision)
         return report
 
@@ -68,8 +77,8 @@ class LoadedLoRAs:
         """Follow the model to `device` and `precision`."""
         for entry in self._entries.values():
             for name, layer in entry.lora.layers.items():
-                layer.to(device, getattr(precision, name.partition(".")[0]))
+                layer.follow(device, getattr(precision, name.partition(".")[0]))
 
     def describe(self) -> list[dict[str, Any]]:
         """What recipes say of them."""
-        return [{"file": e.path.name, "sha256": e.sha256, "scale": e.scale} for e in self._entries.values()]
+        return [{"file": e.path.name, "sha256": e.sha256, "scale": e.scale.as_json} for e in self._entries.values()]

@@ -21,8 +21,17 @@ _KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 # files).
 _WEIGHT = re.compile(
     r"(?P<module>.+?)(?P<old>_lora)?\."
-    r"(?:lora_(?P<side>down|up|A|B)(?:\.\w+)?|(?:lora\.|lora_linear_layer\.)?(?P<old_side>down|up))\.weight"
+    r"(?:lora_(?P<side>down|up|mid|A|B)(?:\.\w+)?|(?:lora\.|lora_linear_layer\.)?(?P<old_side>down|up))"
+    r"\.(?P<leaf>weight|bias)"
 )
+# The last part of other names, of LyCORIS and of PEFT, which may put an adapter's own name and "weight" behind it.
+_OTHER = re.compile(
+    r"(?P<module>.+?)\.(?P<role>hada_\w+|lokr_\w+|oft_blocks|oft_R|boft_[Rs]|ia3_l|lora_magnitude_vector|"
+    r"vera_lambda_[bd]|a1|a2|b1|b2|bm|p_layer|q_layer)(\.(?!weight)\w+)?(\.weight)?"
+)
+_ROLES = {"lora_magnitude_vector": "magnitude", "vera_lambda_b": "vera_lambda", "vera_lambda_d": "vera_lambda"}
+_FLAT = ("lora_unet_", "lora_te", "lycoris_")  # starts of names in which dots have become underscores
+BUNDLED = "bundle_emb."  # embeddings that come with an adapter
 _SIDES = {"A": "down", "B": "up"}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
@@ -36,14 +45,16 @@ def kohya_name(name: str) -> str:
 def read_key(key: str) -> tuple[str, str]:
     """Split the name of a tensor into the name of a layer, in whichever dialect, and a role.
 
-    Roles are "down", "up" and "alpha"; of other tensors, which are no plain LoRA, the last part of the name.
+    Roles of a LoRA are "down", "up", "mid" and "alpha"; of other kinds, see `kinds`, the last part of the name.
     """
     key = key.replace(".processor.", ".")
     if match := _WEIGHT.fullmatch(key):
         side = match["side"] or match["old_side"]
         module = _modern(match["module"]) if match["old"] else match["module"]
-        return module, _SIDES.get(side, side)
-    module, _, role = key.partition(".") if key.startswith("lora_") else key.rpartition(".")
+        return module, _SIDES.get(side, side) + ("_bias" if match["leaf"] == "bias" else "")
+    if match := _OTHER.fullmatch(key):
+        return match["module"], _ROLES.get(match["role"], match["role"])
+    module, _, role = key.partition(".") if key.startswith(_FLAT) else key.rpartition(".")
     return module, role
 
 
@@ -64,11 +75,14 @@ def all_names(names: Iterable[str], config: UNetConfig) -> dict[str, str]:
         paths = [path] if part == "unet" else [path, path.removeprefix(PREFIX)]
         for other in paths:
             known |= dict.fromkeys((f"{part}.{other}", other, f"base_model.model.{other}"), name)
-            known[_KOHYA[part] + _flat(other)] = name
+            known |= dict.fromkeys((_KOHYA[part] + _flat(other), f"lycoris_{_flat(other)}"), name)
             if part == "text_encoder":
                 known[f"lora_te1_{_flat(other)}"] = name
+        if part == "unet":
+            known[f"diffusion_model.{path}"] = name
         if part == "unet" and (theirs := original.to_theirs(path)):
-            known[_KOHYA[part] + _flat(theirs)] = name
+            known |= dict.fromkeys((_KOHYA[part] + _flat(theirs), f"lycoris_{_flat(theirs)}"), name)
+            known |= dict.fromkeys((f"diffusion_model.{theirs}", f"model.diffusion_model.{theirs}"), name)
     return known
 
 

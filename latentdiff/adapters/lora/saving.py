@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 
 from latentdiff.adapters.lora.adapter import LoRA
+from latentdiff.adapters.lora.kinds import Change, LoRALayer
 from latentdiff.adapters.lora.names import kohya_name
 from latentdiff.checkpoints.folder import save_tensors
 from latentdiff.errors import UsageError
 from latentdiff.request.options import LoRADialect
+
+# What the roles of `kinds` are called in a file, where that is not the same.
+_ROLES = {
+    "down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "magnitude": "dora_scale",
+    **{name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2", "bm")},
+}  # fmt: skip
+_PEFT_ONLY = {"oft_R", "ia3_l", "up_bias"}
 
 
 def save_lora(
@@ -32,7 +40,7 @@ def save_lora(
         dialect: "kohya" or "peft".
 
     Raises:
-        UsageError: another dialect, or another kind of file.
+        UsageError: another dialect, another kind of file, or changes of a kind that the PEFT dialect has no names for.
         LatentDiffError: the file cannot be written.
     """
     if dialect not in get_args(LoRADialect):
@@ -49,21 +57,37 @@ def save_lora(
 
 
 def _kohya(lora: LoRA) -> dict[str, Tensor]:
-    """Every layer gets the same alpha: diffusers loses those that differ from the most common one."""
+    """Every LoRA layer gets the same alpha: diffusers loses those that differ from the most common one."""
     alpha = _common_alpha(lora)
     tensors = {}
     for name, layer in lora.layers.items():
         stem = kohya_name(name)
-        tensors[f"{stem}.lora_down.weight"] = layer.lora_down.weight
-        tensors[f"{stem}.lora_up.weight"] = _scaled(layer.lora_up.weight, layer.alpha / alpha)
-        tensors[f"{stem}.alpha"] = torch.tensor(alpha)
+        if isinstance(layer, LoRALayer):
+            tensors[f"{stem}.lora_down.weight"] = layer.lora_down.weight
+            tensors[f"{stem}.lora_up.weight"] = _scaled(layer.lora_up.weight, layer.alpha / alpha)
+            tensors[f"{stem}.alpha"] = torch.tensor(alpha)
+        else:
+            tensors |= {f"{stem}.{role}": tensor for role, tensor in _as_read(name, layer).items()}
     return tensors
+
+
+def _as_read(name: str, layer: Change) -> dict[str, Tensor]:
+    """The tensors of a change of another kind, under LyCORIS' names, which say whose they are."""
+    tensors = {_ROLES.get(role, role): tensor for role, tensor in layer.tensors().items()}
+    if peft := sorted(tensors.keys() & _PEFT_ONLY):
+        raise UsageError(f"{name} has {layer.kind}, which other dialects have no name for ({peft[0]}); keep the file")
+    alpha = next((change.facts.alpha for change in layer.modules() if getattr(change, "facts", None)), None)
+    inner = next((change for change in layer.modules() if isinstance(change, LoRALayer)), None)
+    alpha = inner.alpha if inner is not None else alpha
+    return tensors if alpha is None else {**tensors, "alpha": torch.tensor(float(alpha))}
 
 
 def _peft(lora: LoRA) -> dict[str, Tensor]:
     """The dialect has no place for alpha; without one it is the rank."""
     tensors = {}
     for name, layer in lora.layers.items():
+        if not isinstance(layer, LoRALayer):
+            raise UsageError(f"the PEFT dialect is written for LoRA layers only, {name} has {layer.kind}; use kohya")
         tensors[f"{name}.lora_A.weight"] = layer.lora_down.weight
         tensors[f"{name}.lora_B.weight"] = _scaled(layer.lora_up.weight, layer.factor)
     return tensors
@@ -74,7 +98,10 @@ def _scaled(weight: Tensor, factor: float) -> Tensor:
 
 
 def _network(lora: LoRA) -> dict[str, str]:
-    ranks = Counter(layer.rank for layer in lora.layers.values())
+    """Of a LoRA; a file of another kind keeps what its own tool wrote."""
+    ranks = Counter(layer.rank for layer in _plain(lora))
+    if len(ranks) == 0 or len(_plain(lora)) < len(lora.layers):
+        return {}
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks.most_common(1)[0][0]),
@@ -82,5 +109,9 @@ def _network(lora: LoRA) -> dict[str, str]:
     }
 
 
+def _plain(lora: LoRA) -> list[LoRALayer]:
+    return [layer for layer in lora.layers.values() if isinstance(layer, LoRALayer)]
+
+
 def _common_alpha(lora: LoRA) -> float:
-    return Counter(float(layer.alpha) for layer in lora.layers.values()).most_common(1)[0][0]
+    return Counter(float(layer.alpha) for layer in _plain(lora)).most_common(1)[0][0] if _plain(lora) else 1.0

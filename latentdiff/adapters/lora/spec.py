@@ -75,10 +75,17 @@ class LoRASpec:
 
 def adaptable(unet: nn.Module, text_encoder: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
     """Every linear layer and convolution that a LoRA can adapt, by full name."""
+    for name, layer in changeable(unet, text_encoder):
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            yield name, layer
+
+
+def changeable(unet: nn.Module, text_encoder: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer that some kind of adapter can change: those of `adaptable`, and norms."""
     for part, module in (("unet", unet), ("text_encoder", text_encoder)):
         for name, layer in module.named_modules() if module is not None else ():
             # Not their subclasses: torch's fused attention holds one whose forward is never called.
-            if type(layer) in (nn.Linear, nn.Conv2d):
+            if type(layer) in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm):
                 yield f"{part}.{name}", layer
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,14 +16,12 @@ from PIL import Image, ImageColor
 from tqdm import tqdm
 
 from latentdiff.errors import DataError, UsageError
-from latentdiff.files import atomic_path
+from latentdiff.files import atomic_path, is_hub_id
 from latentdiff.training.data import huggingface
 from latentdiff.training.data.entries import Entry, Listing, Problem
 from latentdiff.training.data.folders import METADATA, list_folder
 from latentdiff.training.data.images import BACKGROUND, SUFFIXES, image_size, read_image
 from latentdiff.training.data.shards import find_shards, list_shards
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 
 Result = TypeVar("Result")
 
@@ -179,9 +176,9 @@ def list_source(source: str | os.PathLike[str], column: str | None = None) -> Li
         return list_shards(shards, column)
     if path.exists():
         raise DataError(f"expected a folder, a metadata file or a tar file of captioned images, found the file {path}")
-    if _HUB_ID.fullmatch(os.fspath(source)) and not path.suffix:
+    if is_hub_id(os.fspath(source)):
         return huggingface.list_hub(os.fspath(source), column)
-    raise DataError(f"expected captioned images at {path}, found nothing")
+    raise DataError(f"expected captioned images at {path}, found no such folder or file")
 
 
 def _list_folder(folder: Path, column: str | None) -> Listing:

@@ -115,7 +115,7 @@ def test_saved_is_loaded(ours, dialect, tmp_path):
     assert str(report) == f"matched {len(lora.layers)} of {len(lora.layers)} layers ({dialect} names)"
     assert list(again.layers) == list(lora.layers) and again.metadata["note"] == "hello"
     for name, layer in lora.layers.items():
-        assert torch.equal(again.layers[name].change(), layer.change())
+        assert torch.equal(again.layers[name].weight_change(), layer.weight_change())
     if dialect == "kohya":
         assert all(torch.equal(p, q) for p, q in zip(lora.parameters(), again.parameters(), strict=True))
 
@@ -205,8 +205,9 @@ STEM = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
         ({f"{STEM}.lora_up.weight": torch.full((32, 4), torch.nan)}, "NaN"),
         ({f"{STEM}.alpha": torch.ones(2)}, "alpha: expected one number, found 2"),
         ({f"{STEM}.lora_down.weight": torch.zeros(())}, "found one number"),
-        ({f"{STEM}.dora_scale": torch.ones(32)}, "DoRA, which is not supported"),
-        ({f"{STEM}.diff": torch.ones(32)}, "unknown tensor diff"),
+        ({f"{STEM}.dora_scale": torch.ones(31)}, "DoRA: expected 32 lengths, found 31"),
+        ({f"{STEM}.diff": torch.ones(32)}, "full difference: expected a change of 32x32, found 32"),
+        ({f"{STEM}.bias_values": torch.ones(32)}, "unknown tensor bias_values"),
         (
             {"lora_unet_elsewhere.lora_down.weight": torch.ones(2, 2)},
             r"matched 128 of 129 .*lora_unet_elsewhere \(the model has no",

@@ -226,7 +226,7 @@ def make_unreadable(folder):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: None, "found nothing"),
+        (lambda folder: None, "found no such folder"),
         (make_file, "found the file"),
         (make_empty, r"no images in .*: looked for metadata.jsonl, .*; found nothing"),
         (

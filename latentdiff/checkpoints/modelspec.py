@@ -1,0 +1,31 @@
+"""What a single file says of itself to other programs: Stability AI's model metadata standard, version 1.0.0."""
+
+from __future__ import annotations
+
+from latentdiff.checkpoints.modules import parse_config
+from latentdiff.checkpoints.raw import RawModel
+
+_IMPLEMENTATION = "https://github.com/CompVis/stable-diffusion"
+_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
+_PUBLISHED = {(320, 768, False): "stable-diffusion-v1", (320, 1024, True): "stable-diffusion-v2"}
+
+
+def modelspec(raw: RawModel, title: str) -> dict[str, str]:
+    """Metadata for the header of a safetensors file."""
+    unet, vae = parse_config("unet", raw.configs["unet"]), parse_config("vae", raw.configs["vae"])
+    prediction = raw.configs["scheduler"].get("prediction_type", "epsilon")
+    side = unet.sample_size * vae.downscale
+    sizes = (unet.block_out_channels[0], unet.cross_attention_dim, unet.use_linear_projection)
+    architecture = _PUBLISHED.get(sizes, "stable-diffusion-v2" if sizes[2] else "stable-diffusion-v1")
+    if architecture.endswith("v2"):
+        architecture += "-768-v" if prediction == "v_prediction" else "-512"
+    if unet.in_channels == 2 * vae.latent_channels + 1:
+        architecture += "-inpainting"
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": _IMPLEMENTATION,
+        "modelspec.title": title,
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": _PREDICTIONS[prediction],
+    }

@@ -1,0 +1,44 @@
+"""Names of original single files as their authors meant them: without what wrappers put before them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+from latentdiff.checkpoints.architecture import ORIGINAL_PREFIXES
+
+Value = TypeVar("Value")
+
+_WRAPPERS = ("module.", "_orig_mod.", "state_dict.")  # of everything in a file: data parallel, compiled, nested
+_STARTS = "|".join(re.escape(prefix) for prefix in (*ORIGINAL_PREFIXES.values(), "model_ema."))
+# "model.first_stage_model." and the like: Lightning modules that hold another one.
+_NESTED = re.compile(rf"(?:(?:model|module|_orig_mod)\.)+({_STARTS})")
+_TEXT = ORIGINAL_PREFIXES["text_encoder"]
+
+
+def unwrapped(tensors: Mapping[str, Value]) -> dict[str, Value]:
+    """The same by usual names: without wrappers' prefixes, the text encoder's level `transformer.text_model` put back.
+
+    A name that would then stand for two tensors stays as it is.
+    """
+    usual: dict[str, Value] = dict(tensors)
+    for wrapper in _WRAPPERS:
+        while usual and all(name.startswith(wrapper) for name in usual):
+            usual = {name.removeprefix(wrapper): value for name, value in usual.items()}
+    lacks_level = f"{_TEXT}transformer.embeddings.token_embedding.weight" in {_plain(name) for name in usual}
+    renamed: dict[str, Value] = {}
+    for name, value in usual.items():
+        plain = _plain(name)
+        if lacks_level and plain.startswith(f"{_TEXT}transformer."):
+            plain = f"{_TEXT}transformer.text_model.{plain.removeprefix(f'{_TEXT}transformer.')}"
+        renamed[name if plain != name and (plain in usual or plain in renamed) else plain] = value
+    return renamed
+
+
+def _plain(name: str) -> str:
+    match = _NESTED.match(name)
+    if match and not name.startswith(tuple(ORIGINAL_PREFIXES.values())):
+        name = match[1] + name[match.end() :]
+    # transformers' encoder without the wrapper of the original code
+    return f"{_TEXT}transformer.{name.removeprefix(_TEXT)}" if name.startswith(f"{_TEXT}text_model.") else name
