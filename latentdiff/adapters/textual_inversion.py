@@ -29,13 +29,19 @@ class NewWord(nn.Module):
 
     Args:
         word: as prompts use it.
-        vectors: (n, C), or (C,) for one; C is the width of the text encoder's embeddings. n take n places in a prompt.
+        vector: (C,), or (n, C) for several, which take n places in a prompt; C is the width of the text encoder's
+            embeddings.
     """
 
-    def __init__(self, word: str, vectors: Tensor) -> None:
+    def __init__(self, word: str, vector: Tensor) -> None:
         super().__init__()
         self.word = word
-        self.vectors = nn.Parameter(torch.atleast_2d(vectors.detach().float()).clone())
+        self.vector = nn.Parameter(vector.detach().float().clone())
+
+    @property
+    def vectors(self) -> Tensor:
+        """One or several, (n, C)."""
+        return torch.atleast_2d(self.vector)
 
     @classmethod
     def create(cls, word: str, tokenizer: Any, text_encoder: TextEncoder, initial: str | None = None) -> NewWord:
@@ -103,8 +109,7 @@ class NewWord(nn.Module):
         Raises:
             LatentDiffError: the file cannot be written.
         """
-        vectors = self.vectors.detach().cpu()
-        tensors = {self.word: vectors[0] if len(vectors) == 1 else vectors}
+        tensors = {self.word: self.vector.detach().cpu()}
         save_tensors(tensors, Path(path), {"format": "pt", **(metadata or {})})
 
 
