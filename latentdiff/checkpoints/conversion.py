@@ -85,13 +85,14 @@ def _read_file(path: Path, choices: Choices, given: Mapping[str, PartWeights]) -
     if is_whole or not held or (choices.base is None and missing):
         return read_original(path, ema=choices.ema, prediction_type=choices.prediction_type)  # or it says what is wrong
     own = {part: read_part(path, part, read_model) for part in held}
+    stated = read_prediction_type(file) if "unet" in held else None
     if choices.base is None:
-        return assembled(path, {**own, **given}, choices.prediction_type)
-    raw = with_parts(read_model(choices.base), own)
-    raw.source = path
-    if "unet" in held:
-        stated = read_prediction_type(file)
+        raw = assembled(path, {**own, **given}, choices.prediction_type or (stated.name if stated else None))
+    else:
+        raw = with_parts(read_model(choices.base), own)
+        raw.source = path
         raw.configs["scheduler"] |= {"prediction_type": stated.name} if stated else {}
+    if "unet" in held:
         raw.configs["scheduler"] |= stored_schedule(tensors)
     return raw
 
