@@ -29,7 +29,9 @@ CONFIGS = {**{part: f"{part}/config.json" for part in PARTS}, "scheduler": "sche
 # Parts that published folders have and that have no place in a single file and no use here.
 _IGNORED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 # The classes whose parts are read here. The pipelines differ in what they do with them.
-_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+_CLASSES = {
+    "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderTiny"), "text_encoder": ("CLIPTextModel",),
+}  # fmt: skip
 _PIPELINES = tuple(
     f"StableDiffusion{task}Pipeline" for task in ("", "Inpaint", "InpaintLegacy", "Img2Img", "InstructPix2Pix")
 )
@@ -168,7 +170,7 @@ def unknown_classes(index: Mapping[str, Any]) -> list[str]:
     for part, expected in _CLASSES.items():
         named = index.get(part)
         name = named[-1] if isinstance(named, list) and named else named
-        found += [] if name in (None, expected) else [f"{part}: {name}"]
+        found += [] if name in (None, *expected) else [f"{part}: {name}"]
     if not found:
         return []
     shown = ", ".join(str(name)[:80] for name in found)

@@ -293,6 +293,7 @@ def _stored(file: TensorFile) -> dict[str, Any]:
             isinstance(text, str) and Path(name).name == name for name, text in stored["tokenizer"].items()
         )
         sound = sound and all(_are_texts(names) for names in stored["names"].values())
+        sound = sound and _are_texts(dict(enumerate(stored.get("added", []))))
     except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
