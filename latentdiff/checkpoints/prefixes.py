@@ -26,6 +26,9 @@ def unwrapped(tensors: Mapping[str, Value]) -> dict[str, Value]:
     for wrapper in _WRAPPERS:
         while usual and all(name.startswith(wrapper) for name in usual):
             usual = {name.removeprefix(wrapper): value for name, value in usual.items()}
+    outer = {name[: match.start(1)] for name in usual if not _is_plain(name) and (match := _NESTED.match(name))}
+    inner = {name: _without(outer, name) for name in usual}
+    usual = {name if plain != name and plain in usual else plain: usual[name] for name, plain in inner.items()}
     lacks_level = f"{_TEXT}transformer.embeddings.token_embedding.weight" in {_plain(name) for name in usual}
     renamed: dict[str, Value] = {}
     for name, value in usual.items():
@@ -36,9 +39,15 @@ def unwrapped(tensors: Mapping[str, Value]) -> dict[str, Value]:
     return renamed
 
 
+def _is_plain(name: str) -> bool:
+    return name.startswith(tuple(ORIGINAL_PREFIXES.values()))
+
+
+def _without(outer: set[str], name: str) -> str:
+    """The name without one of the prefixes that are around parts in the same file."""
+    return next((name.removeprefix(one) for one in outer if name.startswith(one) and not _is_plain(name)), name)
+
+
 def _plain(name: str) -> str:
-    match = _NESTED.match(name)
-    if match and not name.startswith(tuple(ORIGINAL_PREFIXES.values())):
-        name = match[1] + name[match.end() :]
-    # transformers' encoder without the wrapper of the original code
+    """With the level that transformers' encoder has in the original code, where only its wrapper was saved."""
     return f"{_TEXT}transformer.{name.removeprefix(_TEXT)}" if name.startswith(f"{_TEXT}text_model.") else name
