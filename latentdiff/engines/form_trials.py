@@ -27,6 +27,7 @@ SMALL_MAPS = (32, 128, 512)  # pixels of a batch
 LARGE_MAPS = (1024, 512)
 LARGE_KERNEL = 2**23  # bytes
 LARGE_KERNEL_NEEDED = {32: 0.6, 128: 0.6, 512: 0.75}
+FEED_FORWARD_NEEDED = 1.2
 UPSAMPLING_NEEDED = {torch.float32: 0.5, torch.bfloat16: 1.0}
 
 
@@ -82,9 +83,9 @@ def upsample(fast: Fast, pixels: int, dtype: torch.dtype) -> Named:
 
 
 def feed_forward(fast: Fast, dtype: torch.dtype) -> Named:
-    """A gated feed-forward over a piece of the tokens."""
-    block = (lambda: FeedForward(320)), (1, 96, 320)
-    return f"feed-forward {_short(dtype)}", _of_module(block[0], lambda m, x: fast(m, x[0])[None], block[1], dtype)
+    """A gated feed-forward over a piece of the tokens. Wider ones gain less than this example, so it must gain more."""
+    trial = _of_module(lambda: FeedForward(320), lambda block, x: fast(block, x[0])[None], (1, 96, 320), dtype)
+    return f"feed-forward {_short(dtype)}", trial, FEED_FORWARD_NEEDED
 
 
 def _of_module(build: Callable[[], nn.Module], fast: Fast, shape: tuple[int, ...], dtype: torch.dtype) -> Trial:
