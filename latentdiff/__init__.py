@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from latentdiff.tasks.inversion.run import invert as invert
     from latentdiff.tasks.restoration.task import restore as restore
     from latentdiff.tasks.translation import translate as translate
-    from latentdiff.training.finetuning.run import finetune as finetune
-    from latentdiff.training.run import train as train
+    from latentdiff.training.finetuning.finetune import finetune as finetune
+    from latentdiff.training.stages.train import train as train
 
 __version__ = "0.1.0"
 
@@ -30,14 +30,14 @@ _HOMES = {
     "LatentDiffError": "latentdiff.errors",
     "Pipeline": "latentdiff.pipeline",
     "evaluate": "latentdiff.evaluation.run",
-    "finetune": "latentdiff.training.finetuning.run",
+    "finetune": "latentdiff.training.finetuning.finetune",
     "image_to_image": "latentdiff.tasks.editing",
     "inpaint": "latentdiff.tasks.inpainting",
     "interpolate": "latentdiff.tasks.interpolation",
     "invert": "latentdiff.tasks.inversion.run",
     "restore": "latentdiff.tasks.restoration.task",
     "save_png": "latentdiff.image",
-    "train": "latentdiff.training.run",
+    "train": "latentdiff.training.stages.train",
     "translate": "latentdiff.tasks.translation",
 }
 __all__ = [

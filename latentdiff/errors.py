@@ -32,6 +32,12 @@ class LatentDiffError(Exception):
         super().__init__(printable(message))
 
 
+class Stopped(LatentDiffError):
+    """The user ended a computation and nothing is lost; the message says how to go on. Not a failure."""
+
+    exit_code = 130
+
+
 class UsageError(LatentDiffError):
     """An argument is outside its domain: an unknown sampler, zero steps, a size that is no multiple of 8."""
 

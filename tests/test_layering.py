@@ -27,7 +27,8 @@ FLOORS: list[list[set[str]]] = [
     [{"adapters"}, {"request"}],
     [{"model"}, {"training"}],
     [{"pipeline"}],
-    [{"evaluation"}, {"tasks"}, {"training/finetuning"}],
+    [{"evaluation"}, {"tasks"}, {"training/sheets"}],
+    [{"training/finetuning"}, {"training/stages"}],
     [{"cli"}],
     [{"__main__"}],
 ]

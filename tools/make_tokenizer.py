@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 
 from latentdiff.errors import LatentDiffError
 from latentdiff.files import atomic_path
-from latentdiff.training.captioned_folder import read_folder
+from latentdiff.training.data.dataset import list_source
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -71,7 +71,7 @@ def write_files(folder: Path, vocabulary: dict[str, int], merges: list[str], max
 @click.option("--max-length", type=click.IntRange(8), default=32, show_default=True, help="Longest prompt in tokens.")
 def main(data: Path, out: Path, vocabulary: int, max_length: int) -> None:
     try:
-        tokens, merges = train_bpe(read_folder(data).captions, vocabulary)
+        tokens, merges = train_bpe((text for entry in list_source(data).entries for text in entry.captions), vocabulary)
         write_files(out, tokens, merges, max_length)
     except LatentDiffError as error:
         sys.exit(f"error: {error}")

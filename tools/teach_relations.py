@@ -34,9 +34,9 @@ from tqdm import trange
 from latentdiff.errors import CheckpointError, LatentDiffError
 from latentdiff.networks.text_encoder import TextEncoder
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from latentdiff.training.config import load_config
-from latentdiff.training.diffusion_stage import load_tokenizer, tokenize
-from latentdiff.training.networks import new_text_encoder
+from latentdiff.training.data.tokens import CaptionTokens
+from latentdiff.training.stages.config import load_config
+from latentdiff.training.stages.networks import load_tokenizer, new_text_encoder
 
 _PREFIX = "text_encoder."
 _CAPTIONS = 20_000
@@ -85,7 +85,7 @@ def other_captions(tokenizer: Any, count: int, seed: int) -> Tensor:
 
 
 def _tokens(tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    return torch.from_numpy(tokenize(tokenizer, texts)[0])
+    return torch.from_numpy(CaptionTokens(tokenizer, "cut").rows(texts, 1)[:, 0])
 
 
 class Readers(nn.Module):

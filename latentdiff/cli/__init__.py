@@ -29,7 +29,7 @@ from latentdiff.cli.terminal import Signals, Terminated, close_streams, open_str
 from latentdiff.cli.train import train
 from latentdiff.cli.translate import translate
 from latentdiff.cli.words import words
-from latentdiff.errors import LatentDiffError, printable
+from latentdiff.errors import LatentDiffError, Stopped, printable
 
 SELDOM = (50_000, 20, 100)  # for gc.set_threshold
 INTERRUPTED = 130  # 128 + SIGINT, as shells expect
@@ -80,6 +80,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
             _show_own_warnings()
             code = cli.main(arguments, prog_name="latentdiff", standalone_mode=False)
             return code or 0
+    except Stopped as error:
+        click.echo(str(error), err=True)
+        return error.exit_code
     except LatentDiffError as error:
         return _fail(str(error), error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:  # a group without a command: its help, as help

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
@@ -9,9 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 import click
 
 from latentdiff.cli.options import ANY_PATH
+from latentdiff.errors import UsageError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
+
+    from latentdiff.training.finetuning.config import FinetuneConfig
 
 # Flags in the order in which people look for them; the others follow.
 _FIRST = ("data", "method", "model", "out")
@@ -92,20 +96,39 @@ def _default(name: str, field: FieldInfo) -> str:
     "--config", type=ANY_PATH, metavar="FILE", help="YAML file with any of the keys below; flags replace its values."
 )
 @click.option("--resume", type=ANY_PATH, metavar="RUN", help="Go on with a run, from its newest whole checkpoint.")
-def finetune(config: Path | None, resume: Path | None, **flags: Any) -> None:
+@click.option(
+    "--verify-resume",
+    type=click.IntRange(1),
+    metavar="N",
+    help="With --resume: take at least N steps before that checkpoint again, and compare every bit.",
+)
+def finetune(config: Path | None, resume: Path | None, verify_resume: int | None, **flags: Any) -> None:
     """Fine-tune a model on captioned images.
 
     The result is OUT/lora.safetensors, OUT/model or OUT/embedding.safetensors, by method; OUT/report.html tells how it
     went. Every key of the YAML is also a flag.
     """
+    if verify_resume and resume is None:
+        raise UsageError("--verify-resume goes with --resume RUN")
     from accelerate import PartialState
 
-    from latentdiff.training.finetuning.run import resolve, run
+    from latentdiff.training.finetuning.finetune import resolve, run
 
     given = {name: value for name, value in flags.items() if value is not None and value != ()}
-    result = run(resolve(resume, config, _as_values(given)))
+    settings = resolve(resume, config, _as_values(given))
+    result = run(settings, verify_steps=verify_resume)
     if PartialState().is_main_process:
+        click.echo(f"how it went: {settings.out / 'report.html'}", err=True)
+        click.echo(f"use it: {_next_command(settings, result)}", err=True)
         click.echo(result)
+
+
+def _next_command(settings: FinetuneConfig, result: Path) -> str:
+    """The command that draws with the result of a run."""
+    model = ["--model", str(settings.model)] if settings.model and settings.method != "full" else []
+    how = ["--model" if settings.method == "full" else "--lora", str(result)]  # words are loaded as LoRAs are
+    prompt = f"a picture of {settings.word}" if settings.word else "what its captions say"
+    return shlex.join(["latentdiff", "generate", prompt, *model, *how])
 
 
 def _as_values(given: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`latentdiff report`: how is a fine-tuning going?"""
+"""`latentdiff report`: how is a training going?"""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import click
 def report(run: Path) -> None:
     """Write RUN/report.html: curves, samples by step, copies, settings, and which step is the best.
 
-    A fine-tuning writes it at its end; this does it at any time, also while it runs. The file needs no network and no
+    A training writes it at its end; this does it at any time, also while it runs. The file needs no network and no
     scripts.
     """
-    from latentdiff.training.finetuning.report import write_report
+    from latentdiff.training.report.page import write_report
 
     click.echo(write_report(run))

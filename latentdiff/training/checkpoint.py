@@ -74,6 +74,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int, spare: C
     return final
 
 
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that are whole, newest first."""
+    return [path for path in _candidates(folder) if _fault(path) is None]
+
+
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and for each newer one that was passed over, why."""
     skipped = []

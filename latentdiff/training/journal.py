@@ -12,26 +12,40 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentdiff.errors import DataError
+from latentdiff.errors import DataError, MissingDependencyError
 from latentdiff.files import atomic_path
+from latentdiff.training.report.tensorboard import TensorBoard
 
 
 class Journal:
-    """`log.jsonl`: one JSON object per line. Lines beyond the resumed step belong to a lost continuation and go."""
+    """`log.jsonl`: one JSON object per line, and the same for TensorBoard where that is installed.
 
-    def __init__(self, path: Path, step: int, *, enabled: bool) -> None:
-        self._path, self._enabled = path, enabled
+    Lines beyond the resumed step belong to a lost continuation and go.
+
+    Args:
+        path: of the file.
+        step: the resumed one, or 0.
+        enabled: whether this process writes.
+        measure_again: what was measured at the resumed step goes too, since it is measured again.
+    """
+
+    def __init__(self, path: Path, step: int, *, enabled: bool, measure_again: bool = False) -> None:
+        self._path, self._enabled, self._step = path, enabled, step
+        self._board: TensorBoard | None = None
+        self._wants_board = enabled
         if enabled and path.is_file():
+            whole = [(line, json.loads(line)) for line in path.read_text().splitlines() if line.endswith("}")]
             lines = [
                 line
-                for line in path.read_text().splitlines()
-                if line.endswith("}") and json.loads(line)["step"] <= step
+                for line, entry in whole
+                if entry["step"] < step or entry["step"] == step and not (measure_again and "loss" not in entry)
             ]
             with atomic_path(path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in lines))
 
     def write(self, entry: dict[str, float]) -> None:
-        if not self._enabled:
+        """Add an entry with its step; one that says nothing else is left out."""
+        if not self._enabled or len(entry) < 2:
             return
         try:
             with open(self._path, "a", encoding="utf-8") as file:
@@ -40,6 +54,23 @@ class Journal:
             raise DataError(
                 f"cannot write {self._path}: {error.strerror}; free some space, the run goes on from there"
             ) from error
+        if self._wants_board and self._board is None:
+            self._board = _tensorboard(self._path.parent, self._step)
+            self._wants_board = self._board is not None
+        if self._board is not None:
+            self._board.write(entry)
+
+    def close(self) -> None:
+        """Finish TensorBoard's files."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(folder: Path, step: int) -> TensorBoard | None:
+    try:
+        return TensorBoard(folder, step)
+    except MissingDependencyError:
+        return None
 
 
 def peak_memory(device: torch.device) -> int:

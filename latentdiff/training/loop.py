@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -14,11 +13,11 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from latentdiff.errors import CheckpointError, ConfigError, DataError, LatentDiffError, NotFiniteError
-from latentdiff.training.captioned_folder import Prefetch
-from latentdiff.training.checkpoint import Checkpoint, check_space, load_checkpoint, newest_checkpoint, save_checkpoint
+from latentdiff.errors import ConfigError, NotFiniteError, Stopped
+from latentdiff.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 from latentdiff.training.config import StageSection
 from latentdiff.training.ema import EMA
+from latentdiff.training.folder import prepare
 from latentdiff.training.journal import Journal, Window, peak_memory
 from latentdiff.training.optimizer import (
     clip_gradients,
@@ -30,7 +29,9 @@ from latentdiff.training.optimizer import (
     restore_moments,
     set_learning_rate,
 )
-from latentdiff.training.sharding import is_sharding, own_part, part_of, shard, synchronise, whole, wholes
+from latentdiff.training.prefetch import Prefetch
+from latentdiff.training.report.log import LOG
+from latentdiff.training.sharding import copy_into, is_sharding, own_part, shard, synchronise, whole, wholes
 from latentdiff.training.stop_signals import StopSignals
 from latentdiff.training.task import Task
 
@@ -38,10 +39,8 @@ from latentdiff.training.task import Task
 _OTHER_KINDS = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
-class TrainingStopped(LatentDiffError):
+class TrainingStopped(Stopped):
     """A signal ended the run after it was saved."""
-
-    exit_code = 130
 
 
 class Trainer:
@@ -70,17 +69,14 @@ class Trainer:
         self._micro_batch = settings.batch_size // splits
         task.module.to(accelerator.device)
         self._split = self._shard() if is_sharding(accelerator) else []
-        self._groups = task.parameter_groups()
+        self._groups, averaged = task.parameter_groups(), task.averaged()
         self.parameters = {name: p for group in self._groups for name, p in group.parameters.items()}
-        averaged = task.averaged()
-        self.ema = EMA(
-            {name: p for group in self._groups if group.name in averaged for name, p in group.parameters.items()},
-            settings.ema_decay,
-            settings.ema_every,
-        )
+        in_ema = {name: p for group in self._groups if group.name in averaged for name, p in group.parameters.items()}
+        self.ema = EMA(in_ema, settings.ema_decay, settings.ema_every)
         self.optimizer = make_optimizer(self._groups, settings)
         self.scaler: torch.amp.GradScaler | None = getattr(accelerator, "scaler", None)
         self.step = 0
+        self._started = False
         if settings.compile:
             task.compile()
         alone = self._split or accelerator.num_processes == 1 and accelerator.mixed_precision == "no"
@@ -95,43 +91,63 @@ class Trainer:
             NotFiniteError: the loss is NaN or infinite; the newest checkpoint is from before.
             DataError: an image cannot be read, or the folder cannot be written to.
         """
-        self._prepare_folder()
-        self.resume()
-        log = Journal(self.folder / "log.jsonl", self.step, enabled=self.accelerator.is_main_process)
+        self.start()
+        settings, main = self.settings, self.accelerator.is_main_process
+        # What was due at the resumed step may have been cut off after the checkpoint; done again, it gives the same.
+        log = Journal(self.folder / LOG, self.step, enabled=main, measure_again=self._measures_now)
         bar = tqdm(
-            total=self.settings.max_steps, initial=self.step, desc=self.folder.name, unit="step", smoothing=0.02,
-            disable=not self.accelerator.is_main_process, mininterval=2.0,
+            total=settings.max_steps, initial=self.step, desc=self.folder.name, unit="step", smoothing=0.02,
+            disable=not main, mininterval=2.0,
         )  # fmt: skip
-        with StopSignals() as stop, bar, contextlib.closing(self._batches()) as batches:
-            if self.step == 0 and self.task.measures_start:
-                self._write(log, {"step": 0, **self._on_main(self._validate)})
+        with StopSignals() as stop, bar, contextlib.closing(log), contextlib.closing(self._batches()) as batches:
+            self._measure(log)
             window = Window()
-            while self.step < self.settings.max_steps:
+            while self.step < settings.max_steps:
                 window.add(self._train_step(batches))
                 self.step += 1
                 bar.update()
-                last = self.step == self.settings.max_steps
                 stopping = self._agree(stop.received)
-                if last or stopping or self._due(self.settings.checkpoint_every):
+                saving = stopping or self._due(settings.checkpoint_every)
+                if saving or self._due(settings.log_every):
                     self._check_finite(window)
-                    self.save()
-                if last or stopping or self._due(self.settings.log_every):
-                    self._check_finite(window)
+                if stopping or self._due(settings.log_every):
                     entry = self._entry(window)
-                    self._write(log, entry)
+                    log.write(entry)
                     peak = f"{peak_memory(self.accelerator.device) / 2**30:.3g}G"
                     bar.set_postfix(loss=f"{entry['loss']:.4g}", img_s=f"{entry['images_per_second']:.4g}", peak=peak)
+                if saving:
+                    self.save()
                 if stopping:
-                    place = f"step {self.step} of {self.settings.max_steps}"
+                    place = f"step {self.step} of {settings.max_steps}"
                     raise TrainingStopped(f"stopped and saved at {place}; {self.task.resume_hint}")
                 with window.paused():
-                    if last or self._due(self.settings.validate_every):
-                        self._write(log, {"step": self.step, **self._on_main(self._validate)})
-                    if last or self._due(self.settings.preview_every):
-                        self._on_main(lambda: self.task.preview(self.folder / "previews", self.step))
-                        self._on_main(
-                            lambda: self.task.preview_live(self.folder / "previews", self.step), averaged=False
-                        )
+                    self._measure(log)
+
+    def start(self) -> None:
+        """Get the folder ready and go on from its newest checkpoint; `fit` does it where it was not done before.
+
+        Raises:
+            CheckpointError: what lies there was trained otherwise than the settings say.
+            DataError: the folder cannot be written to.
+        """
+        if not self._started:
+            # Room for a checkpoint: weights, averages, two moments.
+            prepare(self.folder, 4 * 4 * sum(p.numel() for p in self.parameters.values()))
+            self.resume()
+            self._started = True
+
+    @property
+    def _measures_now(self) -> bool:
+        return self._due(self.settings.validate_every) if self.step else self.task.measures_start
+
+    def _measure(self, log: Journal) -> None:
+        """Validate and draw samples, as far as this step is one at which that is done."""
+        if self._measures_now:
+            log.write({"step": self.step, **self._on_main(self._validate)})
+        if self.step and self._due(self.settings.preview_every):
+            folder, step = self.folder / "previews", self.step
+            self._on_main(lambda: self.task.preview(folder, step))
+            self._on_main(lambda: self.task.preview_live(folder, step), averaged=False)
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one, and say so."""
@@ -141,6 +157,19 @@ class Trainer:
         if path is None:
             return
         checkpoint = load_checkpoint(path)
+        self.take(checkpoint, path)
+        self.accelerator.print(f"resumed {path}")
+        now = self._settings()
+        for key, was in checkpoint.state.items():
+            if key in now and was != now[key]:
+                self.accelerator.print(f"note: {key} was {was!r} in the checkpoint and is now {now[key]!r}")
+
+    def take(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Stand where a checkpoint is, which was read from `path`.
+
+        Raises:
+            CheckpointError: it holds other weights than this task trains.
+        """
         self.take_weights(checkpoint, path)
         restore_moments(self.optimizer, self.parameters, checkpoint.optimizer)
         if "optimizer_groups" in checkpoint.state:
@@ -148,33 +177,34 @@ class Trainer:
         if self.scaler and "gradient_scale" in checkpoint.state:
             self.scaler.load_state_dict(checkpoint.state["gradient_scale"])
         self.step = checkpoint.step
-        self.accelerator.print(f"resumed {path}")
-        now = self._state()
-        for key, was in checkpoint.state.items():
-            if key in now and was != now[key]:
-                self.accelerator.print(f"note: {key} was {was!r} in the checkpoint and is now {now[key]!r}")
 
     def take_weights(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Go on with the weights and averages of a checkpoint, which was read from `path`.
+        """As `take`, but the weights and averages alone."""
+        copy_into(self.parameters, checkpoint.weights, self.parameters, path)
+        copy_into(self.ema.average, checkpoint.ema, self.parameters, path)
 
-        Raises:
-            CheckpointError: it holds other weights than this task trains.
-        """
-        _copy_into(self.parameters, checkpoint.weights, self.parameters, path)
-        _copy_into(self.ema.average, checkpoint.ema, self.parameters, path)
+    def replay(self, until: int) -> None:
+        """Take the steps up to `until` and write nothing."""
+        with contextlib.closing(self._batches()) as batches:
+            while self.step < until:
+                self._train_step(batches)
+                self.step += 1
+
+    def state(self) -> Checkpoint:
+        """What a checkpoint of this step holds; of split weights, the main process has all of them."""
+        state = self._settings()
+        if any(of_groups := group_state(self.optimizer)):
+            state["optimizer_groups"] = of_groups
+        if self.scaler:
+            state["gradient_scale"] = self.scaler.state_dict()
+        return Checkpoint(self.step, *self._whole_state(), state)
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
-        weights, averages, kept = self._whole_state()
+        state = self.state()
         if self.accelerator.is_main_process:
-            state = self._state()
-            if any(of_groups := group_state(self.optimizer)):
-                state["optimizer_groups"] = of_groups
-            if self.scaler:
-                state["gradient_scale"] = self.scaler.state_dict()
-            checkpoint = Checkpoint(self.step, weights, averages, kept, state)
             spare = self.task.steps_to_keep()
-            save_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.settings.keep_checkpoints, spare=spare)
+            save_checkpoint(self.folder / "checkpoints", state, keep=self.settings.keep_checkpoints, spare=spare)
         self.accelerator.wait_for_everyone()
 
     def _whole_state(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]:
@@ -263,11 +293,6 @@ class Trainer:
         threads = 1 if stream else self.task.loader_threads  # a stream has an order
         return iter(Prefetch(make, keys, workers=threads, depth=max(4, 2 * threads)))
 
-    def _write(self, log: Journal, entry: dict[str, float]) -> None:
-        if len(entry) > 1 and self.accelerator.is_main_process:
-            log.write(entry)
-            self.task.logged(entry)
-
     def _entry(self, window: Window) -> dict[str, float]:
         means, rate = window.close()
         if self.accelerator.num_processes > 1:
@@ -293,11 +318,12 @@ class Trainer:
             " try a lower lr, or mixed_precision: no"
         )
 
-    def _state(self) -> dict[str, object]:
+    def _settings(self) -> dict[str, object]:
         return {"data": self.task.fingerprint, **self.settings.model_dump(mode="json")}
 
     def _due(self, every: int) -> bool:
-        return self.step % every == 0
+        """Whether something happens at this step that happens every so many, and at the last one."""
+        return self.step % every == 0 or self.step == self.settings.max_steps
 
     def _agree(self, received: bool) -> bool:
         """Whether any process got a signal; several processes ask one another only when they log."""
@@ -322,31 +348,3 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         with self.accelerator.autocast():
             return self.task.validate()
-
-    def _prepare_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.folder, os.W_OK):
-                raise PermissionError(None, "Permission denied")
-        except OSError as error:
-            raise DataError(
-                f"cannot write to the run folder {self.folder}: {error.strerror}; choose another `run`"
-            ) from error
-        check_space(self.folder, 4 * 4 * sum(p.numel() for p in self.parameters.values()))
-
-
-def _copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], of: Mapping[str, Tensor], path: Path) -> None:
-    """Copy `saved` to `live`, what belongs to the parameters `of` the same names."""
-    if differing := sorted(set(live) ^ set(saved)):
-        raise CheckpointError(
-            f"{path} holds other weights than this configuration trains, first {differing[0]}; choose another `run`"
-        )
-    with torch.no_grad():
-        for name, tensor in live.items():
-            source = part_of(saved[name], of[name])
-            if own_part(tensor).shape != source.shape:
-                raise CheckpointError(
-                    f"{path}: {name} has the shape {tuple(saved[name].shape)}, this configuration needs {tuple(tensor.shape)};"
-                    " choose another `run`"
-                )
-            own_part(tensor).copy_(source)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from latentdiff.errors import CheckpointError
 from latentdiff.networks.layers.resnet import ResnetBlock
 from latentdiff.networks.layers.transformer import SpatialTransformer
 
@@ -136,3 +138,24 @@ def _parts(network: nn.Module, here: bool) -> list[tuple[nn.Module, dict[str, ob
             plain = (cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
             module.__class__ = next(plain)  # that of FSDP derives from its own and from the plain one
     return state
+
+
+def copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], of: Mapping[str, Tensor], path: Path) -> None:
+    """Copy `saved`, which was read from `path`, to `live`: what belongs to the parameters `of` the same names.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    if differing := sorted(set(live) ^ set(saved)):
+        raise CheckpointError(
+            f"{path} holds other weights than this configuration trains, first {differing[0]}; choose another `run`"
+        )
+    with torch.no_grad():
+        for name, tensor in live.items():
+            source = part_of(saved[name], of[name])
+            if own_part(tensor).shape != source.shape:
+                raise CheckpointError(
+                    f"{path}: {name} has the shape {tuple(saved[name].shape)}, this configuration needs {tuple(tensor.shape)};"
+                    " choose another `run`"
+                )
+            own_part(tensor).copy_(source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +77,3 @@ class Task(ABC):
 
     def preview_live(self, folder: Path, step: int) -> None:  # noqa: B027 (optional)
         """As `preview`, with the live weights in place; writes nothing unless overridden."""
-
-    def logged(self, entry: Mapping[str, float]) -> None:  # noqa: B027 (optional)
-        """Called on the main process with every line of the log; does nothing unless overridden."""

@@ -5,7 +5,7 @@ import torch
 
 from latentdiff.checkpoints.embedded import embedded_model
 from latentdiff.networks.text_encoder import TextEncoder
-from latentdiff.training.diffusion_stage import load_tokenizer
+from latentdiff.training.stages.networks import load_tokenizer
 from tests.scenes import scene_language
 
 import teach_relations  # isort: skip  (found by tests.scenes)

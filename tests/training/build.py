@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentdiff.training.config import TrainingConfig, validate_config
+from latentdiff.training.data import Dataset
+from latentdiff.training.data.entries import Entry
+from latentdiff.training.stages.config import TrainingConfig, validate_config
 from tests.tiny import save_tokenizer
 
 RESOLUTION = 16
@@ -53,7 +55,7 @@ def values(tmp: Path, **changes: Any) -> dict[str, Any]:
         },
         "data": {"train": str(tmp / "train"), "validation": str(tmp / "held-out"), "resolution": RESOLUTION},
         "vae": {**stage, "crop": 8},
-        "diffusion": stage,
+        "diffusion": {**stage, "sample_count": 0},
     }  # fmt: skip
     for section, entries in changes.items():
         made[section] = {**made.get(section, {}), **entries} if isinstance(entries, dict) else entries
@@ -66,6 +68,20 @@ def prepared(tmp: Path, *, images: int = 12) -> Path:
     captioned_folder(tmp / "held-out", 4, seed=1)
     save_tokenizer(tmp / "tokenizer", max_length=16)
     return tmp
+
+
+class Nowhere:
+    """The origin of an image that nobody reads."""
+
+    def stamp(self) -> str:
+        return "0"
+
+
+def dataset(captions: list[str]) -> Dataset:
+    """Images `0.png`, `1.png` ... that are only named."""
+    count = len(captions)
+    entries = [Entry(f"{index}.png", (caption,), Nowhere()) for index, caption in enumerate(captions)]
+    return Dataset(entries, [(RESOLUTION, RESOLUTION)] * count, ["0"] * count, [1] * count, [1.0] * count)
 
 
 def config(tmp: Path, **changes: Any) -> TrainingConfig:

@@ -19,6 +19,17 @@ def test_lines_after_the_resumed_step_are_dropped(tmp_path):
     ]  # fmt: skip
 
 
+def test_what_is_measured_again_is_dropped(tmp_path):
+    path = tmp_path / "log.jsonl"
+    journal = Journal(path, 0, enabled=True)
+    for entry in ({"step": 0, "val_mse": 1.0}, {"step": 10, "loss": 0.5}, {"step": 10, "val_mse": 0.5}):
+        journal.write(entry)
+    Journal(path, 10, enabled=True)
+    assert len(path.read_text().splitlines()) == 3
+    Journal(path, 10, enabled=True, measure_again=True)
+    assert [json.loads(line) for line in path.read_text().splitlines()][1:] == [{"step": 10, "loss": 0.5}]
+
+
 def test_only_the_main_process_writes(tmp_path):
     Journal(tmp_path / "log.jsonl", 0, enabled=False).write({"step": 1})
     assert not (tmp_path / "log.jsonl").exists()

@@ -12,12 +12,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from latentdiff.errors import CheckpointError, ConfigError, DataError, NotFiniteError
+from latentdiff.errors import CheckpointError, ConfigError, DataError, NotFiniteError, UsageError
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
 from latentdiff.training.config import StageSection
 from latentdiff.training.data.randomness import normal
 from latentdiff.training.loop import Trainer, TrainingStopped
 from latentdiff.training.optimizer import ParameterGroup
+from latentdiff.training.replay import verify_resume
 from latentdiff.training.task import Task
 
 
@@ -270,3 +271,55 @@ def test_some_checkpoints_are_spared(tmp_path):
     task.steps_to_keep = lambda: [7]
     trainer(tmp_path, task, keep_checkpoints=1).fit()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000007", "step-00000020"]
+
+
+@pytest.mark.parametrize("kill_at", ["validate", "preview"])
+def test_what_was_cut_off_after_a_checkpoint_is_done_at_the_next_start(tmp_path, monkeypatch, kill_at):
+    trainer(tmp_path / "whole", checkpoint_every=10).fit()
+
+    def killed(self, *arguments):
+        raise KeyboardInterrupt
+
+    cut = trainer(tmp_path / "parts", checkpoint_every=10)
+    monkeypatch.setattr(cut.task, kill_at, killed.__get__(cut.task))
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit()
+    task = Linear()
+    trainer(tmp_path / "parts", task, checkpoint_every=10).fit()
+    assert task.previews == [10, 20]
+    kept = [
+        {key: entry[key] for key in entry if key in ("step", "loss", "weight")} for entry in log_of(tmp_path / "parts")
+    ]
+    assert kept == [
+        {key: entry[key] for key in entry if key in ("step", "loss", "weight")} for entry in log_of(tmp_path / "whole")
+    ]
+
+
+def test_a_finished_run_measures_its_last_step_again_alone(tmp_path):
+    trainer(tmp_path).fit()
+    before = log_of(tmp_path)
+    task = Linear()
+    trainer(tmp_path, task).fit()
+    assert task.previews == [20] and log_of(tmp_path) == before
+
+
+def test_the_steps_before_the_newest_checkpoint_are_taken_again(tmp_path):
+    trainer(tmp_path).fit()
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    run = trainer(tmp_path)
+    run.start()
+    assert verify_resume(run, 5) == (14, 20)
+    assert run.step == 20 and files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match="a checkpoint at least 7 steps before the newest in .*, found steps 20, 14;"):
+        verify_resume(run, 7)
+
+
+def test_another_result_of_the_same_steps_is_named(tmp_path):
+    trainer(tmp_path).fit()
+    other = Linear()
+    other.batch = lambda step, rows: {name: array * 1.001 for name, array in Linear.batch(other, step, rows).items()}
+    run = trainer(tmp_path, other)
+    run.start()
+    with pytest.raises(CheckpointError, match=r"steps 14 to 20 of .*, taken again, give another bias \(weights\)"):
+        verify_resume(run, 1)
+    assert_same({"weight": run.parameters["weight"].detach()}, {"weight": state_of(tmp_path)["weight"]})

@@ -25,6 +25,8 @@ from latentdiff.training.data.shards import find_shards, list_shards
 
 Result = TypeVar("Result")
 
+_Measured = tuple[int, int, str]  # width, height, hash of the content
+
 
 @dataclass(frozen=True)
 class DataSource:
@@ -55,6 +57,7 @@ class Dataset:
     Attributes:
         entries: the images that can be used.
         sizes: width and height of each, in pixels, after EXIF rotation.
+        contents: a hash of the file of each.
         repeats: how often each is seen in an epoch.
         weights: factor of the loss of each.
         problems: what was left out, and why.
@@ -65,6 +68,7 @@ class Dataset:
 
     entries: list[Entry] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
+    contents: list[str] = field(default_factory=list)
     repeats: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -104,6 +108,7 @@ class Dataset:
         self.problems += problems.values()
         self.entries = [self.entries[index] for index in keep]
         self.sizes = [self.sizes[index] for index in keep]
+        self.contents = [self.contents[index] for index in keep]
         self.repeats = [self.repeats[index] for index in keep]
         self.weights = [self.weights[index] for index in keep]
         for name in ("names", "captions", "fingerprint"):
@@ -111,10 +116,19 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when an image is added, removed, renamed or rewritten; captions do not matter. 16 hex digits."""
+        """Changes when an image is added, removed, renamed or gets another content; captions do not matter. 16 hex
+        digits."""
+        return self._hash_with(self.contents)
+
+    @property
+    def listing(self) -> str:
+        """As `fingerprint`, known before any image is read: by the times and sizes of the files."""
+        return self._hash_with([entry.origin.stamp() for entry in self.entries])
+
+    def _hash_with(self, about: Sequence[str]) -> str:
         digest = hashlib.sha256(f"{self.background}\n".encode())
-        for entry in self.entries:
-            digest.update(f"{entry.name}\0{entry.origin.stamp()}\n".encode())
+        for entry, known in zip(self.entries, about, strict=True):
+            digest.update(f"{entry.name}\0{known}\n".encode())
         return digest.hexdigest()[:16]
 
 
@@ -127,6 +141,7 @@ def read_dataset(
     verify: bool = True,
     background: str = BACKGROUND,
     index: Path | None = None,
+    limit: int | None = None,
 ) -> Dataset:
     """Find the images and captions of one or more sources; each layout is recognised by itself.
 
@@ -138,6 +153,7 @@ def read_dataset(
         verify: decode every image once, so that a damaged one is found now; otherwise only headers are read.
         background: the colour under transparent images, as CSS names it.
         index: a folder for what was found out about the images, so that the next run need not read them all again.
+        limit: take the first so many images alone.
 
     Raises:
         DataError: there are no images or captions, or an image cannot be read and `strict` is set.
@@ -151,6 +167,7 @@ def read_dataset(
         listing = list_source(source.path, caption_column)
         prefix = f"{Path(source.path).name}/" if len(given) > 1 else ""
         _add(data, source, listing, prefix, allow_missing)
+    data.entries, data.repeats, data.weights = data.entries[:limit], data.repeats[:limit], data.weights[:limit]
     _measure(data, verify, index)
     if strict and data.problems:
         first = data.problems[0]
@@ -210,17 +227,20 @@ def _add(data: Dataset, source: DataSource, listing: Listing, prefix: str, allow
 
 
 def _measure(data: Dataset, verify: bool, index: Path | None) -> None:
-    """Fill in the sizes and move what cannot be read to the problems."""
+    """Fill in sizes and contents, and move what cannot be read to the problems."""
 
-    def measure(number: int) -> tuple[int, int] | Problem:
+    def measure(number: int) -> _Measured | Problem:
         entry = data.entries[number]
         try:
-            return data.load(number).size if verify else image_size(entry.origin.source(), entry.name)
+            source = entry.origin.source()
+            size = data.load(number).size if verify else image_size(source, entry.name)
+            content = source if isinstance(source, bytes) else source.read_bytes()
+            return *size, hashlib.blake2b(content, digest_size=8).hexdigest()
         except (DataError, OSError) as error:
             return problem(entry, error)
 
-    # The fingerprint is that of all that was listed: what cannot be read is found out once too.
-    file = index / f"index-{data.fingerprint}-{'whole' if verify else 'headers'}.json" if index else None
+    # By all that was listed: what cannot be read is found out once too.
+    file = index / f"images-{data.listing}-{'whole' if verify else 'headers'}.json" if index else None
     measured = _read_index(file, data) if file else None
     if measured is None:
         measured = each(measure, len(data), "read images")
@@ -228,17 +248,18 @@ def _measure(data: Dataset, verify: bool, index: Path | None) -> None:
             found = [item.reason if isinstance(item, Problem) else item for item in measured]
             with atomic_path(file) as temporary:
                 temporary.write_text(json.dumps(found), encoding="utf-8")
-    data.sizes = [(0, 0) if isinstance(item, Problem) else item for item in measured]
+    data.sizes = [(0, 0) if isinstance(item, Problem) else item[:2] for item in measured]
+    data.contents = ["" if isinstance(item, Problem) else item[2] for item in measured]
     data.leave_out({number: item for number, item in enumerate(measured) if isinstance(item, Problem)})
 
 
-def _read_index(file: Path, data: Dataset) -> list[tuple[int, int] | Problem] | None:
-    """For each image its size or what is wrong with it; None where there is no such file."""
+def _read_index(file: Path, data: Dataset) -> list[_Measured | Problem] | None:
+    """What was measured of each image, or what is wrong with it; None where there is no such file."""
     if not file.is_file():
         return None
     found = json.loads(file.read_text(encoding="utf-8"))
     return [
-        Problem(entry.name, item) if isinstance(item, str) else (item[0], item[1])
+        Problem(entry.name, item) if isinstance(item, str) else (item[0], item[1], item[2])
         for entry, item in zip(data.entries, found, strict=True)
     ]
 

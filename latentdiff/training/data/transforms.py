@@ -1,9 +1,11 @@
-"""From a decoded image to the pixels of its bucket: scaled to cover it, cropped, perhaps mirrored."""
+"""From a decoded image to the pixels of its bucket: scaled to cover it, cropped, perhaps mirrored; and to numbers."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from latentdiff.errors import UsageError
 from latentdiff.training.data.buckets import Size
@@ -50,3 +52,13 @@ def prepare(
     if flip and rng is not None and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.array(image)
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in [-1, 1], channels last in memory."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images of any layout in [-1, 1] -> uint8."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -10,11 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from latentdiff.errors import ConfigError, UsageError
-from latentdiff.training.config import Fraction, NotNegative, Section, StageSection, first_fault, read_yaml
+from latentdiff.training.config import (
+    Count,
+    DenoisingSection,
+    Entries,
+    Fraction,
+    Positive,
+    ReadingSection,
+    Texts,
+    first_fault,
+    read_yaml,
+)
 
 METHODS = ("lora", "full", "textual_inversion")
 
@@ -32,43 +41,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-class DataEntry(Section):
-    """One source of captioned images."""
-
-    path: str
-    """A folder, WebDataset shards, or a Hugging Face data set on disk or by id."""
-    repeats: PositiveInt = 1
-    """How often each of its images comes up in an epoch."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Factor on the loss of its images."""
-
-
-def _entry(value: Any) -> Any:
-    """FOLDER, FOLDER:REPEATS, or a mapping, also written as text: {path: FOLDER, repeats: 2}."""
-    if not isinstance(value, str | Path):
-        return value
-    text = str(value)
-    if text.startswith("{"):
-        return yaml.safe_load(text)
-    path, colon, repeats = text.rpartition(":")
-    if colon and repeats.isdecimal() and not Path(text).exists():
-        return {"path": path, "repeats": int(repeats)}
-    return {"path": text}
-
-
-def _list(value: Any) -> Any:
-    """One entry may stand alone; no entries may be none."""
-    if value is None:
-        return ()
-    return [value] if isinstance(value, str | Path | Mapping) else value
-
-
-Entry = Annotated[DataEntry, BeforeValidator(_entry)]
-Entries = Annotated[tuple[Entry, ...], BeforeValidator(_list)]
-Texts = Annotated[tuple[str, ...], BeforeValidator(_list)]
-
-
-class FinetuneConfig(StageSection):
+class FinetuneConfig(DenoisingSection, ReadingSection):
     """A fine-tuning."""
 
     # --- what is trained
@@ -83,11 +56,9 @@ class FinetuneConfig(StageSection):
     """Everything random in the run follows from it."""
     train_text_encoder: bool = False
     """Train the text encoder too (method full; for lora, put text_encoder into `targets`)."""
-    text_encoder_lr: Annotated[float, Field(gt=0)] | None = None
-    """Learning rate of the text encoder where it differs from `lr`."""
     rank: PositiveInt = 8
     """Rank of the LoRA matrices."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    alpha: Positive | None = None
     """The LoRA is scaled by alpha / rank; without it, alpha is the rank."""
     targets: Texts = ("attention",)
     """What the LoRA changes: attention, feed_forward, convolutions, text_encoder, or patterns of module names."""
@@ -104,14 +75,6 @@ class FinetuneConfig(StageSection):
     """Held-out captioned images that are never trained on; replaces `validation_share`."""
     validation_share: Fraction = 0.0
     """Share of the images of `data` to hold out, chosen by the seed."""
-    caption_column: str | None = None
-    """Column of the metadata that holds the captions, where it is not `text`."""
-    strict: bool = False
-    """Stop if an image cannot be read, in place of leaving it out."""
-    allow_missing: bool = False
-    """Take images without a caption, with the empty one."""
-    background: str = "white"
-    """Colour under transparent images."""
     stream: bool = False
     """Read WebDataset shards in sequence, without an index in memory: for millions of images; square crops, no
     caches."""
@@ -126,35 +89,8 @@ class FinetuneConfig(StageSection):
     """Longest side of a bucket over its shortest; what is longer is cropped."""
     upscale: bool = False
     """Enlarge images that are smaller than their bucket; otherwise they go into a smaller bucket."""
-    crop: Literal["center", "random"] = "center"
-    """Which part of an image remains where it does not fit its bucket."""
-    flip: bool = False
-    """Mirror half of the images, at random."""
-    long_captions: Literal["cut", "chunk"] = "cut"
-    """Captions with more tokens than the model reads: cut their ends, or read them in several chunks."""
-    shuffle_tags: bool = False
-    """Shuffle the parts of captions that commas separate."""
-    caption_dropout: Fraction = 0.1
-    """Share of captions replaced by the empty one, so that guidance keeps its unconditional model."""
-    loader_threads: PositiveInt = 2
-    """Background threads that read images."""
 
     # --- how
-    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
-    """Gamma of the min-SNR loss weight (Hang et al. 2023), 5 is usual; none weighs all timesteps the same. With
-    v-prediction it hardly counts the noisiest timesteps, where layout and colours are decided: the embedded model
-    forgets them with it."""
-    high_noise_share: Fraction = 0.0
-    """Share of the timesteps drawn from the noisiest tenth alone, where a picture's layout is decided; others are
-    uniform."""
-    noise_offset: NotNegative = 0.0
-    """Strength of noise that is constant over a latent's channel; 0.05 helps with very dark and very bright
-    pictures."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time, the same gradients."""
-    attention: Literal["auto", "sdpa", "xformers", "plain"] = "auto"
-    """Attention back end; auto is plain for small latents on a CPU in bf16, where it is faster, and PyTorch's
-    kernels elsewhere."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Precision of forward and backward passes; trained weights stay float32. auto is bf16 on a GPU that has it, else
     no."""
@@ -162,37 +98,25 @@ class FinetuneConfig(StageSection):
     """Precision in which frozen weights are kept (lora, textual_inversion); halves their memory."""
     device: Literal["auto", "cpu"] = "auto"
     """auto takes the GPU if there is one."""
-    cache_latents: bool = True
-    """Encode the images once and keep the latents on disk; does nothing where crops are random."""
     cache_text: bool = True
     """Encode the captions once and keep the embeddings on disk; does nothing where the text encoder is trained."""
     cache: Path | None = None
     """Folder of the caches, which runs may share; without it, `cache` in the run."""
-    cache_precision: Literal["fp16", "fp32"] = "fp16"
-    """Precision of the cached numbers."""
 
     # --- what is written
     result_precision: Literal["model", "fp32", "fp16", "bf16"] = "model"
     """Precision of the result's files; model is that of the model's own files, and fp32 for lora."""
     result: Literal["last", "best"] = "last"
     """Make the result from the last step, or from the one with the smallest validation loss, which is always kept."""
-    prompts: Texts = ()
-    """Prompts of the sample sheets; without them, some captions of the data."""
-    sample_count: Annotated[int, Field(ge=0)] = 4
-    """Captions to make samples of where no prompts are given; 0 makes none."""
-    sample_steps: PositiveInt = 25
-    """Denoising steps of the samples."""
-    sample_guidance: NotNegative = 5.0
-    """Guidance scale of the samples."""
 
     # --- defaults that differ from those of training from nothing
     max_steps: PositiveInt = 1000
     """Optimizer steps of the whole run."""
     batch_size: PositiveInt = 8
     """Images per optimizer step, over all processes and micro-batches."""
-    lr: Annotated[float, Field(gt=0)] = 1e-4
+    lr: Positive = 1e-4
     """Learning rate after the warm-up."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    warmup_steps: Count = 50
     """Steps in which the learning rate rises linearly from 0."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Moment decays of AdamW."""

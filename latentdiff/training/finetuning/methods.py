@@ -15,6 +15,7 @@ from torch import nn
 from latentdiff.adapters.lora import LoRA, LoRASpec, lora_metadata, save_lora
 from latentdiff.adapters.textual_inversion import NewWord
 from latentdiff.checkpoints.components import Components, save_folder
+from latentdiff.training.denoising import text_and_unet
 from latentdiff.training.finetuning.config import FinetuneConfig
 from latentdiff.training.optimizer import ParameterGroup
 
@@ -65,12 +66,7 @@ class Method(ABC):
         """
 
     def _groups(self, by_part: dict[str, dict[str, nn.Parameter]]) -> list[ParameterGroup]:
-        """One group, or one each for U-Net and text encoder where their learning rates differ."""
-        settings = self.settings
-        if settings.text_encoder_lr is None or not by_part.get("text_encoder"):
-            return [ParameterGroup("all", {name: p for part in by_part.values() for name, p in part.items()})]
-        scales = {"text_encoder": settings.text_encoder_lr / settings.lr}
-        return [ParameterGroup(part, named, scales.get(part, 1.0)) for part, named in by_part.items() if named]
+        return text_and_unet(by_part, self.settings.lr, self.settings.text_encoder_lr)
 
 
 class Full(Method):

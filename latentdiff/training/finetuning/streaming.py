@@ -18,10 +18,10 @@ from latentdiff.training.data.captions import MAX_CHUNKS, CaptionRules, choose
 from latentdiff.training.data.randomness import generator
 from latentdiff.training.data.shards import find_shards
 from latentdiff.training.data.stream import Sample, ShardStream
+from latentdiff.training.data.tokens import CaptionTokens
 from latentdiff.training.data.transforms import prepare
-from latentdiff.training.finetuning.captions import CaptionTokens
 from latentdiff.training.finetuning.config import FinetuneConfig
-from latentdiff.training.finetuning.samples import Arrays, step_numbers
+from latentdiff.training.samples import Arrays, step_numbers
 
 _REMEMBERED_STEPS = 1024  # whose file names are kept for messages
 _PROBLEMS_SHOWN = 20
@@ -77,7 +77,7 @@ class StreamBatches:
         return self._names.get(step, [])
 
     def iterate(self, first_step: int, rows: range, micro_batch: int) -> Iterator[Arrays]:
-        """Micro-batches of the given rows of each batch from `first_step` on, for ever; see `FinetuneLoss.forward`."""
+        """Micro-batches of the given rows of each batch from `first_step` on, for ever; see `DenoisingLoss.forward`."""
         batches = self._stream.batches(self._item, first_step=first_step, rows=rows)
         for step, batch in enumerate(batches, start=first_step):
             self._remember(step, [item.name for item in batch.items])
@@ -100,9 +100,10 @@ class StreamBatches:
         return _Item(sample.name, prepare(image, self._size, crop=settings.crop, rng=random), caption)
 
     def _arrays(self, step: int, rows: range, items: list[_Item]) -> Arrays:
-        numbers, posterior, flipped = step_numbers(self._settings, step, rows, self._latent_shape, self._timesteps)
+        settings, shape = self._settings, self._latent_shape
+        numbers, posterior, flipped = step_numbers(settings, settings.seed, step, rows, shape, self._timesteps)
         pixels = [item.pixels[:, ::-1] if flip else item.pixels for item, flip in zip(items, flipped, strict=True)]
-        chunks = MAX_CHUNKS if self._settings.long_captions == "chunk" else 1
+        chunks = MAX_CHUNKS if settings.long_captions == "chunk" else 1
         return {
             "images": np.stack(pixels),
             "posterior": posterior,

@@ -322,6 +322,10 @@ def test_fingerprint_follows_the_images(tmp_path):
     assert read_dataset([folder]).fingerprint == first
     assert read_dataset([folder], background="black").fingerprint != first
     os.utime(folder / "1.png", ns=(1, 1))
+    assert read_dataset([folder]).fingerprint == first
+    about = os.stat(folder / "1.png")
+    picture(7).save(folder / "1.png")  # as old as before
+    os.utime(folder / "1.png", ns=(about.st_atime_ns, about.st_mtime_ns))
     assert read_dataset([folder]).fingerprint != first
 
 
@@ -336,3 +340,10 @@ def test_an_index_spares_reading_the_images_again(tmp_path, monkeypatch):
     os.remove(folder / "1.png")
     picture(1, (8, 8)).save(folder / "1.png")
     assert read_dataset([folder], index=index).sizes == [(16, 12), (8, 8), (16, 12)]
+
+
+def test_a_limit_takes_the_first_images(tmp_path):
+    folder = jsonl_folder(tmp_path / "a", 3)
+    whole, part = read_dataset([folder]), read_dataset([folder], limit=2)
+    assert part.names == whole.names[:2] and len(part.sizes) == len(part.repeats) == 2
+    assert part.fingerprint != whole.fingerprint

@@ -13,7 +13,7 @@ from latentdiff.checkpoints.components import Components, save_folder
 from latentdiff.networks.vae import VAE
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
 from latentdiff.training.finetuning.config import FinetuneConfig, make_config
-from latentdiff.training.networks import new_text_encoder, new_unet, seeded
+from latentdiff.training.stages.networks import new_text_encoder, new_unet, seeded
 from tests import tiny
 from tests.training.build import captioned_folder
 from tests.training.build import config as training_config

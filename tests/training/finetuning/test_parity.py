@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
-from latentdiff.training.finetuning.loss import FinetuneLoss
-from latentdiff.training.finetuning.run import run
+from latentdiff.training.finetuning.finetune import run
+from latentdiff.training.loss import DenoisingLoss
 from tests import peers
 from tests.training.finetuning.build import captioned_folder, settings
 
@@ -16,13 +16,13 @@ LR = 1e-4
 def step_of_ours(tmp, family, monkeypatch, **changes):
     """Run one step; returns the batch that it saw and the checkpoint after it."""
     captioned_folder(tmp / "data", 6)
-    batches, forward = [], FinetuneLoss.forward
+    batches, forward = [], DenoisingLoss.forward
 
     def spy(self, batch, step):
         batches.append({name: tensor.clone() for name, tensor in batch.items()})
         return forward(self, batch, step)
 
-    monkeypatch.setattr(FinetuneLoss, "forward", spy)
+    monkeypatch.setattr(DenoisingLoss, "forward", spy)
     run(
         settings(
             tmp, model=str(peers.folder(family)), resolution=64, upscale=True, max_steps=1, lr=LR, warmup_steps=0,

@@ -9,7 +9,7 @@ from latentdiff import Pipeline
 from latentdiff.cli import cli
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.recipe import read_recipe
-from latentdiff.training.finetuning.run import run
+from latentdiff.training.finetuning.finetune import run
 from tests import peers
 from tests.training.finetuning.build import captioned_folder, model_folder, settings, state_of
 

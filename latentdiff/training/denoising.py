@@ -1,0 +1,156 @@
+"""Denoising of latents under captions as a task of the training loop, from nothing or of a model that can do it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from latentdiff.training.loss import DenoisingLoss
+from latentdiff.training.material import Material
+from latentdiff.training.optimizer import ParameterGroup
+from latentdiff.training.report.log import best_step
+from latentdiff.training.samples import Arrays, Batches, Samples
+from latentdiff.training.task import Task
+from latentdiff.training.validation import banded_losses, losses_entry
+
+
+class Stream(Protocol):
+    """Batches that are read in sequence."""
+
+    fingerprint: str
+
+    def names(self, step: int) -> list[str]: ...
+
+    def iterate(self, first_step: int, rows: range, micro_batch: int) -> Iterator[Arrays]: ...
+
+
+class Sheets(Protocol):
+    """Draws sample pictures with the networks as they are."""
+
+    def write(self, step: int, weights: str) -> None: ...
+
+
+class DenoisingTask(Task):
+    """Denoising of latents under captions.
+
+    Args:
+        module: the loss.
+        groups: what is trained.
+        batches: what each step sees.
+        material: images to measure on; without held-out ones nothing is measured.
+        sheets: draws samples of the averaged weights, and of the raw ones if `draws_raw`.
+        folder: of the stage, where its log lies.
+        seed: of the run.
+        networks: those all of whose parameters are trained.
+        loader_threads: background threads that make batches.
+        measures_start: whether the model can do something before the first step.
+        resume_hint: what a run that was stopped says to its user.
+    """
+
+    def __init__(
+        self,
+        module: DenoisingLoss,
+        groups: list[ParameterGroup],
+        batches: Batches | Stream,
+        material: Material,
+        sheets: Sheets,
+        folder: Path,
+        *,
+        seed: int,
+        networks: Sequence[nn.Module] = (),
+        loader_threads: int = 2,
+        measures_start: bool = False,
+        draws_raw: bool = False,
+        resume_hint: str = Task.resume_hint,
+    ) -> None:
+        self.module, self._groups, self._networks = module, groups, list(networks)
+        self._batches, self._material, self._sheets = batches, material, sheets
+        self._folder, self._seed, self._draws_raw = folder, seed, draws_raw
+        self.loader_threads, self.measures_start, self.resume_hint = loader_threads, measures_start, resume_hint
+        self.fingerprint = f"{batches.fingerprint}, shuffled by seed {seed}"
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return self._groups
+
+    def networks(self) -> list[nn.Module]:
+        return self._networks
+
+    def compile(self) -> None:
+        self.module.unet.compile()
+
+    def batch(self, step: int, rows: range) -> Arrays:
+        assert isinstance(self._batches, Batches)
+        return self._batches.arrays(step, rows)
+
+    def stream(self, first_step: int, rows: range, micro_batch: int) -> Iterator[Arrays] | None:
+        batches = self._batches
+        return None if isinstance(batches, Batches) else batches.iterate(first_step, rows, micro_batch)
+
+    def sources(self, step: int) -> list[str]:
+        return self._batches.names(step)
+
+    def validate(self) -> dict[str, float]:
+        """Losses with fixed noise, of held-out images and as many training images."""
+        of = self._material
+        if not len(of.held_out[1]):
+            return {}
+        measured = [self._banded(*part) for part in (of.held_out, of.training_part) if len(part[1])]
+        timesteps = len(self.module.objective.alpha)
+        return losses_entry(measured[0], measured[1] if len(measured) > 1 else None, timesteps)
+
+    def preview(self, folder: Path, step: int) -> None:
+        self._sheets.write(step, "ema")
+
+    def preview_live(self, folder: Path, step: int) -> None:
+        if self._draws_raw:
+            self._sheets.write(step, "raw")
+
+    def steps_to_keep(self) -> Collection[int]:
+        best = best_step(self._folder)
+        return () if best is None else (best,)
+
+    def _banded(self, samples: Samples, indices: np.ndarray) -> np.ndarray:
+        def errors_of(images: np.ndarray, noise: np.ndarray, timesteps: np.ndarray) -> Tensor:
+            captions = [samples.data.captions[index][0] for index in images]
+            arrays = {
+                **samples.images(images.tolist(), noise[:, 0]),
+                **samples.text(captions, max(map(samples.tokens.chunks, captions))),
+                "noise": noise[:, 1],
+                "timesteps": timesteps,
+            }
+            module = self.module
+            device = module.objective.alpha.device
+            batch = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in arrays.items()}
+            return module.errors(module.latents(batch), batch["noise"], batch["timesteps"], module.context(batch))
+
+        return banded_losses(
+            indices,
+            samples.data.names,
+            samples.latent_shape,
+            errors_of,
+            num_train_timesteps=len(self.module.objective.alpha),
+            seed=self._seed,
+        )
+
+
+def text_and_unet(
+    by_part: dict[str, dict[str, nn.Parameter]], lr: float, text_encoder_lr: float | None
+) -> list[ParameterGroup]:
+    """One group of parameters, or one each for U-Net and text encoder where their learning rates differ.
+
+    Args:
+        by_part: "unet" and "text_encoder" -> parameters by names that are unique over both.
+    """
+    if text_encoder_lr is None or not by_part.get("text_encoder"):
+        return [ParameterGroup("all", {name: p for part in by_part.values() for name, p in part.items()})]
+    scales = {"text_encoder": text_encoder_lr / lr}
+    return [
+        ParameterGroup(part, named, scales.get(part, 1.0), muon=part == "unet")
+        for part, named in by_part.items()
+        if named
+    ]

@@ -1,0 +1,109 @@
+"""What one training step computes: a batch of images or latents and captions -> the loss."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from latentdiff.networks.text_encoder import TextEncoder
+from latentdiff.networks.unet import UNet
+from latentdiff.networks.vae import VAE, LatentDistribution
+from latentdiff.training.config import DenoisingSection
+from latentdiff.training.data.transforms import to_signed
+from latentdiff.training.objective import DiffusionObjective
+
+# Latents of up to this many entries a channel are attended to faster without PyTorch's fused kernels, on a CPU in
+# bfloat16.
+_SMALL_LATENT = 32 * 32
+
+# The encoder works on so many pixels at once: its activations would be the peak of the whole step.
+_PIXELS_AT_ONCE = 512 * 512
+
+
+class DenoisingLoss(nn.Module):
+    """U-Net and text encoder with their training loss.
+
+    Args:
+        unet, text_encoder: the model; what of it is trained has `requires_grad`.
+        objective: noise levels, target and weights.
+        vae: encodes the images of batches that bring images; None where all latents are cached.
+        adapter: what is trained beside the model (a LoRA, the embedding of a word), so that it is part of this module.
+        trains_text: whether gradients must reach through the text encoder.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        text_encoder: TextEncoder,
+        objective: DiffusionObjective,
+        *,
+        vae: VAE | None = None,
+        adapter: nn.Module | None = None,
+        trains_text: bool = False,
+    ) -> None:
+        super().__init__()
+        self._trains_text = trains_text
+        self.unet, self.text_encoder, self.objective = unet, text_encoder, objective
+        self.vae, self.adapter = vae, adapter
+
+    def forward(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Weighted loss and plain mean squared error.
+
+        Args:
+            batch: `noise` (n, C, h, w), `timesteps` (n,), `weights` (n,); `latents` (n, C, h, w), or `images`
+                (n, H, W, 3) uint8 with `posterior` noise (n, C, h, w); `context` (n, L, width), or `tokens` (n, chunks,
+                L).
+        """
+        errors = self.errors(self.latents(batch), batch["noise"], batch["timesteps"], self.context(batch))
+        weights = self.objective.weights(batch["timesteps"]) * batch["weights"]
+        return {"loss": (weights * errors).mean(), "mse": errors.detach().mean()}
+
+    def latents(self, batch: dict[str, Tensor]) -> Tensor:
+        """Latents (n, C, h, w) in float32, drawn from the images' distributions."""
+        if "latents" in batch:
+            return batch["latents"]
+        return encode_images(self.vae, batch["images"]).sample(batch["posterior"])
+
+    def context(self, batch: dict[str, Tensor]) -> Tensor:
+        """Text embeddings (n, chunks L, width)."""
+        if "context" in batch:
+            return batch["context"]
+        with torch.set_grad_enabled(self._trains_text and torch.is_grad_enabled()):
+            return encode_tokens(self.text_encoder, batch["tokens"])
+
+    def errors(self, latents: Tensor, noise: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """Squared error of each sample, (n,)."""
+        dtype = self.unet.conv_in.weight.dtype
+        noisy = self.objective.noisy(latents, noise, timesteps).to(dtype).contiguous(memory_format=torch.channels_last)
+        prediction = self.unet(noisy, timesteps, context.to(dtype))
+        return self.objective.errors(prediction, latents, noise, timesteps)
+
+
+@torch.no_grad()
+def encode_images(vae: VAE, images: Tensor) -> LatentDistribution:
+    """Images (n, H, W, 3) uint8 -> the distributions of their latents (n, C, h, w), float32."""
+    dtype, kind = vae.quant_conv.weight.dtype, images.device.type
+    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    # The activations of SD's encoder do not fit into float16; bfloat16 has the range of float32.
+    with torch.autocast(kind, enabled=False) if half else contextlib.nullcontext():
+        at_once = max(1, _PIXELS_AT_ONCE // (images.shape[1] * images.shape[2]))
+        parts = [vae.encode(to_signed(part).to(dtype)) for part in images.split(at_once)]
+    return LatentDistribution(
+        torch.cat([part.mean for part in parts]).float(), torch.cat([part.logvar for part in parts]).float()
+    )
+
+
+def encode_tokens(text_encoder: TextEncoder, tokens: Tensor) -> Tensor:
+    """Token ids (n, chunks, L) -> embeddings (n, chunks L, width): each chunk is read alone."""
+    return text_encoder(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]).flatten(1, 2)
+
+
+def attention_backend(settings: DenoisingSection, side: float, accelerator: Accelerator) -> str:
+    """The back end that `settings` ask for; `side` is that of the latents."""
+    if settings.attention != "auto":
+        return settings.attention
+    few = side**2 <= _SMALL_LATENT and settings.mixed_precision == "bf16"
+    return "plain" if accelerator.device.type == "cpu" and few else "auto"

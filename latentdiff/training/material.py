@@ -1,0 +1,119 @@
+"""What a run is made of once its data is read: the images that are trained on and measured on, their caches, a summary."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from latentdiff.files import atomic_path
+from latentdiff.networks.text_encoder import TextEncoder
+from latentdiff.networks.vae import VAE
+from latentdiff.training.caches import cache_latents, cache_text
+from latentdiff.training.config import DenoisingSection
+from latentdiff.training.samples import Samples
+from latentdiff.training.validation import fixed_part, sample_prompts
+
+
+@dataclass
+class Material:
+    """What is learned from, and what it is measured on."""
+
+    samples: Samples
+    training: np.ndarray  # indices of `samples`
+    held_out: tuple[Samples, np.ndarray]
+    training_part: tuple[Samples, np.ndarray]
+
+    def of(self) -> list[tuple[Samples, np.ndarray]]:
+        """Every image that is read, by the samples it belongs to."""
+        samples, held_out = self.held_out
+        if samples is not self.samples:
+            return [(self.samples, self.training), self.held_out]
+        return [(self.samples, np.concatenate([self.training, held_out]))]
+
+    @property
+    def cached(self) -> bool:
+        """Whether all latents are, so that training needs no VAE."""
+        return all(samples.latents is not None for samples, _ in self.of())
+
+    def prompts(self, settings: DenoisingSection, seed: int) -> list[str]:
+        """What is drawn during training: the prompts of `settings`, or captions, of held-out images if there are any."""
+        samples, images = self.held_out if len(self.held_out[1]) else (self.samples, self.training)
+        captions = [samples.data.captions[index][0] for index in images]
+        return list(settings.prompts) or sample_prompts(captions, settings.sample_count, seed)
+
+    def summary(self, batch_size: int) -> dict[str, Any]:
+        """What the report says about the data."""
+        samples, data = self.samples, self.samples.data
+        captions = [caption for index in self.training for caption in data.captions[index]]
+        buckets = Counter(samples.buckets[index] for index in self.training)
+        return {
+            "sources": data.layouts,
+            "images": len(self.training),
+            "held_out": len(self.held_out[1]),
+            "captions": len(captions),
+            "captions_cut": sum(map(samples.tokens.is_cut, captions)),
+            "too_small": sum(bucket is None for bucket in samples.buckets),
+            "unreadable": [f"{problem.name}: {problem.reason}" for problem in data.problems],
+            "notes": data.notes,
+            "buckets": {f"{width}x{height}": count for (width, height), count in sorted(buckets.items())},
+            "batch_size": batch_size,
+        }
+
+
+def material(samples: Samples, training: np.ndarray, held_out: tuple[Samples, np.ndarray], seed: int) -> Material:
+    """Material whose training loss is measured on as many images as are held out."""
+    names = [samples.data.names[index] for index in training]
+    part = fixed_part(names, range(len(names)), len(held_out[1]), seed)
+    return Material(samples, training, held_out, (samples, training[part]))
+
+
+def build_latents(of: Material, vae: VAE, settings: DenoisingSection, folder: Path, accelerator: Accelerator) -> None:
+    """Encode the images where that is asked for and right; the samples read from the cache from then on."""
+    if not settings.cache_latents or settings.crop != "center":
+        return
+    work = {}
+    for samples, indices in of.of():
+        work |= samples.latent_work(indices.tolist())
+    latents = cache_latents(vae, work, folder, settings.cache_precision, accelerator, settings.loader_threads)
+    for samples, _ in of.of():
+        samples.latents = latents
+
+
+def build_texts(
+    of: Material, text_encoder: TextEncoder, settings: DenoisingSection, folder: Path, accelerator: Accelerator
+) -> None:
+    """Encode the captions where they have fixed embeddings; the samples read from the cache from then on."""
+    if settings.shuffle_tags or settings.long_captions != "cut":
+        return  # put together anew at every step, or in batches of different lengths
+    captions = {
+        caption for samples, indices in of.of() for index in indices for caption in samples.data.captions[index]
+    }
+    rows = [of.samples.tokens.rows([caption], 1)[0] for caption in sorted({"", *captions})]
+    texts = cache_text(text_encoder, rows, folder, settings.cache_precision, accelerator)
+    for samples, _ in of.of():
+        samples.texts = texts
+
+
+def announce(summary: Mapping[str, Any], path: Path, accelerator: Accelerator) -> None:
+    """Write the summary of the data for the report, and say in one line what is trained on."""
+    if accelerator.is_main_process:
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    sizes, unreadable = len(summary["buckets"]), summary["unreadable"]
+    parts = [f"training on {summary['images']} images" + (f" in {sizes} sizes" if sizes > 1 else "")]
+    if summary["held_out"]:
+        parts.append(f"{summary['held_out']} held out")
+    if summary["captions_cut"]:
+        parts.append(f"{summary['captions_cut']} of {summary['captions']} captions are too long and are cut")
+    if summary["too_small"]:
+        parts.append(f"{summary['too_small']} images are too small and are left out")
+    if unreadable:
+        parts.append(f"{len(unreadable)} cannot be read and are left out, the first is {unreadable[0]}")
+    accelerator.print("; ".join(parts))

@@ -1,0 +1,70 @@
+"""`log.jsonl` of a run, read again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from latentdiff.errors import DataError
+
+LOG = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """`log.jsonl` by name of the measurement: points (step, value) in the order of the steps."""
+
+    values: Mapping[str, list[tuple[int, float]]]
+
+    @classmethod
+    def read(cls, path: Path) -> RunLog:
+        """Read a log; a last line that was cut off is left out.
+
+        Raises:
+            DataError: there is none, or a line is not a JSON object with a step.
+        """
+        if not path.is_file():
+            raise DataError(f"expected the folder of a training run, found no {path.name} in {path.parent}")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        values: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        for place, line in enumerate(lines):
+            try:
+                entry = json.loads(line)
+                step = int(entry.pop("step"))
+            except (ValueError, KeyError, AttributeError) as error:
+                if place == len(lines) - 1:
+                    break
+                raise DataError(
+                    f"{path} line {place + 1}: expected a JSON object with a step, found {line[:60]!r}"
+                ) from error
+            for name, value in entry.items():
+                if isinstance(value, int | float):
+                    values[name].append((step, float(value)))
+        return cls({name: sorted(points) for name, points in values.items()})
+
+    def __getitem__(self, name: str) -> list[tuple[int, float]]:
+        return self.values.get(name, [])
+
+    def last(self, name: str) -> float | None:
+        return self[name][-1][1] if self[name] else None
+
+    @property
+    def steps(self) -> int:
+        return max((points[-1][0] for points in self.values.values()), default=0)
+
+    @cached_property
+    def best(self) -> tuple[int, float] | None:
+        """Step and value of the smallest validation loss."""
+        finite = [point for point in self["val_mse"] if math.isfinite(point[1])]
+        return min(finite, key=lambda point: (point[1], point[0]), default=None)
+
+
+def best_step(run: Path) -> int | None:
+    """The step with the smallest validation loss so far, if something was held out."""
+    best = RunLog.read(run / LOG).best if (run / LOG).is_file() else None
+    return best[0] if best else None

@@ -1,0 +1,182 @@
+"""Captioned images as the numbers that a training step takes, each a pure function of seed, step and row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+
+import numpy as np
+
+from latentdiff.training.caches import LatentCache, LatentWork, TextCache
+from latentdiff.training.config import DenoisingSection
+from latentdiff.training.data import Dataset
+from latentdiff.training.data.buckets import BatchPlan, Size
+from latentdiff.training.data.captions import CaptionRules, choose
+from latentdiff.training.data.randomness import generator, normal, uniform
+from latentdiff.training.data.tokens import CaptionTokens
+from latentdiff.training.data.transforms import prepare
+from latentdiff.training.objective import draw_timesteps
+from latentdiff.training.store import row_key
+
+# Changes when images are prepared in another way, so that cached latents are made anew.
+_PREPARATION = 1
+
+Arrays = dict[str, np.ndarray]
+
+
+class Samples:
+    """Images in their buckets and their captions, as arrays.
+
+    Args:
+        data: the images.
+        buckets: (width, height) of each, as training sees it.
+        tokens: makes token ids.
+        settings: how images are cropped and captions are chosen.
+        latent: channels of the latents, and pixels per latent.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        buckets: Sequence[Size | None],
+        tokens: CaptionTokens,
+        settings: DenoisingSection,
+        latent: tuple[int, int],
+    ) -> None:
+        self.data, self.buckets, self.tokens = data, list(buckets), tokens
+        self._settings = settings
+        self.latent = self._channels, self._downscale = latent
+        self.latent_key = lru_cache(maxsize=None)(self._latent_key)
+        self.latents: LatentCache | None = None
+        self.texts: TextCache | None = None
+
+    def latent_shape(self, index: int) -> tuple[int, int, int]:
+        """(C, h, w) of an image's latents."""
+        width, height = self.buckets[index]
+        return self._channels, height // self._downscale, width // self._downscale
+
+    def pixels(self, index: int, *, flipped: bool = False, crop_key: tuple[int | str, ...] | None = None) -> np.ndarray:
+        """An image in its bucket, (H, W, 3) uint8; with a `crop_key`, where the crop lies depends on it."""
+        random = None if crop_key is None else generator(*crop_key)
+        image = prepare(self.data.load(index), self.buckets[index], crop="random" if random else "center", rng=random)
+        return np.ascontiguousarray(image[:, ::-1] if flipped else image)
+
+    def _latent_key(self, index: int, *, flipped: bool = False) -> str:
+        """Names the latents of an image for ever: by its file, its bucket and how it is prepared."""
+        entry = self.data.entries[index]
+        about = (entry.name, entry.origin.stamp(), self.data.background, self.buckets[index], flipped, _PREPARATION)
+        return row_key(*about)
+
+    def latent_work(self, indices: Sequence[int]) -> LatentWork:
+        """What `cache_latents` needs for these images, mirrored too where training mirrors them."""
+        return {
+            self.latent_key(index, flipped=flipped): (
+                self.buckets[index],
+                partial(self.pixels, index, flipped=flipped),
+                self.data.names[index],
+            )
+            for index in indices
+            for flipped in ((False, True) if self._settings.flip else (False,))
+        }
+
+    def images(
+        self,
+        indices: Sequence[int],
+        posterior: np.ndarray,
+        *,
+        flipped: Sequence[bool] | None = None,
+        crop_keys: Sequence[tuple[int | str, ...] | None] | None = None,
+    ) -> Arrays:
+        """Images of one bucket: their latents where these are cached, otherwise their pixels and the noise to draw
+        with."""
+        mirrored = [False] * len(indices) if flipped is None else flipped
+        keys = [None] * len(indices) if crop_keys is None else crop_keys
+        if self.latents is not None:
+            rows = [self.latent_key(index, flipped=flip) for index, flip in zip(indices, mirrored, strict=True)]
+            return {"latents": self.latents.sample(rows, posterior)}
+        pixels = [
+            self.pixels(index, flipped=flip, crop_key=key)
+            for index, flip, key in zip(indices, mirrored, keys, strict=True)
+        ]
+        return {"images": np.stack(pixels), "posterior": posterior}
+
+    def text(self, captions: Sequence[str], chunks: int) -> Arrays:
+        """Captions: their embeddings where these are cached, otherwise their token ids (n, chunks, L)."""
+        rows = self.tokens.rows(captions, chunks)
+        return {"tokens": rows} if self.texts is None else {"context": self.texts.embeddings(rows)}
+
+
+class Batches:
+    """Which images, captions, noise and timesteps each step trains on.
+
+    Args:
+        samples: the images.
+        indices: those that are trained on; repeats come on top.
+        seed: of the run.
+        num_train_timesteps: of the noise schedule.
+    """
+
+    def __init__(
+        self, samples: Samples, indices: np.ndarray, settings: DenoisingSection, seed: int, num_train_timesteps: int
+    ) -> None:
+        self._samples, self._settings, self._seed, self._timesteps = samples, settings, seed, num_train_timesteps
+        self.indices = indices
+        captions = row_key(*(samples.data.captions[index] for index in indices))
+        self.fingerprint = f"{samples.data.fingerprint} of {len(indices)} images, captions {captions[:16]}"
+        repeats = [samples.data.repeats[index] for index in indices]
+        self._plan = BatchPlan([samples.buckets[index] for index in indices], settings.batch_size, seed, repeats)
+        self._rules = CaptionRules(settings.caption_dropout, settings.shuffle_tags)
+
+    def names(self, step: int) -> list[str]:
+        """File names of the images of a step."""
+        return [self._samples.data.names[index] for index in self._of(step)]
+
+    def arrays(self, step: int, rows: range) -> Arrays:
+        """See `DenoisingLoss.forward`."""
+        settings, seed, samples = self._settings, self._seed, self._samples
+        indices = self._of(step)
+        captions = [
+            choose(samples.data.captions[index], self._rules, seed=seed, step=step, row=row)
+            for row, index in enumerate(indices)
+        ]
+        chunks = max(map(samples.tokens.chunks, captions))  # of the whole batch, however it is split
+        indices, captions = indices[rows.start : rows.stop], captions[rows.start : rows.stop]
+        shape = samples.latent_shape(indices[0])
+        numbers, posterior, flipped = step_numbers(settings, seed, step, rows, shape, self._timesteps)
+        crop_keys = [(seed, "crop", step, row) if settings.crop == "random" else None for row in rows]
+        return {
+            **samples.images(indices, posterior, flipped=flipped, crop_keys=crop_keys),
+            **samples.text(captions, chunks),
+            "weights": np.array([samples.data.weights[index] for index in indices], np.float32),
+            **numbers,
+        }
+
+    def _of(self, step: int) -> list[int]:
+        _, places = self._plan.indices(step)
+        return self.indices[places].tolist()
+
+
+def step_numbers(
+    settings: DenoisingSection,
+    seed: int,
+    step: int,
+    rows: range,
+    latent_shape: tuple[int, int, int],
+    num_train_timesteps: int,
+) -> tuple[Arrays, np.ndarray, list[bool]]:
+    """What is drawn for the given rows of a step, besides crops and captions.
+
+    Returns:
+        `noise` (n, C, h, w) and `timesteps` (n,); noise (n, C, h, w) to draw latents with; which images are mirrored.
+    """
+    noise = normal((seed, "noise", step), rows, (2, *latent_shape))
+    diffusion = noise[:, 1]
+    if settings.noise_offset:  # constant over each channel (Guttenberg 2023, "Diffusion with Offset Noise")
+        diffusion = diffusion + settings.noise_offset * normal(
+            (seed, "noise offset", step), rows, (latent_shape[0], 1, 1)
+        )
+    flipped = (uniform((seed, "flip", step), rows) < 0.5 * settings.flip).tolist()
+    timesteps = draw_timesteps(
+        (seed, "timesteps", step), rows, settings.batch_size, num_train_timesteps, settings.high_noise_share
+    )
+    return {"noise": diffusion, "timesteps": timesteps}, noise[:, 0], flipped
