@@ -10,7 +10,7 @@ from latentdiff.errors import DataError
 from latentdiff.training.data.buckets import MAX_ASPECT, STEP, Size, assign, kept_share
 from latentdiff.training.data.dataset import Dataset, each, problem
 from latentdiff.training.data.duplicates import Look, look_at, near, same, shared
-from latentdiff.training.data.entries import Problem
+from latentdiff.training.data.entries import Unusable
 
 SHOWN = 5  # examples of each finding
 MUCH_CROPPED = 0.7  # an image of which less than this share is left is worth a word
@@ -37,7 +37,7 @@ class CheckReport:
     captioned: int
     captions: int
     notes: list[str]
-    problems: list[Problem]
+    problems: list[Unusable]
     settings: Preprocessing
     sizes: list[Size] = field(default_factory=list)
     buckets: list[Size | None] = field(default_factory=list)
@@ -139,15 +139,15 @@ def check(
 
 
 def _look(data: Dataset) -> list[Look]:
-    def work(index: int) -> Look | Problem:
+    def work(index: int) -> Look | Unusable:
         try:
             return look_at(data.load(index))
         except (DataError, OSError) as error:
             return problem(data.entries[index], error)
 
     looks = each(work, len(data), "look at images")
-    data.leave_out({index: look for index, look in enumerate(looks) if isinstance(look, Problem)})
-    return [look for look in looks if not isinstance(look, Problem)]
+    data.leave_out({index: look for index, look in enumerate(looks) if isinstance(look, Unusable)})
+    return [look for look in looks if not isinstance(look, Unusable)]
 
 
 def _place(report: CheckReport, data: Dataset) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from latentdiff.errors import DataError, UsageError
 from latentdiff.files import atomic_path, is_hub_id
 from latentdiff.training.data import huggingface
-from latentdiff.training.data.entries import Entry, Listing, Problem
+from latentdiff.training.data.entries import Entry, Listing, Unusable
 from latentdiff.training.data.folders import METADATA, list_folder
 from latentdiff.training.data.images import BACKGROUND, SUFFIXES, image_size, read_image
 from latentdiff.training.data.shards import find_shards, list_shards
@@ -71,7 +71,7 @@ class Dataset:
     contents: list[str] = field(default_factory=list)
     repeats: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Unusable] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     layouts: list[str] = field(default_factory=list)
     background: str = BACKGROUND
@@ -102,7 +102,7 @@ class Dataset:
             raise DataError(f"cannot read the image {entry.name}: {error.strerror or error}") from error
         return read_image(source, entry.name, background=self.background)
 
-    def leave_out(self, problems: Mapping[int, Problem]) -> None:
+    def leave_out(self, problems: Mapping[int, Unusable]) -> None:
         """Move images, by index, to the problems; the others get new indices."""
         keep = [index for index in range(len(self)) if index not in problems]
         self.problems += problems.values()
@@ -221,7 +221,7 @@ def _add(data: Dataset, source: DataSource, listing: Listing, prefix: str, allow
     data.entries += [Entry(f"{prefix}{entry.name}", entry.captions, entry.origin) for entry in listing.entries]
     data.repeats += [source.repeats] * count
     data.weights += [source.weight] * count
-    data.problems += [Problem(f"{prefix}{problem.name}", problem.reason) for problem in listing.problems]
+    data.problems += [Unusable(f"{prefix}{problem.name}", problem.reason) for problem in listing.problems]
     data.notes += [f"{os.fspath(source.path)}: {note}" for note in listing.notes]
     data.layouts.append(f"{os.fspath(source.path)}: {listing.layout}, {count} images")
 
@@ -229,7 +229,7 @@ def _add(data: Dataset, source: DataSource, listing: Listing, prefix: str, allow
 def _measure(data: Dataset, verify: bool, index: Path | None) -> None:
     """Fill in sizes and contents, and move what cannot be read to the problems."""
 
-    def measure(number: int) -> _Measured | Problem:
+    def measure(number: int) -> _Measured | Unusable:
         entry = data.entries[number]
         try:
             source = entry.origin.source()
@@ -245,29 +245,29 @@ def _measure(data: Dataset, verify: bool, index: Path | None) -> None:
     if measured is None:
         measured = each(measure, len(data), "read images")
         if file:
-            found = [item.reason if isinstance(item, Problem) else item for item in measured]
+            found = [item.reason if isinstance(item, Unusable) else item for item in measured]
             with atomic_path(file) as temporary:
                 temporary.write_text(json.dumps(found), encoding="utf-8")
-    data.sizes = [(0, 0) if isinstance(item, Problem) else item[:2] for item in measured]
-    data.contents = ["" if isinstance(item, Problem) else item[2] for item in measured]
-    data.leave_out({number: item for number, item in enumerate(measured) if isinstance(item, Problem)})
+    data.sizes = [(0, 0) if isinstance(item, Unusable) else item[:2] for item in measured]
+    data.contents = ["" if isinstance(item, Unusable) else item[2] for item in measured]
+    data.leave_out({number: item for number, item in enumerate(measured) if isinstance(item, Unusable)})
 
 
-def _read_index(file: Path, data: Dataset) -> list[_Measured | Problem] | None:
+def _read_index(file: Path, data: Dataset) -> list[_Measured | Unusable] | None:
     """What was measured of each image, or what is wrong with it; None where there is no such file."""
     if not file.is_file():
         return None
     found = json.loads(file.read_text(encoding="utf-8"))
     return [
-        Problem(entry.name, item) if isinstance(item, str) else (item[0], item[1], item[2])
+        Unusable(entry.name, item) if isinstance(item, str) else (item[0], item[1], item[2])
         for entry, item in zip(data.entries, found, strict=True)
     ]
 
 
-def problem(entry: Entry, error: DataError | OSError) -> Problem:
+def problem(entry: Entry, error: DataError | OSError) -> Unusable:
     """What is wrong with an image that could not be read."""
     said = getattr(error, "strerror", None) or str(error)
-    return Problem(entry.name, said.removeprefix(f"cannot read the image {entry.name}: "))
+    return Unusable(entry.name, said.removeprefix(f"cannot read the image {entry.name}: "))
 
 
 def each(work: Callable[[int], Result], count: int, label: str) -> list[Result]:

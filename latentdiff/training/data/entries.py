@@ -63,7 +63,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Unusable:
     """An image that cannot be used, and why."""
 
     name: str
@@ -76,7 +76,7 @@ class Listing:
 
     layout: str  # in words, for people
     entries: list[Entry]
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Unusable] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from latentdiff.errors import DataError, MissingDependencyError
 from latentdiff.reading.json import parse_json
 from latentdiff.reading.plain import LONGEST_CAPTION, bounded_lines, exists, open_file, read_text
-from latentdiff.training.data.entries import Entry, FileOrigin, Listing, Problem, as_captions, caption_column
+from latentdiff.training.data.entries import Entry, FileOrigin, Listing, Unusable, as_captions, caption_column
 from latentdiff.training.data.images import SUFFIXES
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -69,7 +69,7 @@ def _from_metadata(folder: Path, metadata: list[Path], images: list[Path], colum
                 listing.entries.append(Entry(_name(path, folder), captions, FileOrigin(path)))
             else:
                 listing.problems.append(
-                    Problem(_name(path, folder), f"{table.name} names it, but there is no such file")
+                    Unusable(_name(path, folder), f"{table.name} names it, but there is no such file")
                 )
     if not named:
         raise DataError(f"{metadata[0]} is empty; expected one row per image")

@@ -16,7 +16,7 @@ from latentdiff.errors import DataError
 from latentdiff.reading.json import parse_json
 from latentdiff.reading.plain import LONGEST_CAPTION, decode
 from latentdiff.reading.tars import Member, list_members
-from latentdiff.training.data.entries import CAPTION_COLUMNS, Entry, Listing, MemberOrigin, Problem, as_captions
+from latentdiff.training.data.entries import CAPTION_COLUMNS, Entry, Listing, MemberOrigin, Unusable, as_captions
 from latentdiff.training.data.images import SUFFIXES
 
 CAPTION_FIELDS = ("txt", "caption")
@@ -64,7 +64,7 @@ def list_shards(shards: list[Path], column: str | None) -> Listing:
             name = f"{shard.name}/{key}"
             image = next((members[field] for field in IMAGE_FIELDS if field in members), None)
             if image is None:
-                listing.problems.append(Problem(name, f"the sample has no image; its fields are {', '.join(members)}"))
+                listing.problems.append(Unusable(name, f"the sample has no image; its fields are {', '.join(members)}"))
                 continue
             texts = {field: read_caption(shard, member) for field, member in members.items() if is_text(field)}
             captions = sample_captions(texts, column, name)

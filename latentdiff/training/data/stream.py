@@ -25,7 +25,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from latentdiff.errors import DataError, MissingDependencyError, UsageError
-from latentdiff.training.data.entries import MemberOrigin, Problem
+from latentdiff.training.data.entries import MemberOrigin, Unusable
 from latentdiff.training.data.images import BACKGROUND, read_image
 from latentdiff.training.data.randomness import SampleOrder, torch_seed
 from latentdiff.training.data.shards import IMAGE_FIELDS, is_text, members_of, read_caption, sample_captions
@@ -71,7 +71,7 @@ class StreamBatch(Generic[Item]):
     """What was made of some rows of a batch, and which samples could not be used."""
 
     items: list[Item]
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Unusable] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class _Lane:
         self._samples = samples
         self._ahead: deque[Sample] = deque()
 
-    def make(self, make: Callable[[Sample, int, int], Item], step: int, row: int, problems: list[Problem]) -> Item:
+    def make(self, make: Callable[[Sample, int, int], Item], step: int, row: int, problems: list[Unusable]) -> Item:
         """Make an item of the sample in turn, or of the first after it that can be used."""
         for place in range(_GIVE_UP):
             while len(self._ahead) <= place:
@@ -203,7 +203,7 @@ class _Lane:
                 return make(sample, step, row)
             except DataError as error:
                 if place == 0:
-                    problems.append(Problem(sample.name, str(error)))
+                    problems.append(Unusable(sample.name, str(error)))
                 last = error
         raise DataError(f"{_GIVE_UP} samples in a row cannot be used, the last because: {last}") from last
 

@@ -26,7 +26,7 @@ from latentdiff.training.config import dump_config, read_yaml
 from latentdiff.training.denoising import DenoisingTask
 from latentdiff.training.finetuning.config import FinetuneConfig, load_finetune_config, make_config
 from latentdiff.training.finetuning.material import batches_of, read_material
-from latentdiff.training.finetuning.methods import Method, make_method
+from latentdiff.training.finetuning.methods import FinetuningMethod, make_method
 from latentdiff.training.finetuning.streaming import shards_to_stream
 from latentdiff.training.folder import owned
 from latentdiff.training.lean import lean_layers
@@ -151,7 +151,9 @@ def _run(settings: FinetuneConfig, accelerator: Accelerator, verify_steps: int |
     return result
 
 
-def _build_caches(settings: FinetuneConfig, method: Method, material: Material, accelerator: Accelerator) -> None:
+def _build_caches(
+    settings: FinetuneConfig, method: FinetuningMethod, material: Material, accelerator: Accelerator
+) -> None:
     folder = settings.cache or settings.out / "cache"
     build_latents(material, method.parts.vae, settings, folder, accelerator)
     if settings.cache_text and not method.trains_text:
@@ -180,7 +182,9 @@ def _check_model(inputs: int, latents: int) -> None:
         )
 
 
-def _speed_up(parts: Any, method: Method, settings: FinetuneConfig, accelerator: Accelerator, stack: ExitStack) -> None:
+def _speed_up(
+    parts: Any, method: FinetuningMethod, settings: FinetuneConfig, accelerator: Accelerator, stack: ExitStack
+) -> None:
     """Give the networks their fast forms on a CPU, until the `stack` is closed."""
     trained = [parts.unet, *([parts.text_encoder] if method.trains_text else [])]
     if accelerator.device.type != "cpu":
@@ -200,7 +204,7 @@ def _write_config(settings: FinetuneConfig, accelerator: Accelerator) -> None:
 
 
 def _task(
-    settings: FinetuneConfig, method: Method, of: Material, sheets: SampleSheets, shards: Sequence[Path]
+    settings: FinetuneConfig, method: FinetuningMethod, of: Material, sheets: SampleSheets, shards: Sequence[Path]
 ) -> DenoisingTask:
     parts, schedule = method.parts, Schedule(method.parts.schedule_config)
     if settings.gradient_checkpointing:
@@ -230,7 +234,7 @@ def _task(
 
 
 def _finish(
-    settings: FinetuneConfig, trainer: Trainer, method: Method, material: Material, written: Sequence[Path]
+    settings: FinetuneConfig, trainer: Trainer, method: FinetuningMethod, material: Material, written: Sequence[Path]
 ) -> Path:
     """Write the result from the averaged weights, and the report."""
     if settings.result == "best":

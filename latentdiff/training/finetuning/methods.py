@@ -24,7 +24,7 @@ TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PARTS = ("unet", "text_encoder", "vae")
 
 
-class Method(ABC):
+class FinetuningMethod(ABC):
     """One way to fine-tune the parts of a model.
 
     Args:
@@ -69,7 +69,7 @@ class Method(ABC):
         return text_and_unet(by_part, self.settings.lr, self.settings.text_encoder_lr)
 
 
-class Full(Method):
+class FullMethod(FinetuningMethod):
     """All weights of the U-Net, and of the text encoder if asked for, in float32."""
 
     def __init__(self, parts: Components, settings: FinetuneConfig) -> None:
@@ -98,7 +98,7 @@ class Full(Method):
         return run / "model"
 
 
-class LoRAMethod(Method):
+class LoRAMethod(FinetuningMethod):
     """Low-rank matrices beside the weights (Hu et al. 2021)."""
 
     def __init__(self, parts: Components, settings: FinetuneConfig) -> None:
@@ -133,7 +133,7 @@ class LoRAMethod(Method):
         return path
 
 
-class TextualInversion(Method):
+class TextualInversionMethod(FinetuningMethod):
     """The embedding of one new word (Gal et al. 2022); the model stays as it is."""
 
     trains_text = True
@@ -158,7 +158,11 @@ class TextualInversion(Method):
         return path
 
 
-def make_method(parts: Components, settings: FinetuneConfig) -> Method:
+def make_method(parts: Components, settings: FinetuneConfig) -> FinetuningMethod:
     """The method that `settings` names, applied to a model."""
-    methods: dict[str, type[Method]] = {"full": Full, "lora": LoRAMethod, "textual_inversion": TextualInversion}
+    methods: dict[str, type[FinetuningMethod]] = {
+        "full": FullMethod,
+        "lora": LoRAMethod,
+        "textual_inversion": TextualInversionMethod,
+    }
     return methods[settings.method](parts, settings)
