@@ -268,8 +268,8 @@ def unwritable_run(tmp):
     ("prepare", "message"),
     [
         (no_data, "expected captioned images at .*train, found nothing"),
-        (broken_image, "cannot read the image .*1.png"),
-        (broken_held_out_image, "cannot read the image .*2.png"),
+        (broken_image, r"1 images cannot be used, the first is 1\.png: the file is empty"),
+        (broken_held_out_image, r"1 images cannot be used, the first is 2\.png"),
         (unwritable_run, "cannot write"),
     ],
 )
