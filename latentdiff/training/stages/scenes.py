@@ -44,6 +44,7 @@ def _scenes_beside(image: Path) -> dict[Path, Any]:
     folder = next((folder for folder in image.parents if (folder / METADATA).is_file()), None)
     if folder is None:
         return {}
-    with open(folder / METADATA, encoding="utf-8") as lines:
-        rows = [parse_object(line, str(folder / METADATA)) for line in lines if line.strip()]
+    path = folder / METADATA
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = [parse_object(line, str(path), DataError, remedy="mend that line") for line in lines if line.strip()]
     return {folder / row["file_name"]: row.get("scene") for row in rows if isinstance(row.get("file_name"), str)}
