@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -76,7 +77,9 @@ class LoadedModel:
         )
         self._network: Network | None = None
         self._decoder: Decoder | None = None
-        self.schedule = Schedule(schedule_config)
+        is_told = unet.config.time_cond_proj_dim is not None
+        drawing = replace(schedule_config.drawing, tells_guidance=is_told)
+        self.schedule = Schedule(schedule_config.with_drawing(drawing))
         self.name, self.model_hash, self.ema = name, model_hash, ema
         self.precision = precision_of(unet)
         self.backend = "torch"

@@ -9,6 +9,7 @@ Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Mode
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack, cast, overload
 
@@ -23,6 +24,7 @@ from latentdiff.diffusion.latents import NoiseStream
 from latentdiff.diffusion.parameterization import Denoiser, parameterization
 from latentdiff.diffusion.progress import progress_bar, report
 from latentdiff.diffusion.schedule import Level
+from latentdiff.diffusion.thresholding import thresholded
 from latentdiff.engines.deepcache import UNCACHED, CacheSettings, DeepCache
 from latentdiff.errors import UsageError
 from latentdiff.image import to_pil
@@ -33,6 +35,7 @@ from latentdiff.networks.functions import checked_model, decode_latents, encode_
 from latentdiff.networks.kernels.choice import forms_in_use
 from latentdiff.networks.steering import prompted_denoiser
 from latentdiff.networks.text_embedding import PLAIN, EncodedPrompt, PromptEncoder, Reading
+from latentdiff.networks.told_guidance import told_guidance
 from latentdiff.networks.vae import LatentDistribution
 from latentdiff.recipe import Recipe, library_versions
 from latentdiff.request.calls import public
@@ -154,7 +157,8 @@ class Pipeline(LoadedModel):
         positive, negative = map(_as_prompts, text or self.encoded(plan))
         self.residence.make_room("unet", denoising_bytes(workload))
         finished = []
-        with self.residence.using("unet"), progress_bar(plan.steps * len(plan.batches), plan.options.progress) as bar:
+        bar = progress_bar(plan.steps * len(plan.batches), plan.options.progress)
+        with self.residence.using("unet"), bar, self.told_guidance(plan.options.guidance_scale):
             for part in plan.batches:
                 noise = NoiseStream(plan.seeds[part], shape, device=self.device)
                 begun = start(part, noise)
@@ -165,7 +169,10 @@ class Pipeline(LoadedModel):
                     plan.levels,
                     extra_channels=begun.extra_channels,
                     cache=plan.cache,
+                    calls=plan.sampler.calls(plan.levels),
                 )
+                if plan.thresholding:
+                    denoiser = thresholded(denoiser, plan.thresholding)
                 steps = denoise(
                     denoiser, begun.x, plan.levels, plan.sampler.step, noise=noise, after_step=begun.after_step
                 )
@@ -174,6 +181,16 @@ class Pipeline(LoadedModel):
                     report(step, plan.options.callback)
                 finished.append(step.x)
         return torch.cat(finished)
+
+    def told_guidance(self, scale: float) -> AbstractContextManager[Any]:
+        """Inside, a U-Net that is told the guidance scale is told this one.
+
+        Raises:
+            UsageError: the back end does not run the modules that are told.
+        """
+        if self.unet.config.time_cond_proj_dim is not None and self.backend != "torch":
+            raise UsageError(f"a model that is told the guidance scale needs the back end torch, found {self.backend}")
+        return told_guidance(self.unet, scale)
 
     @torch.no_grad()
     def encoded(self, plan: Plan) -> tuple[list[EncodedPrompt], list[EncodedPrompt]]:
@@ -227,6 +244,7 @@ class Pipeline(LoadedModel):
         *,
         extra_channels: Tensor | None = None,
         cache: CacheSettings = UNCACHED,
+        calls: int | None = None,
     ) -> Denoiser:
         """The U-Net that follows one batch of text, as a function of latents and level.
 
@@ -234,11 +252,12 @@ class Pipeline(LoadedModel):
             positive, negative: the prompts and what to avoid, as embeddings (N, L, C) or one encoded prompt each.
             levels: what will be walked; errors name the step by it.
             extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
-            cache: for a denoiser that is called once a step; others have to compute all.
+            cache: for a denoiser that is called in the order of a walk; others have to compute all.
+            calls: how often; None is once a level.
         """
         network = self.network
         if cache.interval > 1:
-            network = DeepCache(network, self.unet, cache, len(levels) - 1)
+            network = DeepCache(network, self.unet, cache, calls or len(levels) - 1)
         return prompted_denoiser(
             self.unet,
             checked_model(network, self.unet, levels),

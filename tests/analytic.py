@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.diffusion.denoise import Noise, Step, denoise
 from latentdiff.diffusion.parameterization import Denoiser, Prediction
 from latentdiff.diffusion.schedule import Level
@@ -102,6 +103,41 @@ def sample(
     """The last latents of the denoising loop."""
     *_, last = denoise(denoiser, x, levels, step, noise=noise)
     return last.x
+
+
+class FixedNoise:
+    """The same noise at every step, whatever the levels."""
+
+    def __init__(self, noise: Tensor) -> None:
+        self._noise = noise
+
+    def __call__(self) -> Tensor:
+        return self._noise
+
+    def between(self, sigma_hat: float, next_sigma_hat: float) -> Tensor:
+        return self._noise
+
+
+class DrawnNoise:
+    """What a function draws, at every step and for every pair of levels."""
+
+    def __init__(self, draw: Callable[[], Tensor]) -> None:
+        self._draw = draw
+
+    def __call__(self) -> Tensor:
+        return self._draw()
+
+    def between(self, sigma_hat: float, next_sigma_hat: float) -> Tensor:
+        return self._draw()
+
+
+class Continuous:
+    """What a step that evaluates between its levels asks of a schedule, for levels that belong to no timestep."""
+
+    config = ScheduleConfig()
+
+    def at_sigma_hat(self, sigma_hat: float) -> Level:
+        return Level(t=0.0, alpha_cumprod=1.0 / (1.0 + sigma_hat**2))
 
 
 def normal_quantiles(count: int) -> Tensor:

@@ -13,9 +13,15 @@ FAMILIES = ("sd1", "sd2")
 
 @cache
 def folder(family: str) -> Path:
-    """A tiny model folder as published ones are: "sd1", "sd2" (v-prediction) or "inpaint"; do not write to it."""
-    make = {"sd1": tiny.sd1_folder, "sd2": tiny.sd2_folder, "inpaint": tiny.inpaint_folder}[family]
-    return make(Path(_scratch().name))
+    """A tiny model folder as published ones are, but drawn by DDIM: "sd1", "sd2" (v-prediction) or "inpaint"; do not
+    write to it."""
+    from diffusers import DDIMScheduler
+
+    if family == "sd2":
+        return tiny.sd2_folder(Path(_scratch().name))
+    make = {"sd1": tiny.sd1_folder, "inpaint": tiny.inpaint_folder}[family]
+    ddim = DDIMScheduler(**tiny.BETAS, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
+    return make(Path(_scratch().name), ddim)
 
 
 @cache

@@ -195,7 +195,8 @@ def test_recipe_of_a_picture(shared):
         "width": 64, "height": 64, "model": "sd1", "model_hash": 0, "prediction_type": "epsilon", "ema": False,
         "given_latents": False, "precision": "fp32", "device": "cpu", "versions": 0, "task": "generate", "task_settings": {},
         "sources": {}, "loras": [], "backend": "torch", "cache_interval": 1, "cache_branch": 0,
-        "cache_centre": None, "schema": 1,
+        "cache_centre": None, "schema": 1, "s_noise": 1.0, "s_churn": 0.0, "s_tmin": 0.0, "s_tmax": None, "sde_noise": None,
+        "rho": None, "discard_penultimate": False, "sigmas": None, "timesteps": None,
     }  # fmt: skip
     assert recipe["versions"].keys() == {"latentdiff", "torch", "tokenizers", "forms"}
     assert len(recipe["model_hash"]) == 64
@@ -209,8 +210,8 @@ def test_recipe_of_a_picture(shared):
     [
         ({"steps": 0}, "steps to be a whole number of 1 or more, found 0"),
         ({"steps": 1001}, "steps must be 1 to 1000"),
-        ({"sampler": "heun"}, "ddim, ddpm, euler, .*, found 'heun'"),
-        ({"eta": 0.5, "sampler": "euler"}, "eta belongs to the ddim sampler"),
+        ({"sampler": "plms"}, "ddim, ddpm, euler, .*, restart, found 'plms'"),
+        ({"eta": 0.5, "sampler": "euler"}, "eta belongs to the samplers ddim, euler-a"),
         ({"eta": 1.5}, "eta to be a finite number of 0 to 1"),
         ({"spacing": "even"}, "leading, trailing, linspace, karras"),
         ({"guidance_scale": float("nan")}, "finite number"),

@@ -152,7 +152,7 @@ def test_bad_json(content, message):
         "",
         "only a prompt",
         "cat\nSteps: 20",
-        "cat\nSteps: 20, Sampler: PLMS, CFG scale: 7, Seed: 1, Size: 64x64",
+        "cat\nSteps: 20, Sampler: DPM adaptive, CFG scale: 7, Seed: 1, Size: 64x64",
         "cat\nSteps: 20, Sampler: DDIM, CFG scale: 7, Seed: 1, Size: 64",
         "cat\nSteps: x, Sampler: DDIM, CFG scale: 7, Seed: 1, Size: 64x64",
     ],

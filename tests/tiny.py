@@ -189,11 +189,12 @@ def pipeline(unet_, vae_, text_encoder_, tokenizer_, scheduler):
     )
 
 
-def sd1_pipeline(tmp: Path, **unet_overrides):
-    """SD 1.x in small, with the PNDM scheduler that its folders name. `tmp` takes the tokenizer's files."""
+def sd1_pipeline(tmp: Path, scheduler=None, **unet_overrides):
+    """SD 1.x in small, with the PNDM scheduler that its folders name or another. `tmp` takes the tokenizer's files."""
     from diffusers import PNDMScheduler
 
-    scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
+    if scheduler is None:
+        scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
     words = tokenizer(Path(tmp) / "tokenizer-files")
     return pipeline(unet(**unet_overrides), vae(), text_encoder(), words, scheduler)
 
@@ -224,9 +225,11 @@ def save_real_layout(pipe, folder: Path, tokenizer_files: Path, **save_options) 
     return folder
 
 
-def sd1_folder(tmp: Path, **save_options) -> Path:
+def sd1_folder(tmp: Path, scheduler=None, **save_options) -> Path:
     """Save a tiny SD 1.x pipeline as `tmp/sd1`; `save_options` go to `save_pretrained`."""
-    return save_real_layout(sd1_pipeline(tmp), Path(tmp) / "sd1", Path(tmp) / "tokenizer-files", **save_options)
+    return save_real_layout(
+        sd1_pipeline(tmp, scheduler), Path(tmp) / "sd1", Path(tmp) / "tokenizer-files", **save_options
+    )
 
 
 def sd2_folder(tmp: Path, prediction_type: str = "v_prediction", **save_options) -> Path:
@@ -235,7 +238,7 @@ def sd2_folder(tmp: Path, prediction_type: str = "v_prediction", **save_options)
     return save_real_layout(pipe, Path(tmp) / "sd2", Path(tmp) / "tokenizer-files", **save_options)
 
 
-def inpaint_folder(tmp: Path, **save_options) -> Path:
+def inpaint_folder(tmp: Path, scheduler=None, **save_options) -> Path:
     """Save a tiny inpainting pipeline (9 input channels: latents, mask, masked latents) as `tmp/inpaint`."""
-    pipe = sd1_pipeline(tmp, in_channels=9)
+    pipe = sd1_pipeline(tmp, scheduler, in_channels=9)
     return save_real_layout(pipe, Path(tmp) / "inpaint", Path(tmp) / "tokenizer-files", **save_options)

@@ -71,7 +71,8 @@ def load_components(
         ConfigError: the configuration describes another architecture.
     """
     raw = read_model(source, Choices(**choices))
-    for warning in raw.warnings:
+    schedule_config = parse_config("scheduler", raw.configs["scheduler"])
+    for warning in (*raw.warnings, *schedule_config.drawing.notes):
         warnings.warn(warning, stacklevel=2)
     modules: dict[str, Any] = {}
     stored: dict[str, dict[str, Tensor]] = {}
@@ -85,7 +86,7 @@ def load_components(
         tokenizer=tokenizer,
         **modules,
         stored=stored,
-        schedule_config=parse_config("scheduler", raw.configs["scheduler"]),
+        schedule_config=schedule_config,
         name=_name(source, raw),
         hash=model_hash(raw.weight_files),
     )
@@ -132,6 +133,7 @@ def save_folder(components: Components, folder: str | os.PathLike[str]) -> None:
             f"{type(components.text_encoder).__name__}; save its parts by hand"
         )
     unet_config = components.unet.config.to_diffusers()
+    scheduler = components.schedule_config.to_diffusers()
     raw = RawModel(
         source=Path(folder),
         tensors={part: dict(getattr(components, part).state_dict()) for part in PARTS},
@@ -139,8 +141,12 @@ def save_folder(components: Components, folder: str | os.PathLike[str]) -> None:
             "unet": unet_config,
             "vae": components.vae.config.to_diffusers(),
             "text_encoder": dict(text_config),
-            "scheduler": components.schedule_config.to_diffusers(),
-            "model_index": model_index(unet_config["in_channels"], components.vae.config.to_diffusers()["_class_name"]),
+            "scheduler": scheduler,
+            "model_index": model_index(
+                unet_config["in_channels"],
+                components.vae.config.to_diffusers()["_class_name"],
+                scheduler["_class_name"],
+            ),
         },
         tokenizer=tokenizer_files(components.tokenizer),
     )

@@ -123,8 +123,8 @@ def _explicit(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config) if {"dtype", "torch_dtype"} & config.keys() else {**config, "dtype": "float32"}
 
 
-def model_index(in_channels: int, vae: str = "AutoencoderKL") -> dict[str, Any]:
-    """The model_index.json with which diffusers opens the folder."""
+def model_index(in_channels: int, vae: str = "AutoencoderKL", scheduler: str = "DDIMScheduler") -> dict[str, Any]:
+    """The model_index.json with which diffusers opens the folder; `vae` and `scheduler` are its classes there."""
     pipeline = "StableDiffusionInpaintPipeline" if in_channels == 9 else "StableDiffusionPipeline"
     return {
         "_class_name": pipeline,
@@ -133,7 +133,7 @@ def model_index(in_channels: int, vae: str = "AutoencoderKL") -> dict[str, Any]:
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -180,7 +180,8 @@ def unknown_classes(index: Mapping[str, Any]) -> list[str]:
 def _config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path} is missing; found {listing(path.parent)}")
-    return read_object(path)
+    # diffusers writes -Infinity for the lambda_min_clipped of DPM-Solver.
+    return read_object(path, finite=path.name != Path(CONFIGS["scheduler"]).name)
 
 
 def read_tokenizer(folder: Path) -> dict[str, str]:

@@ -30,6 +30,7 @@ from latentdiff.checkpoints.modules import check_fits, parse_config, shapes_of
 from latentdiff.checkpoints.original import has_ema, read_original
 from latentdiff.checkpoints.prefixes import unwrapped
 from latentdiff.checkpoints.raw import RawModel
+from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.errors import DataError, LatentDiffError, printable
 from latentdiff.recipe import COMMENT, JSON_CHUNK, TEXT_CHUNK, has_comment
 
@@ -37,6 +38,7 @@ _LABELS = {
     "kind": "kind",
     "family": "family",
     "prediction_type": "predicts",
+    "sampler": "sampler",
     "ema": "EMA weights",
     "lora": "LoRA",
     "bytes": "bytes",
@@ -55,6 +57,7 @@ class Report:
     parameters: dict[str, int] = field(default_factory=dict)  # part -> number of weights
     dtypes: dict[str, int] = field(default_factory=dict)  # type -> number of weights
     prediction_type: str = ""
+    sampler: str = ""
     ema: bool | None = None  # averaged weights beside the last ones
     lora: dict[str, Any] = field(default_factory=dict)  # names, rank, layers, parts
     bytes: int = 0
@@ -128,7 +131,9 @@ def _inspect_file(path: Path) -> Report:
 
 def _describe_tensors(report: Report, file: TensorFile, wrapping: str) -> None:
     vectors = file.others.get("string_to_param")  # A1111's embeddings
-    tensors = {f"string_to_param.{name}": tensor for name, tensor in vectors.items()} if isinstance(vectors, dict) else None
+    tensors = (
+        {f"string_to_param.{name}": tensor for name, tensor in vectors.items()} if isinstance(vectors, dict) else None
+    )
     file = replace(file, tensors=tensors or unwrapped(file.tensors))
     identity = identify(shapes_of(file.tensors))
     report.family = identity.family
@@ -179,8 +184,20 @@ def _describe_model(report: Report, raw: RawModel) -> None:
     )
     report.parameters = {part: _count(raw.tensors[part], "") for part in PARTS}
     report.dtypes = _count_types(tensor for part in PARTS for tensor in raw.tensors[part].values())
-    report.prediction_type = parse_config("scheduler", raw.configs["scheduler"]).prediction_type
-    report.notes += raw.warnings
+    schedule = parse_config("scheduler", raw.configs["scheduler"])
+    report.prediction_type = schedule.prediction_type
+    report.sampler = _sampler(schedule)
+    report.notes += [*raw.warnings, *filter(None, (schedule.drawing.refusal, *schedule.drawing.notes))]
+
+
+def _sampler(schedule: ScheduleConfig) -> str:
+    """What is drawn with where nothing is asked for, and the scheduler that the file names."""
+    drawing = schedule.drawing
+    name = drawing.file.get("_class_name")
+    if drawing.refusal or not drawing.sampler:
+        return f"none here, for {name}" if name else ""
+    spacing = drawing.spacing or schedule.timestep_spacing
+    return f"{drawing.sampler}{f', {spacing}' if spacing else ''} ({name})"
 
 
 def _describe_other_folder(report: Report, folder: Path) -> Report:
@@ -215,7 +232,9 @@ def _describe_picture(report: Report, path: Path) -> None:
 
 def _lora(file: TensorFile) -> dict[str, Any]:
     inner = ("lora_down", "lora_A", "lora.down", "_lora.down", "hada_w1_b", "lokr_w2_b", "a2.weight")
-    widths = {tensor.shape[0] for name, tensor in file.tensors.items() if tensor.ndim > 1 and any(m in name for m in inner)}
+    widths = {
+        tensor.shape[0] for name, tensor in file.tensors.items() if tensor.ndim > 1 and any(m in name for m in inner)
+    }
     layers = {adapter_layer(name) for name in file.tensors if not name.startswith("bundle_emb.")}
     parts = {
         "text_encoder": ("lora_te", "text_encoder", "text_model"),

@@ -285,7 +285,10 @@ def _stored(file: TensorFile) -> dict[str, Any]:
     if METADATA not in file.metadata:
         return {}
     stored = parse_object(
-        file.metadata[METADATA], f"the entry {METADATA} of {file.path}", remedy="convert it from its source again"
+        file.metadata[METADATA],
+        f"the entry {METADATA} of {file.path}",
+        remedy="convert it from its source again",
+        finite=False,  # a scheduler's configuration may hold -Infinity
     )
     try:
         sound = all(isinstance(stored["configs"][name], dict) for name in (*PARTS, "scheduler", "model_index"))

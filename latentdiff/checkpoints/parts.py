@@ -137,7 +137,9 @@ def _from_names(path: Path, part: str, tensors: dict[str, Tensor]) -> PartWeight
         lost = [name for name in tensors if table.to_ours(name) is None and not _is_training_leftover(name)]
         if lost:
             raise CheckpointError(f"{path} holds more than a {PART_LABELS[part]}: {', '.join(lost[:5])}")
-        return PartWeights(tables.attention_to_linear(renamed) if part == "vae" else renamed, config, (path,), guessed=True)
+        return PartWeights(
+            tables.attention_to_linear(renamed) if part == "vae" else renamed, config, (path,), guessed=True
+        )
     if _MARKS[part] in usual:
         beside = path.with_name("config.json")
         if beside.exists():

@@ -101,9 +101,7 @@ def probe_prediction_type(
 
 
 @torch.no_grad()
-def _slope(
-    unet: Callable[[Tensor, Tensor, Tensor], Tensor], channels: int, width: int, t: int, sigma: float
-) -> float:
+def _slope(unet: Callable[[Tensor, Tensor, Tensor], Tensor], channels: int, width: int, t: int, sigma: float) -> float:
     """Of the output on noise, for a grey picture with this much of it."""
     noise = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     out = unet(sigma * noise, torch.tensor([t]), torch.zeros(1, 2, width, dtype=torch.float32)).float()

@@ -29,7 +29,9 @@ def is_tiny_vae(names: Iterable[str]) -> bool:
     return bool(names) and all(_LAYER.fullmatch(name) for name in names) and any(".conv.4." in name for name in names)
 
 
-def read_tiny_vae(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any], tuple[Path, ...]]:
+def read_tiny_vae(
+    path: Path, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any], tuple[Path, ...]]:
     """Weights under diffusers' names, configuration, and the files: of a half, the other one is looked for beside it.
 
     Raises:

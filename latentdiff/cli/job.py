@@ -14,7 +14,7 @@ import click
 from latentdiff.cli import output
 from latentdiff.cli.ranks import Ranks
 from latentdiff.errors import LatentDiffError, UsageError, printable
-from latentdiff.request.options import KEPT, SAMPLING, Settings
+from latentdiff.request.options import KEPT, SAMPLING
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
@@ -114,9 +114,11 @@ class Job:
 
     def _wanted(self, prompt: str, seed: int) -> dict[str, Any]:
         """What the recipe of a picture would say, as far as it decides what the picture shows."""
-        settled = Settings(**{name: value for name, value in self.settings.items() if name in SAMPLING})
+        from latentdiff.request.plan import Sampling
+
+        settled = Sampling(**{name: value for name, value in self.settings.items() if name in SAMPLING})
+        settled = settled.for_model(self.pipe.schedule)
         asked = {name: getattr(settled, name) for name in KEPT}
-        asked["spacing"] = asked["spacing"] or self.pipe.schedule.config.timestep_spacing
         height, width = self.pipe.default_size
         asked |= {"height": self.settings.get("height") or height, "width": self.settings.get("width") or width}
         model = {

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import click
 
 from latentdiff.cli.loras import ALLOW_PARTIAL, EMBEDDINGS, LORAS
-from latentdiff.request.domains import Interval, Real, Seeds, Texts, Whole
+from latentdiff.request.domains import Interval, Numbers, Real, Seeds, Texts, Whole
 from latentdiff.request.options import (
     OPTIONS,
     AttentionName,
@@ -87,8 +87,20 @@ LOW_MEMORY = click.option(
     help="Pass the weights through memory block by block and decode large pictures in tiles: slower, the same picture.",
 )
 MODEL_OPTIONS = together(
-    MODEL, EMA, PREDICTION_TYPE, ZERO_SNR, PARTS_FROM, LORAS, ALLOW_PARTIAL, EMBEDDINGS,
-    DEVICE, PRECISION, BACKEND, COMPILE, ATTENTION, LOW_MEMORY,
+    MODEL,
+    EMA,
+    PREDICTION_TYPE,
+    ZERO_SNR,
+    PARTS_FROM,
+    LORAS,
+    ALLOW_PARTIAL,
+    EMBEDDINGS,
+    DEVICE,
+    PRECISION,
+    BACKEND,
+    COMPILE,
+    ATTENTION,
+    LOW_MEMORY,
 )  # see `loaded_model`
 
 
@@ -126,7 +138,7 @@ def flags_of(group: type, *, without: tuple[str, ...] = ()) -> Decorator:
     return together(*(flag(name) for name in names if name in options and name not in without + HIDDEN))
 
 
-KINDS: dict[type, Any] = {Whole: int, Seeds: int, Real: float, Interval: float, Texts: str}
+KINDS: dict[type, Any] = {Whole: int, Seeds: int, Real: float, Interval: float, Numbers: str, Texts: str}
 FIRST = ("negative_prompt", "num_images", "seed", "steps", "guidance_scale")
 HIDDEN = tuple(name for name, option in OPTIONS.items() if option.flags == ())
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from latentdiff.diffusion.drawing import SILENT, SILENT_OF_CLASS, Drawing, read_drawing
 from latentdiff.errors import ConfigError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -51,24 +52,40 @@ class ScheduleConfig:
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> Self:
-        """Read a `scheduler_config.json`, whichever scheduler class wrote it; keys of a single sampler are not ours.
+        """Read a `scheduler_config.json`, whichever scheduler class wrote it; `drawing` is what it says of the sampler.
 
         Raises:
             ConfigError: the noise schedule is one that cannot be reproduced here.
         """
-        # What diffusers' DDIMScheduler assumes where a file is silent.
-        silent = {
-            "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "steps_offset": 0, "set_alpha_to_one": True,
-        }  # fmt: skip
+        silent = {**SILENT, **SILENT_OF_CLASS.get(str(config.get("_class_name")), {})}
+        drawing = read_drawing(config, tuple(cls.__dataclass_fields__))
         entries = known_entries(cls, config, silent)
         if (betas := entries.get("trained_betas")) is not None:
             entries["trained_betas"] = tuple(betas) if isinstance(betas, list) else betas
-        return cls(**entries)
+        return cls(**entries).with_drawing(drawing)
+
+    def with_drawing(self, drawing: Drawing) -> Self:
+        """The same schedule, drawn from in another way."""
+        other = replace(self)
+        vars(other)["_drawing"] = drawing
+        return other
+
+    @property
+    def drawing(self) -> Drawing:
+        """How the model's authors draw, if the schedule was read from their file; no part of the schedule itself."""
+        return vars(self).get("_drawing", Drawing())
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The `scheduler_config.json` from which diffusers builds a DDIMScheduler with the same schedule."""
+        """A `scheduler_config.json` from which diffusers builds a scheduler with the same schedule.
+
+        That which was read, with the entries that are different now; else a DDIMScheduler.
+        """
         fields = {name: value for name in self.__dataclass_fields__ if (value := getattr(self, name)) is not None}
-        return {"_class_name": "DDIMScheduler", "clip_sample": False, **fields}
+        file = dict(self.drawing.file)
+        if "_class_name" not in file:
+            return {"_class_name": "DDIMScheduler", "clip_sample": False, **file, **fields}
+        before = type(self).from_diffusers(file)
+        return file | {name: value for name, value in fields.items() if value != getattr(before, name)}
 
 
 def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +15,18 @@ from latentdiff.diffusion.parameterization import Denoiser, Prediction
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import NotFiniteError, UsageError
 
-# () -> unit normal noise (N, C, h, w); a `NoiseStream`. Only stochastic steps call it.
-Noise = Callable[[], Tensor]
+
+class Noise(Protocol):
+    """Where stochastic steps draw unit normal noise (N, C, h, w) from; a `NoiseStream`."""
+
+    def __call__(self) -> Tensor:
+        """The next draw."""
+        ...
+
+    def between(self, sigma_hat: float, next_sigma_hat: float) -> Tensor:
+        """The same for the same two noise levels; for solvers whose noise must not depend on the number of steps."""
+        ...
+
 
 # (denoiser, x, level, next_level, state, noise) -> (x at next_level, state). Pure; the first state is None.
 Step = Callable[[Denoiser, Tensor, Level, Level, Any, Noise], tuple[Tensor, Any]]
@@ -28,10 +38,10 @@ class DenoiseStep:
 
     index: int  # 0 … steps - 1
     steps: int
-    level: Level  # where the step began and the prediction was made
+    level: Level  # where the step began
     next_level: Level
     x: Tensor  # (N, C, h, w), at next_level
-    prediction: Prediction  # its x0 is the preview
+    prediction: Prediction  # the first that the step asked for; its x0 is the preview
 
 
 def denoise(
@@ -48,24 +58,26 @@ def denoise(
 
     Args:
         noise: where stochastic steps draw from; samplers that are asked for randomness without it raise.
-        after_step: (x, next_level) -> x, for what has to hold after every step (known regions, say).
+        after_step: (x, next_level) -> x, for what has to hold after every step (known regions, say); not between the
+            evaluations of one step.
 
     Raises:
         NotFiniteError: the latents became NaN or infinite. On a GPU that is noticed one step later, so that the host
             need not wait for each step, and at the last step at once.
     """
-    last = _Remember(denoiser)
+    first = _RememberFirst(denoiser)
     state = None
     checks: list[_FiniteCheck] = []
     for index, (level, next_level) in enumerate(pairwise(levels)):
-        x, state = step(last, x, level, next_level, state, noise or _no_noise)
+        first.is_open = True
+        x, state = step(first, x, level, next_level, state, noise or _NoNoise())
         if after_step is not None:
             x = after_step(x, next_level)
         checks.append(_FiniteCheck(x, f"step {index + 1} of {len(levels) - 1} (timestep {level.t:g})"))
         may_wait = is_asynchronous(x.device) and index + 2 < len(levels)
         while len(checks) > may_wait:
             checks.pop(0).read()
-        yield DenoiseStep(index, len(levels) - 1, level, next_level, x, last.prediction)
+        yield DenoiseStep(index, len(levels) - 1, level, next_level, x, first.prediction)
 
 
 def is_asynchronous(device: torch.device) -> bool:
@@ -93,18 +105,25 @@ class _FiniteCheck:
             )
 
 
-class _Remember:
-    """A denoiser that keeps its last prediction, for the loop to report."""
+class _RememberFirst:
+    """A denoiser that keeps the first prediction of each step, for the loop to report; a step may ask for more."""
 
     prediction: Prediction
+    is_open = True
 
     def __init__(self, denoiser: Denoiser) -> None:
         self._denoiser = denoiser
 
     def __call__(self, x: Tensor, level: Level) -> Prediction:
-        self.prediction = self._denoiser(x, level)
-        return self.prediction
+        prediction = self._denoiser(x, level)
+        if self.is_open:
+            self.prediction, self.is_open = prediction, False
+        return prediction
 
 
-def _no_noise() -> Tensor:
-    raise UsageError("this sampler draws noise at its steps; give denoise() a NoiseStream")
+class _NoNoise:
+    def __call__(self) -> Tensor:
+        raise UsageError("this sampler draws noise at its steps; give denoise() a NoiseStream")
+
+    def between(self, sigma_hat: float, next_sigma_hat: float) -> Tensor:
+        return self()

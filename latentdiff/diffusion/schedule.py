@@ -18,6 +18,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,6 +133,18 @@ class Schedule:
             return lower
         upper = Level(float(t), self.alphas_cumprod[below + 1].item())
         sigma_hat = lower.sigma_hat + (t - below) * (upper.sigma_hat - lower.sigma_hat)
+        return Level(float(t), 1.0 / (1.0 + sigma_hat**2))
+
+    @property
+    def log_sigma_hats(self) -> np.ndarray:
+        """Log sigma_hat of every timestep, (T,), float64, rising; infinite where there is no signal."""
+        alphas_cumprod = self.alphas_cumprod.numpy()
+        return 0.5 * (np.log1p(-alphas_cumprod) - np.log(alphas_cumprod))
+
+    def at_sigma_hat(self, sigma_hat: float) -> Level:
+        """The level of any noise above 0; its timestep is interpolated in log sigma_hat, and held within the table."""
+        table = self.log_sigma_hats
+        t = np.interp(math.log(sigma_hat), table, np.arange(len(table)))
         return Level(float(t), 1.0 / (1.0 + sigma_hat**2))
 
     def timesteps(self, steps: int, spacing: str | None = None) -> list[int]:

@@ -46,7 +46,6 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
     "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
@@ -94,9 +93,12 @@ class UNetConfig:
     use_linear_projection: bool = False  # around the transformers: linear layers (SD 2.x) or 1x1 convolutions (SD 1.x)
     norm_num_groups: int = 32
     upcast_attention: bool = False  # compute attention in float32 (SD 2.1 overflows float16 otherwise)
+    time_cond_proj_dim: int | None = None  # width of the embedding by which the guidance scale is told, if it is
 
     def __post_init__(self) -> None:
         _check_values("U-Net", self)
+        if self.time_cond_proj_dim is not None and self.time_cond_proj_dim < 4:
+            raise ConfigError(f"U-Net time_cond_proj_dim must be 4 or more, found {self.time_cond_proj_dim}")
         levels = len(self.block_out_channels)
         for name in ("attention_levels", "num_heads"):
             if len(getattr(self, name)) != levels:
@@ -157,6 +159,7 @@ class UNetConfig:
             "up_block_types": [up[has] for has in reversed(self.attention_levels)],
             "upcast_attention": self.upcast_attention,
             "use_linear_projection": self.use_linear_projection,
+            **({} if self.time_cond_proj_dim is None else {"time_cond_proj_dim": self.time_cond_proj_dim}),
         }
 
 
@@ -247,6 +250,8 @@ def _check_values(part: str, config: UNetConfig | VAEConfig) -> None:
     """Every value is of its type and of a size that can be built: nothing is allocated for one that is not."""
     for entry in fields(config):
         value, kind = getattr(config, entry.name), entry.type
+        if value is None and "None" in kind:
+            continue
         values = value if isinstance(value, tuple) else (value,)
         if not values or len(values) > MOST_LEVELS:
             raise ConfigError(f"{part} {entry.name} needs 1 to {MOST_LEVELS} entries, found {len(values)}")

@@ -30,7 +30,7 @@ class UNet(nn.Module):
         widths = config.block_out_channels
         levels = range(len(widths))
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
+        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], config.time_cond_proj_dim)
         self.down_blocks = nn.ModuleList(_DownLevel(config, level) for level in levels)
         self.mid_block = _MidBlock(config)
         self.up_blocks = nn.ModuleList(_UpLevel(config, level) for level in reversed(levels))

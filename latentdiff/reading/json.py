@@ -57,10 +57,15 @@ def parse_json(
 
 
 def parse_object(
-    text: str, place: str, error: type[LatentDiffError] = CheckpointError, *, remedy: str = "download it again"
+    text: str,
+    place: str,
+    error: type[LatentDiffError] = CheckpointError,
+    *,
+    remedy: str = "download it again",
+    finite: bool = True,
 ) -> dict[str, Any]:
     """The same of a text that must hold an object."""
-    value = parse_json(text, place, error, remedy=remedy)
+    value = parse_json(text, place, error, remedy=remedy, finite=finite)
     if not isinstance(value, dict):
         raise error(f"{place} must hold a JSON object, found a {type(value).__name__}; {remedy}")
     return value
@@ -72,13 +77,15 @@ def read_object(
     *,
     remedy: str = "download it again",
     longest: int = LONGEST_TEXT,
+    finite: bool = True,
 ) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
         error: the file cannot be read, or is not valid.
     """
-    return parse_object(read_text(path, error, longest, remedy=remedy), os.fspath(path), error, remedy=remedy)
+    text = read_text(path, error, longest, remedy=remedy)
+    return parse_object(text, os.fspath(path), error, remedy=remedy, finite=finite)
 
 
 def is_unicode(text: str) -> bool:

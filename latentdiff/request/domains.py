@@ -74,6 +74,22 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """Some finite numbers, or a text that has them between commas."""
+
+    metavar: str = "X,X,..."
+
+    def __call__(self, name: str, value: Any) -> tuple[float, ...]:
+        try:
+            numbers = tuple(map(float, value.split(",") if isinstance(value, str) else value))
+        except (TypeError, ValueError):
+            numbers = ()
+        if not numbers or not all(map(math.isfinite, numbers)):
+            raise refusal(name, "some finite numbers", value)
+        return numbers
+
+
+@dataclass(frozen=True)
 class Seeds:
     """One seed, or a list of them."""
 

@@ -15,15 +15,24 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict, Unpack, get_args
 
-from latentdiff.request.domains import Choice, Function, Interval, Real, Seeds, Texts, Whole, YesNo
+from latentdiff.request.domains import Choice, Function, Interval, Numbers, Real, Seeds, Texts, Whole, YesNo
+from latentdiff.request.titles import SAMPLER_TITLES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # The names that options choose from. A registry with an entry for each stands where the thing is made.
-SamplerName = Literal["ddim", "ddpm", "euler", "dpmpp-2m", "unipc"]
+SamplerName = Literal[
+    "ddim", "ddpm", "euler", "dpmpp-2m", "unipc", "euler-a", "heun", "dpm2", "dpm2-a", "lms", "dpmpp-2s", "dpmpp-2s-a",
+    "dpmpp-sde", "dpmpp-2m-sde", "dpmpp-3m-sde", "pndm", "lcm", "tcd", "restart",
+]  # fmt: skip
 SyntaxName = Literal["a1111", "comfy", "plain"]
-SpacingName = Literal["leading", "trailing", "linspace", "karras", "uniform-lambda", "ays"]
+SpacingName = Literal[
+    "leading", "trailing", "linspace", "karras", "uniform-lambda", "ays", "normal", "sgm-uniform", "simple", "ddim-uniform",
+    "exponential", "polyexponential", "beta", "beta-comfy", "kl-optimal", "kl-optimal-comfy", "ays-a1111", "ays-a1111-xl",
+    "lcm",
+]  # fmt: skip
+SdeNoiseName = Literal["path", "draws"]
 AttentionName = Literal["auto", "sdpa", "xformers", "sliced", "plain"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 BackendName = Literal["torch", "openvino", "compile"]
@@ -35,9 +44,6 @@ BlendName = Literal["linear", "constant", "exponential"]
 OperatorName = Literal["inpaint", "super-resolution", "deblur", "denoise", "colourise"]
 RestorationName = Literal["diffpir", "dps", "psld", "resample", "graikos"]
 BorderName = Literal["reflect", "periodic"]
-
-# As the web UIs of the field write them.
-SAMPLER_TITLES = {"ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "dpmpp-2m": "DPM++ 2M", "unipc": "UniPC"}
 
 SIDE = Whole(1, metavar="PIXELS")  # of an image
 MOST_IMAGES = 10_000  # of one call; more is a mistake, or many calls
@@ -128,11 +134,27 @@ class SamplingOptions(SeededOptions, total=False):
     """How strongly to follow the prompt and avoid the negative one; 1 is no guidance (Ho & Salimans 2022)."""
     sampler: Annotated[
         SamplerName | None,
-        Option(Choice(get_args(SamplerName)), "ddim", fast="dpmpp-2m", kept=Kept(str, "Sampler", names=SAMPLER_TITLES)),
-    ]
+        Option(
+            Choice(get_args(SamplerName)), "ddim", fast="dpmpp-2m", unset="the model's, or ddim",
+            kept=Kept(str, "Sampler", names=SAMPLER_TITLES),
+        ),
+    ]  # fmt: skip
     """How a step is taken."""
-    eta: Annotated[float | None, Option(Real(0, 1), 0.0, kept=Kept(float, "Eta DDIM", 0.0))]
-    """0 to 1: share of fresh noise in the steps of ddim."""
+    eta: Annotated[float | None, Option(Real(0, 1), unset="the sampler's", kept=Kept(float | None, "Eta DDIM", None))]
+    """0 to 1: share of fresh noise in the steps of ddim, of the ancestral samplers (-a), the SDE ones and tcd."""
+    s_noise: Annotated[float | None, Option(Real(0), 1.0, kept=Kept(float, "Sigma noise", 1.0))]
+    """Factor of the noise in stochastic steps, and in churn."""
+    s_churn: Annotated[float | None, Option(Real(0), 0.0, kept=Kept(float, "Sigma churn", 0.0))]
+    """Fresh noise before the steps of euler, heun and dpm2, over all of them (Karras et al. 2022, algorithm 2)."""
+    s_tmin: Annotated[float | None, Option(Real(0), 0.0, kept=Kept(float, "Sigma tmin", 0.0))]
+    """Churn only from this noise level on, in sigma/alpha."""
+    s_tmax: Annotated[float | None, Option(Real(0), unset="all", kept=Kept(float | None, "Sigma tmax", None))]
+    """Churn only up to this noise level, in sigma/alpha."""
+    sde_noise: Annotated[
+        SdeNoiseName | None,
+        Option(Choice(get_args(SdeNoiseName)), unset="path", kept=Kept(str | None, None, None)),
+    ]
+    """Noise of dpmpp-2m-sde and dpmpp-3m-sde: from a path that does not depend on the steps, or drawn at each."""
     spacing: Annotated[
         SpacingName | None,
         Option(
@@ -140,6 +162,18 @@ class SamplingOptions(SeededOptions, total=False):
         ),
     ]
     """Which noise levels are visited: even in timesteps (the first three) or in noise."""
+    rho: Annotated[float | None, Option(Real(0), unset="7 and 1", kept=Kept(float | None, "Schedule rho", None))]
+    """How uneven the spacings karras and polyexponential are."""
+    discard_penultimate: Annotated[bool | None, Option(YesNo(), False, kept=Kept(bool, None, False))]
+    """Leave out the last noise level before the end, and take one more instead, as web UIs do for some samplers."""
+    sigmas: Annotated[
+        Sequence[float] | None, Option(Numbers(), unset="by spacing", kept=Kept(tuple[float, ...] | None, None, None))
+    ]
+    """Noise levels to visit in place of a spacing, falling, in sigma/alpha; the end without noise is added."""
+    timesteps: Annotated[
+        Sequence[float] | None, Option(Numbers(), unset="by spacing", kept=Kept(tuple[float, ...] | None, None, None))
+    ]
+    """Timesteps to visit in place of a spacing, falling."""
     cache_interval: Annotated[int | None, Option(Whole(1), 1, kept=Kept(int, "Cache interval", 1))]
     """Compute the deep layers of the U-Net at every Nth step only (DeepCache, Ma et al. 2024); 1 is every step."""
     cache_branch: Annotated[int | None, Option(Whole(0), 0, kept=Kept(int, "Cache branch", 0))]
@@ -196,6 +230,7 @@ if TYPE_CHECKING:
         """All of `SamplingOptions`, checked, with the defaults in place of what was not given."""
 
         __dataclass_fields__: ClassVar[dict[str, Any]]
+        left_open: set[str]
 
         def __init__(self, **options: Unpack[SamplingOptions]) -> None: ...
         def __getattr__(self, name: str) -> Any: ...
@@ -204,13 +239,18 @@ else:
     from dataclasses import field, make_dataclass
 
     class _Settled:
-        """All of `SamplingOptions`, checked, with the defaults in place of what was not given; `fast` has done its work."""
+        """All of `SamplingOptions`, checked, with the defaults in place of what was not given; `fast` has done its work.
+
+        `left_open` are the names of those that a default decided.
+        """
 
         def __post_init__(self) -> None:
-            given = {name: value for name, value in checked(vars(self)).items() if value is not None}
+            asked = {name: getattr(self, name) for name in SAMPLING}
+            given = {name: value for name, value in checked(asked).items() if value is not None}
+            fast = FAST if given.get("fast") else {}
             defaults = {name: option.default for name, option in SAMPLING.items()}
-            values = {**defaults, **(FAST if given.get("fast") else {}), **given, "fast": False}
-            for name, value in values.items():
+            left_open = SAMPLING.keys() - given.keys() - fast.keys()
+            for name, value in {**defaults, **fast, **given, "fast": False, "left_open": left_open}.items():
                 object.__setattr__(self, name, value)
 
     Settings = make_dataclass(

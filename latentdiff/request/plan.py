@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from latentdiff.diffusion.guidance import Guidance
-from latentdiff.diffusion.samplers import Sampler, get_sampler
+from latentdiff.diffusion.drawing import Thresholding
+from latentdiff.diffusion.guidance import UNGUIDED, Guidance
+from latentdiff.diffusion.samplers import SAMPLERS, Sampler, get_sampler
 from latentdiff.diffusion.schedule import Level, Schedule
 from latentdiff.engines.deepcache import CacheSettings
 from latentdiff.errors import UsageError
@@ -19,6 +21,8 @@ from latentdiff.networks.text_embedding import Reading
 from latentdiff.prompts.syntax import read_prompt
 from latentdiff.prompts.tokenize import as_list
 from latentdiff.request.options import KEPT, OPTIONS, Settings
+
+TOLD_GUIDANCE = 8.5  # customary for models that are told it (Luo et al. 2023)
 
 
 class Sampling(Settings):
@@ -30,22 +34,118 @@ class Sampling(Settings):
         Raises:
             UsageError: an option outside its domain.
         """
-        prompts, negatives = one_per_picture(prompt, self.negative_prompt, self.num_images)
-        method = get_sampler(self.sampler, eta=self.eta)
+        own = self.for_model(schedule)
+        prompts, negatives = one_per_picture(prompt, own.negative_prompt, own.num_images)
+        method = own.method()
+        levels = own.levels(method, schedule)
         return Plan(
-            options=self,
+            options=own,
             prompts=prompts,
             negatives=negatives,
-            seeds=seed_of_each(self.seed, len(prompts)),
-            guidance=make_guidance(self.guidance_scale, self.guidance_rescale, self.guidance_interval),
-            sampler=method,
-            levels=method.levels(schedule, self.steps, self.spacing),
-            start_scale=method.start_scale(schedule, self.spacing),
-            batches=batches(len(prompts), self.batch_size),
-            spacing=self.spacing or schedule.config.timestep_spacing,
-            cache=CacheSettings(self.cache_interval, self.cache_branch, self.cache_centre),
-            reading=Reading(self.prompt_syntax, self.clip_skip),
+            seeds=seed_of_each(own.seed, len(prompts)),
+            guidance=own.guidance(tells=schedule.config.drawing.tells_guidance),
+            sampler=method.over(schedule, len(levels) - 1),
+            levels=levels,
+            start_scale=method.start_scale(schedule, own.spacing, levels[0], within=own.within(schedule)),
+            batches=batches(len(prompts), own.batch_size),
+            spacing=own.spacing,
+            cache=CacheSettings(own.cache_interval, own.cache_branch, own.cache_centre),
+            reading=Reading(own.prompt_syntax, own.clip_skip),
+            thresholding=schedule.config.drawing.thresholding_of(own.sampler),
         )
+
+    def for_model(self, schedule: Schedule) -> Sampling:
+        """The same with what is left open decided as a model's authors do, and as is customary for the sampler.
+
+        Raises:
+            UsageError: the authors' sampler is not here and none is asked for, or options exclude one another.
+        """
+        drawing, changes = schedule.config.drawing, {}
+        if "sampler" in self.left_open:
+            changes["sampler"] = drawing.default_sampler() or self.sampler
+        name = changes.get("sampler", self.sampler)
+        sampler = SAMPLERS[name]
+        guidance = TOLD_GUIDANCE if drawing.tells_guidance else sampler.customary_guidance
+        customary = {"steps": sampler.customary_steps, "guidance_scale": guidance}
+        changes |= {key: value for key, value in customary.items() if value is not None and key in self.left_open}
+        is_theirs = name == drawing.sampler
+        if self.sde_noise is None and is_theirs and not drawing.path_noise:
+            changes["sde_noise"] = "draws"
+        own = self.sigmas or self.timesteps
+        if own:
+            changes["steps"] = self._own_steps()
+        elif self.spacing is None:
+            of_model = None if sampler.ignores_model else schedule.config.timestep_spacing
+            changes["spacing"] = (drawing.spacing if is_theirs else None) or of_model
+        return replace(self, **changes)
+
+    def guidance(self, *, tells: bool) -> Guidance:
+        """How the prompt is emphasized by a second evaluation; not at all where the U-Net is told the scale.
+
+        Raises:
+            UsageError: something is to be avoided there, or guidance shaped.
+        """
+        if not tells:
+            return make_guidance(self.guidance_scale, self.guidance_rescale, self.guidance_interval)
+        if self.guidance_rescale or self.guidance_interval or any(as_list(self.negative_prompt)):
+            raise UsageError(
+                "this model is told the guidance scale and is not evaluated without the prompt; leave out negative "
+                "prompt, guidance rescale and guidance interval"
+            )
+        return UNGUIDED
+
+    def _own_steps(self) -> int:
+        """The number of steps over levels that the caller wrote down.
+
+        Raises:
+            UsageError: they are given twice, or with what decides the levels otherwise.
+        """
+        excluded = {name: getattr(self, name) for name in ("spacing", "rho", "discard_penultimate")}
+        excluded["timesteps"] = self.timesteps if self.sigmas else None
+        for name, value in excluded.items():
+            if value:
+                raise UsageError(
+                    f"sigmas or timesteps are the levels to visit, found {name} {value!r} as well; drop one"
+                )
+        count = len(self.timesteps) if self.timesteps else sum(sigma > 0.0 for sigma in self.sigmas)
+        if "steps" not in self.left_open and self.steps != count:
+            raise UsageError(f"expected steps {count}, as many as levels are given, found {self.steps}; drop steps")
+        return count
+
+    def method(self) -> Sampler:
+        """The sampler with its options.
+
+        Raises:
+            UsageError: an option that is not for this sampler.
+        """
+        return get_sampler(
+            self.sampler,
+            eta=self.eta,
+            s_noise=self.s_noise,
+            s_churn=self.s_churn,
+            s_tmin=self.s_tmin,
+            s_tmax=math.inf if self.s_tmax is None else self.s_tmax,
+            sde_noise=self.sde_noise,
+        )
+
+    def levels(self, method: Sampler, schedule: Schedule) -> list[Level]:
+        """The levels that are visited, and the clean end."""
+        if self.sigmas or self.timesteps:
+            return method.own_levels(schedule, sigmas=self.sigmas, timesteps=self.timesteps)
+        return method.levels(
+            schedule,
+            self.steps,
+            self.spacing,
+            rho=self.rho,
+            discard_penultimate=self.discard_penultimate,
+            within=self.within(schedule),
+        )
+
+    def within(self, schedule: Schedule) -> str | None:
+        """The spacing in timesteps within which the model's authors have theirs in noise, if that is what is asked for."""
+        drawing = schedule.config.drawing
+        is_theirs = self.sampler == drawing.sampler and self.spacing == drawing.spacing
+        return schedule.config.timestep_spacing if is_theirs and drawing.spacing else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +164,7 @@ class Plan:
     spacing: str | None
     cache: CacheSettings
     reading: Reading
+    thresholding: Thresholding | None = None
 
     @property
     def steps(self) -> int:

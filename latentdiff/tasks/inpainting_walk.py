@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentdiff.diffusion.denoise import Noise, Step
 from latentdiff.diffusion.latents import NoiseStream
-from latentdiff.diffusion.parameterization import Denoiser
+from latentdiff.diffusion.samplers.restart import down_or_up
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.image import to_pil, to_tensor
@@ -46,16 +43,6 @@ def repeated(plan: Plan, repeats: int) -> Plan:
     levels = [level for pair in pairwise(plan.levels) for level in pair * repeats]
     levels = [level for level, before in zip(levels, [None, *levels], strict=False) if level is not before]
     return replace(plan, levels=levels, sampler=replace(plan.sampler, step=partial(down_or_up, plan.sampler.step)))
-
-
-def down_or_up(
-    down: Step, denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: Any, noise: Noise
-) -> tuple[Tensor, Any]:
-    """A sampler's step; where the next level is noisier, a draw from q(x_next | x), which ends a solver's history."""
-    if next_level.alpha_cumprod > level.alpha_cumprod:
-        return down(denoiser, x, level, next_level, state, noise)
-    kept = next_level.alpha / level.alpha
-    return kept * x + math.sqrt(1.0 - kept**2) * noise(), None
 
 
 def painted(

@@ -21,7 +21,10 @@ def write(folder, form: str, count: int):
     """A file of one of the forms of the field, and the word that it teaches."""
     own = vectors(count)
     forms = {
-        "a1111": ("my-style.pt", {"string_to_token": {"*": 265}, "string_to_param": {"*": own}, "name": "x", "step": 9}),
+        "a1111": (
+            "my-style.pt",
+            {"string_to_token": {"*": 265}, "string_to_param": {"*": own}, "name": "x", "step": 9},
+        ),
         "parameter": ("my-style.pt", {"string_to_param": {"*": torch.nn.Parameter(own)}, "name": "my-style"}),
         "diffusers": ("learned_embeds.bin", {"<teapot>": own[0] if count == 1 else own}),
         "safetensors": ("file.safetensors", {"<teapot>": own}),

@@ -76,7 +76,7 @@ def test_saved_folder_opens_in_diffusers_and_here(tmp_path: Path, folder):
     assert_same(ours, load_components(tmp_path / "saved"))
     peer = StableDiffusionPipeline.from_pretrained(tmp_path / "saved") if ours.unet.config.in_channels == 4 else None
     peer = peer or StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "saved")
-    assert type(peer.scheduler).__name__ == "DDIMScheduler"
+    assert type(peer.scheduler).__name__ == ("DDIMScheduler" if folder is tiny.sd2_folder else "PNDMScheduler")
     assert peer.scheduler.config.prediction_type == ours.schedule_config.prediction_type
     assert peer.tokenizer("a fox")["input_ids"] == ours.tokenizer("a fox")["input_ids"]
     for part in ("unet", "vae"):

@@ -76,7 +76,9 @@ def test_scores_by_hand():
 @pytest.mark.parametrize("batch_size", [1, 4, 9, 100])
 def test_batches_do_not_change_seeds(batch_size):
     model = Model(right)
-    score_prompts(model, [CAT, DOG, KEYS], judge=PixelJudge(), seeds_per_prompt=3, batch_size=batch_size, progress=False)
+    score_prompts(
+        model, [CAT, DOG, KEYS], judge=PixelJudge(), seeds_per_prompt=3, batch_size=batch_size, progress=False
+    )
     asked = [pair for prompts, seeds, _ in model.calls for pair in zip(prompts, seeds, strict=True)]
     assert asked == [(prompt.text, 1000 * prompt.number + seed) for prompt in (CAT, DOG, KEYS) for seed in range(3)]
 

@@ -153,5 +153,7 @@ def test_a_model_that_draws_what_is_asked():
 
 def test_a_model_that_draws_something_else():
     prompts = read_prompts(limit=8)
-    result = score_prompts(Painter(prompts, skew=9), prompts, judge=Judge.load(JUDGE), seeds_per_prompt=2, progress=False)
+    result = score_prompts(
+        Painter(prompts, skew=9), prompts, judge=Judge.load(JUDGE), seeds_per_prompt=2, progress=False
+    )
     assert result.mean.value <= 0.05

@@ -58,3 +58,37 @@ def test_a_fast_plan_says_what_it_settled_on():
     (fields,) = plan.recipe_fields()
     assert "fast" not in fields and {name: fields[name] for name in FAST} == FAST
     assert plan.steps == FAST["steps"]
+
+
+SD = Schedule(ScheduleConfig())
+
+
+def test_levels_of_ones_own_decide_the_steps():
+    plan = Sampling(sampler="euler", sigmas=[10.0, 2.0, 0.3], seed=0).plan("a cat", SD)
+    assert [round(level.sigma_hat, 6) for level in plan.levels] == [10.0, 2.0, 0.3, 0.0]
+    (fields,) = plan.recipe_fields()
+    assert (fields["steps"], fields["sigmas"], fields["spacing"]) == (3, (10.0, 2.0, 0.3), None)
+    assert plan.start_scale == pytest.approx(10.0 / 101**0.5)
+    assert [level.t for level in Sampling(timesteps="800, 20").plan("", SD).levels[:-1]] == [800.0, 20.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"sigmas": [3.0], "spacing": "karras"}, "found spacing 'karras' as well"),
+        ({"sigmas": [3.0], "timesteps": [3]}, "found timesteps"),
+        ({"sigmas": [3.0, 1.0], "steps": 5}, "expected steps 2, as many as levels are given, found 5"),
+        ({"sigmas": "3,x"}, "some finite numbers"),
+        ({"sampler": "ddim", "s_churn": 1.0}, "s_churn belongs to"),
+    ],
+)
+def test_options_that_exclude_one_another_are_refused(options, says):
+    with pytest.raises(UsageError, match=says):
+        Sampling(**options).plan("", SD)
+
+
+def test_steps_and_guidance_are_customary_for_the_sampler():
+    own = Sampling(sampler="lcm").for_model(SD)
+    assert (own.steps, own.guidance_scale, own.spacing) == (4, 1.0, None)
+    assert Sampling(sampler="lcm", steps=8, guidance_scale=2.0).for_model(SD).steps == 8
+    assert Sampling(sampler="heun").plan("", SD).sampler.name == "heun"

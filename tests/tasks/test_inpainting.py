@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from latentdiff.diffusion.progress import Cancelled
+from latentdiff.diffusion.samplers.restart import down_or_up
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.image import save_png
 from latentdiff.recipe import read_recipe
 from latentdiff.tasks import TASKS, inpaint
-from latentdiff.tasks.inpainting_walk import down_or_up
 from latentdiff.tasks.masks import filled, latent_mask
 from tests import peers
 from tests.tasks.pictures import SCHEDULERS, apart, in_diffusers, mask, picture, pixels

@@ -28,10 +28,17 @@ def sinusoidal_embedding(t: Tensor, channels: int, max_period: float = 10_000.0)
 
 
 class TimestepEmbedding(nn.Module):
-    """A two-layer perceptron on the sinusoidal embedding."""
+    """A two-layer perceptron on the sinusoidal embedding.
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    Args:
+        condition_channels: width of another embedding, if there is one: `cond_proj` makes of it what is added to the
+            first. See `told_guidance`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, condition_channels: int | None = None) -> None:
         super().__init__()
+        if condition_channels is not None:
+            self.cond_proj = nn.Linear(condition_channels, in_channels, bias=False)
         self.linear_1 = nn.Linear(in_channels, out_channels)
         self.linear_2 = nn.Linear(out_channels, out_channels)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -15,19 +16,21 @@ from latentdiff.diffusion.latents import NoiseStream
 from latentdiff.diffusion.samplers import SAMPLERS, SPACINGS, get_sampler
 from latentdiff.diffusion.schedule import NOISE_FREE, Schedule
 from latentdiff.errors import UsageError
+from latentdiff.request.options import SamplerName, SpacingName
 from tests import analytic
 
 SD = Schedule(ScheduleConfig())
-ALL = [(name, 0.0) for name in SAMPLERS] + [("ddim", 0.5), ("ddim", 1.0)]
+ALL = [(name, None) for name in SAMPLERS] + [("ddim", 0.5), ("ddim", 1.0)]
 
 
 def test_the_names_are_these() -> None:
-    assert tuple(SAMPLERS) == ("ddim", "ddpm", "euler", "dpmpp-2m", "unipc")
+    assert tuple(SAMPLERS) == get_args(SamplerName)
     assert all(sampler.name == name for name, sampler in SAMPLERS.items())
+    assert set(SPACINGS) == set(get_args(SpacingName))
 
 
 def test_an_unknown_name_is_refused_with_the_choices() -> None:
-    with pytest.raises(UsageError, match="ddim, ddpm, euler, dpmpp-2m, unipc, found 'plms'"):
+    with pytest.raises(UsageError, match="ddim, ddpm, euler, dpmpp-2m, unipc, .*restart, found 'plms'"):
         get_sampler("plms")
 
 
@@ -37,20 +40,22 @@ def test_eta_out_of_range_is_refused(eta: float) -> None:
         get_sampler("ddim", eta=eta)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "euler", "dpmpp-2m", "unipc"])
+@pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if sampler.eta is None])
 def test_eta_for_another_sampler_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"eta 0.5 with {name}"):
         get_sampler(name, eta=0.5)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "dpmpp-2m", "pndm", "tcd"])  # all ways to make levels
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_levels_fall_in_noise_at_every_number_of_steps(name: str, spacing: str, zero_snr: bool) -> None:
     schedule = Schedule(ScheduleConfig(rescale_betas_zero_snr=zero_snr, prediction_type="v_prediction"))
     for steps in (*range(1, 40), 61, 499, 500, 501, 998, 999, 1000):
+        if spacing == "lcm" and steps > 50:
+            continue
         levels = get_sampler(name).levels(schedule, steps, spacing)
-        assert len(levels) == steps + 1
+        assert len(levels) == steps + 1 or spacing in ("ddim-uniform", "beta-comfy")
         *noisy, clean = levels
         assert clean.is_clean and not any(level.is_clean for level in noisy)
         assert all(level.alpha_cumprod < quieter.alpha_cumprod for level, quieter in pairwise(noisy))
@@ -59,7 +64,9 @@ def test_levels_fall_in_noise_at_every_number_of_steps(name: str, spacing: str, 
 
 
 def test_an_unknown_spacing_is_refused_with_the_choices() -> None:
-    with pytest.raises(UsageError, match="leading, trailing, linspace, karras, uniform-lambda, ays, found 'even'"):
+    with pytest.raises(
+        UsageError, match="leading, trailing, linspace, karras, uniform-lambda, ays, .*lcm, found 'even'"
+    ):
         get_sampler("euler").levels(SD, 10, "even")
 
 
@@ -101,8 +108,8 @@ def test_other_numbers_of_aligned_steps_are_between_the_ten() -> None:
         assert between.sigma_hat == pytest.approx(math.sqrt(low.sigma_hat * high.sigma_hat))
 
 
-@pytest.mark.parametrize("name", ["ddpm", "euler", "dpmpp-2m", "unipc"])
-def test_all_but_ddim_end_without_noise(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("ddim", "pndm", "tcd")])
+def test_all_but_ddim_and_its_kin_end_without_noise(name: str) -> None:
     assert SD.clean.sigma > 0.0
     assert get_sampler(name).levels(SD, 10)[-1].sigma == 0.0
 
@@ -110,9 +117,9 @@ def test_all_but_ddim_end_without_noise(name: str) -> None:
 @pytest.mark.parametrize(("name", "eta"), ALL)
 @given(steps=st.integers(1, 12), first_seed=st.integers(0, 2**32), images=st.integers(1, 8))
 def test_image_i_of_a_batch_is_the_image_made_alone(
-    name: str, eta: float, steps: int, first_seed: int, images: int
+    name: str, eta: float | None, steps: int, first_seed: int, images: int
 ) -> None:
-    sampler, shape = get_sampler(name, eta=eta), (2, 3, 3)
+    sampler, shape = get_sampler(name, eta=eta).over(SD, steps), (2, 3, 3)
     levels = sampler.levels(SD, steps, "trailing")
 
     def make(seeds: list[int]) -> torch.Tensor:
@@ -126,7 +133,7 @@ def test_image_i_of_a_batch_is_the_image_made_alone(
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_steps_keep_the_precision_of_the_latents(name: str) -> None:
-    sampler = get_sampler(name)
+    sampler = get_sampler(name).over(SD, 3)
     for dtype in (torch.float32, torch.float64):
         stream = NoiseStream([0], (2, 3, 3), dtype=dtype)
         assert (
