@@ -10,7 +10,7 @@ import click
 
 from latentdiff.checkpoints.embedded import embedded_model
 from latentdiff.cli.options import MODEL
-from latentdiff.errors import UsageError
+from latentdiff.errors import UsageError, printable
 from latentdiff.prompts.words import KINDS, Words, read_words
 
 
@@ -26,7 +26,7 @@ def words(model: str | None) -> None:
         raise UsageError(f"{model} does not say which words it knows; only small models that latentdiff trained do")
     for kind in KINDS:
         text = f"{kind}: {', '.join(known.kinds[kind])}"
-        click.echo(textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False))
+        click.echo(textwrap.fill(printable(text), 100, subsequent_indent="  ", break_on_hyphens=False))
 
 
 def words_of(model: str | None) -> Words | None:
@@ -38,4 +38,4 @@ def remark(model: str | None, prompts: Sequence[str], width: int | None, height:
     """Say on stderr, in a line each, how a request goes beyond what the model was trained on."""
     known = words_of(model)
     for line in known.remarks(prompts, width, height) if known else ():
-        click.echo(f"note: {line}", err=True)
+        click.echo(f"note: {printable(line)}", err=True)

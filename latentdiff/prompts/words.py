@@ -82,14 +82,15 @@ def read_words(folder: Path) -> Words | None:
     if not path.is_file():
         return None
     found = read_object(path)
-    try:
-        kinds = {kind: tuple(map(str, found[kind])) for kind in KINDS}
-        return Words(kinds, frozenset(map(str, found["words"])), int(found["size"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} must hold lists called {', '.join(KINDS)} and words, and a size in pixels; found none of it right"
-            f" at {error}"
-        ) from error
+    size, lists = found.get("size"), [found.get(name) for name in (*KINDS, "words")]
+    if not all(
+        isinstance(entry, str) for entries in lists for entry in (entries if isinstance(entries, list) else [None])
+    ):
+        raise CheckpointError(f"{path} must hold lists of words called {', '.join(KINDS)} and words; download it again")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise CheckpointError(f"{path} must hold a size in pixels, found {size!r}; download it again")
+    *kinds, words = lists
+    return Words({kind: tuple(entries) for kind, entries in zip(KINDS, kinds, strict=True)}, frozenset(words), size)
 
 
 def as_json(words: Words) -> dict[str, Any]:

@@ -21,6 +21,8 @@ KNOWN = Words(
     size=96,
 )
 
+EMPTY = '{"things": %s, "colours": [], "backgrounds": [], "sizes": [], "counts": [], "relations": [], "words": [], "size": %s}'
+
 
 def remarks(*prompts, **size):
     return list(KNOWN.remarks(prompts, **size))
@@ -74,7 +76,9 @@ def test_a_folder_without_the_file_says_nothing(tmp_path):
     assert read_words(tmp_path) is None
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"things": 3}'])
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "{", '{"things": 3}', EMPTY % ("[3]", "96"), EMPTY % ('"cat"', "96"), EMPTY % ("[]", "0")]
+)
 def test_a_damaged_file_is_one_error(tmp_path, text):
     (tmp_path / "words.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"words\.json"):
