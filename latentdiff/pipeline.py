@@ -34,9 +34,10 @@ from latentdiff.networks.attention import attention_backend
 from latentdiff.networks.functions import checked_model, decode_latents, encode_pictures
 from latentdiff.networks.kernels.choice import forms_in_use
 from latentdiff.networks.steering import prompted_denoiser
-from latentdiff.networks.text_embedding import PLAIN, EncodedPrompt, PromptEncoder, Reading
+from latentdiff.networks.text_embedding import PLAIN, EncodedPrompt, Given, PromptEncoder, Reading
 from latentdiff.networks.told_guidance import told_guidance
 from latentdiff.networks.vae import LatentDistribution
+from latentdiff.prompts.account import Account, account
 from latentdiff.recipe import Recipe, library_versions
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice, refusal
@@ -68,8 +69,10 @@ class Pipeline(LoadedModel):
     @overload
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
         latents: Tensor | None = None,
         output: Literal["latents"],
         **options: Unpack[GenerateOptions],
@@ -78,19 +81,29 @@ class Pipeline(LoadedModel):
     @overload
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
         latents: Tensor | None = None,
         output: Literal["images"] = "images",
         **options: Unpack[GenerateOptions],
     ) -> list[Image.Image]: ...
 
-    @public(GenerateOptions, latents=_tensor, output=Choice(("images", "latents")))
+    @public(
+        GenerateOptions,
+        prompt_embeds=_tensor,
+        negative_prompt_embeds=_tensor,
+        latents=_tensor,
+        output=Choice(("images", "latents")),
+    )
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
         latents: Tensor | None = None,
         output: Literal["images", "latents"] = "images",
         **options: Unpack[GenerateOptions],
@@ -98,7 +111,9 @@ class Pipeline(LoadedModel):
         """Make images of what the prompt says.
 
         Args:
-            prompt: one prompt or several; "" is allowed.
+            prompt: one prompt or several; "" is allowed. `prompt_syntax` says how they are read.
+            prompt_embeds: (N, L, C) in place of prompts, as diffusers names it; `encode` makes them.
+            negative_prompt_embeds: (N, L', C), or one for all, in place of negative prompts.
             latents: unit normal start noise (N, C, h, w) in place of that of the seeds.
             output: "images", or "latents" for what the VAE would decode, a tensor (N, C, h, w).
             options: see `GenerateOptions`: steps, guidance_scale, negative_prompt, sampler, seed, num_images, width,
@@ -113,7 +128,9 @@ class Pipeline(LoadedModel):
             Cancelled: the callback returned False.
         """
         size = options.pop("height", None), options.pop("width", None)
-        plan = Sampling(**cast(SamplingOptions, options)).plan(prompt, self.schedule)
+        sampling = Sampling(**cast(SamplingOptions, options))
+        given = Given.of(prompt, sampling.negative_prompt, prompt_embeds, negative_prompt_embeds)
+        plan = sampling.plan(given.prompts, self.schedule)
         self.check_text_to_image()
         shape = latent_shape(size, self.default_size, self.residence.module("vae").config, latents, len(plan.prompts))
 
@@ -121,12 +138,20 @@ class Pipeline(LoadedModel):
             x = noise()  # drawn even if it is given, so that later draws do not depend on that
             return Start(plan.start_scale * (x if latents is None else latents[part].to(x)))
 
-        made = self.sample(plan, shape, start)
+        width = self.parts.module("unet").config.cross_attention_dim
+        text = given.instead_of(self.encoded(plan), width) if given.is_given else None
+        made = self.sample(plan, shape, start, text=text)
         if output == "latents":
             return made
         images = to_pil(self.decode(made))
         for image, fields in zip(images, plan.recipe_fields(), strict=True):
-            own = self.recipe(**fields, width=image.width, height=image.height, given_latents=latents is not None)
+            own = self.recipe(
+                **fields,
+                width=image.width,
+                height=image.height,
+                given_latents=latents is not None,
+                given_embeddings=given.is_given,
+            )
             image.info.update(own.to_chunks())
         return images
 
@@ -216,6 +241,21 @@ class Pipeline(LoadedModel):
         return torch.cat(
             [torch.cat([text, *[empty] * ((longest - text.shape[1]) // empty.shape[1])], dim=1) for text in texts]
         )
+
+    def explain(self, prompt: str, *, prompt_syntax: str = "a1111", steps: int = 25, negative: bool = False) -> Account:
+        """What a prompt means to this model: tokens, weights, chunks, stages, and what has no meaning or is cut.
+
+        Args:
+            steps: over which stages are counted.
+            negative: read it as a negative prompt.
+
+        Returns:
+            A value with all of it; `print` shows a table.
+
+        Raises:
+            UsageError: the prompt cannot be read.
+        """
+        return account(self.tokenizer, prompt, prompt_syntax, steps, negative=negative)
 
     def prompt_encoder(self, reading: Reading = PLAIN) -> PromptEncoder:
         """What embeds prompts, and remembers them."""

@@ -72,6 +72,7 @@ class Recipe(_Asked):
     zero_terminal_snr: bool = False
     ema: bool = False
     given_latents: bool = False
+    given_embeddings: bool = False
     precision: str = ""
     backend: str = "torch"
     device: str = ""

@@ -132,3 +132,36 @@ def test_long_plain_prompts_are_quoted_short():
     with pytest.warns(PromptWarning) as caught:
         pipe().encode(["x" * 5000])
     assert len(str(caught[0].message)) < 250
+
+
+def test_embeddings_in_place_of_prompts():
+    expected = pipe()(["a cat", "the dog"], negative_prompt="red", num_images=2, **LATENTS)
+    given = {"prompt_embeds": pipe().encode(["a cat", "the dog"]), "negative_prompt_embeds": pipe().encode(["red"])}
+    assert torch.equal(pipe()(num_images=2, **given, **LATENTS), expected)
+    assert torch.equal(
+        pipe()("a cat", negative_prompt_embeds=given["negative_prompt_embeds"], **LATENTS),
+        pipe()("a cat", negative_prompt="red", **LATENTS),
+    )
+    recipe = read_recipe(pipe()(**given, **OPTIONS)[0].info)
+    assert recipe.given_embeddings and recipe.prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "expected a prompt, or prompt_embeds in its place; found neither"),
+        ({"prompt": "a", "prompt_embeds": torch.zeros(1, 77, 32)}, "found both"),
+        ({"prompt_embeds": torch.zeros(1, 77, 16)}, r"prompt_embeds of shape \(N, L, 32\).*found \(1, 77, 16\)"),
+        ({"prompt_embeds": torch.full((1, 77, 32), torch.nan)}, "finite prompt_embeds"),
+        ({"prompt": ["a", "b", "c"], "negative_prompt_embeds": torch.zeros(2, 77, 32)}, "one for all images"),
+        ({"prompt": "a", "negative_prompt": "b", "negative_prompt_embeds": torch.zeros(1, 77, 32)}, "found both"),
+        ({"prompt_embeds": "a"}, "prompt_embeds to be a tensor"),
+    ],
+)
+def test_embeddings_that_do_not_fit(given, message):
+    with pytest.raises(UsageError, match=message):
+        pipe()(**given, **LATENTS)
+
+
+def test_explain_uses_the_models_own_tokens():
+    assert "4 tokens in 1 chunk of 75" in str(pipe().explain("a photo of [cat|dog]", steps=1))

@@ -40,6 +40,7 @@ recipes = st.builds(
     prediction_type=st.none() | st.just("v_prediction"),
     ema=st.booleans(),
     given_latents=st.booleans(),
+    given_embeddings=st.booleans(),
     precision=st.sampled_from(["fp32", "bf16"]),
     device=text,
     versions=st.dictionaries(text, text, max_size=3),

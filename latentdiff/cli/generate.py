@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +25,8 @@ from latentdiff.cli.previews import preview_file
 from latentdiff.cli.ranks import joined
 from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
+from latentdiff.prompts.notice import shortened
+from latentdiff.request.options import SAMPLING, Settings
 
 
 @click.command()
@@ -45,6 +48,11 @@ from latentdiff.errors import UsageError
 @click.option(
     "--sheet", type=ANY_PATH, metavar="FILE.png", help="Also write all pictures on one sheet with their prompts."
 )
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="Make nothing; show what each prompt means: tokens, weights, chunks, stages, and what is cut or means nothing.",
+)
 @NO_METADATA
 def generate(
     prompts: tuple[str, ...],
@@ -58,6 +66,7 @@ def generate(
     preview: Path | None,
     preview_every: int,
     preview_decoder: Path | None,
+    explain: bool,
     **settings: Any,
 ) -> int:
     """Make pictures of one or more prompts and print where they lie.
@@ -72,6 +81,8 @@ def generate(
         raise UsageError(f"expected a folder for {len(texts) * num_images} pictures, found --out {out}")
     if preview_decoder and not preview:
         raise UsageError("expected --preview FILE.png with --preview-decoder, which only previews use")
+    if explain:
+        return _explain(texts, settings)
     for place in filter(None, (out, sheet, preview)):
         output.check_writable(place)
     with joined() as ranks:
@@ -92,6 +103,20 @@ def generate(
     if sheet and ranks.is_first:
         write_sheet(pictures, sheet)
     return code
+
+
+def _explain(prompts: Sequence[str], settings: dict[str, Any]) -> int:
+    negative = settings["negative_prompt"]
+    with loaded_model(settings) as pipe:
+        options = Settings(**{name: value for name, value in settings.items() if name in SAMPLING})
+        for text, is_negative in (*((prompt, False) for prompt in prompts), (negative, True)):
+            if text or not is_negative:
+                click.echo(f"{'negative: ' * is_negative}{shortened(text)}")
+                found = pipe.explain(
+                    text, prompt_syntax=options.prompt_syntax, steps=options.steps, negative=is_negative
+                )
+                click.echo(f"{found}\n")
+    return 0
 
 
 def _read_prompts(file: TextIO | None) -> list[str]:

@@ -70,6 +70,8 @@ def reproduce(
         check_writable(out.parent if out.suffix == ".gif" else out)
     original = open_image(picture)
     recipe = read_recipe(original.info)
+    if recipe.given_embeddings:
+        raise DataError(f"{picture} was made from given text embeddings, which a recipe does not hold")
     if recipe.given_latents:
         raise DataError(f"{picture} was made from given start noise, which a recipe does not hold")
     sources = _sources(recipe, picture, source)

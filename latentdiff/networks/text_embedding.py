@@ -5,6 +5,7 @@ A prompt whose text changes over the steps, or that joins several texts by `AND`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,68 @@ class EncodedPrompt:
     def is_plain(self) -> bool:
         """Whether it has one part of weight 1."""
         return len(self.parts) == 1 and self.parts[0].weight == 1.0
+
+
+EncodedTexts = tuple[list[EncodedPrompt], list[EncodedPrompt]]  # what each picture follows, and what it avoids
+
+
+@dataclass(frozen=True)
+class Given:
+    """Embeddings that a caller gives in place of prompts or negative prompts; the prompts are empty then."""
+
+    prompts: str | Sequence[str]
+    positive: Tensor | None
+    negative: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        prompts: str | Sequence[str] | None,
+        negatives: str | Sequence[str],
+        positive: Tensor | None,
+        negative: Tensor | None,
+    ) -> Given:
+        """Check that each is said once.
+
+        Raises:
+            UsageError: a prompt and its embeddings, or neither.
+        """
+        if (prompts is None) == (positive is None):
+            found = "neither" if prompts is None else "both"
+            raise UsageError(f"expected a prompt, or prompt_embeds in its place; found {found}")
+        if negative is not None and negatives not in ("", [""]):
+            raise UsageError("expected a negative prompt or negative_prompt_embeds; found both")
+        return cls(prompts if positive is None else [""] * len(positive), positive, negative)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there are any."""
+        return self.positive is not None or self.negative is not None
+
+    def instead_of(self, texts: EncodedTexts, width: int) -> EncodedTexts:
+        """The texts of the pictures, with the given ones in their place.
+
+        Raises:
+            UsageError: embeddings of another shape.
+        """
+        positive, negative = texts
+        return (
+            _in_place(positive, "prompt_embeds", self.positive, width),
+            _in_place(negative, "negative_prompt_embeds", self.negative, width),
+        )
+
+
+def _in_place(texts: list[EncodedPrompt], name: str, given: Tensor | None, width: int) -> list[EncodedPrompt]:
+    if given is None:
+        return texts
+    if given.ndim != 3 or given.shape[2] != width or not len(given) or len(texts) % len(given):
+        raise UsageError(
+            f"expected {name} of shape (N, L, {width}), one for all images or each prompt, found {tuple(given.shape)}"
+        )
+    if not given.isfinite().all():
+        raise UsageError(f"expected finite {name}, found NaN or infinity")
+    of_each = EncodedPrompt.of(given.to(texts[0].parts[0].stages[0][1]))
+    return [of_each[place * len(given) // len(texts)] for place in range(len(texts))]
 
 
 class PromptEncoder:

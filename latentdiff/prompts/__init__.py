@@ -5,6 +5,7 @@ tags        `<lora:name:weight>`
 stages      text that changes on the way: `[from:to:when]`, `[a|b]`
 weights     attention weights, as AUTOMATIC1111 and as ComfyUI read them
 chunks      tokens in pieces that the text encoder can read
+account     what a prompt means, as a table
 tokenizer   CLIP's byte-pair encoding
 tokenize    which words of a plain prompt do not fit
 words       which words a small model knows
