@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.adapters.lora.loaded import LoadedLoRAs
+from latentdiff.adapters.lora.offered import OfferedLoRAs
 from latentdiff.adapters.lora.reading import read_lora
 from latentdiff.adapters.lora.strength import Strength
 from latentdiff.adapters.textual_inversion import LoadedEmbeddings, is_word_file, read_embedding, read_words
@@ -85,6 +86,7 @@ class LoadedModel:
         self.backend = "torch"
         self.loras = LoadedLoRAs(unet, text_encoder)
         self.embeddings = LoadedEmbeddings(tokenizer, text_encoder)
+        self.offered = OfferedLoRAs()
         _check_fit("text embeddings", text_encoder.embedding_width, unet.config.cross_attention_dim)
         _check_fit("latent channels", vae.config.latent_channels, unet.config.out_channels)
         _check_inputs(unet.config.in_channels, vae.config.latent_channels)
@@ -302,6 +304,14 @@ class LoadedModel:
             self.tokenizer = self.embeddings.tokenizer
         if name is None or name in self.loras or not has_words:
             self.loras.unload(name)
+
+    def offer_loras(self, folder: str | os.PathLike[str]) -> None:
+        """Let prompts name the LoRAs of a folder: `<lora:name:weight>`, by file name without its ending.
+
+        Raises:
+            UsageError: there is no such folder, or nothing in it.
+        """
+        self.offered.add_folder(folder)
 
     def adaptations(self) -> list[dict[str, Any]]:
         """What recipes say of the LoRAs and words that are loaded."""

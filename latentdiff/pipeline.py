@@ -38,6 +38,7 @@ from latentdiff.networks.text_embedding import PLAIN, EncodedPrompt, Given, Prom
 from latentdiff.networks.told_guidance import told_guidance
 from latentdiff.networks.vae import LatentDistribution
 from latentdiff.prompts.account import Account, account
+from latentdiff.prompts.syntax import read_prompt
 from latentdiff.recipe import Recipe, library_versions
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice, refusal
@@ -176,6 +177,26 @@ class Pipeline(LoadedModel):
             NotFiniteError: the model gives NaN or infinity.
             Cancelled: the callback returned False.
         """
+        made = []
+        for first, piece in plan.pieces():
+
+            def start_of(part: slice, noise: NoiseStream, first: int = first) -> Start:
+                return start(slice(first + part.start, first + part.stop), noise)
+
+            pictures = slice(first, first + len(piece.prompts))
+            with self.offered.attached(piece.loras, self.load_lora, self.unload_lora):
+                own = text and (text[0][pictures], text[1][pictures])
+                made.append(self._sample(piece, shape, start_of, own))
+        return torch.cat(made)
+
+    def _sample(
+        self,
+        plan: Plan,
+        shape: tuple[int, int, int],
+        start: Callable[[slice, NoiseStream], Start],
+        text: tuple[Texts, Texts] | None,
+    ) -> Tensor:
+        """`sample` of pictures whose prompts name the same LoRAs, which are attached."""
         rows = max(map(plan.rows, plan.batches))
         workload = self.residence.workload(rows, *shape[-2:], quadratic=attention_backend() == "plain")
         self.residence.check(workload)
@@ -311,6 +332,7 @@ class Pipeline(LoadedModel):
 
     def recipe(self, **fields: Any) -> Recipe:
         """A recipe with these fields, and what is to be said about the model and where it runs."""
+        tags = read_prompt(fields["prompt"], fields["prompt_syntax"]).loras
         return Recipe(
             model=self.name,
             model_hash=self.model_hash,
@@ -321,7 +343,7 @@ class Pipeline(LoadedModel):
             backend=self.backend,
             device=describe_device(self.device),
             versions=library_versions() | ({"forms": forms} if (forms := forms_in_use()) else {}),
-            loras=self.adaptations(),
+            loras=[*self.adaptations(), *self.offered.describe(tags)],
             **fields,
         )
 

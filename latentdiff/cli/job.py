@@ -14,6 +14,7 @@ import click
 from latentdiff.cli import output
 from latentdiff.cli.ranks import Ranks
 from latentdiff.errors import LatentDiffError, UsageError, printable
+from latentdiff.prompts.syntax import read_prompt
 from latentdiff.request.options import KEPT, SAMPLING
 
 if TYPE_CHECKING:
@@ -121,11 +122,12 @@ class Job:
         asked = {name: getattr(settled, name) for name in KEPT}
         height, width = self.pipe.default_size
         asked |= {"height": self.settings.get("height") or height, "width": self.settings.get("width") or width}
+        tags = read_prompt(prompt, settled.prompt_syntax).loras
         model = {
             "model_hash": self.pipe.model_hash,
             "ema": self.pipe.ema,
             "prediction_type": self.pipe.schedule.config.prediction_type,
-            "loras": self.pipe.adaptations(),
+            "loras": [*self.pipe.adaptations(), *self.pipe.offered.describe(tags)],
         }
         return {**asked, **model, "prompt": prompt, "seed": seed}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,6 +83,14 @@ EMBEDDINGS = click.option(
 )
 
 
+LORA_DIR = click.option(
+    "--lora-dir",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Where the LoRAs lie that prompts name by <lora:name:weight>; the name is that of the file without its ending.",
+)
+
+
 @contextmanager
 def with_loras(
     pipe: Pipeline,
@@ -139,3 +148,16 @@ def _find(file: str, sha256: str, folders: list[Path]) -> Path:
         f"the picture was made with the LoRA {name} (SHA-256 {sha256[:10]}...), which is not in {places}; "
         "say which folder it is in with --lora-dir"
     )
+
+
+def offer_loras_of(pipe: Pipeline, recipe: Recipe, folders: Iterable[Path]) -> Recipe:
+    """Let the recipe's prompt find the LoRAs that it names; returns the recipe without them.
+
+    Raises:
+        DataError: one is not there, or the recipe does not say which it is.
+    """
+    named = [entry for entry in recipe.loras if "tag" in entry]
+    files = loras_of(replace(recipe, loras=named), folders)
+    for entry, (path, _) in zip(named, files, strict=True):
+        pipe.offered.add(str(entry["tag"]), path)
+    return replace(recipe, loras=[entry for entry in recipe.loras if "tag" not in entry])

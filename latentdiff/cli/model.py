@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ADAPTING = ("loras", "embeddings", "allow_partial")
 CHOICES = ("ema", "prediction_type", "zero_terminal_snr", "vae", "text_encoder", "base")
-NAMES = ("model", *CHOICES, "device", "precision", "backend", "attention", "low_memory")
+NAMES = ("model", *CHOICES, "device", "precision", "backend", "attention", "low_memory", "lora_dir")
 
 
 @contextmanager
@@ -36,8 +36,10 @@ def loaded_model(settings: dict[str, Any]) -> Iterator[Pipeline]:
     from latentdiff.networks.attention import use_attention_backend
     from latentdiff.pipeline import Pipeline
 
-    attention = chosen.pop("attention")
+    attention, lora_dir = chosen.pop("attention"), chosen.pop("lora_dir")
     pipe = Pipeline.load(chosen.pop("model"), **chosen)
+    if lora_dir is not None:
+        pipe.offer_loras(lora_dir)
     with with_loras(pipe, **adapting), use_attention_backend(attention) if attention else nullcontext():
         yield pipe
 

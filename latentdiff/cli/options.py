@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from latentdiff.cli.loras import ALLOW_PARTIAL, EMBEDDINGS, LORAS
+from latentdiff.cli.loras import ALLOW_PARTIAL, EMBEDDINGS, LORA_DIR, LORAS
 from latentdiff.request.domains import Interval, Numbers, Real, Seeds, Texts, Whole
 from latentdiff.request.options import (
     OPTIONS,
@@ -93,6 +93,7 @@ MODEL_OPTIONS = together(
     ZERO_SNR,
     PARTS_FROM,
     LORAS,
+    LORA_DIR,
     ALLOW_PARTIAL,
     EMBEDDINGS,
     DEVICE,

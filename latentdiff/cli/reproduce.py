@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from latentdiff.cli.loras import loras_of, with_loras
+from latentdiff.cli.loras import loras_of, offer_loras_of, with_loras
 from latentdiff.cli.options import ANY_PATH, DEVICE, PARTS_FROM
 from latentdiff.cli.output import check_writable
 from latentdiff.errors import CheckpointError, DataError, UsageError
@@ -75,8 +75,9 @@ def reproduce(
     if recipe.given_latents:
         raise DataError(f"{picture} was made from given start noise, which a recipe does not hold")
     sources = _sources(recipe, picture, source)
-    loras = loras_of(recipe, [lora_dir] if lora_dir else [picture.parent, Path()])
+    folders = [lora_dir] if lora_dir else [picture.parent, Path()]
     pipe = _load(recipe, model, device, precision, parts)
+    loras = loras_of(offer_loras_of(pipe, recipe, folders), folders)
     with with_loras(pipe, loras):
         again = _make(pipe, recipe, sources)
     if out:

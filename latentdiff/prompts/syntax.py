@@ -17,7 +17,7 @@ from latentdiff.errors import UsageError
 from latentdiff.prompts.chunks import CHUNKING, Chunk, room
 from latentdiff.prompts.notice import LONGEST, shortened, warn
 from latentdiff.prompts.stages import Stage, stages_of
-from latentdiff.prompts.tags import LoRATag, without_tags
+from latentdiff.prompts.tags import TAG, LoRATag, without_tags
 from latentdiff.prompts.tokenize import dropped_text
 from latentdiff.prompts.tokenizer import END_OF_WORD
 from latentdiff.prompts.weights import Run, Stretch, a1111_runs, comfy_runs
@@ -75,7 +75,7 @@ class Prompt:
 def read_prompt(text: str, syntax: str, *, negative: bool = False) -> Prompt:
     """Read tags and `AND`, and find what looks like grammar and is none.
 
-    A part may end in `:weight`, a prompt of one part too. Negative prompts know no `AND`.
+    A part may end in `:weight`, a prompt of one part too. Negative prompts know no `AND` and no tags.
 
     Raises:
         UsageError: there is no such syntax, or a tag or a weight is none.
@@ -84,12 +84,11 @@ def read_prompt(text: str, syntax: str, *, negative: bool = False) -> Prompt:
         raise UsageError(f"expected a prompt syntax of {', '.join(_RUNS)}, found {syntax!r}")
     if syntax != "a1111":
         return Prompt(syntax, (Part(text),), unheeded=tuple(_foreign(text, syntax)))
-    text, loras, unheeded = without_tags(text)
     if negative:
-        unheeded += ["AND"] if _AND.search(text) else []
-        parts = [Part(text)]
-    else:
-        parts = [_part(piece) for piece in _AND.split(text)]
+        unheeded = [found.group() for pattern in (_AND, TAG) for found in pattern.finditer(text)]
+        return Prompt(syntax, (Part(text),), unheeded=(*unheeded, *_foreign(text, syntax)))
+    text, loras, unheeded = without_tags(text)
+    parts = [_part(piece) for piece in _AND.split(text)]
     return Prompt(syntax, tuple(parts), tuple(loras), (*unheeded, *_foreign(text, syntax)))
 
 

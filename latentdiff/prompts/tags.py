@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from latentdiff.errors import UsageError
 
-_TAG = re.compile(r"<(\w+):([^>]+)>")
+TAG = re.compile(r"<(\w+):([^>]+)>")
 _LORA_KINDS = ("lora", "lyco")
 
 
@@ -34,12 +34,12 @@ def without_tags(text: str) -> tuple[str, list[LoRATag], list[str]]:
         UsageError: a strength is not a number.
     """
     loras, others = [], []
-    for kind, rest in _TAG.findall(text):
+    for kind, rest in TAG.findall(text):
         if kind in _LORA_KINDS:
             loras.append(_lora(rest))
         else:
             others.append(f"<{kind}:{rest}>")
-    return _TAG.sub("", text), loras, others
+    return TAG.sub("", text), loras, others
 
 
 def _lora(rest: str) -> LoRATag:

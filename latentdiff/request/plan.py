@@ -6,6 +6,7 @@ import math
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from latentdiff.errors import UsageError
 from latentdiff.networks.config import VAEConfig
 from latentdiff.networks.text_embedding import Reading
 from latentdiff.prompts.syntax import read_prompt
+from latentdiff.prompts.tags import LoRATag
 from latentdiff.prompts.tokenize import as_list
 from latentdiff.request.options import KEPT, OPTIONS, Settings
 
@@ -47,7 +49,7 @@ class Sampling(Settings):
             sampler=method.over(schedule, len(levels) - 1),
             levels=levels,
             start_scale=method.start_scale(schedule, own.spacing, levels[0], within=own.within(schedule)),
-            batches=batches(len(prompts), own.batch_size),
+            batches=_batches_of_equal_loras(prompts, own.prompt_syntax, own.batch_size),
             spacing=own.spacing,
             cache=CacheSettings(own.cache_interval, own.cache_branch, own.cache_centre),
             reading=Reading(own.prompt_syntax, own.clip_skip),
@@ -176,6 +178,30 @@ class Plan:
         texts = self.prompts[part]
         return len(texts) + sum(len(read_prompt(text, self.reading.syntax).parts) for text in texts)
 
+    def pieces(self) -> list[tuple[int, Plan]]:
+        """The plan cut where the prompts name other LoRAs; each piece with the place of its first image."""
+        found = []
+        for _, some in groupby(self.batches, key=lambda part: self._loras(part.start)):
+            parts = list(some)
+            first, last = parts[0].start, parts[-1].stop
+            piece = replace(
+                self,
+                prompts=self.prompts[first:last],
+                negatives=self.negatives[first:last],
+                seeds=self.seeds[first:last],
+                batches=[slice(part.start - first, part.stop - first) for part in parts],
+            )
+            found.append((first, piece))
+        return found
+
+    @property
+    def loras(self) -> tuple[LoRATag, ...]:
+        """What the prompts of a piece name."""
+        return self._loras(0)
+
+    def _loras(self, image: int) -> tuple[LoRATag, ...]:
+        return read_prompt(self.prompts[image], self.reading.syntax).loras
+
     def recipe_fields(self) -> Iterator[dict[str, Any]]:
         """For each picture, the fields of its recipe that the plan decides."""
         kept = {name: getattr(self.options, name) for name in KEPT}
@@ -256,3 +282,12 @@ def batches(count: int, batch_size: int | None) -> list[slice]:
     """Cut `count` images into parts of at most `batch_size`; None is the default."""
     size = OPTIONS["batch_size"].default if batch_size is None else batch_size
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _batches_of_equal_loras(prompts: Sequence[str], syntax: str, batch_size: int) -> list[slice]:
+    """Batches whose prompts name the same LoRAs with the same strengths."""
+    found: list[slice] = []
+    for _, some in groupby(prompts, key=lambda text: read_prompt(text, syntax).loras):
+        start = found[-1].stop if found else 0
+        found += [slice(start + part.start, start + part.stop) for part in batches(len(list(some)), batch_size)]
+    return found

@@ -93,3 +93,8 @@ def test_simple_prompts():
     assert not read_prompt("a AND b", "a1111").is_simple
     assert not read_prompt("[a:b:0.5]", "a1111").is_simple
     assert read_prompt("[a:b:0.5] AND", "plain").is_simple
+
+
+def test_tags_in_negative_prompts_are_letters():
+    found = read_prompt("red <lora:a:1>", "a1111", negative=True)
+    assert found.parts == (Part("red <lora:a:1>"),) and found.unheeded == ("<lora:a:1>",) and not found.loras

@@ -1,0 +1,44 @@
+"""LoRAs that prompts name, in one call of the pipeline."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from latentdiff.adapters.lora import save_lora
+from latentdiff.errors import UsageError
+from tests import peers
+from tests.adapters.lora.conftest import make
+
+OPTIONS = {"steps": 2, "seed": 3, "progress": False, "output": "latents"}
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    pipe = peers.ours("sd1")
+    save_lora(make(pipe), tmp_path / "one.safetensors")
+    save_lora(make(pipe, seed=2), tmp_path / "two.safetensors")
+    pipe.offer_loras(tmp_path)
+    return pipe
+
+
+def test_each_prompt_has_its_own_and_nothing_is_left(pipe):
+    prompts = ["cat <lora:one:0.5>", "cat <lora:one:0.5>", "cat", "cat <lora:two:1><lora:one:-1>"]
+    together = pipe(prompts, **OPTIONS)
+    for index, prompt in enumerate(prompts):
+        alone = pipe(prompt, **{**OPTIONS, "seed": 3 + index})
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(together[:1], pipe("cat", **OPTIONS)) and not pipe.adaptations()
+
+
+def test_a_tag_is_load_lora(pipe, tmp_path):
+    tagged = pipe("cat<lora:one:0.5>", **OPTIONS)
+    pipe.load_lora(tmp_path / "one.safetensors", 0.5)
+    assert torch.equal(tagged, pipe("cat", **OPTIONS))
+
+
+def test_unknown_names_and_two_strengths(pipe):
+    with pytest.raises(UsageError, match="no LoRA called 'three', which the prompt names; offered are: one, two"):
+        pipe("cat <lora:three:1>", **OPTIONS)
+    with pytest.raises(UsageError, match="--lora-dir"):
+        peers.ours("sd1")("cat <lora:one:1>", **OPTIONS)
