@@ -25,8 +25,9 @@ from latentdiff.cli.previews import preview_file
 from latentdiff.cli.ranks import joined
 from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
+from latentdiff.prompts.lines import Line, read_lines
 from latentdiff.prompts.notice import shortened
-from latentdiff.request.options import SAMPLING, Settings
+from latentdiff.request.options import SAMPLER_TITLES, SAMPLING, Settings
 
 
 @click.command()
@@ -36,7 +37,9 @@ from latentdiff.request.options import SAMPLING, Settings
     "prompt_file",
     type=click.File(encoding="utf-8"),
     metavar="FILE",
-    help="Read prompts from FILE, one a line; - is stdin. Blank lines and lines that begin with # are skipped.",
+    help="Read prompts from FILE, one a line; - is stdin. Blank lines and lines that begin with # are skipped. A line may "
+    "end in options of its own, --n TEXT --w --h --d SEED --s STEPS --l GUIDANCE, or be written as "
+    '--prompt "..." --steps 30.',
 )
 @OUT
 @click.option("--skip-existing", is_flag=True, help="Do not make pictures again that lie in the folder already.")
@@ -47,6 +50,12 @@ from latentdiff.request.options import SAMPLING, Settings
 @PREVIEW_DECODER
 @click.option(
     "--sheet", type=ANY_PATH, metavar="FILE.png", help="Also write all pictures on one sheet with their prompts."
+)
+@click.option(
+    "--wildcards",
+    type=ANY_PATH,
+    metavar="FOLDER",
+    help="Draw {a|b} and __name__ in prompts anew for each image; name.txt lies in FOLDER.",
 )
 @click.option(
     "--explain",
@@ -66,6 +75,7 @@ def generate(
     preview: Path | None,
     preview_every: int,
     preview_decoder: Path | None,
+    wildcards: Path | None,
     explain: bool,
     **settings: Any,
 ) -> int:
@@ -74,15 +84,16 @@ def generate(
     Started by accelerate launch or torchrun, the processes share the pictures, each on a GPU of its own where there are
     some.
     """
-    texts = [*prompts, *_read_prompts(prompt_file)]
-    if not texts:
+    lines = [*map(Line, prompts), *_read_prompts(prompt_file)]
+    count = sum(dict(line.options).get("num_images", num_images) for line in lines)
+    if not lines:
         raise UsageError("expected a prompt, or a file of prompts with --prompts; found neither")
-    if out.suffix == ".png" and len(texts) * num_images > 1:
-        raise UsageError(f"expected a folder for {len(texts) * num_images} pictures, found --out {out}")
+    if out.suffix == ".png" and count > 1:
+        raise UsageError(f"expected a folder for {count} pictures, found --out {out}")
     if preview_decoder and not preview:
         raise UsageError("expected --preview FILE.png with --preview-decoder, which only previews use")
     if explain:
-        return _explain(texts, settings)
+        return _explain([line.prompt for line in lines], settings)
     for place in filter(None, (out, sheet, preview)):
         output.check_writable(place)
     with joined() as ranks:
@@ -98,7 +109,9 @@ def generate(
             if preview and ranks.is_first:
                 settings["callback"] = preview_file(pipe, preview, preview_every, preview_decoder)
             job = Job(pipe, settings, skip_existing=skip_existing, metadata=not no_metadata, ranks=ranks)
-            pictures = job.plan(out, texts, range(first, first + num_images))
+            if wildcards:
+                lines = _drawn(lines, wildcards, first, num_images)
+            pictures = job.plan(out, lines, first, num_images)
             code = ranks.worst(job.run(pictures))
     if sheet and ranks.is_first:
         write_sheet(pictures, sheet)
@@ -119,14 +132,27 @@ def _explain(prompts: Sequence[str], settings: dict[str, Any]) -> int:
     return 0
 
 
-def _read_prompts(file: TextIO | None) -> list[str]:
+def _read_prompts(file: TextIO | None) -> list[Line]:
     if file is None:
         return []
     try:
-        lines = [line.strip() for line in file]
+        lines = read_lines(file, SAMPLER_TITLES)
     except UnicodeDecodeError as error:
         raise UsageError(f"expected prompts as UTF-8 text in {file.name}, found other bytes") from error
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
+    if not lines:
         raise UsageError(f"expected prompts in {file.name}, one a line, found none")
-    return prompts
+    return lines
+
+
+def _drawn(lines: Sequence[Line], folder: Path, first: int, count: int) -> list[Line]:
+    """A line for each picture, its prompt drawn with the picture's seed."""
+    from latentdiff.prompts.wildcards import Wildcards
+
+    wildcards, found = Wildcards(folder), []
+    for line in lines:
+        own = dict(line.options)
+        start = own.pop("seed", first)
+        for seed in range(start, start + own.pop("num_images", count)):
+            options = {**own, "seed": seed, "num_images": 1}
+            found.append(Line(wildcards.draw(line.prompt, seed), tuple(options.items())))
+    return found

@@ -3,7 +3,7 @@ processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -14,8 +14,9 @@ import click
 from latentdiff.cli import output
 from latentdiff.cli.ranks import Ranks
 from latentdiff.errors import LatentDiffError, UsageError, printable
+from latentdiff.prompts.lines import Line
 from latentdiff.prompts.syntax import read_prompt
-from latentdiff.request.options import KEPT, SAMPLING
+from latentdiff.request.options import KEPT, SAMPLING, checked
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
@@ -29,6 +30,7 @@ class WantedImage:
     seed: int
     path: Path
     is_there: bool
+    own: tuple[tuple[str, Any], ...] = ()  # options of this prompt alone
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,21 @@ class Job:
     metadata: bool = True
     ranks: Ranks = Ranks()
 
-    def plan(self, out: Path, prompts: Sequence[str], seeds: Sequence[int]) -> list[WantedImage]:
+    def plan(self, out: Path, lines: Sequence[Line], first: int, count: int) -> list[WantedImage]:
         """All pictures, prompt by prompt, each once and each in a file of its own.
 
         What other processes of the same job have written already does not change the plan.
+
+        Args:
+            first, count: seed of the first picture and number of pictures of each prompt, where its line says no other.
         """
         pictures: dict[Path, WantedImage] = {}
-        for prompt in dict.fromkeys(prompts):
-            for seed in seeds:
-                path, is_there = output.picture_path(out, self._wanted(prompt, seed), taken=pictures)
-                pictures[path] = WantedImage(prompt, seed, path, is_there)
+        for line in dict.fromkeys(lines):
+            own = checked(dict(line.options))
+            start = own.pop("seed", first)
+            for seed in range(start, start + own.pop("num_images", count)):
+                path, is_there = output.picture_path(out, self._wanted(line.prompt, seed, own), taken=pictures)
+                pictures[path] = WantedImage(line.prompt, seed, path, is_there, tuple(own.items()))
         return list(pictures.values())
 
     def run(self, pictures: Sequence[WantedImage]) -> int:
@@ -87,7 +94,7 @@ class Job:
         """What one call of the pipeline makes: a prompt, or one batch of it where it is to be shared."""
         from latentdiff.request.plan import batches
 
-        for _, of_prompt in groupby(pictures, key=lambda picture: picture.prompt):
+        for _, of_prompt in groupby(pictures, key=lambda picture: (picture.prompt, picture.own)):
             found = list(of_prompt)
             parts = [slice(None)] if self.ranks.count == 1 else batches(len(found), self.settings.get("batch_size"))
             yield from (found[part] for part in parts)
@@ -108,20 +115,21 @@ class Job:
             "num_images": len(missing),
             "progress": self.ranks.is_first,
         }
-        images = self.pipe(missing[0].prompt, **options, **self.settings)
+        images = self.pipe(missing[0].prompt, **options, **{**self.settings, **dict(missing[0].own)})
         for image, picture in zip(images, missing, strict=True):
             save_png(image, picture.path, metadata=self.metadata)
             click.echo(picture.path)
 
-    def _wanted(self, prompt: str, seed: int) -> dict[str, Any]:
+    def _wanted(self, prompt: str, seed: int, own: Mapping[str, Any]) -> dict[str, Any]:
         """What the recipe of a picture would say, as far as it decides what the picture shows."""
         from latentdiff.request.plan import Sampling
 
-        settled = Sampling(**{name: value for name, value in self.settings.items() if name in SAMPLING})
+        settings = {**self.settings, **own}
+        settled = Sampling(**{name: value for name, value in settings.items() if name in SAMPLING})
         settled = settled.for_model(self.pipe.schedule)
         asked = {name: getattr(settled, name) for name in KEPT}
         height, width = self.pipe.default_size
-        asked |= {"height": self.settings.get("height") or height, "width": self.settings.get("width") or width}
+        asked |= {"height": settings.get("height") or height, "width": settings.get("width") or width}
         tags = read_prompt(prompt, settled.prompt_syntax).loras
         model = {
             "model_hash": self.pipe.model_hash,

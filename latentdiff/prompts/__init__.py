@@ -6,6 +6,8 @@ stages      text that changes on the way: `[from:to:when]`, `[a|b]`
 weights     attention weights, as AUTOMATIC1111 and as ComfyUI read them
 chunks      tokens in pieces that the text encoder can read
 account     what a prompt means, as a table
+lines       prompt files with options on each line
+wildcards   `{a|b}` and `__name__`
 tokenizer   CLIP's byte-pair encoding
 tokenize    which words of a plain prompt do not fit
 words       which words a small model knows

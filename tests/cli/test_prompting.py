@@ -55,3 +55,25 @@ def test_names_that_are_not_there(generate):
     ]
     done = generate("cat", "--lora-dir", "nothing")
     assert done.code == 2 and done.errors == ["error: there is no folder nothing of LoRAs"]
+
+
+def test_options_on_each_line(generate, folder):
+    (folder / "p.txt").write_text('a cat --d 9 --s 3 --n red\n--prompt "dog" --cfg_scale 2 --n_iter 2\nfox\n')
+    done = generate("--prompts", "p.txt", "--out", "out")
+    assert done.code == 0
+    found = [read_recipe(open_image(path).info) for path in done.out.split()]
+    assert [(r.prompt, r.seed, r.steps, r.guidance_scale, r.negative_prompt) for r in found] == [
+        ("a cat", 9, 3, 5.0, "red"),
+        ("dog", 3, 2, 2.0, ""),
+        ("dog", 4, 2, 2.0, ""),
+        ("fox", 3, 2, 5.0, ""),
+    ]
+    assert generate("--prompts", "p.txt", "--out", "out", "--skip-existing").out == ""
+
+
+def test_wildcards_only_where_asked_for(generate, folder):
+    (folder / "w").mkdir()
+    (folder / "w/thing.txt").write_text("cat\ndog\nfox\n")
+    done = generate("a __thing__", "-n", 4, "--wildcards", "w")
+    prompts = [read_recipe(open_image(path).info).prompt for path in done.out.split()]
+    assert len(prompts) == 4 and set(prompts) <= {"a cat", "a dog", "a fox"} and len(set(prompts)) > 1
