@@ -165,3 +165,17 @@ def test_embeddings_that_do_not_fit(given, message):
 
 def test_explain_uses_the_models_own_tokens():
     assert "4 tokens in 1 chunk of 75" in str(pipe().explain("a photo of [cat|dog]", steps=1))
+
+
+@torch.no_grad()
+def test_training_sees_what_generation_reads():
+    """A caption of 300 tokens, in chunks: the same embeddings as a prompt of the same words."""
+    from latentdiff.training.data.captions import lost_words, token_chunks
+    from latentdiff.training.finetuning.loss import encode_tokens
+
+    caption = "a photo of the cat , dog on red background " * 30
+    tokens = torch.from_numpy(token_chunks(pipe().tokenizer, [caption], "chunk"))
+    assert tokens.shape[1] >= 4 and not lost_words(pipe().tokenizer, caption, "chunk")
+    trained = encode_tokens(pipe().text_encoder, tokens)
+    torch.testing.assert_close(trained, pipe().encode([caption], A1111), rtol=1e-5, atol=1e-5)
+    assert pipe()(caption, **LATENTS).isfinite().all()
