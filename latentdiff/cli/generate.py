@@ -27,6 +27,7 @@ from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
 from latentdiff.prompts.lines import Line, read_lines
 from latentdiff.prompts.notice import shortened
+from latentdiff.prompts.syntax import said
 from latentdiff.request.options import SAMPLER_TITLES, SAMPLING, Settings
 
 
@@ -102,6 +103,7 @@ def generate(
                 "expected --seed and no --sheet, as the processes have no MASTER_ADDR and MASTER_PORT to agree by"
             )
         if ranks.is_first and not settings["loras"]:  # which bring words of their own
+            texts = [said(line.prompt, settings["prompt_syntax"]) for line in lines]
             remark(settings["model"], texts, settings["width"], settings["height"])
         settings["device"] = ranks.device(settings["device"])
         with loaded_model(settings) as pipe:

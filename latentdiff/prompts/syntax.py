@@ -32,6 +32,7 @@ _NOT_COMFY = [
     re.compile(r"<(?:lora|lyco):[^>]+>"),
     re.compile(r"\[[^\[\]]*[:|][^\[\]]*\]"),
 ]
+_ALL_STEPS = 100  # enough to see every text of a prompt that changes
 _RUNS: dict[str, Callable[[str], list[Stretch]]] = {
     "a1111": a1111_runs,
     "comfy": comfy_runs,
@@ -95,6 +96,13 @@ def read_prompt(text: str, syntax: str, *, negative: bool = False) -> Prompt:
 def runs_of(text: str, syntax: str) -> list[Stretch]:
     """The runs of one weight of a stage's text, one list for each stretch between `BREAK`s."""
     return _RUNS[syntax](text)
+
+
+def said(text: str, syntax: str) -> str:
+    """The words of a prompt at all steps, without its grammar."""
+    prompt = read_prompt(text, syntax)
+    texts = [stage.text for part in prompt.parts for stage in prompt.stages(part, _ALL_STEPS)]
+    return " ".join(run.text for each in dict.fromkeys(texts) for stretch in runs_of(each, syntax) for run in stretch)
 
 
 def chunks_of(tokenizer: Any, text: str, syntax: str) -> list[Chunk]:

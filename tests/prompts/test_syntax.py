@@ -6,7 +6,7 @@ import pytest
 
 from latentdiff.errors import UsageError
 from latentdiff.prompts.notice import PromptWarning, shortened
-from latentdiff.prompts.syntax import Part, read_prompt, warn_of_unheeded
+from latentdiff.prompts.syntax import Part, read_prompt, said, warn_of_unheeded
 from latentdiff.prompts.tags import LoRATag
 
 
@@ -98,3 +98,9 @@ def test_simple_prompts():
 def test_tags_in_negative_prompts_are_letters():
     found = read_prompt("red <lora:a:1>", "a1111", negative=True)
     assert found.parts == (Part("red <lora:a:1>"),) and found.unheeded == ("<lora:a:1>",) and not found.loras
+
+
+def test_the_words_of_a_prompt_without_its_grammar():
+    prompt = "a (cat:1.5) BREAK [dog:fox:0.3] AND red:2 <lora:x:1>"
+    assert said(prompt, "a1111").split() == ["a", "cat", "dog", "a", "cat", "fox", "red"]
+    assert said("(a:1)", "plain") == "(a:1)"
