@@ -139,7 +139,7 @@ class Pipeline(LoadedModel):
             x = noise()  # drawn even if it is given, so that later draws do not depend on that
             return Start(plan.start_scale * (x if latents is None else latents[part].to(x)))
 
-        width = self.parts.module("unet").config.cross_attention_dim
+        width = self.residence.module("unet").config.cross_attention_dim
         text = given.instead_of(self.encoded(plan), width) if given.is_given else None
         made = self.sample(plan, shape, start, text=text)
         if output == "latents":

@@ -58,7 +58,7 @@ def test_names_of_diffusers_with_our_meaning_are_taken(pipe):
 
 
 def test_missing_and_surplus_arguments(pipe):
-    with pytest.raises(UsageError, match="missing a required argument: 'prompt'"):
+    with pytest.raises(UsageError, match="expected a prompt, or prompt_embeds in its place; found neither"):
         pipe()
     with pytest.raises(UsageError, match="image_to_image: missing a required argument: 'image'"):
         image_to_image(pipe)
