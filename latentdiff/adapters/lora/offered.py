@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from latentdiff.adapters.lora.strength import Strength
 from latentdiff.checkpoints.hashing import file_hash
 from latentdiff.errors import UsageError
 from latentdiff.prompts.tags import LoRATag
@@ -61,7 +62,7 @@ class OfferedLoRAs:
     def attached(
         self,
         tags: Sequence[LoRATag],
-        load: Callable[[Path, float, str], object],
+        load: Callable[[Path, Strength, str], object],
         unload: Callable[[str], object],
     ) -> Iterator[None]:
         """Inside, the LoRAs that a prompt's tags name act as strongly as it says.
@@ -71,10 +72,10 @@ class OfferedLoRAs:
             unload: (name) -> anything; detaches it.
 
         Raises:
-            UsageError: none is offered under a name, or the strengths of text encoder and U-Net differ.
+            UsageError: none is offered under a name.
             CheckpointError: a file is no LoRA, or one for another model.
         """
-        files = [(self.path(tag), _scale(tag), str(tag)) for tag in last_of_each(tags)]
+        files = [(self.path(tag), strength_of(tag), str(tag)) for tag in last_of_each(tags)]
         attached: list[str] = []
         try:
             for path, scale, name in files:
@@ -88,7 +89,7 @@ class OfferedLoRAs:
     def describe(self, tags: Sequence[LoRATag]) -> list[dict[str, Any]]:
         """What recipes say of the LoRAs that a prompt names; its own text says how strong they are."""
         return [
-            {"file": path.name, "sha256": self._hash(path), "scale": tag.unet_scale, "tag": tag.name}
+            {"file": path.name, "sha256": self._hash(path), "scale": strength_of(tag).as_json, "tag": tag.name}
             for tag in last_of_each(tags)
             for path in [self.path(tag)]
         ]
@@ -108,7 +109,6 @@ def last_of_each(tags: Iterable[LoRATag]) -> list[LoRATag]:
     return list({tag.name: tag for tag in tags}.values())
 
 
-def _scale(tag: LoRATag) -> float:
-    if tag.text_scale != tag.unet_scale:
-        raise UsageError(f"expected one strength for text encoder and U-Net, found two in {tag}")
-    return tag.unet_scale
+def strength_of(tag: LoRATag) -> Strength:
+    """How strongly a tag says that its LoRA acts."""
+    return Strength(unet=tag.unet_scale, text_encoder=tag.text_scale)

@@ -37,7 +37,13 @@ def test_a_tag_is_load_lora(pipe, tmp_path):
     assert torch.equal(tagged, pipe("cat", **OPTIONS))
 
 
-def test_unknown_names_and_two_strengths(pipe):
+def test_two_numbers_are_those_of_text_encoder_and_unet(pipe, tmp_path):
+    tagged = pipe("cat<lora:one:0.5:-1>", **OPTIONS)
+    pipe.load_lora(tmp_path / "one.safetensors", "unet=-1,te=0.5")
+    assert torch.equal(tagged, pipe("cat", **OPTIONS))
+
+
+def test_unknown_names(pipe):
     with pytest.raises(UsageError, match="no LoRA called 'three', which the prompt names; offered are: one, two"):
         pipe("cat <lora:three:1>", **OPTIONS)
     with pytest.raises(UsageError, match="--lora-dir"):
