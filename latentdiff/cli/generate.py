@@ -28,7 +28,8 @@ from latentdiff.errors import UsageError
 from latentdiff.prompts.lines import Line, read_lines
 from latentdiff.prompts.notice import shortened
 from latentdiff.prompts.syntax import said
-from latentdiff.request.options import SAMPLER_TITLES, SAMPLING, Settings
+from latentdiff.request.options import SAMPLING, Settings
+from latentdiff.request.titles import SAMPLER_TITLES
 
 
 @click.command()
