@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -121,7 +121,7 @@ def precision_of(unet: nn.Module) -> Precision:
 
 
 @contextmanager
-def in_float32(module: nn.Module) -> Iterator[None]:
+def in_float32(module: nn.Module) -> Generator[None, None, None]:
     """Compute with `module` in float32 inside the `with`; afterwards it is bit for bit what it was."""
     dtype = next(module.parameters()).dtype
     module.to(torch.float32)
@@ -139,7 +139,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained_out_of_memory() -> Iterator[None]:
+def explained_out_of_memory() -> Generator[None, None, None]:
     """Turn running out of memory inside the `with` into an error that says what to change."""
     try:
         yield

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def is_hub_id(name: str) -> bool:
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str]) -> Generator[Path, None, None]:
     """Give a temporary path beside `path` to write to; on success it becomes `path`, on failure it disappears.
 
     The temporary file lies in the same folder (so that the final rename is atomic) and keeps the suffix of `path` (so

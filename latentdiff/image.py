@@ -35,7 +35,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     """Turn PIL images of one size into a tensor (N, 3, H, W) in [-1, 1]."""
     arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])  # (N, H, W, 3)
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, 3, H, W)
+    return torch.tensor(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, 3, H, W)
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str], *, metadata: bool = True) -> None:
@@ -43,7 +43,7 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], *, metadata: bool
     chunks = PngImagePlugin.PngInfo()
     if metadata:
         for name, text in image.info.items():
-            if isinstance(text, str):
+            if isinstance(name, str) and isinstance(text, str):
                 chunks.add_text(name, text)  # as iTXt where Latin-1 does not suffice
     plain = image.copy()
     plain.info = {}
@@ -106,8 +106,8 @@ def as_8_bit(image: Image.Image) -> Image.Image:
 def side_by_side(pictures: Mapping[str, Image.Image]) -> Image.Image:
     """Pictures in one row, each above its name; smaller ones stand at the top left of a white area of the largest
     size."""
-    size = tuple(max(sides) for sides in zip(*(picture.size for picture in pictures.values()), strict=True))
-    cells = []
+    size = max(image.width for image in pictures.values()), max(image.height for image in pictures.values())
+    cells: list[Image.Image] = []
     for picture in pictures.values():
         cell = Image.new("RGB", size, "white")
         cell.paste(as_rgb(picture))

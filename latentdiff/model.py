@@ -61,7 +61,7 @@ class LoadedModel:
     def __init__(
         self,
         tokenizer: Any,
-        text_encoder: torch.nn.Module,
+        text_encoder: TextEncoder,
         unet: UNet,
         vae: VAE,
         schedule_config: ScheduleConfig,
@@ -83,7 +83,7 @@ class LoadedModel:
         self.schedule = Schedule(schedule_config.with_drawing(drawing))
         self.name, self.model_hash, self.ema = name, model_hash, ema
         self.precision = precision_of(unet)
-        self.backend = "torch"
+        self.backend: BackendName = "torch"
         self.loras = LoadedLoRAs(unet, text_encoder)
         self.embeddings = LoadedEmbeddings(tokenizer, text_encoder)
         self.offered = OfferedLoRAs()
@@ -261,7 +261,8 @@ class LoadedModel:
         name = os.fspath(path) if name is None else name
         if is_word_file(path):
             return self.load_embedding(path, name)
-        self.residence.ready("text_encoder"), self.residence.ready("unet")  # what is loaded goes where they lie
+        for part in ("text_encoder", "unet"):  # what is loaded goes where they lie
+            self.residence.ready(part)
         file = read_lora(path)
         report = self.loras.load(file, scale, name, allow_partial=allow_partial, precision=self.precision)
         if file.words:

@@ -202,7 +202,7 @@ class Pipeline(LoadedModel):
         self.residence.check(workload)
         positive, negative = map(_as_prompts, text or self.encoded(plan))
         self.residence.make_room("unet", denoising_bytes(workload))
-        finished = []
+        finished: list[Tensor] = []
         bar = progress_bar(plan.steps * len(plan.batches), plan.options.progress)
         with self.residence.using("unet"), bar, self.told_guidance(plan.options.guidance_scale):
             for part in plan.batches:
@@ -219,13 +219,14 @@ class Pipeline(LoadedModel):
                 )
                 if plan.thresholding:
                     denoiser = thresholded(denoiser, plan.thresholding)
-                steps = denoise(
-                    denoiser, begun.x, plan.levels, plan.sampler.step, noise=noise, after_step=begun.after_step
-                )
-                for step in steps:
+                x = begun.x
+                for step in denoise(
+                    denoiser, x, plan.levels, plan.sampler.step, noise=noise, after_step=begun.after_step
+                ):
                     bar.update()
                     report(step, plan.options.callback)
-                finished.append(step.x)
+                    x = step.x
+                finished.append(x)
         return torch.cat(finished)
 
     def told_guidance(self, scale: float) -> AbstractContextManager[Any]:
@@ -310,7 +311,8 @@ class Pipeline(LoadedModel):
         """The U-Net that follows one batch of text, as a function of latents and level.
 
         Args:
-            positive, negative: the prompts and what to avoid, as embeddings (N, L, C) or one encoded prompt each.
+            positive: the prompts, as embeddings (N, L, C) or one encoded prompt each.
+            negative: what to avoid, likewise.
             levels: what will be walked; errors name the step by it.
             extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
             cache: for a denoiser that is called in the order of a walk; others have to compute all.

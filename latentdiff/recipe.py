@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, get_origin
 
 from latentdiff import __version__
 from latentdiff.errors import DataError
@@ -76,11 +76,11 @@ class Recipe(_Asked):
     precision: str = ""
     backend: str = "torch"
     device: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict[str, str])
     task: str = "generate"
-    task_settings: dict[str, Any] = field(default_factory=dict)
-    sources: dict[str, dict[str, str]] = field(default_factory=dict)
-    loras: list[dict[str, Any]] = field(default_factory=list)
+    task_settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    sources: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
+    loras: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     schema: Literal[1] = 1
 
     __pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
@@ -97,7 +97,7 @@ class Recipe(_Asked):
         """
         from pydantic import TypeAdapter, ValidationError
 
-        unknown = self.task_settings.keys() - {field.name for field in dataclasses.fields(kind)}
+        unknown = self.task_settings.keys() - {field.name for field in dataclasses.fields(cast(Any, kind))}
         if unknown:
             raise DataError(
                 f"the picture's recipe has settings that the task {self.task!r} does not know: {sorted(unknown)}"
@@ -184,8 +184,7 @@ class Recipe(_Asked):
             if not settings.get("Version", "").startswith("latentdiff"):
                 asked.setdefault("prompt_syntax", "a1111")
             return cls(
-                prompt="\n".join(lines[:start]).strip(),
-                **{**asked, "negative_prompt": negative},
+                **{**asked, "prompt": "\n".join(lines[:start]).strip(), "negative_prompt": negative},
                 task=settings.get("Task", "generate"),
                 width=int(width),
                 height=int(height),
@@ -204,13 +203,13 @@ def library_versions() -> dict[str, str]:
     return {"latentdiff": __version__, "torch": torch.__version__, "tokenizers": tokenizers.__version__}
 
 
-def has_comment(info: Mapping[str, Any]) -> bool:
+def has_comment(info: Mapping[Any, Any]) -> bool:
     """Whether the comment in `PIL.Image.Image.info` is a recipe; other programs leave texts of any kind there."""
     comment = info.get(COMMENT)
     return isinstance(comment, bytes) and comment.startswith(b'{"prompt"')
 
 
-def read_recipe(info: Mapping[str, Any]) -> Recipe:
+def read_recipe(info: Mapping[Any, Any]) -> Recipe:
     """The recipe in `PIL.Image.Image.info`: from the JSON chunk, or the text of the web UIs, or the comment of a GIF.
 
     Raises:
@@ -228,7 +227,7 @@ def read_recipe(info: Mapping[str, Any]) -> Recipe:
 def _written(kept: Kept, value: Any) -> str:
     """A value as the text of the web UIs has it."""
     if isinstance(value, tuple):
-        return " to ".join(map(str, value))
+        return " to ".join(map(str, cast(tuple[float, ...], value)))
     return (kept.names or {}).get(value, str(value))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -29,6 +29,6 @@ def report(step: DenoiseStep, callback: Callback | None) -> None:
         raise Cancelled(f"cancelled by the callback after step {step.index + 1} of {step.steps}")
 
 
-def progress_bar(total: int, show: bool, unit: str = "step") -> tqdm:
+def progress_bar(total: int, show: bool, unit: str = "step") -> tqdm[NoReturn]:
     """A bar over `total` steps on a terminal or in a notebook, and nothing elsewhere."""
     return tqdm(total=total, unit=unit, disable=None if show else True, leave=False)

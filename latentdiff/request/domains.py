@@ -12,7 +12,7 @@ import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real as RealNumber
-from typing import Any
+from typing import Any, cast
 
 from latentdiff.errors import UsageError
 
@@ -51,7 +51,7 @@ class Real:
     metavar: str = "X"
 
     def __call__(self, name: str, value: Any) -> float:
-        is_number = isinstance(value, RealNumber) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = not isinstance(value, bool) and isinstance(value, RealNumber) and math.isfinite(value)
         if not is_number or not _lies_within(float(value), self.low, self.high):
             raise refusal(name, f"a finite number{_limits(self.low, self.high)}", value)
         return float(value)
@@ -111,9 +111,10 @@ class Texts:
     def __call__(self, name: str, value: Any) -> str | list[str]:
         if isinstance(value, str):
             return value
-        if not isinstance(value, Sequence) or not all(isinstance(text, str) for text in value):
+        texts = list(cast(Sequence[Any], value)) if isinstance(value, Sequence) else [value]
+        if not all(isinstance(text, str) for text in texts):
             raise refusal(name, "a text or a list of texts", value)
-        return list(value)
+        return texts
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ class Place:
     """A file, a folder or an id, by its name."""
 
     def __call__(self, name: str, value: Any) -> Any:
-        if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        is_named = isinstance(value, str | os.PathLike) and bool(os.fspath(cast(str, value)))
+        if not is_named:
             raise refusal(name, "a path or an id", value)
         return value
 

@@ -223,7 +223,8 @@ def one_per_picture(
         negatives = negatives * len(prompts)
     if len(negatives) != len(prompts):
         raise UsageError(f"expected one negative prompt or {len(prompts)}, one for each prompt, found {len(negatives)}")
-    return tuple([text for text in texts for _ in range(num_images)] for texts in (prompts, negatives))
+    repeated = range(num_images)
+    return [text for text in prompts for _ in repeated], [text for text in negatives for _ in repeated]
 
 
 def seed_of_each(seed: int | Sequence[int] | None, count: int) -> list[int]:
@@ -275,7 +276,7 @@ def make_guidance(scale: float, rescale: float, interval: tuple[float, float] | 
     """
     if interval is None:
         return Guidance(scale=scale, rescale=rescale)
-    return Guidance(scale=scale, rescale=rescale, interval=tuple(interval))
+    return Guidance(scale=scale, rescale=rescale, interval=interval)
 
 
 def batches(count: int, batch_size: int | None) -> list[slice]:

@@ -16,7 +16,7 @@ from latentdiff.tasks.interpolation import interpolate as interpolate
 from latentdiff.tasks.inversion import Inversion as Inversion
 from latentdiff.tasks.inversion import invert as invert
 from latentdiff.tasks.restoration import operators as operators
-from latentdiff.tasks.restoration import task as restoration
+from latentdiff.tasks.restoration import task as restoring
 from latentdiff.tasks.restoration.task import restore as restore
 from latentdiff.tasks.translation import translate as translate
 
@@ -26,6 +26,6 @@ TASKS: dict[str, Callable[[Pipeline, Recipe, Mapping[str, Path]], Image.Image | 
     editing.TASK: editing.again,
     inpainting.TASK: inpainting.again,
     interpolation.TASK: interpolation.again,
-    restoration.TASK: restoration.again,
+    restoring.TASK: restoring.again,
     translation.TASK: translation.again,
 }

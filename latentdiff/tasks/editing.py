@@ -62,9 +62,10 @@ def image_to_image(
             Or its inversion, a file or an `Inversion`, made with the same model; the steps, by default all of its own,
             have to pass through its noise levels. Seeds then make a difference only to samplers that draw noise.
         strength: 0 to 1, how far to go from the picture.
-        width, height: bring the picture to this size first; one alone keeps its proportions, None is its own size.
+        width: bring the picture to this width in pixels first; alone it keeps the proportions, None is its own size.
             Sides that are no multiples of the VAE's factor (8) are extended by their last pixels and cut again at the
             end.
+        height: likewise.
         options: see `SamplingOptions`: negative_prompt, steps, guidance_scale, sampler, seed, num_images, ...
 
     Returns:
@@ -78,9 +79,10 @@ def image_to_image(
         Cancelled: the callback returned False.
     """
     pipe.check_text_to_image()
-    if given := given_inversion(image):
+    given = given_inversion(image)
+    if isinstance(given, tuple):
         return _from_inversion(pipe, *given, prompt, strength, (width, height), options)
-    source = open_source(image)
+    source = open_source(given)
     plan = begin_at(Sampling(**options).plan(prompt, pipe.schedule), strength)
     picture = resized(as_rgb(source.image), width, height)
     images = _walk(pipe, picture, plan) if plan.steps else [picture.copy() for _ in plan.prompts]
@@ -127,7 +129,7 @@ def with_recipes(
     for image, fields in zip(images, plan.recipe_fields(), strict=True):
         size = {"width": image.width, "height": image.height}
         recipe = pipe.recipe(**fields, **size, task=task, task_settings=settings, sources=sources)
-        image.info = dict(recipe.to_chunks())
+        image.info = {**recipe.to_chunks()}
     return images
 
 
@@ -161,7 +163,8 @@ def _from_inversion(
     def start(part: slice, noise: NoiseStream) -> Start:
         return Start(begin.repeat(part.stop - part.start, 1, 1, 1))
 
-    shape = tuple(begin.shape[1:])
+    channels, height, width = begin.shape[1:]
+    shape = (channels, height, width)
     latents = pipe.sample(plan, shape, start) if plan.steps else begin.repeat(len(plan.prompts), 1, 1, 1)
     images = [image.crop((0, 0, *found.size)) for image in to_pil(pipe.decode(latents))]
     anew = {"prompt": found.prompt, **found.settings} if "image" in sources else None
@@ -177,5 +180,6 @@ def _walk(pipe: Pipeline, picture: Image.Image, plan: Plan) -> list[Image.Image]
         latents = encoded.sample(noise())  # (N, C, h, w); the order of draws is that of diffusers
         return Start(first.alpha * latents + first.sigma * noise())
 
-    latents = pipe.sample(plan, tuple(encoded.mean.shape[1:]), start)
+    channels, height, width = encoded.mean.shape[1:]
+    latents = pipe.sample(plan, (channels, height, width), start)
     return [image.crop((0, 0, *picture.size)) for image in to_pil(pipe.decode(latents))]

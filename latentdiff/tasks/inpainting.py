@@ -105,8 +105,8 @@ def inpaint(
             mends that. The prompt, which may be empty, says what is behind it.
         strength: 0 to 1; 1 paints from pure noise, less keeps something of what was there, or of the fill, 0 gives the
             picture back as it is, or filled. None is 1, and 0.5 to remove.
-        grow, blur: pixels by which the mask is widened, and the standard deviation of the blur that then softens its
-            edge.
+        grow: pixels by which the mask is widened.
+        blur: standard deviation in pixels of the blur that then softens its edge.
         only_masked: cut the masked part out with `padding` pixels around it, paint it at the size of the training's
             pictures, and put it back. For details of large pictures, and for things as large as the mask. None as
             padding is 1/16 of the side of the training's pictures: 32 for 512.
@@ -135,7 +135,7 @@ def inpaint(
         blur=blur,
         only_masked=only_masked,
         padding=round(min(pipe.default_size) / PADDING_SHARE) if padding is None else padding,
-        extend=tuple(extend),
+        extend=extend,
         repeats=repeats,
     )
     source = open_source(image)
@@ -171,7 +171,7 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
     inversion, inverting = sources.get("inversion"), settings.pop("inversion")
     if inverting is not None:
         inversion = invert(pipe, image, measure=False, progress=False, **inverting)
-    options = {**settings, **recipe.sampling(), "inversion": inversion}
+    options: dict[str, Any] = {**settings, **recipe.sampling(), "inversion": inversion}
     return inpaint(pipe, image, sources.get("mask"), recipe.prompt, **options)[0]
 
 
@@ -188,7 +188,7 @@ def _given(
             "expected no inversion with remove, only_masked or extend: they paint on another picture than its own"
         )
     given = given_inversion(inversion)
-    if given is None:
+    if not isinstance(given, tuple):
         raise UsageError(f"expected an inversion, which `latentdiff invert` makes, found {inversion}")
     found, described = given
     found.check_model(pipe.model_hash)
@@ -250,4 +250,5 @@ def _work_size(box: Box, pipe: Pipeline) -> tuple[int, int]:
     height, width = pipe.default_size
     box_width, box_height = box[2] - box[0], box[3] - box[1]
     scale = math.sqrt(width * height / (box_width * box_height))
-    return tuple(factor * max(1, round(side * scale / factor)) for side in (box_width, box_height))
+    wide, high = (factor * max(1, round(side * scale / factor)) for side in (box_width, box_height))
+    return wide, high

@@ -58,7 +58,8 @@ def interpolate(
         prompts: two or more; the first and the last frame are those of the first and the last prompt.
         frames: pictures in all, 2 or more, at equal distances.
         same_noise: give all prompts the start noise of the first, so that only the text changes.
-        width, height: in pixels, multiples of the VAE's factor (8); None is the size of the training.
+        width: in pixels, a multiple of the VAE's factor (8); None is that of the training.
+        height: likewise.
         options: see `SamplingOptions`; prompt i has seed + i, or the i-th of a list of seeds. `num_images` is 1.
 
     Returns:
@@ -119,7 +120,7 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
         )
     ways = [replace(way, frame=i, fps=None) for i in range(way.frames)] if whole else [way]
     frames = _frames(pipe, ways, Sampling(**recipe.sampling()), (recipe.height, recipe.width))
-    return animation(frames, way.fps) if whole else frames[0]
+    return animation(frames, way.fps) if way.frame is None and way.fps is not None else frames[0]
 
 
 def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
@@ -147,7 +148,7 @@ def _frames(
     prompts, seeds = ways[0].prompts, ways[0].seeds
     plan = replace(sampling, seed=[seeds[0]] * len(ways)).plan([" -> ".join(prompts)] * len(ways), pipe.schedule)
     shape = latent_shape(size, pipe.default_size, pipe.vae.config, None, len(ways))
-    places = [way.frame / (way.frames - 1) * (len(prompts) - 1) for way in ways]
+    places = [(way.frame or 0) / (way.frames - 1) * (len(prompts) - 1) for way in ways]
     legs = [(min(int(place), len(prompts) - 2), place) for place in places]
     noises, texts = start_noise(seeds, shape), pipe.encode(prompts, plan.reading)
     x = torch.stack([slerp(noises[leg], noises[leg + 1], place - leg) for leg, place in legs]).to(
@@ -163,5 +164,5 @@ def _frames(
     images = to_pil(pipe.decode(latents))
     for image, fields, way in zip(images, plan.recipe_fields(), ways, strict=True):
         recipe = pipe.recipe(**fields, width=image.width, height=image.height, task=TASK, task_settings=asdict(way))
-        image.info = dict(recipe.to_chunks())
+        image.info = {**recipe.to_chunks()}
     return images

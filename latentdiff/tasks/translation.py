@@ -64,7 +64,7 @@ class NegativeBlend:
 class TranslateSettings:
     """What a recipe holds of a translation besides the sampling; `inversion` are arguments of `invert`."""
 
-    method: str
+    method: TranslationName
     source_prompt: str
     inversion: dict[str, Any]
     negative_blend: NegativeBlend | None
@@ -116,7 +116,8 @@ def translate(
         steps: None is 50, or those of the inversion; fewer thin its trajectory out.
         guidance_scale: None is 5, or what the inversion was made for ("null-text", "edict").
         spec: blocks and shares of "features" and "direct"; None is `default_spec`. "direct" takes no features.
-        tau_f, tau_attn: other shares than those of the specification.
+        tau_f: 0 to 1, another share of the steps with features than that of the specification.
+        tau_attn: likewise with self-attention.
         inversion: further arguments of `invert`, where `source` is a picture.
         options: see `WalkOptions`: guidance_rescale, guidance_interval, prompt_syntax, clip_skip,
             batch_size, callback, progress.
@@ -186,7 +187,9 @@ def translate(
 def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.Image:
     """The picture of a recipe once more: from its inversion, or from the picture, inverted anew."""
     settings = recipe.settings_as(TranslateSettings)
-    anew = {"source_prompt": settings.source_prompt, "inversion": settings.inversion} if "image" in sources else {}
+    anew: dict[str, Any] = {}
+    if "image" in sources:
+        anew = {"source_prompt": settings.source_prompt, "inversion": settings.inversion}
     return translate(
         pipe,
         sources["image"] if anew else sources["inversion"],
@@ -279,13 +282,13 @@ def _inverted(
 ) -> tuple[Inversion, dict[str, dict[str, str]]]:
     """The inversion to edit from, and what the recipe says of the sources."""
     given = given_inversion(source)
-    if given is None:
+    if not isinstance(given, tuple):
         if steps is not None:
             options = {"steps": steps, **options}
         if method == "edict" and guidance_scale is not None:
             options = {"guidance_scale": guidance_scale, **options}
         options = {"method": INVERSION_OF.get(method, "fixed-point"), "prompt": prompt, **options}
-        found = invert(pipe, source, measure=False, callback=callback, progress=progress, **options)
+        found = invert(pipe, given, measure=False, callback=callback, progress=progress, **options)
         return found.thinned(steps or found.steps), {"image": found.source}
     found, role = given
     if options or prompt:

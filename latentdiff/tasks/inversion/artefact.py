@@ -177,8 +177,8 @@ def is_inversion(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def given_inversion(source: ImageInput | Inversion) -> tuple[Inversion, dict[str, dict[str, str]]] | None:
-    """The inversion that is given in place of a picture, and what recipes say of where it came from; None is a picture.
+def given_inversion(source: ImageInput | Inversion) -> tuple[Inversion, dict[str, dict[str, str]]] | ImageInput:
+    """The inversion that is given in place of an image, and what recipes say of where it came from; or the image.
 
     One in memory is known by the picture that it was made of, from which it can be made again.
 
@@ -189,7 +189,7 @@ def given_inversion(source: ImageInput | Inversion) -> tuple[Inversion, dict[str
         return source, {"image": source.source}
     if isinstance(source, (str, os.PathLike)) and is_inversion(source):
         return Inversion.load(source), {"inversion": {"file": Path(source).name, "sha256": file_hash(Path(source))}}
-    return None
+    return source
 
 
 def psnr(a: Tensor, b: Tensor) -> float:

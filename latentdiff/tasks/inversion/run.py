@@ -86,10 +86,12 @@ def invert(
         guidance_scale: of "edict" (3) and "null-text" (5); the editing that follows has to use the same.
         mixing: p of "edict"; None is `mixing_for` the steps.
         spacing: as for generation; None is what the model says.
-        width, height: bring the picture to this size in pixels first, as in `image_to_image`.
+        width: bring the picture to this width in pixels first, as in `image_to_image`.
+        height: likewise.
         measure: sample back and compare with the picture; as many evaluations as unguided sampling (EDICT: guided)
             takes.
-        callback, progress: as for generation.
+        callback: as for generation.
+        progress: as for generation.
 
     Raises:
         UsageError: an argument outside its domain.
@@ -241,7 +243,8 @@ def walk_down(
         if bar is not None:
             bar.update()
         report(done, callback)
-    return done.x[:count]
+        x = done.x
+    return x[:count]
 
 
 def with_null_text(
@@ -276,6 +279,7 @@ def with_null_text(
 
 def null_text_denoiser(pipe: Pipeline, inversion: Inversion, positive: Tensor, guidance: Guidance) -> Denoiser:
     """Follow `positive` (N, L, C), guided away at each step from the null embedding that was found for it."""
+    assert inversion.nulls is not None, "null_text_denoiser is for inversions with null embeddings"
     nulls = dict(zip(inversion.levels, inversion.nulls.split(1), strict=False))
 
     def of_level(level: Level) -> Denoiser:

@@ -33,6 +33,7 @@ from latentdiff.tasks.restoration.methods import (
     within_noise,
 )
 from latentdiff.tasks.restoration.operators import Inside, Operator, describe, from_description
+from latentdiff.tasks.restoration.operators.operator import Shape
 from latentdiff.tasks.sources import ImageInput, open_source, warn_if_large
 
 TASK = "restore"
@@ -91,7 +92,7 @@ class RestoreSettings:
     """
 
     operator: dict[str, Any]
-    method: str
+    method: RestorationName
     settings: dict[str, float | bool] = field(default_factory=dict)
     keep_measurement: bool = True
     samples: int = 0
@@ -238,17 +239,22 @@ def _measurement(image: ImageInput | Tensor, operator: Operator) -> tuple[Tensor
     return image.detach().float(), {}
 
 
+def _shape(measurement: Tensor) -> Shape:
+    channels, height, width = measurement.shape[1:]
+    return channels, height, width
+
+
 def _fitted(operator: Operator, measured: Tensor, pipe: Pipeline) -> Operator:
     """The operator on a picture that the VAE can make.
 
     Raises:
         UsageError: the operator does not fit the measurement, or the picture is too small.
     """
-    shape = operator.picture_shape(tuple(measured.shape[1:]))
+    shape = operator.picture_shape(_shape(measured))
     expected = operator.measurement_shape(shape)
-    if tuple(measured.shape[1:]) != expected:
+    if _shape(measured) != expected:
         raise UsageError(
-            f"expected a measurement of shape {expected} for this operator, found {tuple(measured.shape[1:])}"
+            f"expected a measurement of shape {expected} for this operator, found {_shape(measured)}"
         )
     factor = pipe.vae.config.downscale
     height, width = shape[1:]
@@ -279,7 +285,7 @@ def _walk(
     """The pictures (N, 3, H, W) on the CPU, and how far each misses the measurement before it is clipped to [-1, 1]."""
     operator = problem.operator
     factor = pipe.vae.config.downscale
-    height, width = operator.picture_shape(tuple(problem.measurement.shape[1:]))[1:]
+    height, width = operator.picture_shape(_shape(problem.measurement))[1:]
     shape = (pipe.vae.config.latent_channels, height // factor, width // factor)
 
     def start(part: slice, noise: NoiseStream) -> Start:

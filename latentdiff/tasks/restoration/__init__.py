@@ -1,0 +1,1 @@
+"""Restoring damaged images: operators say what happened, methods bring the model and the measurement together."""
