@@ -5,13 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
-from typing import get_args
-
-import pytest
 
 from latentdiff import Pipeline, image_to_image, inpaint
+from latentdiff.diffusion.drawing import CLASSES, SPACING_FLAGS
 from latentdiff.request.calls import OTHERWISE, SAME
-from latentdiff.request.options import OPTIONS, SamplerName, SpacingName
+from latentdiff.request.options import OPTIONS
 from tools import docs_hook
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -42,12 +40,10 @@ def test_names_of_ours_exist():
         assert hasattr(Pipeline, call)
 
 
-@pytest.mark.parametrize(("name", "choices"), [("sampler", get_args(SamplerName)), ("spacing", get_args(SpacingName))])
-def test_samplers_and_spacings_exist(name, choices):
-    named = set(re.findall(rf'`{name}="([\w-]+)"`', PAGE))
-    assert named <= set(choices)
-    if name == "sampler":
-        assert named == set(choices)
+def test_schedulers_and_their_flags_are_those_that_folders_are_read_by():
+    classes = dict(re.findall(r'`(\w+Scheduler)` \| `sampler="([\w-]+)"`', PAGE))
+    assert classes == {name: own for name, own in CLASSES.items() if "Parallel" not in name}
+    assert dict(re.findall(r'`(use_\w+)=True` \| `spacing="([\w-]+)"`', PAGE)) == SPACING_FLAGS
 
 
 def test_the_page_of_options_has_a_row_for_each():
