@@ -41,8 +41,8 @@ def test_help_of_every_command(command, name):
 def test_help_shows_choices_and_defaults(command):
     out = " ".join(command("generate", "--help").out.split())
     for said in (
-        "[ddim|ddpm|euler|dpmpp-2m|unipc]",
-        "[default: ddim]",
+        "[ddim|ddpm|euler|dpmpp-2m|unipc|euler-a|",
+        "[default: the model's, or ddim]",
         "[default: 25]",
         "[auto|fp32|bf16|fp16|int8]",
         "multiple of 8",
