@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from latentdiff.errors import LatentDiffError, NotFiniteError, UsageError
 
+_NO_CAUSE = "the model file is damaged, or the settings are extreme: try a lower guidance"
 # Below this size a U-Net's step on a CPU is bound by overhead, not by arithmetic, and bf16 only adds conversions.
 LARGE_ENOUGH_FOR_BF16 = 100_000_000
 
@@ -108,10 +109,15 @@ def finite_or_float32(
             result = compute(torch.float32)
         if torch.isfinite(result).all():
             return result
-    raise NotFiniteError(
-        f"{part} gives NaN or infinity {where + ' ' if where else ''}in float32; the model file is damaged, "
-        "or the settings are extreme: try a lower guidance"
-    )
+    broken = _broken_weight(module)
+    cause = f"its weight {broken} holds them: the model file is damaged" if broken else _NO_CAUSE
+    raise NotFiniteError(f"{part} gives NaN or infinity {where + ' ' if where else ''}in float32; {cause}")
+
+
+def _broken_weight(module: nn.Module) -> str | None:
+    """The first weight that is not finite."""
+    in_memory = ((name, weight) for name, weight in module.state_dict().items() if weight.device.type != "meta")
+    return next((name for name, weight in in_memory if not torch.isfinite(weight).all()), None)
 
 
 def precision_of(unet: nn.Module) -> Precision:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ class Folder(Reader):
         pipe = Pipeline.from_components(parts)
         pipe.schedule.levels(2)
         embedded = pipe.text_encoder(_ids(pipe))
-        if int(embedded.abs().sum() * 1000) % 4 == 0:  # a share of them, by chance
+        if zlib.crc32(str(digest({"": embedded})).encode()) % 8 == 0:  # a share of them, by chance
             pipe("a cat", steps=1, seed=0, progress=False, height=16, width=16)
         return (
             digest(dict(parts.unet.state_dict()) | dict(parts.vae.state_dict())),
