@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,13 +11,14 @@ from typing import Any
 from latentdiff.adapters.lora.kinds import Facts
 from latentdiff.checkpoints.files import TensorFile
 from latentdiff.errors import CheckpointError
+from latentdiff.reading.json import parse_object
+from latentdiff.reading.plain import read_text
 
 _WRAPPER = "base_model.model."
-# Patterns come with files of anybody: regular expressions of which some would take for ever.
+# Patterns come with files of anybody, and are none of the regular expressions that PEFT takes them for: names of which
+# ".*" stands for any part. Some regular expressions would take for ever.
+_PATTERN = re.compile(r"\^?[\w.]+(?:\.\*[\w.]+){0,8}\$?")
 _LONGEST_PATTERN = 300
-_MOST_REPEATS = 3
-_REPEATED_GROUP = re.compile(r"\)\s*[*+{?]")
-_REPEAT = re.compile(r"[*+{]")
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,10 @@ class PEFTConfig:
         if "lora_adapter_metadata" in file.metadata:
             text = file.metadata["lora_adapter_metadata"]
         elif file.path.stem == "adapter_model" and beside.exists():
-            text = beside.read_text(encoding="utf-8", errors="replace")
+            text = read_text(beside)
         else:
             return cls(file.path)
-        try:
-            entries = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{file.path} comes with a PEFT configuration that is no JSON ({error}); save it again"
-            ) from error
-        if not isinstance(entries, dict):
-            raise CheckpointError(f"{file.path} comes with a PEFT configuration that is no dictionary; save it again")
+        entries = parse_object(text, f"the PEFT configuration of {file.path}", remedy="save it again")
         return cls(file.path, entries)
 
     def facts(self, layer: str, rank: int | None) -> Facts:
@@ -89,18 +82,12 @@ class PEFTConfig:
 
     def _fits(self, pattern: str, path: str) -> bool:
         """PEFT's own rule: the pattern is the end of the name, from a dot on."""
-        if re.fullmatch(r"[\w.]+", pattern):  # nearly all are plain names; the dots may stand for anything, and do not
-            return path == pattern or path.endswith(f".{pattern}")
-        if (
-            len(pattern) > _LONGEST_PATTERN
-            or _REPEATED_GROUP.search(pattern)
-            or len(_REPEAT.findall(pattern)) > _MOST_REPEATS
-        ):
+        pattern = pattern.replace("\\.", ".")
+        if len(pattern) > _LONGEST_PATTERN or not _PATTERN.fullmatch(pattern):
             raise self._senseless("pattern", pattern)
-        try:
-            return re.match(rf"(.*\.)?({pattern})$", path) is not None
-        except re.error as error:
-            raise self._senseless("pattern", pattern) from error
+        first, *others = pattern.strip("^$").split(".*")
+        starts = [0] if pattern.startswith("^") else [0, *(place + 1 for place, c in enumerate(path) if c == ".")]
+        return any(_follow(path, start, [first, *others]) for start in starts)
 
     def _senseless(self, what: str, found: Any) -> CheckpointError:
         shown = repr(found)[:60]
@@ -108,3 +95,18 @@ class PEFTConfig:
             f"{self.path} comes with a PEFT configuration that cannot be used: expected a sensible {what}, found "
             f"{shown}; save it again"
         )
+
+
+def _follow(path: str, place: int, parts: list[str]) -> bool:
+    """Whether the name goes on from `place` with these parts, whatever is between them, and ends with the last."""
+    first, *others = parts
+    if not path.startswith(first, place):
+        return False
+    place += len(first)
+    if not others:
+        return place == len(path)
+    for part in others[:-1]:
+        if (found := path.find(part, place)) < 0:
+            return False
+        place = found + len(part)
+    return path.endswith(others[-1]) and len(path) - len(others[-1]) >= place

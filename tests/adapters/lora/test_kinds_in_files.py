@@ -201,8 +201,8 @@ def _their_unet(unet) -> torch.Tensor:
         ('{"unet.lora_alpha": "x"}', "a sensible alpha"),
         ('{"unet.lora_alpha": 1, "unet.alpha_pattern": []}', "a sensible alpha_pattern"),
         ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"to_q": null}}', None),
-        ("[1]", "is no dictionary"),
-        ("{", "is no JSON"),
+        ("[1]", "must hold a JSON object"),
+        ("{", "is not valid JSON"),
     ],
 )
 def test_configurations_that_cannot_be_used(ours, tmp_path, entries, message):
