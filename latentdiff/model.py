@@ -144,9 +144,16 @@ class LoadedModel:
 
         where = pick_device(device)
         place = embedded_model() if source is None else source
-        choices = {"ema": ema, "prediction_type": prediction_type, "zero_terminal_snr": zero_terminal_snr}
-        parts = {"vae": vae, "text_encoder": text_encoder, "base": base}
-        found = load_components(place, weights=False, **choices, **parts)
+        found = load_components(
+            place,
+            weights=False,
+            ema=ema,
+            prediction_type=prediction_type,
+            zero_terminal_snr=zero_terminal_snr,
+            vae=vae,
+            text_encoder=text_encoder,
+            base=base,
+        )
         if source is None:
             found.name = EMBEDDED_NAME
         pipe = cls.from_components(found, ema=ema, low_memory=low_memory)

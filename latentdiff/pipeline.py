@@ -177,7 +177,7 @@ class Pipeline(LoadedModel):
             NotFiniteError: the model gives NaN or infinity.
             Cancelled: the callback returned False.
         """
-        made = []
+        made: list[Tensor] = []
         for first, piece in plan.pieces():
 
             def start_of(part: slice, noise: NoiseStream, first: int = first) -> Start:

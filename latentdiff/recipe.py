@@ -176,15 +176,16 @@ class Recipe(_Asked):
         negative = "\n".join(lines[start:]).removeprefix(NEGATIVE).strip()
         try:
             width, height = settings["Size"].split("x")
-            asked = {
+            asked: dict[str, Any] = {
                 name: _read(kept, settings[kept.title])
                 for name, kept in KEPT.items()
                 if kept.title in settings or (kept.title and kept.absent is ...)
             }
             if not settings.get("Version", "").startswith("latentdiff"):
                 asked.setdefault("prompt_syntax", "a1111")
+            asked |= {"prompt": "\n".join(lines[:start]).strip(), "negative_prompt": negative}
             return cls(
-                **{**asked, "prompt": "\n".join(lines[:start]).strip(), "negative_prompt": negative},
+                **asked,
                 task=settings.get("Task", "generate"),
                 width=int(width),
                 height=int(height),

@@ -113,7 +113,7 @@ class Texts:
             return value
         texts = list(cast(Sequence[Any], value)) if isinstance(value, Sequence) else [value]
         if not all(isinstance(text, str) for text in texts):
-            raise refusal(name, "a text or a list of texts", value)
+            raise refusal(name, "a text or a list of texts", cast(object, value))
         return texts
 
 
@@ -134,10 +134,9 @@ class Place:
     """A file, a folder or an id, by its name."""
 
     def __call__(self, name: str, value: Any) -> Any:
-        is_named = isinstance(value, str | os.PathLike) and bool(os.fspath(cast(str, value)))
-        if not is_named:
-            raise refusal(name, "a path or an id", value)
-        return value
+        if not isinstance(value, str | os.PathLike) or not os.fspath(cast(str, value)):
+            raise refusal(name, "a path or an id", cast(object, value))
+        return cast(Any, value)
 
 
 @dataclass(frozen=True)

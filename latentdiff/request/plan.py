@@ -62,7 +62,7 @@ class Sampling(Settings):
         Raises:
             UsageError: the authors' sampler is not here and none is asked for, or options exclude one another.
         """
-        drawing, changes = schedule.config.drawing, {}
+        drawing, changes = schedule.config.drawing, dict[str, Any]()
         if "sampler" in self.left_open:
             changes["sampler"] = drawing.default_sampler() or self.sampler
         name = changes.get("sampler", self.sampler)
@@ -180,7 +180,7 @@ class Plan:
 
     def pieces(self) -> list[tuple[int, Plan]]:
         """The plan cut where the prompts name other LoRAs; each piece with the place of its first image."""
-        found = []
+        found: list[tuple[int, Plan]] = []
         for _, some in groupby(self.batches, key=lambda part: self._loras(part.start)):
             parts = list(some)
             first, last = parts[0].start, parts[-1].stop
