@@ -133,7 +133,8 @@ class LoadedModel:
             prediction_type: what the U-Net predicts, "epsilon", "v_prediction" or "sample", where the model
                 does not say or says it wrong.
             zero_terminal_snr: begin in pure noise, where the model was trained so and does not say it.
-            vae, text_encoder: where these parts lie, in place of the model's own; a VAE may be a TAESD.
+            vae: where another VAE lies, to be taken in place of the model's own; it may be a TAESD.
+            text_encoder: where another text encoder lies, likewise.
             base: a model that the parts come from that the file lacks.
 
         Raises:
