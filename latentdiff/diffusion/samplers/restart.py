@@ -57,9 +57,11 @@ def with_repeats(schedule: Schedule, levels: list[Level], times: int, steps: int
     After the level nearest to `LOW` comes a pair up, to the level nearest to `HIGH`, and `steps` pairs down again, even
     in sigma_hat^(1/7).
     """
+    if not times:
+        return levels
     *noisy, _ = levels
     low, high = (min(noisy, key=lambda level: abs(level.sigma_hat - near)) for near in (LOW, HIGH))
-    if not times or high.sigma_hat <= low.sigma_hat:
+    if high.sigma_hat <= low.sigma_hat:
         return levels
     ends = [level.sigma_hat ** (1.0 / RHO) for level in (high, low)]
     between = [(ends[0] + (ends[1] - ends[0]) * i / steps) ** RHO for i in range(1, steps)]
