@@ -29,6 +29,7 @@ from latentdiff.errors import CheckpointError, LatentDiffError, NotFiniteError, 
 from latentdiff.image import to_pil, to_tensor
 from latentdiff.recipe import read_recipe
 from tests import peers
+from tests.diffusion.samplers.test_parity_of_solvers import PEERS
 
 SHAPE = (4, 8, 8)  # of one picture's latents
 BATCH_NOISE = 2e-5  # how far a batch may move a latent, in standard deviations (measured: 5e-6)
@@ -198,6 +199,7 @@ def test_recipe_of_a_picture(shared):
         "sources": {}, "loras": [], "backend": "torch", "cache_interval": 1, "cache_branch": 0,
         "cache_centre": None, "schema": 1, "s_noise": 1.0, "s_churn": 0.0, "s_tmin": 0.0, "s_tmax": None, "sde_noise": None,
         "rho": None, "discard_penultimate": False, "sigmas": None, "timesteps": None,
+        "zero_terminal_snr": False,
     }  # fmt: skip
     assert recipe["versions"].keys() == {"latentdiff", "torch", "tokenizers", "forms"}
     assert len(recipe["model_hash"]) == 64
@@ -521,4 +523,6 @@ def test_modules_can_be_trained_after_a_picture(shared):
 
 
 def test_all_offered_samplers_are_proved():
-    assert {sampler for sampler, _ in METHODS} == set(SAMPLERS)
+    """Here, or step by step beside diffusers' schedulers, or where there is none by closed forms (test_solvers)."""
+    by_closed_forms = {"dpmpp-2s-a", "dpmpp-sde", "dpmpp-3m-sde", "restart"}
+    assert {sampler for sampler, _ in METHODS} | PEERS.keys() | by_closed_forms == set(SAMPLERS)

@@ -111,7 +111,8 @@ class Sampler:
                 ends = first, last
             told = partial(self.told, spacing=spacing)
             levels = noise_levels(schedule, asked, spacing, told=told, rho=rho, ends=ends)
-            levels = [*levels[:-1], self.end(schedule)] if self.end else levels
+            if self.end and self.end(schedule).alpha_cumprod > levels[-2].alpha_cumprod:
+                levels = [*levels[:-1], self.end(schedule)]
         elif rho is not None:
             raise UsageError(f"rho belongs to spacings that are even in noise, found {rho} with {spacing}")
         else:

@@ -1,7 +1,8 @@
 """DPM-Solver++(2M) and (3M) for the stochastic equation: one evaluation a step, noise from the images' Brownian paths.
 
 Lu et al. 2022 in data prediction; the second order extrapolates x0 to the middle of the step, the third follows
-k-diffusion's 3M. eta 0 of the second order is DPM-Solver++(2M).
+k-diffusion's 3M, which gives the curvature half the weight of an exact integral, so that its error falls with the
+square of the step too. eta 0 of the second order is DPM-Solver++(2M).
 """
 
 from __future__ import annotations

@@ -65,9 +65,9 @@ def test_order_of_convergence(name: str) -> None:
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
 
 
-@pytest.mark.parametrize(("order", "slope"), [(2, 2), (3, 3)])
-def test_order_of_the_multistep_sde_solver_after_an_exact_start(order: int, slope: int) -> None:
-    """The first two steps know too little history and are of lower order, which a walk never makes good."""
+@pytest.mark.parametrize("order", [2, 3])
+def test_order_of_the_multistep_sde_solver_after_an_exact_start(order: int) -> None:
+    """Two for both: 3M weighs the curvature as k-diffusion and diffusers do, half of what a third order would take."""
     step = partial(dpmpp_multistep_sde.step, eta=0.0, order=order)
 
     def error_after_exact_start(steps: int) -> float:
@@ -79,7 +79,7 @@ def test_order_of_the_multistep_sde_solver_after_an_exact_start(order: int, slop
         *_, last = denoise(analytic.gaussian(0.3, 0.5), X, levels, step, after_step=exact_at_first)
         return (last.x - analytic.gaussian_flow(X, levels[0], levels[-1], 0.3, 0.5)).square().mean().sqrt().item()
 
-    assert math.log2(error_after_exact_start(80) / error_after_exact_start(160)) == pytest.approx(slope, abs=0.25)
+    assert math.log2(error_after_exact_start(80) / error_after_exact_start(160)) == pytest.approx(2, abs=0.25)
 
 
 def test_heun_has_the_published_errors() -> None:
