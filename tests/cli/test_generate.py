@@ -215,7 +215,7 @@ def test_long_prompt_says_what_is_dropped(generate):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cat", "--sampler", "heun"], "'heun' is not one of 'ddim', 'ddpm', 'euler', 'dpmpp-2m'"),
+        (["cat", "--sampler", "plms"], "'plms' is not one of 'ddim', 'ddpm', 'euler', 'dpmpp-2m'"),
         (["cat", "--width", 100], "width that is a positive multiple of 8, found 100"),
         (["cat", "--height", -8], "--height to be a whole number of 1 or more, found -8"),
         (["cat", "--steps", 0], "--steps to be a whole number of 1 or more, found 0"),
