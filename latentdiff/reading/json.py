@@ -12,8 +12,9 @@ from latentdiff.errors import CheckpointError, LatentDiffError
 from latentdiff.reading.plain import LONGEST_TEXT, read_text
 
 DEEPEST = 64  # levels; the files of published models have 5
-_LONG_NUMBER = re.compile(r"\d{19}|[eE]\+?\d{3}")
-_SURROGATE = re.compile(r"\\u[dD][89abAB]|\\u[dD][c-fC-F]")
+_LONG_NUMBER = re.compile(r"[0-9]{19}")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_TOO_LARGE = "it holds a number beyond 64 bits"
 _LARGEST = 2**63
 
 
@@ -41,7 +42,8 @@ def parse_json(
         raise error(f"{place} is not valid JSON ({reason}); {remedy}")
 
     try:
-        value = json.loads(text, parse_constant=_no_constant if finite else None)
+        hooks = {"parse_constant": _no_constant, "parse_float": _finite} if finite else {}
+        value = json.loads(text, **hooks)
     except RecursionError:
         refuse(f"it is nested more than {DEEPEST} levels deep")
     except (ValueError, TypeError) as cause:  # a number of more than 4,300 digits is a ValueError too
@@ -49,8 +51,8 @@ def parse_json(
     # Looking at every value takes longer than reading them: only where the text gives cause.
     if text.count("{") + text.count("[") > DEEPEST and _is_deep(value):
         refuse(f"it is nested more than {DEEPEST} levels deep")
-    if _LONG_NUMBER.search(text) and any(_is_huge(leaf, finite) for leaf in _leaves(value)):
-        refuse("it holds a number beyond 64 bits")
+    if _LONG_NUMBER.search(text) and any(map(_is_huge, _leaves(value))):
+        refuse(_TOO_LARGE)
     if _SURROGATE.search(text) and any(isinstance(leaf, str) and not is_unicode(leaf) for leaf in _leaves(value)):
         refuse("it holds half of a character, a lone surrogate")
     return value
@@ -103,9 +105,14 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _is_huge(value: Any, finite: bool) -> bool:
-    if isinstance(value, float):
-        return finite and value in (float("inf"), -float("inf"))
+def _finite(text: str) -> float:
+    value = float(text)
+    if abs(value) == float("inf"):
+        raise ValueError(_TOO_LARGE)
+    return value
+
+
+def _is_huge(value: Any) -> bool:
     return isinstance(value, int) and not -_LARGEST <= value < 2 * _LARGEST
 
 
