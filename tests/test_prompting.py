@@ -170,9 +170,8 @@ def test_explain_uses_the_models_own_tokens():
 @torch.no_grad()
 def test_training_sees_what_generation_reads():
     """A caption of 300 tokens, in chunks: the same embeddings as a prompt of the same words."""
-    from latentdiff.training.finetuning.loss import encode_tokens
-
     from latentdiff.training.data.captions import lost_words, token_chunks
+    from latentdiff.training.loss import encode_tokens
 
     caption = "a photo of the cat , dog on red background " * 30
     tokens = torch.from_numpy(token_chunks(pipe().tokenizer, [caption], "chunk"))
