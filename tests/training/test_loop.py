@@ -208,7 +208,7 @@ def test_another_model_in_the_folder_is_refused(tmp_path):
 @pytest.mark.parametrize("make", [lambda path: path.write_text("a file"), lambda path: path.symlink_to("/proc/none")])
 def test_unwritable_run_folder(tmp_path, make):
     make(tmp_path / "run")
-    with pytest.raises(DataError, match="cannot write to the run folder .*choose another `run`"):
+    with pytest.raises(DataError, match="cannot write to the run folder .*choose another with --out"):
         trainer(tmp_path / "run" / "vae").fit()
 
 

@@ -369,7 +369,7 @@ def test_damaged_and_odd_images_are_named_and_left_out(tmp, capsys):
 
 def test_unwritable_run_folder(tmp):
     (tmp / "run").write_text("a file")
-    with pytest.raises(DataError, match="cannot write to the run folder .*choose another --out"):
+    with pytest.raises(DataError, match="cannot write to the run folder .*choose another with --out"):
         run(settings(tmp))
 
 

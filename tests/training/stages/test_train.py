@@ -267,7 +267,7 @@ def unwritable_run(tmp):
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (no_data, "expected captioned images at .*train, found nothing"),
+        (no_data, "expected captioned images at .*train, found no such folder"),
         (broken_image, r"1 images cannot be used, the first is 1\.png: the file is empty"),
         (broken_held_out_image, r"1 images cannot be used, the first is 2\.png"),
         (unwritable_run, "cannot write"),
