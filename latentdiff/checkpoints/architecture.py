@@ -42,7 +42,8 @@ _OTHERS = (
 )
 # What names of tensors in adapter files end in, and the kinds that are told by it.
 _ADAPTERS = {
-    "LoRA": r"lora_(up|down|mid|A|B)(\.\w+)?\.(weight|bias)|(lora|\w+_lora|lora_linear_layer)\.(up|down)\.weight",
+    "LoRA": r"lora_(up|down|A|B)(\.\w+)?\.(weight|bias)|(lora|\w+_lora|lora_linear_layer)\.(up|down)\.weight",
+    "LoRA with a middle matrix": r"lora_mid(\.\w+)?\.weight",
     "LoHa": r"hada_\w+",
     "LoKr": r"lokr_\w+",
     "OFT or BOFT": r"oft_blocks|oft_R(\.\w+)*|boft_[Rs]|rescale",

@@ -67,6 +67,7 @@ def test_same_embeddings_as_diffusers(theirs, tmp_path, form, count):
     theirs.load_textual_inversion(path, token=word)
     expected, _ = theirs.encode_prompt(prompt, "cpu", 1, False)
     torch.testing.assert_close(ours.text_encoder(expanded(ours.tokenizer, prompt)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.encode([prompt]), expected, rtol=1e-5, atol=1e-5)
     ours.unload_lora(str(path))
     assert torch.equal(ours.text_encoder(expanded(ours.tokenizer, "a photo of the cat")), plain)
     with pytest.raises(UsageError, match="no LoRA called"):

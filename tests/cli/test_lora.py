@@ -91,6 +91,35 @@ def test_wrong_loras(generate, loras, lora, code, message):
     assert files(loras) == before
 
 
+def test_what_fits_of_a_wrong_lora(generate):
+    done = generate("--lora", "wrong.safetensors", "--allow-partial", "--out", "x.png")
+    assert done.code == 0 and "matched 112 of 128 layers" in done.err and "left out: " in done.err
+
+
+def test_strength_by_part_is_in_the_recipe_and_made_again(command, generate, sd1):
+    assert generate("--lora", "a.safetensors:unet=0.8,te=0", "--out", "x.png").code == 0
+    assert generate("--lora", "a.safetensors:0.8", "--out", "y.png").code == 0
+    assert not np.array_equal(pixels("x.png"), pixels("y.png"))
+    assert read_recipe(open_image("x.png").info).loras[0]["scale"] == "unet=0.8,te=0"
+    assert command("reproduce", "x.png", "--model", sd1).out.splitlines()[-1].startswith("identical")
+    done = generate("--lora", "a.safetensors:0,8")
+    assert done.code == 2 and "expected a strength such as 0.8, or unet=0.8,te=0.4" in done.errors[0]
+
+
+def test_embeddings_by_file_and_folder(generate, loras):
+    (loras / "words").mkdir()
+    width = peers.ours("sd1").text_encoder.embedding_width
+    generator = torch.Generator().manual_seed(1)
+    torch.save({"string_to_param": {"*": torch.randn(2, width, generator=generator)}}, loras / "words/my-style.pt")
+    save_file({"<teapot>": torch.randn(width, generator=generator)}, loras / "words/t.safetensors")
+    done = generate("--embedding", "words", "--out", "x.png")
+    assert done.code == 0 and "the word my-style (2 vectors)" in done.err and "the word <teapot>" in done.err
+    assert [entry["file"] for entry in read_recipe(open_image("x.png").info).loras] == ["my-style.pt", "t.safetensors"]
+    assert generate("--embedding", "words/t.safetensors", "--lora", "words/my-style.pt", "--out", "y.png").code == 0
+    done = generate("--embedding", "nothing")
+    assert done.code == 1 and "there is no embedding nothing" in done.errors[0]
+
+
 def test_merge(command, sd1, loras, pipe):
     done = command("lora", "merge", "a.safetensors:0.5", "b.safetensors", "--model", sd1, "--out", "merged")
     assert done.code == 0 and done.out == "merged\n"

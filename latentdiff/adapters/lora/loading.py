@@ -33,7 +33,7 @@ class LoadReport:
 
     def __str__(self) -> str:
         text = f"matched {self.matched} of {self.total} layers ({self.dialect} names"
-        text += ")" if self.kinds == "LoRA" else f", {self.kinds})"
+        text += ")" if self.kinds in ("LoRA", "") else f", {self.kinds})"
         text += f"; with the words {', '.join(self.words)}" if self.words else ""
         return text + (f"; left out: {_first(self.problems)}" if self.problems and self.matched else "")
 

@@ -102,5 +102,5 @@ def test_what_cannot_be(tmp):
     with pytest.raises(UsageError, match="'cat' is in the vocabulary already; choose a new word, for example <cat>"):
         run(settings(tmp, method="textual_inversion", word="cat"))
     save_file({"<x>": torch.zeros(5)}, tmp / "x.safetensors")
-    with pytest.raises(CheckpointError, match=r"expected one vector of 16 numbers in .*, found the shape \(5,\)"):
+    with pytest.raises(CheckpointError, match="expected vectors of 16 numbers in .*, found the shape 5"):
         Pipeline.load(model_folder(), device="cpu").load_lora(tmp / "x.safetensors")

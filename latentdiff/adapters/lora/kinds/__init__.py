@@ -112,7 +112,7 @@ def _check_values(tensors: Mapping[str, Tensor]) -> None:
 def _what_is_wrong(left: Set[str]) -> str:
     if reasons := [reason for role, reason in _UNSUPPORTED.items() if role in left]:
         return reasons[0]
-    for kind in KINDS:
-        if left & kind.needs and (missing := sorted(kind.needs - left)):
-            return f"its {missing[0]} matrix is missing"
+    begun = (sorted(kind.needs - left) for kind in KINDS if left & kind.needs and kind.needs - left)
+    if missing := min(begun, key=len, default=None):
+        return f"its {missing[0]} matrix is missing"
     return f"unknown tensor {sorted(left)[0]}" if left else "it has no matrices"
