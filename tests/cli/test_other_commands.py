@@ -157,7 +157,7 @@ def test_train_with_a_bad_configuration(command, workplace):
 def test_evaluate_hands_over(command, monkeypatch):
     seen = {}
     module = types.ModuleType("latentdiff.evaluation")
-    module.run = lambda **options: seen.update(options) or "the scores"
+    module.evaluate = lambda **options: seen.update(options) or "the scores"
     monkeypatch.setitem(sys.modules, "latentdiff.evaluation", module)
     monkeypatch.setattr(latentdiff, "evaluation", module, raising=False)
     done = command(
