@@ -50,7 +50,7 @@ def test_help_shows_choices_and_defaults(command):
         assert said in out
 
 
-@pytest.mark.parametrize("arguments", [["paint"], [], ["inspect"], ["convert", "a"], ["train"]])
+@pytest.mark.parametrize("arguments", [["paint"], ["inspect"], ["convert", "a"], ["train"]])
 def test_wrong_usage(command, arguments):
     done = command(*arguments)
     assert done.code == 2 and "Traceback" not in done.err

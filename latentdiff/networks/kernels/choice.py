@@ -139,12 +139,12 @@ def takes_fast_form(form: str, trial: Trial, needed: float = NEEDED) -> bool:
 
 
 def forms_in_use() -> str:
-    """A fingerprint of the forms that this program has computed by: "torch" if all were torch's, "" if it has not
-    computed on a CPU."""
-    chosen = sorted(form for form, is_fast in _used.items() if is_fast)
-    if not chosen:
-        return "torch" if _used else ""
-    return hashlib.sha256("\n".join(chosen).encode()).hexdigest()[:8]
+    """What decided the forms of this program, for recipes: "torch", "fast", or what measured choices depend on; "" if it
+    has not computed on a CPU. It does not change with what else the program has drawn."""
+    if not _used:
+        return ""
+    mode = os.environ.get(VARIABLE) or "measured"
+    return mode if mode != "measured" else machine(torch.get_num_threads()).rpartition("-")[2]
 
 
 def _choices() -> Choices:
