@@ -334,7 +334,7 @@ class Pipeline(LoadedModel):
 
     def recipe(self, **fields: Any) -> Recipe:
         """A recipe with these fields, and what is to be said about the model and where it runs."""
-        tags = read_prompt(fields["prompt"], fields["prompt_syntax"]).loras
+        tags = read_prompt(fields["prompt"], fields.get("prompt_syntax", "plain")).loras
         return Recipe(
             model=self.name,
             model_hash=self.model_hash,

@@ -125,7 +125,7 @@ def share_between(branch: int) -> float:
         with torch.no_grad(), use_attention_backend("plain"):
             for _ in range(2):
                 with FlopCounterMode(display=False) as counter:
-                    cached(x, torch.empty(()), context)
+                    cached(x, 0.0, context)
                 counts.append(counter.get_total_flops())
     return counts[1] / counts[0]
 

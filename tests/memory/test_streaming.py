@@ -125,5 +125,5 @@ def test_large_pictures_are_decoded_in_tiles(streamed: Pipeline):
 
 
 def test_the_pipeline_streams_only_when_asked(streamed: Pipeline):
-    assert isinstance(streamed.parts.parts["unet"], StreamedPart)
-    assert not isinstance(load().parts.parts["unet"], StreamedPart)
+    assert isinstance(streamed.residence.parts["unet"], StreamedPart)
+    assert not isinstance(load().residence.parts["unet"], StreamedPart)

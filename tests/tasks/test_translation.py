@@ -171,7 +171,7 @@ def test_files_that_are_no_inversions_are_refused(tmp_path):
     with pytest.raises(DataError, match="newer latentdiff"):
         Inversion.load(path)
     replace(inverted(), latents=inverted().latents[1:]).save(path)
-    with pytest.raises(DataError, match="damaged inversion: expected 5 latents, found 4"):
+    with pytest.raises(DataError, match="damaged inversion: expected latents of shape"):
         Inversion.load(path)
 
 
@@ -300,7 +300,7 @@ def test_guidance_is_that_which_the_inversion_was_made_for():
 
 
 def test_a_negative_blend_is_checked():
-    with pytest.raises(UsageError, match="schedule of linear"):
+    with pytest.raises(UsageError, match="one of linear"):
         NegativeBlend(schedule="steep")
     with pytest.raises(UsageError, match="alpha in 0 to 1"):
         NegativeBlend(alpha=2.0)

@@ -59,7 +59,8 @@ def test_levels_fall_in_noise_at_every_number_of_steps(name: str, spacing: str, 
         *noisy, clean = levels
         assert clean.is_clean and not any(level.is_clean for level in noisy)
         assert all(level.alpha_cumprod < quieter.alpha_cumprod for level, quieter in pairwise(noisy))
-        assert noisy[-1].alpha_cumprod <= clean.alpha_cumprod
+        # The published last level of Align Your Steps, 0.029, lies a rounding below the smallest noise of the model, 0.0292.
+        assert noisy[-1].alpha_cumprod <= clean.alpha_cumprod + 2e-5
         assert all(0 <= level.t <= schedule.num_train_timesteps - 1 for level in noisy)
 
 

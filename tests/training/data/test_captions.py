@@ -84,10 +84,8 @@ def test_chunks_are_cut_where_prompts_are(tokenizer):
     for caption in ("a cat , dog fox on red blue", "a a a a a fix dog"):
         found = token_chunks(tokenizer, [caption], "chunk")[0]
         assert found.tolist() == [chunk.framed(tokenizer)[0] for chunk in chunks_of(tokenizer, caption, "a1111")]
-    assert tokenizer.decode(token_chunks(tokenizer, ["a cat , dog fox on red"], "chunk")[0, 1]).split()[1:3] == [
-        "dog",
-        "fox",
-    ]
+    second = tokenizer.decode(token_chunks(tokenizer, ["a cat , dog fox on red"], "chunk")[0, 1])
+    assert "dog fox" in second and "cat" not in second
 
 
 def test_a_caption_of_5000_words(tokenizer):
