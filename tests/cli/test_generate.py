@@ -207,7 +207,7 @@ def test_wrong_settings_end_the_job_at_once(generate, workplace):
 
 def test_long_prompt_says_what_is_dropped(generate):
     prompt = " ".join(["cat"] * 75 + ["red", "fox"])
-    done = generate(prompt, "--seed", 1, "--steps", 1)
+    done = generate(prompt, "--seed", 1, "--steps", 1, "--prompt-syntax", "plain")
     assert done.code == 0
     assert done.err == "warning: the prompt has more than the 75 tokens that the model reads; dropped: 'red fox'\n"
 
@@ -331,7 +331,7 @@ def test_reader_that_leaves_is_no_error(workplace, sd1):
     os.close(reading)
     done = subprocess.run(program("inspect", sd1), stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(writing)
-    assert done.returncode == 1 and done.stderr == ""
+    assert done.returncode == 0 and done.stderr == ""
 
 
 def test_ctrl_c_as_a_signal(workplace, sd1):
@@ -343,5 +343,5 @@ def test_ctrl_c_as_a_signal(workplace, sd1):
         assert running.stderr.readline().startswith("seed: ")  # it is at work now
         running.send_signal(signal.SIGINT)
         out, err = running.communicate(timeout=600)
-    assert (running.returncode, out, err.strip()) == (130, "", "error: interrupted")
+    assert (running.returncode, out, err.strip().splitlines()[-1]) == (130, "", "error: interrupted")
     assert files(workplace) == []

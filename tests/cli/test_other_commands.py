@@ -45,7 +45,7 @@ def test_help_shows_choices_and_defaults(command):
         "[default: the model's, or ddim]",
         "[default: 25]",
         "[auto|fp32|bf16|fp16|int8]",
-        "multiple of 8",
+        "VAE's factor (8)",
     ):
         assert said in out
 
