@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from latentdiff.errors import LatentDiffError as LatentDiffError
     from latentdiff.evaluation.run import evaluate as evaluate
+    from latentdiff.image import save_image as save_image
     from latentdiff.image import save_png as save_png
     from latentdiff.pipeline import Pipeline as Pipeline
     from latentdiff.tasks.editing import image_to_image as image_to_image
@@ -36,6 +37,7 @@ _HOMES = {
     "interpolate": "latentdiff.tasks.interpolation",
     "invert": "latentdiff.tasks.inversion.run",
     "restore": "latentdiff.tasks.restoration.task",
+    "save_image": "latentdiff.image",
     "save_png": "latentdiff.image",
     "train": "latentdiff.training.stages.train",
     "translate": "latentdiff.tasks.translation",
@@ -51,6 +53,7 @@ __all__ = [
     "interpolate",
     "invert",
     "restore",
+    "save_image",
     "save_png",
     "train",
     "translate",

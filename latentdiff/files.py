@@ -10,12 +10,41 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from latentdiff.errors import LatentDiffError
+from latentdiff.errors import LatentDiffError, UsageError
 
 CACHE_VARIABLE = "LATENTDIFF_CACHE"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Ends of names of files; the last part of a hub id may have a dot, "stable-diffusion-v1.5".
 _SUFFIX = re.compile(r"\.(safetensors|ckpt|bin|pth?|zip|tar|gz|tgz|ya?ml|jsonl?|txt|csv|parquet|png|jpe?g|webp)$", re.I)
+
+# Image formats that are written, by the endings of their files; the first ending of each is what `--format` says.
+IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".avif": "AVIF"}
+_OTHER_IMAGES = frozenset(
+    ".apng .bmp .dib .emf .eps .exr .gif .hdr .heic .heif .ico .j2k .jfif .jp2 .jpe .jpx .jxl .mkv .mov .mp4 .npy .pbm .pcx "
+    ".pdf .pgm .pnm .ppm .psd .qoi .svg .tga .tif .tiff .webm .wmf .xcf".split()
+)
+
+
+def image_format(path: str | os.PathLike[str]) -> str | None:
+    """The name that Pillow has for the image format that the ending of `path` asks for, in capitals or not; None for a
+    name without an ending of images, which is that of a folder, and for folders that are there.
+
+    Raises:
+        UsageError: it is a format of images that latentdiff does not write, or that this Pillow cannot write.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        return None
+    if suffix in _OTHER_IMAGES:
+        raise UsageError(f"cannot write {path}: expected an ending of {', '.join(IMAGE_FORMATS)}, found {path.suffix}")
+    name = IMAGE_FORMATS.get(suffix)
+    if name in ("WEBP", "AVIF"):
+        from PIL import features
+
+        if not features.check(name.lower()):
+            raise UsageError(f"cannot write {path}: this Pillow does not know {name}; update it: pip install -U pillow")
+    return name
 
 
 def cache_folder(purpose: str) -> Path:

@@ -1,4 +1,4 @@
-"""Pictures between the VAE's tensors, PIL, PNG files and animations."""
+"""Images between the VAE's tensors, PIL, files and animations."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence, PngImagePlugin
 from torch import Tensor
 
-from latentdiff.errors import DataError
-from latentdiff.files import atomic_path
+from latentdiff.errors import DataError, UsageError
+from latentdiff.files import IMAGE_FORMATS, atomic_path, image_format
 from latentdiff.reading.pictures import MOST_FRAMES, opened
+from latentdiff.reading.texts import exif_with, texts_of
 
 CAPTION_SIZE = 12  # pixels
+QUALITY = 95  # of what JPEG, WebP and AVIF call quality
+_LONGEST_SIDE = {"JPEG": 65_535, "WEBP": 16_383}  # pixels
+_LONGEST_EXIF = 65_533  # bytes that one segment of a JPEG holds
 
 
 def decibels(error: float, peak: float = 255.0) -> float:
@@ -38,17 +43,73 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     return torch.tensor(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, 3, H, W)
 
 
+def save_image(
+    image: Image.Image, path: str | os.PathLike[str], *, metadata: bool = True, quality: int = QUALITY
+) -> None:
+    """Write an image whole or not at all, with its recipe: PNG, JPEG, WebP or AVIF, by the ending of `path`.
+
+    A PNG holds all texts of `image.info`; the others hold the recipe in their EXIF data (see `reading.texts`). A colour
+    profile in `image.info` is kept.
+
+    Args:
+        metadata: write the recipe.
+        quality: 1 to 100, of formats that lose something; colours keep their full resolution in JPEG and AVIF. A WebP
+            of quality 100 loses nothing.
+
+    Raises:
+        UsageError: the format is not known, or cannot hold the image or its recipe.
+        LatentDiffError: the file cannot be written.
+    """
+    name = image_format(path)
+    if name is None:
+        raise UsageError(f"cannot write {os.fspath(path)}: expected an ending of {', '.join(IMAGE_FORMATS)}")
+    if name == "PNG":
+        return save_png(image, path, metadata=metadata)
+    has_alpha = is_transparent(image)
+    if has_alpha and name == "JPEG":
+        raise UsageError(
+            f"cannot write {os.fspath(path)}: the image has transparent parts, which JPEG does not hold; choose .png, "
+            ".webp or .avif"
+        )
+    if max(image.size) > _LONGEST_SIDE.get(name, max(image.size)):
+        raise UsageError(
+            f"cannot write {os.fspath(path)}: {name} holds {_LONGEST_SIDE[name]} pixels a side, found {image.width} x "
+            f"{image.height}; choose .png"
+        )
+    exif = exif_with(texts_of(image)) if metadata else b""
+    if name == "JPEG" and len(exif) > _LONGEST_EXIF:
+        raise UsageError(
+            f"cannot write {os.fspath(path)}: its recipe of {len(exif):,} bytes is longer than a JPEG holds, "
+            f"{_LONGEST_EXIF:,}; choose .png, .webp or .avif, or --no-metadata"
+        )
+    options: dict[str, Any] = {
+        "JPEG": {"quality": quality, "subsampling": 0, "optimize": True},
+        "WEBP": {"quality": quality, "lossless": quality == 100, "exact": True},
+        "AVIF": {"quality": quality, "subsampling": "4:4:4"},
+    }[name]
+    is_grey = image.mode == "L" and name == "JPEG"
+    plain = image if is_grey else image.convert("RGBA" if has_alpha else "RGB")
+    _write(plain, path, name, exif=exif, icc_profile=image.info.get("icc_profile"), **options)
+
+
 def save_png(image: Image.Image, path: str | os.PathLike[str], *, metadata: bool = True) -> None:
-    """Write a PNG whole or not at all, with the text in `image.info` (the recipe) unless `metadata` is off."""
+    """Write a PNG whole or not at all, with the texts in `image.info` (the recipe) unless `metadata` is off."""
     chunks = PngImagePlugin.PngInfo()
-    if metadata:
-        for name, text in image.info.items():
-            if isinstance(name, str) and isinstance(text, str):
-                chunks.add_text(name, text)  # as iTXt where Latin-1 does not suffice
-    plain = image.copy()
-    plain.info = {}
+    for name, text in texts_of(image).items() if metadata else ():
+        chunks.add_text(name, text)  # as iTXt where Latin-1 does not suffice
+    _write(image, path, "PNG", pnginfo=chunks, icc_profile=image.info.get("icc_profile"))
+
+
+def _write(image: Image.Image, path: str | os.PathLike[str], name: str, **options: Any) -> None:
+    plain = image.convert("RGBA") if "transparency" in image.info else image.copy()
+    plain.info = {}  # of which Pillow would write some
     with atomic_path(path) as temporary:
-        plain.save(temporary, format="PNG", pnginfo=chunks)
+        plain.save(temporary, format=name, **options)
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether any pixel is not wholly opaque."""
+    return image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
 
 
 def gif_of(frames: Sequence[Image.Image], fps: float, comment: str = "") -> bytes:
@@ -76,13 +137,14 @@ def frames_of(animation: bytes | str | os.PathLike[str]) -> list[Image.Image]:
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read a picture with its text chunks.
+    """Read an image with all its texts in `info`, wherever its format keeps them; see `reading.texts`.
 
     Raises:
         DataError: there is no such file, or it is damaged or no picture.
     """
     with opened(path, os.fspath(path)) as image:
         image.load()
+        image.info = {**texts_of(image), **image.info}
         return image
 
 

@@ -5,13 +5,25 @@ import struct
 import zlib
 
 import numpy as np
+import piexif
+import piexif.helper
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from latentdiff.errors import DataError, LatentDiffError
-from latentdiff.image import as_rgb, contact_sheet, open_image, save_png, side_by_side, to_pil, to_tensor
+from latentdiff.errors import DataError, LatentDiffError, UsageError
+from latentdiff.image import (
+    as_rgb,
+    contact_sheet,
+    open_image,
+    save_image,
+    save_png,
+    side_by_side,
+    to_pil,
+    to_tensor,
+)
+from latentdiff.reading.texts import texts_of
 
 
 def test_same_rounding_as_diffusers():
@@ -149,3 +161,118 @@ def test_pictures_of_other_sizes_stand_side_by_side():
     assert row.width == 2 * (20 + 12)
     assert row.getpixel((6, 6)) == (200, 200, 200) and row.getpixel((20, 20)) == (255, 255, 255)
     assert row.getpixel((6 + 32, 6)) == row.getpixel((57, 35)) == (255, 0, 0)
+
+
+RECIPE = {"parameters": "naïve café, 狐 🦊\nSteps: 20, Sampler: Euler a", "latentdiff": '{"prompt": "caf\\u00e9"}'}
+
+
+def smooth(size: tuple[int, int] = (64, 48)) -> Image.Image:
+    ramp = np.linspace(0, 255, size[0] * size[1]).reshape(size[1], size[0])
+    return Image.fromarray(np.stack([ramp, ramp[::-1], ramp[:, ::-1]], axis=-1).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "B.JPEG", "c.webp", "d.avif", "E.Png"])
+def test_every_format_holds_pixels_and_recipe(tmp_path, name):
+    image = smooth()
+    image.info = dict(RECIPE)
+    save_image(image, tmp_path / name)
+    again = open_image(tmp_path / name)
+    assert again.format == {"j": "JPEG", "w": "WEBP", "a": "AVIF", "p": "PNG"}[name[2].lower()]
+    assert {key: again.info[key] for key in RECIPE} == RECIPE == image.info
+    difference = np.abs(np.asarray(again.convert("RGB")).astype(int) - np.asarray(image))
+    assert difference.mean() < 1.5 and (again.format != "PNG" or difference.max() == 0)
+    save_image(image, tmp_path / name, metadata=False)
+    content = (tmp_path / name).read_bytes()
+    assert texts_of(open_image(tmp_path / name)) == {} and b"latentdiff" not in content
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.webp"])
+def test_the_web_uis_find_the_parameters_in_exif(tmp_path, name):
+    """By piexif, with which they write and read it."""
+    image = smooth()
+    image.info = dict(RECIPE)
+    save_image(image, tmp_path / name)
+    exif = piexif.load(Image.open(tmp_path / name).info["exif"])
+    assert piexif.helper.UserComment.load(exif["Exif"][piexif.ExifIFD.UserComment]) == RECIPE["parameters"]
+    theirs = piexif.helper.UserComment.dump(RECIPE["parameters"], encoding="unicode")
+    smooth().save(tmp_path / name, exif=piexif.dump({"Exif": {piexif.ExifIFD.UserComment: theirs}}))
+    assert texts_of(open_image(tmp_path / name)) == {"parameters": RECIPE["parameters"]}
+
+
+def in_tags(tags: dict[int, str]) -> Image.Image:
+    exif, file = Image.Exif(), io.BytesIO()
+    for tag, text in tags.items():
+        exif[tag] = text
+    smooth().save(file, "WEBP", exif=exif)
+    return Image.open(file)
+
+
+def in_exif(comment: bytes, note: bytes = b"") -> Image.Image:
+    file = io.BytesIO()
+    own = {piexif.ExifIFD.UserComment: comment} | ({piexif.ExifIFD.MakerNote: note} if note else {})
+    smooth().save(file, "JPEG", exif=piexif.dump({"Exif": own}))
+    return Image.open(file)
+
+
+def test_texts_of_other_programs():
+    assert texts_of(in_tags({0x0110: 'prompt:{"3": {}}', 0x010F: 'workflow:{"nodes": []}'})) == {
+        "prompt": '{"3": {}}',
+        "workflow": '{"nodes": []}',
+    }
+    for code in (b"UNICODE\0" + "Steps: 20".encode("utf-16-le"), b"ASCII\0\0\0Steps: 20", bytes(8) + b"Steps: 20\0"):
+        assert texts_of(in_exif(code)) == {"parameters": "Steps: 20"}
+    assert texts_of(in_exif(b"Steps: 20", b"a1111")) == {"parameters": "Steps: 20", "fooocus_scheme": "a1111"}
+    assert texts_of(in_exif(b"", b"Nikon\0\2\x10")) == {}
+    file = io.BytesIO()
+    smooth().save(file, "JPEG", comment="café", exif=b"Exif\0\0nonsense")
+    assert texts_of(Image.open(file)) == {"comment": "café"}
+
+
+def test_quality(tmp_path):
+    for name in ("a.jpg", "a.avif"):
+        sizes = []
+        for quality in (30, 95):
+            save_image(smooth(), tmp_path / name, quality=quality)
+            sizes.append((tmp_path / name).stat().st_size)
+        assert sizes[0] < sizes[1]
+    half = smooth().copy()
+    half.putalpha(Image.fromarray(np.arange(64 * 48).reshape(48, 64).astype(np.uint8)))
+    save_image(half, tmp_path / "a.webp", quality=100)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.webp")), np.asarray(half))  # colours without ink too
+
+
+def test_what_a_format_cannot_hold(tmp_path):
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    save_image(Image.new("RGBA", (4, 4), (9, 9, 9, 255)), tmp_path / "opaque.jpg")
+    long = Image.new("RGB", (4, 4))
+    long.info = {"parameters": "x" * 40_000}
+    for image, name, reason in [
+        (clear, "a.jpg", "transparent parts"),
+        (long, "a.jpg", "longer than a JPEG holds"),
+        (Image.new("RGB", (16_384, 1)), "a.webp", "16383 pixels a side"),
+        (long, "a.tiff", r"\.png, \.jpg, \.jpeg, \.webp, \.avif, found \.tiff"),
+        (long, "a.GIF", "found .GIF"),
+        (long, "a", "expected an ending"),
+    ]:
+        with pytest.raises(UsageError, match=reason):
+            save_image(image, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["opaque.jpg"]
+    save_image(long, tmp_path / "long.webp")
+    assert open_image(tmp_path / "long.webp").info["parameters"] == long.info["parameters"]
+
+
+def test_formats_that_this_pillow_lacks(monkeypatch, tmp_path):
+    monkeypatch.setattr("PIL.features.check", lambda name: False)
+    with pytest.raises(UsageError, match="does not know AVIF; update it"):
+        save_image(smooth(), tmp_path / "a.avif")
+
+
+def test_a_palette_keeps_its_transparency(tmp_path):
+    image = Image.new("P", (2, 1), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    image.info["transparency"] = 1
+    for name in ("a.png", "a.webp"):
+        save_image(image, tmp_path / name, quality=100)
+        assert open_image(tmp_path / name).convert("RGBA").getchannel("A").tobytes() == b"\xff\0"

@@ -26,18 +26,21 @@ from latentdiff.reading.plain import open_file
 from latentdiff.reading.safetensors import read_header
 
 SAFETENSORS, TORCH, OLD_TORCH = "safetensors", "torch archive", "torch pickle (before 1.6)"
-PNG, GIF = "PNG image", "GIF image"
+IMAGE = " image"  # how the kinds of image files end
 
 _LFS = b"version https://git-lfs"
 _MAGIC = (
     (_LFS, "Git-LFS pointer"),
-    (b"\x89PNG\r\n\x1a\n", PNG),
-    (b"GIF8", GIF),
+    (b"\x89PNG\r\n\x1a\n", "PNG image"),
+    (b"GIF8", "GIF image"),
     (b"\xff\xd8\xff", "JPEG image"),
+    (b"II*\0", "TIFF image"),
+    (b"MM\0*", "TIFF image"),
     (b"GGUF", "GGUF file"),
     (b"\x80\x02", OLD_TORCH),
     (b"PK\x03\x04", "zip archive"),
 )
+_MAGIC_BEHIND = {b"WEBPVP8": "WebP image", b"avif": "AVIF image", b"avis": "AVIF image"}  # from byte 8 on
 # Types that are read and not written, as far as this torch has them.
 _READ_ONLY = {
     "U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64", "F8_E8M0": "float8_e8m0fnu",
@@ -80,6 +83,9 @@ def sniff(path: Path) -> str:
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return TORCH if kind == "zip archive" and is_torch_archive(path) else kind
+    for magic, kind in _MAGIC_BEHIND.items():
+        if head[8:].startswith(magic) and head.startswith(b"RIFF") | (head[4:8] == b"ftyp"):
+            return kind
     if len(head) > 8 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _FORMATS_LONGEST:
         return SAFETENSORS
     if text.startswith((b"{", b"[")):

@@ -21,7 +21,7 @@ from latentdiff.checkpoints.architecture import (
     identify,
     lora_dialect,
 )
-from latentdiff.checkpoints.files import GIF, PNG, SAFETENSORS, FileWarning, TensorFile, read_tensors, sniff
+from latentdiff.checkpoints.files import IMAGE, SAFETENSORS, FileWarning, TensorFile, read_tensors, sniff
 from latentdiff.checkpoints.folder import EXTRAS, INDEX, listing, read_folder
 from latentdiff.checkpoints.hashing import SHORT, file_hash, model_hash
 from latentdiff.checkpoints.hub import locate
@@ -117,7 +117,7 @@ def inspect(source: str | os.PathLike[str]) -> Report:
 def _inspect_file(path: Path) -> Report:
     kind = sniff(path)
     report = Report(os.fspath(path), kind, bytes=path.stat().st_size, sha256=file_hash(path))
-    if kind in (PNG, GIF):
+    if kind.endswith(IMAGE):
         _describe_picture(report, path)
         return report
     try:
@@ -217,12 +217,14 @@ def _describe_other_folder(report: Report, folder: Path) -> Report:
 
 def _describe_picture(report: Report, path: Path) -> None:
     from latentdiff.reading.pictures import opened
+    from latentdiff.reading.texts import texts_of
 
     try:
         with opened(path, str(path)) as image:
             image.load()
             report.family = f"{image.width}x{image.height} pixels"
-            chunks = [name for name in (JSON_CHUNK, TEXT_CHUNK) if name in image.info]
+            texts = texts_of(image)
+            chunks = [name for name in (JSON_CHUNK, TEXT_CHUNK) if name in texts]
             chunks += [COMMENT] if has_comment(image.info) else []
     except DataError as error:
         report.problem = str(error)

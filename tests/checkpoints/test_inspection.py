@@ -16,6 +16,7 @@ from latentdiff.checkpoints.conversion import convert
 from latentdiff.checkpoints.embedded import embedded_model
 from latentdiff.checkpoints.inspection import inspect
 from latentdiff.errors import CheckpointError
+from latentdiff.image import save_image
 from tests import tiny
 from tests.checkpoints import compvis
 from tests.checkpoints.test_files import Evil
@@ -151,6 +152,15 @@ def test_pictures(tmp_path: Path):
     check(inspect(tmp_path / "without.png"), notes=["no recipe in it"])
     (tmp_path / "cut.png").write_bytes((tmp_path / "with.png").read_bytes()[:40])
     assert "damaged" in inspect(tmp_path / "cut.png").problem
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("jpg", "JPEG"), ("webp", "WebP"), ("avif", "AVIF"), ("tif", "TIFF")])
+def test_images_of_other_formats(tmp_path: Path, suffix: str, kind: str):
+    image, path = Image.new("RGB", (8, 6)), tmp_path / f"a.{suffix}"
+    image.info = {"parameters": "a fox", "latentdiff": "{}"}
+    image.save(path) if suffix == "tif" else save_image(image, path)
+    note = "no recipe in it" if suffix == "tif" else "recipe present (latentdiff, parameters)"
+    check(inspect(path), kind=f"{kind} image", family="8x6 pixels", notes=[note], problem="")
 
 
 @pytest.mark.parametrize(
