@@ -206,7 +206,7 @@ class Pipeline(LoadedModel):
         bar = progress_bar(plan.steps * len(plan.batches), plan.options.progress)
         with self.residence.using("unet"), bar, self.told_guidance(plan.options.guidance_scale):
             for part in plan.batches:
-                noise = NoiseStream(plan.seeds[part], shape, device=self.device)
+                noise = NoiseStream(plan.seeds[part], shape, rule=plan.noise, device=self.device)
                 begun = start(part, noise)
                 denoiser = self.denoiser(
                     positive[part],

@@ -14,20 +14,29 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, get_origin
 
-from latentdiff import __version__
+from latentdiff import __version__, foreign
 from latentdiff.errors import DataError
-from latentdiff.reading.json import is_unicode, parse_json
+from latentdiff.foreign.account import Account, Field, NamedLoRA
+from latentdiff.request.infotext import joined, split
 from latentdiff.request.options import KEPT, Kept
+from latentdiff.request.titles import read_method, written_method
 
 JSON_CHUNK = "latentdiff"
 TEXT_CHUNK = "parameters"
 COMMENT = "comment"  # of a GIF; Pillow gives it as bytes
 
-FIRST_TITLES = ("Steps", "Sampler", "CFG scale", "Seed")  # of the settings, as the web UIs order them
-NEGATIVE = "Negative prompt:"
-_KEY = re.compile(r"\w[\w \-/]+$")  # at the end of what stands before a colon
-_LONGEST_KEY = 64
-_QUOTED = re.compile(r'"(?:\\.|[^\\"])*"')
+# Of the settings, as the web UIs order them.
+FIRST_TITLES = ("Steps", "Sampler", "Schedule type", "CFG scale", "Seed")
+_ONLY_OURS = {
+    "Task",
+    "Spacing",
+    "Prompt syntax",
+    "Noise source",
+    "Noise start",
+    "Noise index",
+    "Told timesteps",
+}  # keys of the text
+_LOOKS_LIKE_GRAMMAR = re.compile(r"[()\[\]\\]")
 
 Settings = TypeVar("Settings")
 
@@ -137,55 +146,45 @@ class Recipe(_Asked):
 
     def to_parameters(self) -> str:
         """The recipe in the format of the web UIs: prompt, negative prompt, and one line of settings."""
-        lines = [self.prompt]
-        if self.negative_prompt:
-            lines.append(f"{NEGATIVE} {self.negative_prompt}")
-        lines.append(", ".join(f"{key}: {_quote(str(value))}" for key, value in self._settings().items()))
-        return "\n".join(lines)
+        return joined(self.prompt, self.negative_prompt, self._settings())
 
     def _settings(self) -> dict[str, str]:
         asked = {
-            kept.title: _written(kept, value)
+            kept.title: _written(value)
             for name, kept in KEPT.items()
             if kept.title and (value := getattr(self, name)) != kept.absent
         }
+        asked = written_method(self.sampling()) | asked
         model = {"Size": f"{self.width}x{self.height}", "Model hash": self.model_hash[:10], "Model": self.model}
+        is_literal = self.prompt_syntax == "plain" and _LOOKS_LIKE_GRAMMAR.search(self.prompt + self.negative_prompt)
         done = {
+            "Emphasis": "None" if is_literal else "",
             "Denoising strength": str(self.task_settings.get("strength") or ""),
             "Task": self.task if self.task != "generate" else "",
             "Version": f"latentdiff {self.versions['latentdiff']}" if "latentdiff" in self.versions else "",
         }
-        first = {title: asked.pop(title) for title in FIRST_TITLES}
+        first = {title: asked.pop(title) for title in FIRST_TITLES if title in asked}
         settings = first | model | asked | done
         return {title: text for title, text in settings.items() if text}
 
     @classmethod
     def from_parameters(cls, text: str) -> Recipe:
-        """Read the format of the web UIs, ours or another program's.
-
-        As there, a line of the prompt that begins with "Negative prompt:" begins the negative prompt.
+        """Read what `to_parameters` wrote, and what earlier versions did.
 
         Raises:
             DataError: a setting that is needed is missing, or has a value that latentdiff does not know.
         """
-        if not is_unicode(text):
-            raise DataError("the picture's parameters text holds half of a character, a lone surrogate")
-        *lines, last = text.strip().split("\n")
-        settings = read_settings(last)
-        start = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
-        negative = "\n".join(lines[start:]).removeprefix(NEGATIVE).strip()
+        said = split(text)
+        settings = said.settings
         try:
             width, height = settings["Size"].split("x")
-            asked: dict[str, Any] = {
+            asked: dict[str, Any] = read_method(settings) | {
                 name: _read(kept, settings[kept.title])
                 for name, kept in KEPT.items()
-                if kept.title in settings or (kept.title and kept.absent is ...)
+                if kept.title and (kept.title in settings or kept.absent is ...)
             }
-            if not settings.get("Version", "").startswith("latentdiff"):
-                asked.setdefault("prompt_syntax", "a1111")
-            asked |= {"prompt": "\n".join(lines[:start]).strip(), "negative_prompt": negative}
             return cls(
-                **asked,
+                **{**asked, "prompt": said.prompt, "negative_prompt": said.negative},
                 task=settings.get("Task", "generate"),
                 width=int(width),
                 height=int(height),
@@ -211,73 +210,100 @@ def has_comment(info: Mapping[Any, Any]) -> bool:
 
 
 def read_recipe(info: Mapping[Any, Any]) -> Recipe:
-    """The recipe in `PIL.Image.Image.info`: from the JSON chunk, or the text of the web UIs, or the comment of a GIF.
+    """The recipe in `PIL.Image.Image.info`: from the JSON chunk, or the comment of a GIF, or the text of any program.
 
     Raises:
-        DataError: there is none, or it cannot be read.
+        DataError: there is none, it cannot be read, or it needs more than a recipe holds.
     """
+    return own if (own := _own_recipe(info)) else _recipe_of(_foreign_account(info))
+
+
+def read_account(info: Mapping[Any, Any]) -> Account:
+    """What the texts in `PIL.Image.Image.info` ask for, and what of it is done here.
+
+    Raises:
+        DataError: there are none, or they cannot be read.
+    """
+    return _account_of(own) if (own := _own_recipe(info)) else _foreign_account(info)
+
+
+def _own_recipe(info: Mapping[Any, Any]) -> Recipe | None:
     if isinstance(info.get(JSON_CHUNK), str):
         return Recipe.from_json(info[JSON_CHUNK])
-    if isinstance(info.get(TEXT_CHUNK), str):
-        return Recipe.from_parameters(info[TEXT_CHUNK])
-    if has_comment(info):
-        return Recipe.from_json(info[COMMENT])
-    raise DataError("the picture carries no recipe: it was made with --no-metadata, edited, or made elsewhere")
+    if isinstance(text := info.get(TEXT_CHUNK), str):
+        settings = split(text).settings
+        if settings.get("Version", "").startswith("latentdiff") or _ONLY_OURS & settings.keys():
+            return Recipe.from_parameters(text)
+    return Recipe.from_json(info[COMMENT]) if has_comment(info) else None
 
 
-def _written(kept: Kept, value: Any) -> str:
+def _foreign_account(info: Mapping[Any, Any]) -> Account:
+    texts = {name: text for name, text in info.items() if isinstance(name, str) and isinstance(text, str)}
+    found = foreign.read_account(texts)
+    if found is None and TEXT_CHUNK in texts:
+        raise DataError("the picture's parameters text lacks or has an unknown value of: all settings")
+    if found is None:
+        raise DataError("the picture carries no recipe: it was made with --no-metadata, edited, or made elsewhere")
+    return found
+
+
+def _recipe_of(account: Account) -> Recipe:
+    """The recipe that an account of another program's text amounts to.
+
+    Raises:
+        DataError: something is missing, or the image was made from another one, which the text does not hold.
+    """
+    if account.lacking:
+        reasons = "; ".join(account.lacking)
+        raise DataError(f"the picture's parameters text lacks or has an unknown value of: {reasons}")
+    if account.task != "generate":
+        raise DataError(
+            "the picture was made from another one, which its text does not hold; latentdiff import shows the command"
+        )
+    absent = {name: kept.absent for name, kept in KEPT.items() if kept.absent is not ...}
+    options = {name: value for name, value in account.options.items() if value is not None or name in absent}
+    try:
+        return Recipe(
+            **{"guidance_scale": 1.0, **options},
+            model=account.model,
+            model_hash=account.model_hash,
+            **{name: value for name, value in account.model_options.items() if name != "vae"},
+        )
+    except TypeError as error:
+        raise DataError(f"the picture's parameters text lacks or has an unknown value of: {error}") from error
+
+
+def _account_of(recipe: Recipe) -> Account:
+    """A recipe of ours as an account, in which all is honoured."""
+    said = dataclasses.asdict(recipe)
+    absent = {name: kept.absent for name, kept in KEPT.items()}
+    fields = [Field(name, str(value), "honoured") for name, value in said.items() if value != absent.get(name, "")]
+    names = ("prompt", "width", "height", *KEPT)
+    model = ("prediction_type", "zero_terminal_snr", "ema")
+    return Account(
+        f"latentdiff {recipe.versions.get('latentdiff', '')}".strip(),
+        tuple(fields),
+        {name: said[name] for name in names},
+        task=recipe.task,
+        model=recipe.model,
+        model_hash=recipe.model_hash,
+        model_options={name: said[name] for name in model if said[name]},
+        loras=tuple(NamedLoRA(str(entry.get("file")), str(entry.get("scale"))) for entry in recipe.loras),
+    )
+
+
+def _written(value: Any) -> str:
     """A value as the text of the web UIs has it."""
-    if isinstance(value, tuple):
-        return " to ".join(map(str, cast(tuple[float, ...], value)))
-    return (kept.names or {}).get(value, str(value))
+    return " to ".join(map(str, cast(tuple[float, ...], value))) if isinstance(value, tuple) else str(value)
 
 
 def _read(kept: Kept, text: str) -> Any:
     """What `_written` wrote.
 
     Raises:
-        KeyError, ValueError: it is not a value of this option.
+        ValueError: it is not a value of this option.
     """
-    if kept.names:
-        return {title: value for value, title in kept.names.items()}[text]
     kind = next(kind for kind in (get_args(kept.kind) or (kept.kind,)) if kind is not NoneType)
     if get_origin(kind) is tuple:
         return tuple(part(end) for part, end in zip(get_args(kind), text.split(" to "), strict=True))
     return kind(text)
-
-
-def read_settings(line: str) -> dict[str, str]:
-    """ "Key: value, Key: value" as the web UIs write it; a value with a comma, a colon or a line break is quoted.
-
-    Text that is neither a key nor a value is passed over. The time is in proportion to the length of the line.
-    """
-    found: dict[str, str] = {}
-    place = 0
-    while (colon := line.find(":", place)) >= 0:
-        before = line[max(place, colon - _LONGEST_KEY) : colon]
-        key = _KEY.search(before[before.rfind(",") + 1 :])
-        if not key:
-            place = colon + 1
-            continue
-        start = colon + 1
-        start += len(line[start : start + _LONGEST_KEY]) - len(line[start : start + _LONGEST_KEY].lstrip())
-        quoted = _QUOTED.match(line, start) if line.startswith('"', start) else None
-        if quoted and line[quoted.end() : quoted.end() + 1] in ("", ","):
-            end = quoted.end()
-        else:
-            end = next((comma for comma in (line.find(",", start),) if comma >= 0), len(line))
-        found[key[0]] = _unquote(line[start:end])
-        place = end
-    return found
-
-
-def _quote(value: str) -> str:
-    is_plain = value == value.strip() and not re.search(r'[,:\n"]', value)
-    return value if is_plain else json.dumps(value, ensure_ascii=False)
-
-
-def _unquote(value: str) -> str:
-    try:
-        return str(parse_json(value, "a setting", DataError)) if value.startswith('"') else value.strip()
-    except DataError:
-        return value

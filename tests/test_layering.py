@@ -16,8 +16,8 @@ PACKAGE = Path(__file__).parents[1] / "latentdiff"
 FLOORS: list[list[set[str]]] = [
     [{"__init__"}, {"errors"}],
     [{"reading"}, {"request/domains"}, {"request/titles"}],
-    [{"request/options"}],
-    [{"request/calls"}],
+    [{"request/options"}, {"request/infotext"}],
+    [{"request/calls"}, {"foreign"}],
     [{"files"}, {"recipe"}, {"diffusion"}, {"prompts"}],
     [{"device"}, {"image"}, {"networks/kernels"}],
     [{"networks/attention"}],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from latentdiff.errors import DataError
 from latentdiff.recipe import Recipe, read_recipe
-from latentdiff.request.options import SamplerName, SpacingName
+from latentdiff.request.options import NoiseName, SamplerName, SpacingName, StartName
 
 # How AUTOMATIC1111's web UI splits the last line of its text (its format, in our words).
 WEB_UI_SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -30,6 +30,11 @@ recipes = st.builds(
     guidance_rescale=st.floats(0, 1),
     guidance_interval=st.none() | st.tuples(finite, finite),
     spacing=st.none() | st.sampled_from(get_args(SpacingName)),
+    noise_source=st.sampled_from(get_args(NoiseName)),
+    noise_start=st.none() | st.sampled_from(get_args(StartName)),
+    noise_index=st.integers(0, 9),
+    seed_delta=st.integers(-9, 2**32),
+    discard_penultimate=st.booleans(),
     cache_interval=st.integers(1, 10),
     cache_branch=st.integers(0, 11),
     cache_centre=st.none() | st.integers(0, 49),
@@ -67,8 +72,52 @@ def test_parameters_are_those_of_the_web_uis():
     assert FOX.to_parameters() == (
         "a fox, 狐\nin the snow\nNegative prompt: blurry\n"
         "Steps: 30, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 7, Size: 512x768, Model hash: 0123456789, "
-        'Model: "a, b", Version: latentdiff 0.1.0'
+        'Model: "a, b", RNG: CPU, SGM noise multiplier: True, Version: latentdiff 0.1.0'
     )
+
+
+def web_ui_reads(text):
+    """The settings that a web UI takes from a text, with what it puts where the text says nothing (their documentation)."""
+    read = {key: json.loads(value) if value[:1] == '"' else value for key, value in WEB_UI_SETTING.findall(text)}
+    return {"Schedule type": "Automatic", "RNG": "GPU", "Clip skip": "1", "SGM noise multiplier": "False"} | read
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"spacing": "karras"}, {"Sampler": "DPM++ 2M", "Schedule type": "Karras", "SGM noise multiplier": "True"}),
+        ({"spacing": "normal"}, {"Schedule type": "Uniform"}),
+        ({"spacing": "exponential"}, {"Schedule type": "Exponential"}),
+        ({"spacing": "trailing", "noise_source": "comfy", "noise_index": 2}, {"RNG": "CPU"}),
+        ({"noise_source": "nv", "noise_start": "sigma"}, {"RNG": "NV", "SGM noise multiplier": "False"}),
+        ({"sampler": "euler-a", "spacing": "normal", "eta": 0.5}, {"Eta": "0.5", "SGM noise multiplier": "False"}),
+        ({"sampler": "euler", "spacing": "leading"}, {"SGM noise multiplier": "True"}),
+        ({"sampler": "ddim", "spacing": "leading", "eta": 0.5}, {"Sampler": "DDIM", "Eta DDIM": "0.5", "RNG": "CPU"}),
+        ({"clip_skip": 2, "seed_delta": 31337}, {"Clip skip": "2", "ENSD": "31337"}),
+        ({"sampler": "dpm2", "spacing": "karras", "discard_penultimate": True}, {"Discard penultimate sigma": "True"}),
+        ({"prompt": "a (b)"}, {"Emphasis": "None"}),
+    ],
+)
+def test_web_uis_take_the_same_from_the_text(options, words):
+    """A1111's parser, by its documented grammar, ends with what the recipe says; and so do we."""
+    recipe = replace(FOX, **options)
+    text = recipe.to_parameters()
+    read = web_ui_reads(text.split("\n")[-1])
+    assert {key: read[key] for key in words} == words
+    again = Recipe.from_parameters(text)
+    assert {name: getattr(again, name) for name in options} == options
+
+
+def test_a_text_of_before_the_words_of_the_web_uis_is_read():
+    recipe = read_recipe(
+        {
+            "parameters": "a fox\nSteps: 30, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 7, Size: 64x64, Model: m, "
+            "Eta DDIM: 0.5, Spacing: karras, Prompt syntax: a1111, Version: latentdiff 0.1.0"
+        }
+    )
+    assert (recipe.sampler, recipe.spacing, recipe.eta, recipe.noise_source, recipe.noise_start) == (
+        "dpmpp-2m", "karras", 0.5, "cpu", None,
+    )  # fmt: skip
 
 
 def is_plain(recipe):
@@ -82,9 +131,13 @@ def test_parameters_read_what_they_write(recipe):
     again = Recipe.from_parameters(recipe.to_parameters())
     for name in (
         "prompt", "negative_prompt", "seed", "steps", "sampler", "eta", "guidance_scale", "guidance_rescale",
-        "guidance_interval", "spacing", "width", "height", "model",
+        "guidance_interval", "width", "height", "model", "noise_source", "noise_start", "noise_index", "seed_delta",
+        "discard_penultimate",
     ):  # fmt: skip
         assert getattr(again, name) == getattr(recipe, name), name
+    assert again.spacing == (
+        "exponential" if recipe.spacing == "uniform-lambda" else recipe.spacing
+    )  # one and the same
     assert again.cache_interval == recipe.cache_interval
     if recipe.cache_interval > 1:
         assert (again.cache_branch, again.cache_centre) == (recipe.cache_branch, recipe.cache_centre)
@@ -117,7 +170,8 @@ def test_text_of_another_program():
     )
     assert (recipe.prompt, recipe.negative_prompt) == ("a castle\nat dusk", "people,\nfog")
     assert (recipe.sampler, recipe.steps, recipe.guidance_scale, recipe.seed) == ("euler", 20, 7.0, 965400086)
-    assert (recipe.model, recipe.model_hash, recipe.spacing) == ("v1-5", "6ce0161689", None)
+    assert (recipe.model, recipe.model_hash, recipe.spacing) == ("v1-5", "6ce0161689", "normal")
+    assert (recipe.noise_source, recipe.noise_start, recipe.prompt_syntax) == ("nv", "sigma", "a1111")
 
 
 @given(text)

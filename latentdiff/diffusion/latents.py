@@ -1,19 +1,83 @@
-"""Noise: one generator per image, so that a picture depends on its seed and on nothing else.
+"""Noise: one stream per image, so that a picture depends on its seed and on nothing else.
 
 All noise of an image, at the start and in stochastic steps, comes from one generator on the CPU that is seeded with
 the image's seed, and is drawn in float32 before it moves; solvers of the stochastic equation take theirs from a
-Brownian path of the same seed. So image i of a batch is the image made alone with its seed, on every device.
+Brownian path of the same seed. So image i of a batch is the image made alone with its seed, on every device. Other
+programs draw otherwise; `SOURCES` has their ways, for which the same holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from math import prod
 
 import torch
 from torch import Tensor
 
 from latentdiff.diffusion.brownian import BrownianNoise
+from latentdiff.diffusion.philox import normal
 from latentdiff.errors import UsageError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class NoiseRule:
+    """Where the noise of an image comes from besides its seed.
+
+    Attributes:
+        source: a name of `SOURCES`.
+        index: the image's place in the batch of the program that drew it, where a batch shares one generator.
+        delta: what is added to the seed for all noise after the first draw; A1111's "eta noise seed delta".
+    """
+
+    source: str = "cpu"
+    index: int = 0
+    delta: int = 0
+
+
+OURS = NoiseRule()
+
+
+def _on_cpu(seed: int, shape: Shape, rule: NoiseRule) -> Iterator[Tensor]:
+    """One generator of torch on the CPU for each image; also A1111's "CPU"."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    yield _drawn(generator, shape)
+    if rule.delta:
+        generator = torch.Generator("cpu").manual_seed((seed + rule.delta) % 2**64)
+    while True:
+        yield _drawn(generator, shape)
+
+
+def _on_gpu(seed: int, shape: Shape, rule: NoiseRule) -> Iterator[Tensor]:
+    """A generator on an NVIDIA GPU for each image: A1111's "GPU" and "NV"."""
+    yield from islice(_of_batch(seed, shape, 0), 1)
+    yield from islice(_of_batch((seed + rule.delta) % 2**64, shape, 0), 0 if rule.delta else 1, None)
+
+
+def _of_batch(seed: int, shape: Shape, index: int) -> Iterator[Tensor]:
+    """The draws of image `index` of a batch that one generator on an NVIDIA GPU draws for."""
+    size = prod(shape)
+    return (torch.from_numpy(normal(seed, call, size, first=index * size)).view(shape) for call in count())
+
+
+def _comfy(seed: int, shape: Shape, rule: NoiseRule) -> Iterator[Tensor]:
+    """ComfyUI on an NVIDIA GPU: the first draw is one of the whole batch on the CPU, all later ones are on the GPU."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    for _ in range(rule.index):
+        _drawn(generator, shape)
+    yield _drawn(generator, shape)
+    yield from _of_batch((seed + rule.delta) % 2**64, shape, rule.index)
+
+
+# Each gives the draws (C, h, w) of one image, in a row, float32.
+SOURCES: dict[str, Callable[[int, Shape, NoiseRule], Iterator[Tensor]]] = {
+    "cpu": _on_cpu,
+    "nv": _on_gpu,
+    "comfy": _comfy,
+}
 
 
 class NoiseStream:
@@ -22,6 +86,7 @@ class NoiseStream:
     Args:
         seeds: one per image, 0 to 2**64 - 1.
         shape: (C, h, w) of one image's latents.
+        rule: how it is drawn, if not as here.
         device, dtype: where and as what the noise is wanted.
 
     Raises:
@@ -33,6 +98,7 @@ class NoiseStream:
         seeds: Sequence[int],
         shape: tuple[int, int, int],
         *,
+        rule: NoiseRule = OURS,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -41,16 +107,13 @@ class NoiseStream:
         for seed in seeds:
             if not 0 <= seed < 2**64:
                 raise UsageError(f"a seed must be a whole number from 0 to 2**64 - 1, found {seed}")
-        self._generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        self._draws = [SOURCES[rule.source](seed, tuple(shape), rule) for seed in seeds]
         self._brownian = BrownianNoise(seeds, tuple(shape))
-        self._shape = tuple(shape)
         self._device = torch.device(device)
         self._dtype = dtype
 
     def __call__(self) -> Tensor:
-        # In float32 whatever torch's default is: a seed draws other numbers in float64.
-        draws = [torch.randn(self._shape, generator=each, dtype=torch.float32) for each in self._generators]
-        noise = torch.stack(draws)
+        noise = torch.stack([next(draws) for draws in self._draws])
         return noise.to(self._device, self._dtype)  # (N, C, h, w)
 
     def between(self, sigma_hat: float, next_sigma_hat: float) -> Tensor:
@@ -62,8 +125,14 @@ def start_noise(
     seeds: Sequence[int],
     shape: tuple[int, int, int],
     *,
+    rule: NoiseRule = OURS,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The noise (N, C, h, w) that sampling starts from: the first draw of every image's stream."""
-    return NoiseStream(seeds, shape, device=device, dtype=dtype)()
+    return NoiseStream(seeds, shape, rule=rule, device=device, dtype=dtype)()
+
+
+def _drawn(generator: torch.Generator, shape: Shape) -> Tensor:
+    # In float32 whatever torch's default is: a seed draws other numbers in float64.
+    return torch.randn(shape, generator=generator, dtype=torch.float32)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict, Unpack, get_args
 
 from latentdiff.request.domains import Choice, Function, Interval, Numbers, Real, Seeds, Texts, Whole, YesNo
-from latentdiff.request.titles import SAMPLER_TITLES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +32,9 @@ SpacingName = Literal[
     "lcm",
 ]  # fmt: skip
 SdeNoiseName = Literal["path", "draws"]
+NoiseName = Literal["cpu", "nv", "comfy"]
+StartName = Literal["sigma", "unit"]
+ToldName = Literal["exact", "whole"]
 AttentionName = Literal["auto", "sdpa", "xformers", "sliced", "plain"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 BackendName = Literal["torch", "openvino", "compile"]
@@ -54,15 +56,13 @@ class Kept:
     """A field of recipes.
 
     kind: its type there, where each image has a recipe of its own.
-    title: what it is called in the text of the web UIs; None leaves it out.
+    title: what it is called in the text of the web UIs; None leaves it out, or `titles` has words for it.
     absent: what a recipe meant that does not have it; `...` is for what every recipe has.
-    names: value -> how that text writes it.
     """
 
     kind: Any
     title: str | None = None
     absent: Any = ...
-    names: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,11 @@ class SamplingOptions(SeededOptions, total=False):
         SamplerName | None,
         Option(
             Choice(get_args(SamplerName)), "ddim", fast="dpmpp-2m", unset="the model's, or ddim",
-            kept=Kept(str, "Sampler", names=SAMPLER_TITLES),
+            kept=Kept(str),
         ),
     ]  # fmt: skip
     """How a step is taken."""
-    eta: Annotated[float | None, Option(Real(0, 1), unset="the sampler's", kept=Kept(float | None, "Eta DDIM", None))]
+    eta: Annotated[float | None, Option(Real(0, 1), unset="the sampler's", kept=Kept(float | None, None, None))]
     """0 to 1: share of fresh noise in the steps of ddim, of the ancestral samplers (-a), the SDE ones and tcd."""
     s_noise: Annotated[float | None, Option(Real(0), 1.0, kept=Kept(float, "Sigma noise", 1.0))]
     """Factor of the noise in stochastic steps, and in churn."""
@@ -155,17 +155,36 @@ class SamplingOptions(SeededOptions, total=False):
         Option(Choice(get_args(SdeNoiseName)), unset="path", kept=Kept(str | None, None, None)),
     ]
     """Noise of dpmpp-2m-sde and dpmpp-3m-sde: from a path that does not depend on the steps, or drawn at each."""
+    noise_source: Annotated[
+        NoiseName | None, Option(Choice(get_args(NoiseName)), "cpu", kept=Kept(str, None, "cpu"))
+    ]
+    """Who draws the noise: a CPU generator for each image, as here and as A1111's RNG "CPU"; an NVIDIA GPU, as A1111's
+    "GPU" and "NV"; or ComfyUI, one generator for a batch."""
+    noise_index: Annotated[int | None, Option(Whole(0), 0, kept=Kept(int, "Noise index", 0))]
+    """With the noise of comfy: the image's place in its batch, from 0."""
+    seed_delta: Annotated[int | None, Option(Whole(), 0, kept=Kept(int, "ENSD", 0))]
+    """Added to the seed for all noise after the first draw, as A1111's "eta noise seed delta" is."""
+    noise_start: Annotated[
+        StartName | None,
+        Option(Choice(get_args(StartName)), unset="the sampler's", kept=Kept(str | None, "Noise start", None)),
+    ]
+    """How strong the noise is that generating starts from: as A1111 has it, a share sigma of noise and no image, or as
+    ComfyUI has it, all noise. The two differ by 0.2 %."""
     spacing: Annotated[
         SpacingName | None,
-        Option(
-            Choice(get_args(SpacingName)), fast="trailing", unset="the model's", kept=Kept(str | None, "Spacing", None)
-        ),
+        Option(Choice(get_args(SpacingName)), fast="trailing", unset="the model's", kept=Kept(str | None, None, None)),
     ]
     """Which noise levels are visited: even in timesteps (the first three) or in noise."""
     rho: Annotated[float | None, Option(Real(0), unset="7 and 1", kept=Kept(float | None, "Schedule rho", None))]
     """How uneven the spacings karras and polyexponential are."""
     discard_penultimate: Annotated[bool | None, Option(YesNo(), False, kept=Kept(bool, None, False))]
     """Leave out the last noise level before the end, and take one more instead, as web UIs do for some samplers."""
+    told_timesteps: Annotated[
+        ToldName | None,
+        Option(Choice(get_args(ToldName)), unset="as in diffusers", kept=Kept(str | None, "Told timesteps", None)),
+    ]
+    """Which timestep the model is told at a noise level between two of its own: that in between, as A1111 does, or the
+    nearest, as ComfyUI does."""
     sigmas: Annotated[
         Sequence[float] | None, Option(Numbers(), unset="by spacing", kept=Kept(tuple[float, ...] | None, None, None))
     ]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latentdiff.diffusion.drawing import Thresholding
 from latentdiff.diffusion.guidance import UNGUIDED, Guidance
+from latentdiff.diffusion.latents import NoiseRule
 from latentdiff.diffusion.samplers import SAMPLERS, Sampler, get_sampler
 from latentdiff.diffusion.schedule import Level, Schedule
 from latentdiff.engines.deepcache import CacheSettings
@@ -46,9 +47,10 @@ class Sampling(Settings):
             negatives=negatives,
             seeds=seed_of_each(own.seed, len(prompts)),
             guidance=own.guidance(tells=schedule.config.drawing.tells_guidance),
-            sampler=method.over(schedule, len(levels) - 1),
+            sampler=method.over(schedule, len(levels) - 1, own.told_timesteps),
             levels=levels,
-            start_scale=method.start_scale(schedule, own.spacing, levels[0], within=own.within(schedule)),
+            start_scale=own.start_scale(method, schedule, levels[0]),
+            noise=own.noise_rule(),
             batches=_batches_of_equal_loras(prompts, own.prompt_syntax, own.batch_size),
             spacing=own.spacing,
             cache=CacheSettings(own.cache_interval, own.cache_branch, own.cache_centre),
@@ -141,7 +143,26 @@ class Sampling(Settings):
             rho=self.rho,
             discard_penultimate=self.discard_penultimate,
             within=self.within(schedule),
+            told=self.told_timesteps,
         )
+
+    def noise_rule(self) -> NoiseRule:
+        """How the noise of an image follows from its seed.
+
+        Raises:
+            UsageError: a place in a batch, where none is shared.
+        """
+        if self.noise_index and self.noise_source != "comfy":
+            raise UsageError(
+                f"noise_index belongs to the noise of comfy, found {self.noise_index} with {self.noise_source}; leave it at 0"
+            )
+        return NoiseRule(self.noise_source, self.noise_index, self.seed_delta)
+
+    def start_scale(self, method: Sampler, schedule: Schedule, first: Level) -> float:
+        """What unit normal noise is multiplied with to make the start latents."""
+        if self.noise_start is not None:
+            return first.sigma if self.noise_start == "sigma" else 1.0
+        return method.start_scale(schedule, self.spacing, first, within=self.within(schedule))
 
     def within(self, schedule: Schedule) -> str | None:
         """The spacing in timesteps within which the model's authors have theirs in noise, if that is what is asked for."""
@@ -162,6 +183,7 @@ class Plan:
     sampler: Sampler
     levels: list[Level]  # from where the walk begins to the clean end
     start_scale: float  # of unit normal noise at the noisiest level
+    noise: NoiseRule
     batches: list[slice]  # which images are made at once
     spacing: str | None
     cache: CacheSettings

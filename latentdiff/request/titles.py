@@ -5,7 +5,9 @@ One table serves the writer of our text and whoever reads theirs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from latentdiff.errors import DataError
 
@@ -55,6 +57,57 @@ SCHEDULES = {
 }
 AUTOMATIC = "Automatic"
 SAMPLER_TITLES = {named.sampler: title for title, named in TITLES.items()}
+SCHEDULE_TITLES = {spacing: title for title, spacing in reversed(SCHEDULES.items())}
+# Titles whose noise levels are their own: there a schedule changes nothing.
+WITHOUT_SCHEDULE = ("DDIM", "DDPM", "UniPC", "PLMS")
+# Which of ours start from all noise where nothing else is asked for; the others start from a share sigma of noise, which
+# the web UIs do unless "SGM noise multiplier" says otherwise.
+START_FROM_UNIT = ("dpmpp-2m", "dpmpp-2s", "dpmpp-2m-sde", "dpmpp-3m-sde", "lcm", "tcd")
+
+
+def written_method(method: Mapping[str, Any]) -> dict[str, str]:
+    """The options of a recipe that say how steps are taken, in the words of the web UIs.
+
+    What they have no word for stands under a key of ours: "Spacing", "Noise source".
+    """
+    named = TITLES[SAMPLER_TITLES[method["sampler"]]]
+    spacing, source, start = method["spacing"], method["noise_source"], method["noise_start"]
+    words = {"Sampler": SAMPLER_TITLES[named.sampler]}
+    if spacing == "uniform-lambda":  # which has been our name for it
+        words |= {"Schedule type": "Exponential", "Spacing": spacing}
+    elif spacing in SCHEDULE_TITLES:
+        words["Schedule type"] = SCHEDULE_TITLES[spacing]
+    elif spacing:
+        words["Spacing"] = spacing
+    if method["discard_penultimate"]:
+        words["Discard penultimate sigma"] = "True"
+    if method["eta"] is not None:
+        words["Eta DDIM" if named.sampler == "ddim" else "Eta"] = str(method["eta"])
+    words["RNG"] = "NV" if source == "nv" else "CPU"
+    if source == "comfy":
+        words["Noise source"] = source
+    starts_from_unit = named.sampler in START_FROM_UNIT or spacing == "leading"
+    if words["Sampler"] not in WITHOUT_SCHEDULE and (start == "unit" or (start is None and starts_from_unit)):
+        words["SGM noise multiplier"] = "True"
+    return words
+
+
+def read_method(words: Mapping[str, str]) -> dict[str, Any]:
+    """What `written_method` wrote; texts of before have "Spacing" in place of "Schedule type", and no "RNG".
+
+    Raises:
+        KeyError, ValueError: a word that is none of them.
+    """
+    method: dict[str, Any] = {"sampler": TITLES[words["Sampler"]].sampler}
+    if "Spacing" in words or "Schedule type" in words:
+        method["spacing"] = words["Spacing"] if "Spacing" in words else SCHEDULES[words["Schedule type"]]
+    if "Discard penultimate sigma" in words:
+        method["discard_penultimate"] = words["Discard penultimate sigma"] == "True"
+    if "Eta" in words or "Eta DDIM" in words:
+        method["eta"] = float(words.get("Eta", words.get("Eta DDIM", "")))
+    if "RNG" in words:
+        method["noise_source"] = words.get("Noise source") or {"CPU": "cpu", "NV": "nv"}[words["RNG"]]
+    return method
 
 
 def read_sampler(title: str, schedule: str | None = None) -> Named:
@@ -73,7 +126,7 @@ def read_sampler(title: str, schedule: str | None = None) -> Named:
     if title not in TITLES:
         raise DataError(f"the text names the sampler {title!r}; expected one of {', '.join(TITLES)}")
     named = TITLES[title]
-    if schedule in (None, AUTOMATIC):
+    if schedule in (None, AUTOMATIC) or title in WITHOUT_SCHEDULE:
         return named
     if schedule not in SCHEDULES:
         raise DataError(f"the text names the schedule {schedule!r}; expected one of {', '.join(SCHEDULES)}")

@@ -150,7 +150,7 @@ def _frames(
     shape = latent_shape(size, pipe.default_size, pipe.vae.config, None, len(ways))
     places = [(way.frame or 0) / (way.frames - 1) * (len(prompts) - 1) for way in ways]
     legs = [(min(int(place), len(prompts) - 2), place) for place in places]
-    noises, texts = start_noise(seeds, shape), pipe.encode(prompts, plan.reading)
+    noises, texts = start_noise(seeds, shape, rule=plan.noise), pipe.encode(prompts, plan.reading)
     x = torch.stack([slerp(noises[leg], noises[leg + 1], place - leg) for leg, place in legs]).to(
         pipe.device
     )  # (N, C, h, w)

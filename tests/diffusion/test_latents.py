@@ -8,7 +8,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentdiff.diffusion.latents import NoiseStream, start_noise
+from latentdiff.diffusion.latents import SOURCES, NoiseRule, NoiseStream, start_noise
+from latentdiff.diffusion.philox import normal
 from latentdiff.errors import UsageError
 
 SHAPE = (4, 6, 5)
@@ -58,3 +59,34 @@ def test_drawing_leaves_the_global_generator_alone() -> None:
 def test_impossible_seeds_are_refused(seeds: list[int], found: str) -> None:
     with pytest.raises(UsageError, match=found):
         NoiseStream(seeds, SHAPE)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("delta", [0, 31337])
+def test_every_source_draws_an_image_as_it_would_alone(source: str, delta: int) -> None:
+    rule = NoiseRule(source, delta=delta)
+    batch, alone = NoiseStream([5, 6], SHAPE, rule=rule), NoiseStream([6], SHAPE, rule=rule)
+    for _ in range(3):
+        assert torch.equal(batch()[1:], alone())
+
+
+@pytest.mark.parametrize(("source", "first_of"), [("cpu", "cpu"), ("nv", "nv"), ("comfy", "cpu")])
+def test_a_seed_delta_changes_all_draws_but_the_first(source: str, first_of: str) -> None:
+    """A1111's "eta noise seed delta": a new generator with the seed and the delta, after the first draw."""
+    stream = NoiseStream([5], SHAPE, rule=NoiseRule(source, delta=2))
+    assert torch.equal(stream(), start_noise([5], SHAPE, rule=NoiseRule(first_of)))
+    again = NoiseStream([7], SHAPE, rule=NoiseRule("nv" if source == "comfy" else source))
+    for _ in range(2):
+        assert torch.equal(stream(), again())
+
+
+def test_comfy_draws_a_batch_from_one_generator_on_the_cpu_and_then_on_the_gpu() -> None:
+    """Its own code, in torch: the whole batch at once from `torch.manual_seed`; later noise from a GPU's generator."""
+    shape = (4, 8, 8)  # in multiples of 16 numbers, where torch draws a batch as its images one by one
+    whole = torch.randn((3, *shape), generator=torch.Generator().manual_seed(9))
+    later = torch.from_numpy(normal(9, 1, whole.numel())).view_as(whole)
+    for index in range(3):
+        stream = NoiseStream([9], shape, rule=NoiseRule("comfy", index=index))
+        assert torch.equal(stream()[0], whole[index])
+        stream()
+        assert torch.equal(stream()[0], later[index])

@@ -6,9 +6,20 @@ from typing import get_args
 
 import pytest
 
+from latentdiff.diffusion.config import ScheduleConfig
+from latentdiff.diffusion.samplers import SAMPLERS, SPACINGS
+from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import DataError
 from latentdiff.request.options import SamplerName, SpacingName
-from latentdiff.request.titles import SAMPLER_TITLES, SCHEDULES, TITLES, Named, read_sampler
+from latentdiff.request.titles import (
+    SAMPLER_TITLES,
+    SCHEDULES,
+    TITLES,
+    WITHOUT_SCHEDULE,
+    Named,
+    read_sampler,
+    written_method,
+)
 
 
 def test_every_sampler_has_one_title_and_every_title_names_what_is_here() -> None:
@@ -46,3 +57,14 @@ def test_titles_are_read(title: str, schedule: str | None, expected: Named) -> N
 def test_what_is_not_here_is_named(title: str, schedule: str | None, says: str) -> None:
     with pytest.raises(DataError, match=says):
         read_sampler(title, schedule)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_the_text_says_how_strong_the_start_noise_is(name: str, spacing: str) -> None:
+    schedule = Schedule(ScheduleConfig())
+    scale = SAMPLERS[name].start_scale(schedule, spacing)
+    options = {"sampler": name, "spacing": spacing, "discard_penultimate": False, "eta": None}
+    words = written_method({**options, "noise_source": "cpu", "noise_start": None})
+    if SAMPLER_TITLES[name] not in WITHOUT_SCHEDULE:
+        assert ("SGM noise multiplier" in words) == (scale == 1.0)

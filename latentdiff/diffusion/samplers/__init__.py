@@ -10,9 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
 
 from latentdiff.diffusion.config import TIMESTEP_SPACINGS
-from latentdiff.diffusion.denoise import Step
+from latentdiff.diffusion.denoise import Noise, Step
+from latentdiff.diffusion.parameterization import Denoiser
 from latentdiff.diffusion.samplers import (
     ddim,
     ddpm,
@@ -56,6 +60,13 @@ def whole_for_karras(t: float, spacing: str) -> float:
     return float(round(t)) if spacing == "karras" else t
 
 
+def telling_whole(
+    base: Step, denoiser: Denoiser, x: Tensor, level: Level, next_level: Level, state: Any, noise: Noise
+) -> tuple[Tensor, Any]:
+    """A step in which the model is told whole timesteps, the nearest ones."""
+    return base(lambda x, at: denoiser(x, replace(at, t=float(round(at.t)))), x, level, next_level, state, noise)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
     """A step and the levels that it walks, both as the scheduler of the same name does it in diffusers."""
@@ -88,11 +99,13 @@ class Sampler:
         rho: float | None = None,
         discard_penultimate: bool = False,
         within: str | None = None,
+        told: str | None = None,
     ) -> list[Level]:
         """The levels from the noisiest to the clean end, `steps + 1` but for what the spacing's docstring says.
 
         Args:
             rho: see `spacing.levels`.
+            told: see `over`.
             discard_penultimate: take one step more, and leave out the last level before the end.
             within: a spacing in timesteps that bounds one in noise, as diffusers' single-step solvers have it.
 
@@ -109,8 +122,8 @@ class Sampler:
             if within and self.make_levels is euler.levels:
                 first, *_, last, _ = [*self.make_levels(schedule, max(asked, 2), within)]
                 ends = first, last
-            told = partial(self.told, spacing=spacing)
-            levels = noise_levels(schedule, asked, spacing, told=told, rho=rho, ends=ends)
+            own = partial(self.told, spacing=spacing)
+            levels = noise_levels(schedule, asked, spacing, told=float if told else own, rho=rho, ends=ends)
             if self.end and self.end(schedule).alpha_cumprod > levels[-2].alpha_cumprod:
                 levels = [*levels[:-1], self.end(schedule)]
         elif rho is not None:
@@ -151,12 +164,19 @@ class Sampler:
         of_model = None if self.ignores_model else schedule.config.timestep_spacing
         return spacing or of_model or self.customary_spacing
 
-    def over(self, schedule: Schedule, steps: int) -> Sampler:
-        """The same with a step that knows what it has to know of the schedule and of the number of steps."""
+    def over(self, schedule: Schedule, steps: int, told: str | None = None) -> Sampler:
+        """The same with a step that knows what it has to know of the schedule and of the number of steps.
+
+        Args:
+            told: the timestep that the model is told of a noise level between two: "exact", that in between, or "whole",
+                the nearest one; None is as diffusers' scheduler of this name has it.
+        """
         finite = schedule.with_finite_log_snr()
         step = partial(self.step, schedule=finite) if self.asks_schedule else self.step
         if self.churn.amount:
             step = partial(churned, step, churn=self.churn, steps=steps, schedule=finite)
+        if told == "whole":
+            step = partial(telling_whole, step)
         return replace(self, step=step, asks_schedule=False, churn=Churn())
 
     def calls(self, levels: Sequence[Level]) -> int:
