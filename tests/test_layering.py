@@ -29,6 +29,7 @@ FLOORS: list[list[set[str]]] = [
     [{"pipeline"}],
     [{"evaluation"}, {"tasks"}, {"training/sheets"}],
     [{"training/finetuning"}, {"training/stages"}],
+    [{"serving"}],
     [{"cli"}],
     [{"__main__"}],
 ]

@@ -25,6 +25,7 @@ from latentdiff.cli.lora import lora
 from latentdiff.cli.report import report
 from latentdiff.cli.reproduce import reproduce
 from latentdiff.cli.restore import restore
+from latentdiff.cli.serve import serve
 from latentdiff.cli.terminal import Signals, Terminated, close_streams, open_streams
 from latentdiff.cli.train import train
 from latentdiff.cli.translate import translate
@@ -42,7 +43,7 @@ def cli() -> None:
 
 
 MAKING = (generate, edit, inpaint, interpolate, invert, translate, restore, reproduce)
-for command in (*MAKING, words, inspect, convert, lora, data, train, finetune, report, evaluate):
+for command in (*MAKING, serve, words, inspect, convert, lora, data, train, finetune, report, evaluate):
     cli.add_command(command)
 
 

@@ -1,0 +1,113 @@
+"""What there is to draw with: models, LoRAs and embeddings by name, and what prompts mean to a model."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+
+from latentdiff.checkpoints.embedded import embedded_model
+from latentdiff.checkpoints.tokenizer import clip_tokenizer_files, open_tokenizer
+from latentdiff.errors import LatentDiffError
+from latentdiff.prompts.account import Account, account
+from latentdiff.prompts.syntax import read_prompt
+from latentdiff.prompts.tags import LoRATag
+from latentdiff.prompts.tokenizer import Tokenizer
+from latentdiff.prompts.words import Words, read_words
+from latentdiff.serving.errors import Refused
+from latentdiff.serving.settings import ServerSettings
+
+LORA_FILES = (".safetensors", ".pt", ".ckpt", ".bin")
+_LONGEST_FILE = 16 * 2**20  # bytes, of a tokenizer's
+
+
+class Catalogue:
+    """Names are looked up in lists and never become paths."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+        self.models = dict(settings.worker.models)
+        self._tokenizer = lru_cache(maxsize=8)(self._open_tokenizer)
+        self._words = lru_cache(maxsize=8)(self._read_words)
+
+    def model(self, name: str | None) -> str:
+        """A model that there is; None is the default.
+
+        Raises:
+            Refused: there is none of that name.
+        """
+        name = name or self._settings.default_model
+        if name not in self.models:
+            raise Refused(
+                404,
+                f"The model {name!r} does not exist; expected one of {', '.join(self.models)}",
+                param="model",
+                code="model_not_found",
+            )
+        return name
+
+    @property
+    def loras(self) -> dict[str, Path]:
+        """Name -> file, of the folder as it is now."""
+        folder = self._settings.loras
+        if folder is None or not folder.is_dir():
+            return {}
+        files = sorted(path for path in folder.rglob("*") if path.suffix in LORA_FILES and path.is_file())
+        return {path.stem: path for path in reversed(files)}
+
+    @property
+    def embeddings(self) -> list[str]:
+        """The names of what models learned at the start."""
+        return [Path(file).stem for file in self._settings.worker.embeddings]
+
+    def named(self, prompt: str, syntax: str) -> tuple[tuple[LoRATag, ...], dict[str, str]]:
+        """The LoRAs that a prompt names, and their files.
+
+        Raises:
+            UsageError: the prompt cannot be read.
+            Refused: it names one that is not there.
+        """
+        tags = read_prompt(prompt, syntax).loras
+        offered = self.loras if tags else {}
+        for tag in tags:
+            if tag.name not in offered:
+                near = get_close_matches(tag.name, offered, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(list(offered)[:8]) or 'none'}"
+                raise Refused(400, f"there is no LoRA called {tag.name!r}; {hint}", param="prompt", code="invalid_value")
+        return tags, {tag.name: str(offered[tag.name]) for tag in tags}
+
+    def account(self, model: str, prompt: str, syntax: str, steps: int, *, negative: bool = False) -> Account:
+        """What a prompt means to a model; learned words count as the letters that they are written with.
+
+        Raises:
+            LatentDiffError: the prompt cannot be read, or the model's tokenizer.
+        """
+        return account(self._tokenizer(model), prompt, syntax, steps, negative=negative)
+
+    def tokens(self, model: str, prompt: str) -> int:
+        """How many tokens a prompt has; 0 where that cannot be known."""
+        try:
+            found = self.account(model, prompt, "a1111", 100)
+        except LatentDiffError:
+            return 0
+        return sum(stage.count for stages in found.stages for stage in stages[:1])
+
+    def words(self, model: str) -> Words | None:
+        """What a small model says that it knows; None for others."""
+        return self._words(model)
+
+    def place(self, model: str) -> Path:
+        """Where a model lies; a hub id is no place, and then there is nothing there."""
+        source = self.models[model]
+        return embedded_model() if source is None else Path(source).expanduser()
+
+    def _read_words(self, model: str) -> Words | None:
+        return read_words(self.place(model)) if self.place(model).is_dir() else None
+
+    def _open_tokenizer(self, model: str) -> Tokenizer:
+        folder = self.place(model) / "tokenizer"
+        if not folder.is_dir():  # single files and models of the hub have CLIP's
+            return open_tokenizer(clip_tokenizer_files("<|endoftext|>"))
+        files = [path for path in folder.iterdir() if path.suffix in (".json", ".txt")]
+        small = [path for path in files if path.stat().st_size <= _LONGEST_FILE]
+        return open_tokenizer({path.name: path.read_text(encoding="utf-8") for path in small})
