@@ -21,7 +21,7 @@ from latentdiff.checkpoints.mapping import map_file, mapped_tensor
 from latentdiff.checkpoints.writing import NAMES_OF_TYPES
 from latentdiff.errors import CheckpointError, printable
 from latentdiff.reading.archives import Archive, Record, damaged, is_torch_archive, read_archive, read_old, verify
-from latentdiff.reading.pickles import TensorPlace
+from latentdiff.reading.pickled_names import TensorPlace
 from latentdiff.reading.plain import open_file
 from latentdiff.reading.safetensors import read_header
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from latentdiff.errors import CheckpointError
-from latentdiff.reading.pickles import Pickled, PickleError, Storage, read_pickle
+from latentdiff.reading.pickled_names import PickleError, Storage
+from latentdiff.reading.pickles import Pickled, read_pickle
 from latentdiff.reading.plain import MIB, open_file
 from latentdiff.reading.safetensors import BITS
 

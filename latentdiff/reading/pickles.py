@@ -1,71 +1,22 @@
 """Pickles of weights, read without running anything: a small machine that knows what torch's files need and no more.
 
 A pickle is a program for a stack machine that may call any function. This one calls none: a global name is looked up in
-the tables below, and stands for a tensor's description, a plain container, or something inert. Any other name is noted,
+`pickled_names`, and stands for a tensor's description, a plain container, or something inert. Any other name is noted,
 and the file refused. The opcodes are those of the module pickletools of Python, protocols 2 to 5.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from latentdiff.reading.pickled_names import GLOBALS, LEFTOVERS, Global, Inert, PickleError, Storage, checked_key
 
 MOST_STEPS = 4_000_000  # opcodes; a training checkpoint of 10,000 tensors takes 600,000
 _LONGEST_LONG = 64  # bytes of an integer
 _LETTERS_PER_STEP = 16  # of a text that is copied
-
-# Storage classes and dtypes of torch -> types as safetensors calls them.
-STORAGES = {
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
-    "BoolStorage": "BOOL", "UntypedStorage": "U8",
-}  # fmt: skip
-DTYPES = {
-    "float64": "F64", "double": "F64", "float32": "F32", "float": "F32", "float16": "F16", "half": "F16",
-    "bfloat16": "BF16", "int64": "I64", "long": "I64", "int32": "I32", "int": "I32", "int16": "I16", "short": "I16",
-    "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-    "float8_e8m0fnu": "F8_E8M0", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "uint16": "U16", "uint32": "U32", "uint64": "U64", "complex64": "C64",
-}  # fmt: skip
-# What PyTorch Lightning and its like leave in their checkpoints beside the weights.
-_LEFTOVERS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "typing.", "numpy.")
-_BUILTINS = ("builtins", "__builtin__")
-_PLAIN = ("bool", "int", "float", "complex", "str", "object", "list", "tuple", "dict", "long", "unicode")
-_INERT = {
-    *(f"{module}.{name}" for module in _BUILTINS for name in _PLAIN),
-    "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer",
-    "torch.serialization._get_layout", "copyreg._reconstructor", "copy_reg._reconstructor", "collections.defaultdict",
-}  # fmt: skip
-
-
-class PickleError(Exception):
-    """The pickle is damaged, or asks for what the machine does not know; the message says which."""
-
-
-class Inert:
-    """Takes the place of an object that is not needed: takes any state and does nothing."""
-
-
-@dataclass(frozen=True)
-class Storage:
-    """The bytes of one or several tensors: `key` names them in the file, `count` numbers of type `dtype`."""
-
-    key: str
-    dtype: str
-    count: int
-
-
-@dataclass(frozen=True)
-class TensorPlace:
-    """A tensor: a view of a storage. Offset and strides count numbers of `dtype`, which is that of the tensor."""
-
-    storage: Storage
-    dtype: str
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
 
 
 @dataclass
@@ -80,13 +31,6 @@ class Pickled:
 
 class _Mark:
     pass
-
-
-class _Global:
-    """A name that the pickle asks for; `make` gives what calling it would."""
-
-    def __init__(self, make: Callable[..., Any] | None = None, dtype: str = "") -> None:
-        self.make, self.dtype = make, dtype
 
 
 def read_pickle(content: bytes | memoryview, start: int = 0) -> Pickled:
@@ -188,22 +132,22 @@ class _Machine:
             raise PickleError(f"the pickle sets items of a {type(target).__name__}")
         if isinstance(target, dict):
             for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-                target[_key(key)] = value
+                target[checked_key(key)] = value
 
     def name(self, module: Any, name: Any) -> None:
         full = f"{module}.{name}"
-        found = _GLOBALS.get(full)
+        found = GLOBALS.get(full)
         if found is None:
-            if not full.startswith(_LEFTOVERS):
+            if not full.startswith(LEFTOVERS):
                 self.foreign.add(full)
-            found = _Global(lambda *_: Inert())
+            found = Global(lambda *_: Inert())
         self.stack.append(found)
 
     def call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if isinstance(function, Inert):
             self.stack.append(function)
-        elif isinstance(function, _Global) and function.make and isinstance(arguments, tuple):
+        elif isinstance(function, Global) and function.make and isinstance(arguments, tuple):
             self.left -= sum(map(_cost, arguments[:8])) + len(arguments)
             if self.left > 0:
                 self.stack.append(function.make(*arguments))
@@ -215,7 +159,7 @@ class _Machine:
 
     def persistent(self) -> None:
         kind, storage, key, _, count, *view = self.stack.pop()
-        if kind != "storage" or not isinstance(storage, _Global) or not storage.dtype or (view and view[0] is not None):
+        if kind != "storage" or not isinstance(storage, Global) or not storage.dtype or (view and view[0] is not None):
             raise PickleError("the pickle refers to something else than a storage")
         if not isinstance(key, (str, int)) or type(count) is not int or count < 0:
             raise PickleError("the pickle has a storage of no size")
@@ -228,83 +172,6 @@ def _cost(value: Any) -> int:
     if isinstance(value, (str, bytes)):
         return len(value) // _LETTERS_PER_STEP
     return len(value) if isinstance(value, (list, tuple, dict)) else 0
-
-
-def _key(key: Any) -> Any:
-    """A key of a dictionary. Hashing nested tuples may take for ever, and large numbers may be made to collide."""
-    parts = key if isinstance(key, tuple) and len(key) <= 8 else (key,)
-    for part in parts:
-        is_number = isinstance(part, int) and abs(part) < 2**60
-        if not is_number and part is not None and not isinstance(part, (str, bytes, float, Inert, _Global)):
-            raise PickleError("the pickle has a dictionary with a key that is no name or number")
-    return key
-
-
-def _sizes(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, (tuple, list)) or len(values) > 64 or any(type(v) is not int or v < 0 for v in values):
-        raise PickleError("the pickle has a tensor whose shape is no list of sizes")
-    return tuple(values)
-
-
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: str = "") -> TensorPlace:
-    if not isinstance(storage, Storage) or type(offset) is not int or offset < 0:
-        raise PickleError("the pickle has a tensor without a storage")
-    sizes, strides = _sizes(shape), _sizes(stride)
-    if len(sizes) != len(strides):
-        raise PickleError("the pickle has a tensor with another number of strides than sides")
-    return TensorPlace(storage, dtype or storage.dtype, offset, sizes, strides)
-
-
-def _tensor_v3(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any) -> Any:
-    if not isinstance(dtype, _Global) or not dtype.dtype:
-        raise PickleError("the pickle has a tensor of an unknown type")
-    return _tensor(storage, offset, shape, stride, dtype.dtype)
-
-
-def _first(value: Any, *_: Any) -> Any:
-    return value
-
-
-def _from_type(function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
-    """`torch._tensor._rebuild_from_type_v2`: a tensor of a subclass, made by another function of the table."""
-    if not isinstance(function, _Global) or function.make is None or function.make is _from_type:
-        raise PickleError("the pickle makes a tensor by an unknown function")
-    return function.make(*arguments)
-
-
-def _dictionary(pairs: Any = (), *_: Any) -> dict[Any, Any]:
-    items = pairs.items() if isinstance(pairs, Mapping) else pairs
-    return {_key(key): value for key, value in items}
-
-
-def _collection(values: Any = (), *_: Any) -> list[Any]:
-    return list(values) if isinstance(values, (list, tuple)) else []
-
-
-def _bytes(text: Any = b"", *_: Any) -> bytes:
-    """`_codecs.encode(text, "latin1")`, as protocol 2 writes bytes, and `bytearray(bytes)`: never of a size."""
-    if not isinstance(text, (str, bytes)):
-        raise PickleError("the pickle makes bytes of something else than a text")
-    return text.encode("latin1") if isinstance(text, str) else text
-
-
-_GLOBALS: dict[str, _Global] = {
-    **{name: _Global(lambda *_: Inert()) for name in _INERT},
-    **{f"torch.{name}": _Global(dtype=dtype) for name, dtype in (STORAGES | DTYPES).items()},
-    "torch.storage.UntypedStorage": _Global(dtype="U8"),
-    "torch._utils._rebuild_tensor": _Global(lambda s, o, shape, stride: _tensor(s, o, shape, stride)),
-    "torch._utils._rebuild_tensor_v2": _Global(lambda s, o, shape, stride, *_: _tensor(s, o, shape, stride)),
-    "torch._utils._rebuild_tensor_v3": _Global(_tensor_v3),
-    "torch._utils._rebuild_parameter": _Global(_first),
-    "torch._utils._rebuild_parameter_with_state": _Global(_first),
-    "torch._tensor._rebuild_from_type_v2": _Global(_from_type),
-    "torch.Size": _Global(lambda values=(): _sizes(values)),
-    "collections.OrderedDict": _Global(_dictionary),
-    "collections.Counter": _Global(_dictionary),
-    "_codecs.encode": _Global(_bytes),
-    **{f"{module}.bytearray": _Global(_bytes) for module in _BUILTINS},
-    **{f"{module}.{name}": _Global(_collection) for module in _BUILTINS for name in ("set", "frozenset")},
-}
 
 
 def _push(value: Any) -> Callable[[_Machine], None]:
