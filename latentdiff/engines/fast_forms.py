@@ -28,6 +28,7 @@ from latentdiff.networks.taps import has_taps
 MIN_ROWS = 16  # below, a product is bound by reading its weights, whoever computes it
 MAX_MAP = 512  # pixels of a batch, up to which a convolution is faster as one matrix product
 MAX_KERNELS = 2**22  # numbers of a weight that are added up at a time: the sums are memory beside the weights
+FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 FF_ROWS = 1024  # tokens that go through a feed-forward at a time, per thread
 
 
@@ -68,9 +69,13 @@ def _is_inference(module: nn.Module, x: Tensor) -> bool:
         return False
     weight = next(module.parameters())
     is_dense = type(weight) in (nn.Parameter, Tensor)  # and not quantized, say
-    return (
-        x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16) and is_dense
-    )
+    return x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in FORMATS and is_dense
+
+
+def _is_foreign(dtype: torch.dtype) -> bool:
+    """Whether the processor has no instructions for this format, which torch's routines then take up to 100 times as
+    long in as in float32."""
+    return dtype != torch.float32 and not has_product(dtype)
 
 
 def fastest_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,7 +83,14 @@ def fastest_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.numel() // x.shape[-1]
     if rows >= MIN_ROWS and has_product(x.dtype) and takes_fast_form(*trials.linear(rows, x.dtype)):
         return product(x, weight, bias)
+    if rows >= MIN_ROWS and _is_foreign(x.dtype) and takes_fast_form(*trials.widened_linear(widened_product, x.dtype)):
+        return widened_product(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def widened_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer in float32, rounded to the format of its weights at the end."""
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -91,6 +103,9 @@ def _conv(layer: nn.Conv2d, x: Tensor) -> Tensor | None:
     oneDNN's convolution reorders its weights at every call, which takes longer than the arithmetic on maps of a few
     hundred pixels; a product over the unfolded map does not.
     """
+    if _is_foreign(x.dtype):
+        is_faster = takes_fast_form(*trials.widened_convolution(widened_convolution, x.dtype))
+        return widened_convolution(layer, x) if is_faster else None
     if layer.groups != 1 or layer.dilation != (1, 1) or layer.stride != (1, 1):
         return None
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
@@ -103,6 +118,12 @@ def _conv(layer: nn.Conv2d, x: Tensor) -> Tensor | None:
             else None
         )
     return None
+
+
+def widened_convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution in float32, rounded to the format of its weights at the end."""
+    bias = None if layer.bias is None else layer.bias.float()
+    return layer._conv_forward(x.float(), layer.weight.float(), bias).to(x.dtype)
 
 
 def pointwise(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -133,7 +154,7 @@ def resnet_block(block: ResnetBlock, x: Tensor, time: Tensor | None = None) -> T
 def _upsample(block: Upsample, x: Tensor, size: torch.Size | None = None) -> Tensor | None:
     height, width = x.shape[-2:]
     pixels = x.shape[0] * height * width
-    if size not in (None, (2 * height, 2 * width)) or pixels < MAX_MAP or has_taps(block.conv):
+    if size not in (None, (2 * height, 2 * width)) or pixels < MAX_MAP or has_taps(block.conv) or _is_foreign(x.dtype):
         return None
     return folded_upsample(block, x) if takes_fast_form(*trials.upsample(folded_upsample, pixels, x.dtype)) else None
 

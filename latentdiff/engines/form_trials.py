@@ -53,6 +53,22 @@ def pointwise(fast: Fast, dtype: torch.dtype) -> Named:
     return name, _of_module(lambda: nn.Conv2d(320, 320, 1), fast, (2, 320, 16, 16), dtype)
 
 
+def widened_linear(fast: Callable[[Tensor, Tensor, Tensor | None], Tensor], dtype: torch.dtype) -> Named:
+    """A linear layer in a format that the processor has no instructions for."""
+
+    def trial() -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+        x, weight, bias = numbers(32, 128, dtype=dtype), numbers(128, 128, dtype=dtype), numbers(128, dtype=dtype)
+        return lambda: F.linear(x, weight, bias), lambda: fast(x, weight, bias)
+
+    return f"widened linear {_short(dtype)}", trial
+
+
+def widened_convolution(fast: Fast, dtype: torch.dtype) -> Named:
+    """A convolution, likewise."""
+    trial = _of_module(lambda: nn.Conv2d(16, 16, 3, padding=1), fast, (1, 16, 8, 8), dtype)
+    return f"widened convolution {_short(dtype)}", trial
+
+
 def convolution(fast: Fast, pixels: int, weight: Tensor) -> Named:
     """A 3x3 convolution of a small map.
 

@@ -22,7 +22,7 @@ from tests import tiny
 
 pytestmark = pytest.mark.skipif(not has_product(torch.float32), reason="torch without oneDNN's products")
 
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative to the norm
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # relative to the norm
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -64,6 +64,26 @@ def test_a_fast_form_equals_the_plain_module(name: str, dtype: torch.dtype, monk
     assert out.dtype == dtype and out.shape == expected.shape
     assert error(out, expected) < TOLERANCES[dtype]
     assert torch.equal(x, before), "the input was written to"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODULES)
+@torch.no_grad()
+def test_a_format_that_the_processor_lacks_is_computed_in_float32(name: str, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(fast_forms, "has_product", lambda dtype: dtype == torch.float32)
+    build, shape = MODULES[name]
+    module = tiny.randomize(build(), seed=3).to(dtype)
+    expected = copy.deepcopy(module).double()(random(*shape, dtype=dtype).double())
+    fast_forms.use_fast_forms(module)
+    computed_in = set()
+    linear, convolution = nn.functional.linear, nn.Conv2d._conv_forward
+    monkeypatch.setattr(nn.functional, "linear", lambda x, *rest: computed_in.add(x.dtype) or linear(x, *rest))
+    monkeypatch.setattr(
+        nn.Conv2d, "_conv_forward", lambda m, x, *rest: computed_in.add(x.dtype) or convolution(m, x, *rest)
+    )
+    out = module(random(*shape, dtype=dtype))
+    assert out.dtype == dtype and error(out, expected) < TOLERANCES[dtype]
+    assert computed_in == {dtype if name == "few rows" else torch.float32}
 
 
 @torch.no_grad()
@@ -205,7 +225,9 @@ def test_what_is_tried_is_right_and_chosen_once(dtype: torch.dtype, monkeypatch,
         fast_forms.use_fast_forms(module)
         module(random(*shape, dtype=dtype))
     kinds = {name.split(" " + str(dtype).removeprefix("torch."))[0] for name in tried}
-    assert kinds == {"linear", "1x1 convolution", "3x3 convolution", "upsampling", "feed-forward"}
+    has_format = fast_forms.has_product(dtype)
+    ours = {"linear", "1x1 convolution", "3x3 convolution", "upsampling", "feed-forward"}
+    assert kinds == (ours if has_format else {"widened linear", "widened convolution"})
     assert max(tried.values()) < choice.TOLERANCE
 
 
