@@ -27,15 +27,13 @@ _OTHER_IMAGES = frozenset(
 
 def image_format(path: str | os.PathLike[str]) -> str | None:
     """The name that Pillow has for the image format that the ending of `path` asks for, in capitals or not; None for a
-    name without an ending of images, which is that of a folder, and for folders that are there.
+    name without an ending of images, which is that of a folder.
 
     Raises:
         UsageError: it is a format of images that latentdiff does not write, or that this Pillow cannot write.
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if path.is_dir():
-        return None
     if suffix in _OTHER_IMAGES:
         raise UsageError(f"cannot write {path}: expected an ending of {', '.join(IMAGE_FORMATS)}, found {path.suffix}")
     name = IMAGE_FORMATS.get(suffix)

@@ -18,6 +18,7 @@ from torch import Tensor
 from latentdiff.errors import DataError, UsageError
 from latentdiff.files import IMAGE_FORMATS, atomic_path, image_format
 from latentdiff.reading.pictures import MOST_FRAMES, opened
+from latentdiff.reading.plain import open_file
 from latentdiff.reading.texts import exif_with, texts_of
 
 CAPTION_SIZE = 12  # pixels
@@ -82,14 +83,24 @@ def save_image(
             f"cannot write {os.fspath(path)}: its recipe of {len(exif):,} bytes is longer than a JPEG holds, "
             f"{_LONGEST_EXIF:,}; choose .png, .webp or .avif, or --no-metadata"
         )
-    options: dict[str, Any] = {
+    is_grey = image.mode == "L" and name == "JPEG"
+    plain = image if is_grey else image.convert("RGBA" if has_alpha else "RGB")
+    _write(plain, path, name, exif=exif, icc_profile=image.info.get("icc_profile"), **_options(name, quality))
+
+
+def as_stored(image: Image.Image, name: str) -> Image.Image:
+    """What a file of Pillow's format `name` gives back of an RGB image that `save_image` writes."""
+    file = io.BytesIO()
+    image.save(file, name, **_options(name, QUALITY))
+    return Image.open(file).convert("RGB")
+
+
+def _options(name: str, quality: int) -> dict[str, Any]:
+    return {
         "JPEG": {"quality": quality, "subsampling": 0, "optimize": True},
         "WEBP": {"quality": quality, "lossless": quality == 100, "exact": True},
         "AVIF": {"quality": quality, "subsampling": "4:4:4"},
     }[name]
-    is_grey = image.mode == "L" and name == "JPEG"
-    plain = image if is_grey else image.convert("RGBA" if has_alpha else "RGB")
-    _write(plain, path, name, exif=exif, icc_profile=image.info.get("icc_profile"), **options)
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str], *, metadata: bool = True) -> None:
@@ -105,6 +116,22 @@ def _write(image: Image.Image, path: str | os.PathLike[str], name: str, **option
     plain.info = {}  # of which Pillow would write some
     with atomic_path(path) as temporary:
         plain.save(temporary, format=name, **options)
+
+
+def is_lossy(path: str | os.PathLike[str]) -> bool:
+    """Whether an image file is of a format that does not keep pixels exactly: JPEG, AVIF, and WebP but for its lossless
+    kind.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    with open_file(path, DataError) as file:
+        head = file.read(12)
+        if head[8:] != b"WEBP":
+            return head.startswith(b"\xff\xd8") or head[4:] in (b"ftypavif", b"ftypavis")
+        while len(start := file.read(8)) == 8 and start[:4] not in (b"VP8L", b"VP8 "):
+            file.seek(-(-int.from_bytes(start[4:], "little") // 2) * 2, os.SEEK_CUR)
+    return start[:4] != b"VP8L"
 
 
 def is_transparent(image: Image.Image) -> bool:

@@ -53,6 +53,7 @@ class LoadedModel:
 
     Attributes:
         residence: which of the networks are in memory; `residence.keep` says how long they stay there.
+        elsewhere: what recipes say of the parts that do not come from the model; see `Recipe.parts`.
 
     Raises:
         CheckpointError: the parts do not fit one another.
@@ -87,6 +88,7 @@ class LoadedModel:
         self.loras = LoadedLoRAs(unet, text_encoder)
         self.embeddings = LoadedEmbeddings(tokenizer, text_encoder)
         self.offered = OfferedLoRAs()
+        self.elsewhere: dict[str, dict[str, str]] = {}
         _check_fit("text embeddings", text_encoder.embedding_width, unet.config.cross_attention_dim)
         _check_fit("latent channels", vae.config.latent_channels, unet.config.out_channels)
         _check_inputs(unet.config.in_channels, vae.config.latent_channels)
@@ -142,6 +144,7 @@ class LoadedModel:
             UsageError: there is no such option, a value outside its domain, or no such device here.
         """
         from latentdiff.checkpoints.components import load_components
+        from latentdiff.checkpoints.parts import described
 
         where = pick_device(device)
         place = embedded_model() if source is None else source
@@ -158,6 +161,7 @@ class LoadedModel:
         if source is None:
             found.name = EMBEDDED_NAME
         pipe = cls.from_components(found, ema=ema, low_memory=low_memory)
+        pipe.elsewhere = described(vae=vae, text_encoder=text_encoder, base=base)
         return pipe.to(where, precision).use_backend(backend)
 
     @classmethod

@@ -338,6 +338,7 @@ class Pipeline(LoadedModel):
         return Recipe(
             model=self.name,
             model_hash=self.model_hash,
+            parts=self.elsewhere,
             ema=self.ema,
             prediction_type=self.schedule.config.prediction_type,
             zero_terminal_snr=self.schedule.config.rescale_betas_zero_snr,

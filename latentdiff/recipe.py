@@ -69,6 +69,7 @@ class Recipe(_Asked):
 
     task: "generate", or what was done to which images.
     task_settings: JSON values, what that task needs besides the other fields to be done again.
+    parts: what was taken from elsewhere than the model, "vae", "text_encoder" or "base" -> {"file": name, "sha256": ...}.
     sources: role ("image", "mask", ...) -> {"file": name, "sha256": of the file, or of the pixels if there was none}.
     loras: in the order of loading, {"file": name, "sha256": ..., "scale": ...}.
     """
@@ -79,6 +80,7 @@ class Recipe(_Asked):
     model_hash: str = ""
     prediction_type: str | None = None
     zero_terminal_snr: bool = False
+    parts: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
     ema: bool = False
     given_latents: bool = False
     given_embeddings: bool = False

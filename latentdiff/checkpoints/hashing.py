@@ -12,6 +12,7 @@ from latentdiff.files import atomic_path, cache_folder
 from latentdiff.reading.json import read_object
 
 SHORT = 10  # digits of the hash that web UIs show
+_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 _WORTH_REMEMBERING = 64 * 2**20  # bytes; smaller files hash in a blink
 
 
@@ -26,6 +27,11 @@ def model_hash(files: Iterable[Path]) -> str:
         return file_hash(files[0])
     lines = [f"{file_hash(path)}  {path.parent.name}/{path.name}\n" for path in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def place_hash(place: Path) -> str:
+    """The hash of a file, or of the weights anywhere in a folder."""
+    return file_hash(place) if place.is_file() else model_hash(p for p in place.rglob("*") if p.suffix in _WEIGHTS)
 
 
 def file_hash(path: Path) -> str:

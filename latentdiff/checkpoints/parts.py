@@ -14,6 +14,7 @@ from latentdiff.checkpoints import tables
 from latentdiff.checkpoints.architecture import ORIGINAL_PREFIXES
 from latentdiff.checkpoints.files import read_tensors
 from latentdiff.checkpoints.folder import INDEX, read_tokenizer, weight_files
+from latentdiff.checkpoints.hashing import place_hash
 from latentdiff.checkpoints.hub import locate
 from latentdiff.checkpoints.infer import infer_text_encoder, infer_unet, infer_vae, is_open_clip
 from latentdiff.checkpoints.modules import parse_config, shapes_of
@@ -71,6 +72,15 @@ def read_part(source: str | os.PathLike[str], part: str, whole: Any) -> PartWeig
     if part == "vae" and is_tiny_vae(tensors):
         return PartWeights(*read_tiny_vae(path, tensors))
     return _from_names(path, part, below or tensors)
+
+
+def described(**places: str | os.PathLike[str] | None) -> dict[str, dict[str, str]]:
+    """What recipes say of the places that parts were taken from: role -> {"file": name, "sha256": see `place_hash`}."""
+    return {
+        role: {"file": Path(place).name, "sha256": place_hash(locate(place))}
+        for role, place in places.items()
+        if place is not None
+    }
 
 
 def part_of(raw: RawModel, part: str) -> PartWeights:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from latentdiff.cli.options import ANY_PATH, DEVICE, MODEL
-from latentdiff.cli.output import check_writable
-from latentdiff.errors import UsageError, printable
+from latentdiff.cli.output import check_image_file
+from latentdiff.errors import printable
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
@@ -28,7 +28,7 @@ def data() -> None:
 @click.option(
     "--sheet",
     type=ANY_PATH,
-    metavar="FILE.png",
+    metavar="FILE",
     help="Draw images as training sees them, beside what the VAE makes of them.",
 )
 @click.option(
@@ -78,9 +78,7 @@ def check(
     fail.
     """
     if sheet is not None:
-        if sheet.suffix != ".png":
-            raise UsageError(f"expected a name that ends in .png for --sheet, found {sheet}")
-        check_writable(sheet)
+        check_image_file("--sheet", sheet)
     from latentdiff.pipeline import Pipeline
     from latentdiff.training.data.captions import lost_words
     from latentdiff.training.data.check import check as look
@@ -122,12 +120,12 @@ def _preprocessing(pipe: Pipeline, resolution: int | None, options: dict[str, An
 
 
 def _write_sheet(path: Path, count: int, pipe: Pipeline, training: Dataset, report: CheckReport) -> None:
-    from latentdiff.image import save_png
+    from latentdiff.image import save_image
     from latentdiff.training.data.sheet import training_sheet
 
     drawn, psnr = training_sheet(
         training, report.buckets, lambda image: pipe.decode(pipe.encode_images(image).mode()), count=count
     )
-    save_png(drawn, path)
+    save_image(drawn, path)
     click.echo(f"VAE: {psnr:.1f} dB on the images of the sheet")
     click.echo(path)

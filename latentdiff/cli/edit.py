@@ -9,7 +9,7 @@ import click
 
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import ANY_PATH, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS
-from latentdiff.cli.output import check_results, save_results, shown_source
+from latentdiff.cli.output import Writing, check_results, save_results, shown_source
 
 
 @click.command()
@@ -31,17 +31,18 @@ from latentdiff.cli.output import check_results, save_results, shown_source
 @MODEL_OPTIONS
 @RESULT_OPTIONS
 def edit(
-    picture: Path, prompt: str, out: Path, compare: Path | None, no_metadata: bool, seed: int | None, **settings: Any
+    picture: Path, prompt: str, out: Path, compare: Path | None, seed: int | None, **settings: Any
 ) -> None:
     """Change PICTURE towards PROMPT (image to image): noise it as far as --strength says and denoise it.
 
     What `latentdiff invert` wrote serves as well as a picture, and keeps more of it: the walk begins from the picture's
     own noise, so a seed changes nothing unless the sampler draws noise. It takes all steps of the inversion by default.
     """
+    writing = Writing.taken_from(settings, out)
     check_results(out, compare, settings["num_images"])
     from latentdiff.tasks import image_to_image
 
     with loaded_model(settings) as pipe:
         images = image_to_image(pipe, picture, prompt, seed=drawn_seed(seed), **settings)
         before = {"source": shown_source(pipe, picture)} if compare else {}
-    save_results(images, out, before, compare=compare, metadata=not no_metadata)
+    save_results(images, out, before, compare=compare, writing=writing)

@@ -15,11 +15,11 @@ from latentdiff.cli.options import (
     ANY_PATH,
     GENERATE_OPTIONS,
     MODEL_OPTIONS,
-    NO_METADATA,
     OUT,
     PREVIEW,
     PREVIEW_DECODER,
     PREVIEW_EVERY,
+    WRITING,
 )
 from latentdiff.cli.previews import preview_file
 from latentdiff.cli.ranks import joined
@@ -51,7 +51,7 @@ from latentdiff.request.titles import SAMPLER_TITLES
 @PREVIEW_EVERY
 @PREVIEW_DECODER
 @click.option(
-    "--sheet", type=ANY_PATH, metavar="FILE.png", help="Also write all pictures on one sheet with their prompts."
+    "--sheet", type=ANY_PATH, metavar="FILE", help="Also write all pictures on one sheet with their prompts."
 )
 @click.option(
     "--wildcards",
@@ -64,7 +64,7 @@ from latentdiff.request.titles import SAMPLER_TITLES
     is_flag=True,
     help="Make nothing; show what each prompt means: tokens, weights, chunks, stages, and what is cut or means nothing.",
 )
-@NO_METADATA
+@WRITING
 def generate(
     prompts: tuple[str, ...],
     prompt_file: Any,
@@ -72,7 +72,6 @@ def generate(
     seed: int | None,
     num_images: int,
     skip_existing: bool,
-    no_metadata: bool,
     sheet: Path | None,
     preview: Path | None,
     preview_every: int,
@@ -90,14 +89,16 @@ def generate(
     count = sum(dict(line.options).get("num_images", num_images) for line in lines)
     if not lines:
         raise UsageError("expected a prompt, or a file of prompts with --prompts; found neither")
-    if out.suffix == ".png" and count > 1:
-        raise UsageError(f"expected a folder for {count} pictures, found --out {out}")
+    writing = output.Writing.taken_from(settings, out)
+    output.check_count(out, count)
     if preview_decoder and not preview:
-        raise UsageError("expected --preview FILE.png with --preview-decoder, which only previews use")
+        raise UsageError("expected --preview FILE with --preview-decoder, which only previews use")
     if explain:
         return _explain([line.prompt for line in lines], settings)
-    for place in filter(None, (out, sheet, preview)):
-        output.check_writable(place)
+    output.check_writable(out)
+    for option, place in (("--sheet", sheet), ("--preview", preview)):
+        if place:
+            output.check_image_file(option, place)
     with joined() as ranks:
         if not ranks.can_talk and ranks.count > 1 and (seed is None or sheet):
             raise UsageError(
@@ -111,13 +112,13 @@ def generate(
             first = ranks.agree(lambda: drawn_seed(seed))
             if preview and ranks.is_first:
                 settings["callback"] = preview_file(pipe, preview, preview_every, preview_decoder)
-            job = Job(pipe, settings, skip_existing=skip_existing, metadata=not no_metadata, ranks=ranks)
+            job = Job(pipe, settings, skip_existing=skip_existing, writing=writing, ranks=ranks)
             if wildcards:
                 lines = _drawn(lines, wildcards, first, num_images)
             pictures = job.plan(out, lines, first, num_images)
             code = ranks.worst(job.run(pictures))
     if sheet and ranks.is_first:
-        write_sheet(pictures, sheet)
+        write_sheet(pictures, sheet, writing)
     return code
 
 

@@ -9,7 +9,7 @@ import click
 
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import ANY_PATH, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS
-from latentdiff.cli.output import check_results, save_results
+from latentdiff.cli.output import Writing, check_results, save_results
 from latentdiff.errors import UsageError
 
 
@@ -68,7 +68,6 @@ def inpaint(
     mask: Path | None,
     out: Path,
     compare: Path | None,
-    no_metadata: bool,
     seed: int | None,
     **settings: Any,
 ) -> None:
@@ -79,6 +78,7 @@ def inpaint(
     """
     if not prompt and not settings["remove"] and not any(settings["extend"]):
         raise UsageError("expected a PROMPT that says what to paint, or --remove to take away what the mask covers")
+    writing = Writing.taken_from(settings, out)
     check_results(out, compare, settings["num_images"])
     from latentdiff import tasks
     from latentdiff.image import as_rgb, open_image
@@ -88,4 +88,4 @@ def inpaint(
         before["mask"] = open_image(mask)
     with loaded_model(settings) as pipe:
         images = tasks.inpaint(pipe, picture, mask, prompt, seed=drawn_seed(seed), **settings)
-    save_results(images, out, before, compare=compare, metadata=not no_metadata)
+    save_results(images, out, before, compare=compare, writing=writing)

@@ -11,10 +11,10 @@ from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import (
     ANY_PATH,
     MODEL_OPTIONS,
-    NO_METADATA,
+    WRITING,
     flags_of,
 )
-from latentdiff.cli.output import check_writable
+from latentdiff.cli.output import Writing, check_count, check_writable
 from latentdiff.errors import UsageError
 from latentdiff.request.options import GenerateOptions
 
@@ -38,32 +38,33 @@ from latentdiff.request.options import GenerateOptions
 )
 @flags_of(GenerateOptions, without=("num_images",))
 @MODEL_OPTIONS
-@NO_METADATA
-def interpolate(
-    prompts: tuple[str, ...], fps: float, out: Path, seed: int | None, no_metadata: bool, **settings: Any
-) -> None:
+@WRITING
+def interpolate(prompts: tuple[str, ...], fps: float, out: Path, seed: int | None, **settings: Any) -> None:
     """Make a way of pictures from the first PROMPT over all others to the last, as frames or as a GIF."""
     if len(prompts) < 2:
         raise UsageError(f"expected two prompts or more to go between, found {len(prompts)}")
-    _check_place(out)
+    writing = Writing.taken_from(settings, out)
+    is_animation = out.suffix.lower() == ".gif"
+    _check_place(out, is_animation, settings["frames"])
     from latentdiff import tasks
     from latentdiff.files import atomic_path
-    from latentdiff.image import save_png
 
     with loaded_model(settings) as pipe:
         frames = tasks.interpolate(pipe, prompts, seed=drawn_seed(seed), **settings)
-    if out.suffix == ".gif":
+    if is_animation:
         with atomic_path(out) as temporary:
-            temporary.write_bytes(tasks.interpolation.animation(frames, fps, metadata=not no_metadata))
+            temporary.write_bytes(tasks.interpolation.animation(frames, fps, metadata=writing.metadata))
     else:
         digits = max(3, len(str(len(frames) - 1)))
         for number, frame in enumerate(frames):
-            save_png(frame, out / f"frame-{number:0{digits}}.png", metadata=not no_metadata)
+            writing.save(frame, out / f"frame-{number:0{digits}}{writing.ending}")
     click.echo(out)
 
 
-def _check_place(out: Path) -> None:
-    check_writable(out.parent if out.suffix == ".gif" else out)
-    is_taken = out.is_file() or out.is_dir() and (out.suffix == ".gif" or any(out.iterdir()))
+def _check_place(out: Path, is_animation: bool, frames: int) -> None:
+    if not is_animation:
+        check_count(out, frames)
+    check_writable(out.parent if is_animation else out)
+    is_taken = out.is_file() or out.is_dir() and (is_animation or any(out.iterdir()))
     if is_taken:
         raise UsageError(f"{out} is there already; remove it or choose another place with --out")

@@ -40,14 +40,14 @@ class Job:
     Attributes:
         settings: options of `Pipeline.__call__` for all pictures.
         skip_existing: do not make again what is there.
-        metadata: write recipes.
+        writing: how the files are written.
         ranks: the processes that share the work. Each has the same plan.
     """
 
     pipe: Pipeline
     settings: dict[str, Any]
     skip_existing: bool = False
-    metadata: bool = True
+    writing: output.Writing = output.Writing()
     ranks: Ranks = Ranks()
 
     def plan(self, out: Path, lines: Sequence[Line], first: int, count: int) -> list[WantedImage]:
@@ -63,7 +63,8 @@ class Job:
             own = checked(dict(line.options))
             start = own.pop("seed", first)
             for seed in range(start, start + own.pop("num_images", count)):
-                path, is_there = output.picture_path(out, self._wanted(line.prompt, seed, own), taken=pictures)
+                wanted = self._wanted(line.prompt, seed, own)
+                path, is_there = output.picture_path(out, wanted, pictures, self.writing.ending)
                 pictures[path] = WantedImage(line.prompt, seed, path, is_there, tuple(own.items()))
         return list(pictures.values())
 
@@ -100,8 +101,6 @@ class Job:
             yield from (found[part] for part in parts)
 
     def _make(self, pictures: Sequence[WantedImage]) -> None:
-        from latentdiff.image import save_png
-
         missing = []
         for picture in pictures:
             if picture.is_there and self.skip_existing:
@@ -117,7 +116,7 @@ class Job:
         }
         images = self.pipe(missing[0].prompt, **options, **{**self.settings, **dict(missing[0].own)})
         for image, picture in zip(images, missing, strict=True):
-            save_png(image, picture.path, metadata=self.metadata)
+            self.writing.save(image, picture.path)
             click.echo(picture.path)
 
     def _wanted(self, prompt: str, seed: int, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,12 +139,12 @@ class Job:
         return {**asked, **model, "prompt": prompt, "seed": seed}
 
 
-def write_sheet(pictures: Sequence[WantedImage], path: Path) -> None:
+def write_sheet(pictures: Sequence[WantedImage], path: Path, writing: output.Writing) -> None:
     """Lay out those of the pictures that there are, with their prompts."""
-    from latentdiff.image import contact_sheet, open_image, save_png
+    from latentdiff.image import as_rgb, contact_sheet, open_image
 
-    done = [(open_image(picture.path), picture.prompt) for picture in pictures if picture.path.exists()]
+    done = [(as_rgb(open_image(picture.path)), picture.prompt) for picture in pictures if picture.path.exists()]
     if done:
         images, prompts = zip(*done, strict=True)
-        save_png(contact_sheet(images, prompts), path)
+        writing.save(contact_sheet(images, prompts), path)
         click.echo(path)

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import click
 
 from latentdiff.cli.loras import ALLOW_PARTIAL, EMBEDDINGS, LORA_DIR, LORAS
+from latentdiff.files import IMAGE_FORMATS
 from latentdiff.request.domains import Interval, Numbers, Real, Seeds, Texts, Whole
 from latentdiff.request.options import (
     OPTIONS,
@@ -148,12 +149,12 @@ OUT = click.option(
     type=ANY_PATH,
     default="pictures",
     show_default=True,
-    metavar="FOLDER|FILE.png",
-    help="Where to write. In a folder the file is named after prompt and seed. A file that holds another "
-    "picture is never overwritten: the new one gets a number.",
+    metavar="FOLDER|FILE",
+    help="Where to write; a FILE ends in .png, .jpg, .webp or .avif. In a folder the file is named after prompt and seed. "
+    "A file that holds another picture is never overwritten: the new one gets a number.",
 )
 PREVIEW = click.option(
-    "--preview", type=ANY_PATH, metavar="FILE.png", help="Write what is expected there, while at work."
+    "--preview", type=ANY_PATH, metavar="FILE", help="Write what is expected there, while at work."
 )
 PREVIEW_EVERY = click.option(
     "--preview-every",
@@ -170,9 +171,24 @@ PREVIEW_DECODER = click.option(
     help="A taesd_decoder.safetensors, which previews at no cost.  [default: the model's VAE]",
 )
 NO_METADATA = click.option("--no-metadata", is_flag=True, help="Leave the recipe out of the file.")
+FILE_FORMAT = click.option(
+    "--format",
+    "file_format",
+    type=click.Choice([ending.removeprefix(".") for ending in IMAGE_FORMATS]),
+    help="Of files in a folder.  [default: png]",
+)
+QUALITY = click.option(
+    "--quality",
+    type=click.IntRange(1, 100),
+    default=95,
+    show_default=True,
+    metavar="N",
+    help="1 to 100, of .jpg, .webp and .avif; a .webp of 100 loses nothing.",
+)
+WRITING = together(FILE_FORMAT, QUALITY, NO_METADATA)  # see `output.Writing`
 COMPARE = click.option(
-    "--compare", type=ANY_PATH, metavar="FILE.png", help="Also write what went in and what came out side by side."
+    "--compare", type=ANY_PATH, metavar="FILE", help="Also write what went in and what came out side by side."
 )
 SAMPLING_OPTIONS = flags_of(SamplingOptions)
 GENERATE_OPTIONS = flags_of(GenerateOptions)
-RESULT_OPTIONS = together(OUT, COMPARE, NO_METADATA)  # see `output.save_results`
+RESULT_OPTIONS = together(OUT, COMPARE, WRITING)  # see `output.save_results`

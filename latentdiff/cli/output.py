@@ -1,4 +1,4 @@
-"""Where pictures are written, and which files are there already."""
+"""Where and how images are written, and which files are there already."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import re
 import sys
 import tempfile
 from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from latentdiff.errors import DataError, UsageError
+from latentdiff.files import IMAGE_FORMATS, image_format
 from latentdiff.recipe import read_recipe
 
 if TYPE_CHECKING:
@@ -24,13 +26,68 @@ if TYPE_CHECKING:
 LONGEST_SLUG = 100  # bytes; file systems take 255 for the whole name
 
 
-def check_writable(path: Path) -> None:
-    """Make sure, before any work is done and without leaving a trace, that `path` can be written.
+@dataclass(frozen=True)
+class Writing:
+    """How image files are written.
+
+    metadata: with their recipes.
+    quality: see `image.save_image`.
+    ending: of the names of files in a folder, ".png".
+    """
+
+    metadata: bool = True
+    quality: int = 95
+    ending: str = ".png"
+
+    @classmethod
+    def taken_from(cls, settings: dict[str, Any], out: Path) -> Writing:
+        """What `options.WRITING` says for --out, taken out of `settings`.
+
+        Raises:
+            UsageError: --format names another format than --out.
+        """
+        name = settings.pop("file_format")
+        ending = f".{name}" if name else ".png"
+        writing = cls(not settings.pop("no_metadata"), settings.pop("quality"), ending)
+        if name and is_file(out) and image_format(out) != IMAGE_FORMATS[ending]:
+            raise UsageError(f"expected a folder with --format {name}, or a file {out.stem}{ending}; found --out {out}")
+        return writing
+
+    def save(self, image: Image.Image, path: Path) -> None:
+        """Write an image."""
+        from latentdiff.image import save_image
+
+        save_image(image, path, metadata=self.metadata, quality=self.quality)
+
+
+def is_file(out: Path) -> bool:
+    """Whether a place to write to is an image file, by its ending; else it is a folder.
+
+    Raises:
+        UsageError: it has the ending of images of a kind that latentdiff does not write.
+    """
+    return image_format(out) is not None
+
+
+def check_image_file(option: str, path: Path) -> None:
+    """Make sure, before any work is done, that an image can be written to the file that an option names.
 
     Raises:
         UsageError: it cannot.
     """
-    folder = path.absolute().parent if path.suffix == ".png" else path.absolute()
+    if not is_file(path):
+        raise UsageError(f"expected {option} FILE with an ending of {', '.join(IMAGE_FORMATS)}, found {path}")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Make sure, before any work is done and without leaving a trace, that `path`, an image file or a folder, can be
+    written.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    folder = path.absolute().parent if is_file(path) else path.absolute()
     while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():
@@ -41,11 +98,13 @@ def check_writable(path: Path) -> None:
         raise UsageError(
             f"cannot write {path}: {error.strerror} in {folder}; choose another place with --out"
         ) from error
-    if path.suffix == ".png" and path.is_dir():
+    if is_file(path) and path.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder")
 
 
-def picture_path(out: Path, wanted: Mapping[str, Any], taken: Container[Path] = ()) -> tuple[Path, bool]:
+def picture_path(
+    out: Path, wanted: Mapping[str, Any], taken: Container[Path] = (), ending: str = ".png"
+) -> tuple[Path, bool]:
     """Where the picture with the recipe fields `wanted` belongs, and whether it is there already.
 
     A file that holds another picture, or is `taken` for one, is left alone: in a folder, the name gets a number.
@@ -53,11 +112,11 @@ def picture_path(out: Path, wanted: Mapping[str, Any], taken: Container[Path] = 
     Raises:
         UsageError: `out` is a file that holds another picture.
     """
-    if out.suffix == ".png":
+    if is_file(out):
         if out.exists() and not _holds(out, wanted):
             raise UsageError(f"{out} holds another picture; remove it or choose another name with --out")
         return out, out.exists()
-    for path in (out / name for name in _names(wanted["prompt"], wanted["seed"])):
+    for path in (out / name for name in _names(wanted["prompt"], wanted["seed"], ending)):
         if path in taken:
             continue
         if not path.exists():
@@ -68,41 +127,54 @@ def picture_path(out: Path, wanted: Mapping[str, Any], taken: Container[Path] = 
 
 
 def save_results(
-    images: Sequence[Image.Image], out: Path, before: Mapping[str, Image.Image], *, compare: Path | None, metadata: bool
+    images: Sequence[Image.Image],
+    out: Path,
+    before: Mapping[str, Image.Image],
+    *,
+    compare: Path | None,
+    writing: Writing,
 ) -> None:
-    """Write the pictures that a task made, under names that are free, and print where they lie.
+    """Write the images that a task made, under names that are free, and print where they lie.
 
     Args:
         before: what went in, by its name: {"source": ..., "mask": ...}; of any modes and sizes.
         compare: a file for all of it side by side.
     """
-    from latentdiff.image import save_png, side_by_side
+    from latentdiff.image import side_by_side
 
     for image in images:
         recipe = read_recipe(image.info)
-        path = out if out.suffix == ".png" else _free(out, recipe.prompt, recipe.seed)
-        save_png(image, path, metadata=metadata)
+        path = out if is_file(out) else _free(out, recipe.prompt, recipe.seed, writing.ending)
+        writing.save(image, path)
         click.echo(path)
     if compare:
         results = {f"seed {read_recipe(image.info).seed}": image for image in images}
-        save_png(side_by_side({**before, **(results if len(images) > 1 else {"result": images[0]})}), compare)
+        writing.save(side_by_side({**before, **(results if len(images) > 1 else {"result": images[0]})}), compare)
         click.echo(compare)
 
 
 def check_results(out: Path, compare: Path | None, count: int) -> None:
-    """Make sure, before any work is done, that `save_results` will be able to write `count` pictures.
+    """Make sure, before any work is done, that `save_results` will be able to write `count` images.
 
     Raises:
         UsageError: it will not, or a file of that name is there already.
     """
-    if out.suffix == ".png" and count > 1:
-        raise UsageError(f"expected a folder for {count} pictures, found --out {out}")
-    if compare and compare.suffix != ".png":
-        raise UsageError(f"expected --compare FILE.png, found {compare}")
-    for place in filter(None, (out, compare)):
-        check_writable(place)
-    if out.suffix == ".png" and out.exists():
+    check_count(out, count)
+    if compare:
+        check_image_file("--compare", compare)
+    check_writable(out)
+    if is_file(out) and out.exists():
         raise UsageError(f"{out} is there already; remove it or choose another name with --out")
+
+
+def check_count(out: Path, count: int) -> None:
+    """Make sure that `count` images fit into `out`.
+
+    Raises:
+        UsageError: it is one file.
+    """
+    if is_file(out) and count > 1:
+        raise UsageError(f"expected a folder for {count} pictures, found --out {out}")
 
 
 def shown_source(pipe: Pipeline, picture: Path) -> Image.Image:
@@ -116,17 +188,17 @@ def shown_source(pipe: Pipeline, picture: Path) -> Image.Image:
     return to_pil(pipe.decode(found.latents[-1:]))[0].crop((0, 0, *found.size))
 
 
-def _free(folder: Path, prompt: str, seed: int) -> Path:
-    return next(path for path in (folder / name for name in _names(prompt, seed)) if not path.exists())
+def _free(folder: Path, prompt: str, seed: int, ending: str) -> Path:
+    return next(path for path in (folder / name for name in _names(prompt, seed, ending)) if not path.exists())
 
 
-def _names(prompt: str, seed: int) -> Iterator[str]:
+def _names(prompt: str, seed: int, ending: str) -> Iterator[str]:
     slug = re.sub(r"\W+", "-", prompt.lower()).strip("-_").encode()[:LONGEST_SLUG].decode(errors="ignore")
     encoding = sys.getfilesystemencoding()
     slug = slug.encode(encoding, "ignore").decode(encoding)  # what names of files can hold here
     stem = f"{slug.rstrip('-_') or 'picture'}-{seed}"
-    yield f"{stem}.png"
-    yield from (f"{stem}-{number}.png" for number in itertools.count(2))
+    yield f"{stem}{ending}"
+    yield from (f"{stem}-{number}{ending}" for number in itertools.count(2))
 
 
 def _holds(path: Path, wanted: Mapping[str, Any]) -> bool:

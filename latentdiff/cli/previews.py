@@ -23,7 +23,7 @@ class PreviewFile:
     """A callback for pipelines that writes the picture expected so far; several on one sheet.
 
     Args:
-        path: a PNG file, written anew each time.
+        path: an image file, written anew each time.
         decode: `Pipeline.decode`, or a tiny decoder.
         every: steps from one preview to the next.
 
@@ -38,11 +38,11 @@ class PreviewFile:
 
     def __call__(self, step: int, t: float, x0: Tensor) -> None:
         """See `latentdiff.diffusion.progress.Callback`."""
-        from latentdiff.image import contact_sheet, save_png, to_pil
+        from latentdiff.image import contact_sheet, save_image, to_pil
 
         if step % self._every == 0:
             images = to_pil(self._decode(x0))
-            save_png(images[0] if len(images) == 1 else contact_sheet(images, [""] * len(images)), self._path)
+            save_image(images[0] if len(images) == 1 else contact_sheet(images, [""] * len(images)), self._path)
 
 
 def preview_file(pipe: Pipeline, path: Path, every: int, decoder: Path | None) -> Callback:

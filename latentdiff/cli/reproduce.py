@@ -10,7 +10,7 @@ import click
 
 from latentdiff.cli.loras import loras_of, offer_loras_of, with_loras
 from latentdiff.cli.options import ANY_PATH, DEVICE, PARTS_FROM
-from latentdiff.cli.output import check_writable
+from latentdiff.cli.output import check_image_file, check_writable
 from latentdiff.errors import CheckpointError, DataError, UsageError
 from latentdiff.recipe import Recipe, read_recipe
 from latentdiff.request.options import PrecisionName
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 # Differences up to this many grey levels of 255 are rounding: another batch size or number of threads.
 ROUNDING = 2
+# A lossy file is right if it is this near in dB, as JPEG of quality 75 is to most images and one of another seed never is; or
+# nearly as near as one that is written now, for images of which these formats lose much.
+LOSSY, SLACK = 30.0, 3.0
 SHORT = 8  # digits of the shortest hash of a model that web UIs wrote; today it is 10
 
 
@@ -41,7 +44,7 @@ SHORT = 8  # digits of the shortest hash of a model that web UIs wrote; today it
 )
 @DEVICE
 @click.option("--precision", type=click.Choice(get_args(PrecisionName)), help="Number format.  [default: the recipe's]")
-@click.option("--out", type=ANY_PATH, metavar="FILE.png|FILE.gif", help="Write the new picture there.")
+@click.option("--out", type=ANY_PATH, metavar="FILE", help="Write the new picture there.")
 @click.option(
     "--lora-dir",
     type=ANY_PATH,
@@ -62,21 +65,22 @@ def reproduce(
 
     What an edited picture was made from is looked for beside it, and where --source says.
 
-    The exit code is 0 if the pictures agree up to rounding (2 of 255 grey levels), else 1.
+    The exit code is 0 if the pictures agree up to rounding (2 of 255 grey levels), or a lossy file up to what such files
+    lose, else 1.
     """
-    from latentdiff.image import frames_of, open_image
+    from latentdiff.image import frames_of, is_lossy, open_image
 
-    if out:
-        check_writable(out.parent if out.suffix == ".gif" else out)
     original = open_image(picture)
     recipe = read_recipe(original.info)
+    if out:
+        _check_out(out, is_animation=original.format == "GIF")
     if recipe.given_embeddings:
         raise DataError(f"{picture} was made from given text embeddings, which a recipe does not hold")
     if recipe.given_latents:
         raise DataError(f"{picture} was made from given start noise, which a recipe does not hold")
     sources = _sources(recipe, picture, source)
     folders = [lora_dir] if lora_dir else [picture.parent, Path()]
-    pipe = _load(recipe, model, device, precision, parts)
+    pipe = _load(recipe, model, device, precision, {**_parts(recipe, picture, parts), **_given(parts)})
     loras = loras_of(offer_loras_of(pipe, recipe, folders), folders)
     with with_loras(pipe, loras):
         again = _make(pipe, recipe, sources)
@@ -85,18 +89,62 @@ def reproduce(
         click.echo(out)
     if isinstance(again, bytes):
         return _report(frames_of(picture), frames_of(again), recipe)
-    return _report([original], [again], recipe)
+    lossy = original.format if is_lossy(picture) else None
+    return _report([original], [again], recipe, lossy)
+
+
+def _check_out(out: Path, *, is_animation: bool) -> None:
+    if not is_animation:
+        return check_image_file("--out", out)
+    if out.suffix.lower() != ".gif":
+        raise UsageError(f"expected --out FILE.gif for an animation, found {out}")
+    check_writable(out.parent)
+
+
+def _given(parts: Mapping[str, str | None]) -> dict[str, str]:
+    return {role: place for role, place in parts.items() if place is not None}
+
+
+def _parts(recipe: Recipe, picture: Path, given: Mapping[str, str | None]) -> dict[str, str]:
+    """Where the parts lie that the recipe takes from elsewhere than the model, but for those that are `given`.
+
+    Raises:
+        DataError: one is not here or beside the picture, or is another one.
+    """
+    from latentdiff.checkpoints.hashing import place_hash
+
+    found = {}
+    for role, entry in recipe.parts.items():
+        if role not in given:
+            raise DataError(f"the picture's recipe takes a part {role!r} from elsewhere; expected {', '.join(given)}")
+        if given[role] is not None:
+            continue
+        name, option = Path(entry.get("file", "")).name, f"--{role.replace('_', '-')}"  # never a path, as of sources
+        places = [path for folder in (picture.parent, Path()) if name and (path := folder / name).exists()]
+        if not places:
+            raise DataError(
+                f"the picture was made with the {role} {name or '(without a name)'}, which is not beside it or here; say where "
+                f"it is with {option}"
+            )
+        right = [path for path in places if place_hash(path) == entry.get("sha256")]
+        if not right:
+            raise DataError(
+                f"{places[0]} is not the {role} that the picture was made with: its SHA-256 differs; say where that is with "
+                f"{option}"
+            )
+        found[role] = str(right[0])
+    return found
 
 
 def _save(again: Image.Image | bytes, path: Path) -> None:
     from latentdiff.files import atomic_path
-    from latentdiff.image import save_png
+    from latentdiff.image import save_image
 
     if isinstance(again, bytes):
         with atomic_path(path) as temporary:
             temporary.write_bytes(again)
     else:
-        save_png(again, path)
+        save_image(again, path)
 
 
 def _make(pipe: Pipeline, recipe: Recipe, sources: dict[str, Path]) -> Image.Image | bytes:
@@ -177,27 +225,46 @@ def _same_hash(recipe: Recipe, pipe: Pipeline) -> bool:
     return bool(recipe.model_hash) and pipe.model_hash.startswith(recipe.model_hash)
 
 
-def _report(original: Sequence[Image.Image], again: Sequence[Image.Image], recipe: Recipe) -> int:
-    """Of one picture each, or of as many frames."""
-    import numpy as np
+def _report(
+    original: Sequence[Image.Image], again: Sequence[Image.Image], recipe: Recipe, lossy: str | None = None
+) -> int:
+    """Of one picture each, or of as many frames; `lossy` is the format of a file that does not hold what was made."""
+    from latentdiff.image import as_stored
 
     sizes = original[0].size, again[0].size
     if sizes[0] != sizes[1]:
         raise DataError(f"the picture has been resized: it is {sizes[0]}, its recipe says {sizes[1]}")
     if len(original) != len(again):
         raise DataError(f"the animation has been edited: it has {len(original)} frames, made again {len(again)}")
-    pair = (
-        np.stack([np.asarray(one.convert("RGB"), dtype=np.int16) for one in images]) for images in (original, again)
-    )
-    difference = np.abs(np.subtract(*pair))
-    worst, mean = int(difference.max()), float(difference.mean())
+    worst, mean, nearness = _difference(original, again)
     if worst == 0:
         click.echo("identical: every pixel is the same")
         return 0
     click.echo(f"difference: at most {worst}, on average {mean:.3f} of 255 grey levels")
+    if lossy:
+        own = _difference(again, [as_stored(again[0].convert("RGB"), lossy)])[2]
+        is_near = nearness >= min(LOSSY, own - SLACK)
+        verdict = (
+            "as near as such files keep images" if is_near else f"but such a file keeps this image to {own:.1f} dB"
+        )
+        click.echo(f"  {lossy} does not keep pixels exactly: {nearness:.1f} dB, {verdict}")
+        if is_near:
+            return 0
     for reason in _reasons(recipe, read_recipe(again[0].info)):
         click.echo(f"  {reason}")
     return 0 if worst <= ROUNDING else 1
+
+
+def _difference(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> tuple[int, float, float]:
+    """The largest and the mean difference in grey levels, and the nearness in dB, of images in pairs."""
+    import numpy as np
+
+    from latentdiff.image import decibels
+
+    pair = (np.stack([np.asarray(one.convert("RGB"), dtype=np.int16) for one in all_]) for all_ in (images, others))
+    difference = np.abs(np.subtract(*pair))
+    error = float(np.square(difference, dtype=np.float64).mean())
+    return int(difference.max()), float(difference.mean()), decibels(error)
 
 
 def _reasons(then: Recipe, now: Recipe) -> list[str]:

@@ -9,7 +9,7 @@ import click
 
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import ANY_PATH, MODEL_OPTIONS, RESULT_OPTIONS, flag, flags_of
-from latentdiff.cli.output import check_results, check_writable, save_results
+from latentdiff.cli.output import Writing, check_image_file, check_results, save_results
 from latentdiff.errors import DataError, UsageError
 from latentdiff.request.options import BorderName, OperatorName, RestorationName, SeededOptions
 
@@ -61,8 +61,8 @@ OWNERS["border"] = OWNERS["kernel"]
     "-n", "samples", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Pictures to make."
 )
 @flags_of(SeededOptions)
-@click.option("--mean", type=ANY_PATH, metavar="FILE.png", help="Also write the mean of the pictures.")
-@click.option("--uncertainty", type=ANY_PATH, metavar="FILE.png", help="Also write how far they differ at each pixel.")
+@click.option("--mean", type=ANY_PATH, metavar="FILE", help="Also write the mean of the pictures.")
+@click.option("--uncertainty", type=ANY_PATH, metavar="FILE", help="Also write how far they differ at each pixel.")
 @MODEL_OPTIONS
 @RESULT_OPTIONS
 def restore(
@@ -79,7 +79,6 @@ def restore(
     uncertainty: Path | None,
     out: Path,
     compare: Path | None,
-    no_metadata: bool,
     **options: Any,
 ) -> None:
     """Repair PICTURE, whose damage is known: pixels missing, too small, blurred, noisy or without colour.
@@ -88,21 +87,22 @@ def restore(
     """
     _check_owners(name, {"mask": mask, "factor": factor, "kernel": kernel, "border": border})
     _check_places(mean, uncertainty, options["samples"])
+    writing = Writing.taken_from(options, out)
     check_results(out, compare, options["samples"])
     own = dict(map(_setting, settings))
-    from latentdiff.image import as_rgb, open_image, save_png
+    from latentdiff.image import as_rgb, open_image
     from latentdiff.tasks import restore as run
 
     damaged = as_rgb(open_image(picture))
     operator = make_operator(name, damaged, mask, factor, kernel, border, sigma)
     with loaded_model(options) as pipe:
         found = run(pipe, picture, operator, settings=own, seed=drawn_seed(seed), **options)
-    save_results(found.images, out, {"damaged": damaged}, compare=compare, metadata=not no_metadata)
+    save_results(found.images, out, {"damaged": damaged}, compare=compare, writing=writing)
     if mean:
-        save_png(found.mean, mean, metadata=not no_metadata)
+        writing.save(found.mean, mean)
         click.echo(mean)
     if uncertainty:
-        save_png(found.uncertainty_image(), uncertainty)
+        writing.save(found.uncertainty_image(), uncertainty)
         click.echo(uncertainty)
     misses = ", ".join(f"{value:.4f}" for value in found.residuals)
     click.echo(f"misses the measurement by {misses} (noise {found.noise_std:g})", err=True)
@@ -189,11 +189,9 @@ def _check_places(mean: Path | None, uncertainty: Path | None, samples: int) -> 
     for option, place in (("--mean", mean), ("--uncertainty", uncertainty)):
         if place is None:
             continue
-        if place.suffix != ".png":
-            raise UsageError(f"expected {option} FILE.png, found {place}")
         if samples == 1:
             raise UsageError(f"{option} needs 2 or more pictures; ask for them with -n")
-        check_writable(place)
+        check_image_file(option, place)
 
 
 def _needed(option: str, value: Any) -> Any:

@@ -16,7 +16,7 @@ from latentdiff.cli.options import (
     flag,
     flags_of,
 )
-from latentdiff.cli.output import check_results, save_results, shown_source
+from latentdiff.cli.output import Writing, check_results, save_results, shown_source
 from latentdiff.errors import UsageError
 from latentdiff.request.options import BlendName, TranslationName, WalkOptions
 
@@ -83,7 +83,6 @@ def translate(
     attn_blocks: tuple[str, ...],
     out: Path,
     compare: Path | None,
-    no_metadata: bool,
     **settings: Any,
 ) -> None:
     """Make PICTURE anew as PROMPT says, keeping its layout. What `latentdiff invert` wrote serves as well as a picture.
@@ -97,6 +96,7 @@ def translate(
     ddim             its noise and nothing else
     replay           everything: the picture itself, as far as model and inversion keep it
     """
+    writing = Writing.taken_from(settings, out)
     check_results(out, compare, 1)
     blend = {"schedule": negative_schedule, "alpha": negative_alpha}
     if negative_alpha is not None and negative_schedule is None:
@@ -116,7 +116,7 @@ def translate(
             **settings,
         )
         before = {"source": shown_source(pipe, picture)} if compare else {}
-    save_results(images, out, before, compare=compare, metadata=not no_metadata)
+    save_results(images, out, before, compare=compare, writing=writing)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

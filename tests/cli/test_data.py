@@ -140,8 +140,8 @@ def test_sheet(check, folder, workplace):
 
 def test_wrong_usage(command, folder, workplace):
     assert command("data", "check").code == 2
-    done = command("data", "check", folder, "--sheet", "sheet.jpg")
-    assert done.code == 2 and "ends in .png" in done.err
+    done = command("data", "check", folder, "--sheet", "sheet.tif")
+    assert done.code == 2 and "found .tif" in done.err
     assert command("data", "check", folder, "--sheet", folder / "0.png" / "sheet.png").code == 2
 
 

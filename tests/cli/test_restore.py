@@ -93,7 +93,7 @@ def test_filled_pixels_differ_and_the_others_do_not(command, sd1, sources):
         ("denoise", "--sigma", 0.1, "--set", "magic=1"),
         ("denoise", "--sigma", 0.1, "--steps", 0),
         ("denoise", "--sigma", 0.1, "--mean", "mean.png"),
-        ("denoise", "--sigma", 0.1, "--mean", "mean.jpg", "-n", 2),
+        ("denoise", "--sigma", 0.1, "--mean", "mean", "-n", 2),
     ],
     ids=lambda value: " ".join(map(str, value)),
 )
