@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from latentdiff import __version__
 from latentdiff.errors import LatentDiffError, UsageError
-from latentdiff.serving import openai
+from latentdiff.serving import openai, sdapi
 from latentdiff.serving.engine import STOPPING, Engine
 from latentdiff.serving.errors import OPENAI, Refused, body
 from latentdiff.serving.metrics import Measured
@@ -53,6 +53,7 @@ def make_app(settings: ServerSettings) -> FastAPI:
     app = FastAPI(title="latentdiff", version=__version__, lifespan=life, redirect_slashes=False)
     app.state.engine = engine
     app.include_router(openai.router(engine))
+    app.include_router(sdapi.router(engine))
     app.include_router(_state(engine))
     app.add_exception_handler(LatentDiffError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -63,8 +64,6 @@ def make_app(settings: ServerSettings) -> FastAPI:
 
 
 def _state(engine: Engine) -> Any:
-    from fastapi import APIRouter
-
     routes = APIRouter(tags=["state"])
 
     @routes.get("/health")
