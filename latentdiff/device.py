@@ -79,10 +79,19 @@ def pick_precision(name: str, device: torch.device, parameters: int) -> Precisio
     if name != "auto":
         return FORMATS[name]
     if device.type == "cuda":
-        return FORMATS["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"]
+        return FORMATS["bf16" if computes_in_bf16("cuda") else "fp16"]
     if device.type == "mps":
         return FORMATS["fp16"]
-    return FORMATS["bf16" if parameters >= LARGE_ENOUGH_FOR_BF16 and _cpu_computes_in_bf16() else "fp32"]
+    return FORMATS["bf16" if parameters >= LARGE_ENOUGH_FOR_BF16 and computes_in_bf16("cpu") else "fp32"]
+
+
+def computes_in_bf16(kind: str) -> bool:
+    """Whether devices of a kind, "cpu" or "cuda", have instructions for bfloat16 here."""
+    if kind == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    # torch has no public question for this; where a release lacks the private one, fp32 is the safe answer.
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return kind == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
 def finite_or_float32(
@@ -169,9 +178,3 @@ def _is_available(kind: str) -> bool:
     if kind == "mps":
         return torch.backends.mps.is_available()
     return kind == "cpu"
-
-
-def _cpu_computes_in_bf16() -> bool:
-    # torch has no public question for this; where a release lacks the private one, fp32 is the safe answer.
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)

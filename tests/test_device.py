@@ -72,7 +72,9 @@ def test_devices_that_are_not_there(monkeypatch, name, message):
     ],
 )
 def test_auto_precision(monkeypatch, has_bf16, device, size, expected):
-    monkeypatch.setattr(devices, "_cpu_computes_in_bf16", lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
     assert pick_precision("auto", device, size).name == expected
 
@@ -80,12 +82,12 @@ def test_auto_precision(monkeypatch, has_bf16, device, size, expected):
 def test_cpu_probe_is_optional(monkeypatch):
     for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, probe, lambda: False, raising=False)
-    assert not devices._cpu_computes_in_bf16()
+    assert not devices.computes_in_bf16("cpu")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert devices._cpu_computes_in_bf16()
+    assert devices.computes_in_bf16("cpu")
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
-    assert not devices._cpu_computes_in_bf16()
+    assert not devices.computes_in_bf16("cpu")
 
 
 def test_named_precisions():

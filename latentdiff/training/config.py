@@ -109,8 +109,9 @@ class StageSection(Section):
     """Decay per step of the averaged weights, which are those kept in the end."""
     ema_every: PositiveInt = 4
     """Steps between updates of the averaged weights; the decay is adjusted to it."""
-    mixed_precision: Literal["no", "bf16"] = "bf16"
-    """Precision of forward and backward passes; weights and optimizer stay in float32."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """Precision of forward and backward passes; weights and optimizer stay in float32. auto is bf16 on a GPU or CPU that
+    computes in it, else no."""
     compile: bool = False
     """Compile the networks with torch.compile: minutes at the start, faster steps on some machines."""
     loader_threads: PositiveInt = 2

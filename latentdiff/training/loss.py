@@ -105,5 +105,5 @@ def attention_backend(settings: DenoisingSection, side: float, accelerator: Acce
     """The back end that `settings` ask for; `side` is that of the latents."""
     if settings.attention != "auto":
         return settings.attention
-    few = side**2 <= _SMALL_LATENT and settings.mixed_precision == "bf16"
+    few = side**2 <= _SMALL_LATENT and accelerator.mixed_precision == "bf16"
     return "plain" if accelerator.device.type == "cpu" and few else "auto"

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 
 from latentdiff.checkpoints.components import load_components
 from latentdiff.checkpoints.embedded import embedded_model
-from latentdiff.device import is_out_of_memory
+from latentdiff.device import computes_in_bf16, is_out_of_memory
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.engines.fast_forms import use_fast_forms
 from latentdiff.errors import ConfigError, LatentDiffError, UsageError
@@ -166,7 +166,7 @@ def _accelerator(settings: FinetuneConfig) -> tuple[Accelerator, FinetuneConfig]
     cpu = settings.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     precision = settings.mixed_precision
     if precision == "auto":
-        precision = "bf16" if not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else "no"
+        precision = "bf16" if not cpu and computes_in_bf16("cuda") else "no"
     if precision == "fp16" and cpu:
         raise ConfigError("mixed_precision fp16 needs a GPU; on a CPU take bf16 or no")
     # accelerate remembers the precision for the life of the process; a second run may want another one.

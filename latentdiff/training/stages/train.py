@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 
 from latentdiff.checkpoints.components import Components, save_folder
+from latentdiff.device import computes_in_bf16
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.files import atomic_path
 from latentdiff.networks.attention import use_attention_backend
@@ -218,4 +219,7 @@ def _accelerator(settings: StageSection) -> Accelerator:
     ddp = DistributedDataParallelKwargs(find_unused_parameters=late_parameters)
     # Without being told, several processes on a machine without a GPU would each train alone and overwrite one another.
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    return Accelerator(cpu=cpu, mixed_precision=settings.mixed_precision, kwargs_handlers=[ddp])
+    precision = settings.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if computes_in_bf16("cpu" if cpu else "cuda") else "no"
+    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp])
