@@ -16,7 +16,7 @@ from latentdiff.adapters.lora.offered import OfferedLoRAs
 from latentdiff.adapters.lora.reading import read_lora
 from latentdiff.adapters.lora.strength import Strength
 from latentdiff.adapters.textual_inversion import LoadedEmbeddings, is_word_file, read_embedding, read_words
-from latentdiff.checkpoints.embedded import embedded_model
+from latentdiff.checkpoints.embedded import EMBEDDED_NAME, embedded_model
 from latentdiff.device import Precision, pick_device, pick_precision, precision_of
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.diffusion.schedule import Schedule
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from latentdiff.adapters.lora.loading import LoadReport
     from latentdiff.checkpoints.components import Components
     from latentdiff.networks.text_encoder import TextEncoder
-
-EMBEDDED_NAME = "latentdiff-embedded"  # what recipes call the embedded model
 
 
 class LoadedModel:

@@ -71,7 +71,7 @@ class Recipe(_Asked):
     task_settings: JSON values, what that task needs besides the other fields to be done again.
     parts: what was taken from elsewhere than the model, "vae", "text_encoder" or "base" -> {"file": name, "sha256": ...}.
     sources: role ("image", "mask", ...) -> {"file": name, "sha256": of the file, or of the pixels if there was none}.
-    loras: in the order of loading, {"file": name, "sha256": ..., "scale": ...}.
+    loras: in the order of loading, {"file": name, "sha256": ..., "scale": ...}; without a hash the name counts.
     """
 
     width: int
@@ -269,6 +269,7 @@ def _recipe_of(account: Account) -> Recipe:
             **{"guidance_scale": 1.0, **options},
             model=account.model,
             model_hash=account.model_hash,
+            loras=[{"file": lora.file, "sha256": "", "scale": lora.strength} for lora in account.loras],
             **{name: value for name, value in account.model_options.items() if name != "vae"},
         )
     except TypeError as error:
@@ -289,7 +290,8 @@ def _account_of(recipe: Recipe) -> Account:
         task=recipe.task,
         model=recipe.model,
         model_hash=recipe.model_hash,
-        model_options={name: said[name] for name in model if said[name]},
+        model_options={name: said[name] for name in model if said[name]}
+        | {role: part.get("file", "") for role, part in recipe.parts.items()},
         loras=tuple(NamedLoRA(str(entry.get("file")), str(entry.get("scale"))) for entry in recipe.loras),
     )
 

@@ -199,7 +199,8 @@ def test_recipe_of_a_picture(shared):
         "sources": {}, "loras": [], "backend": "torch", "cache_interval": 1, "cache_branch": 0,
         "cache_centre": None, "schema": 1, "s_noise": 1.0, "s_churn": 0.0, "s_tmin": 0.0, "s_tmax": None, "sde_noise": None,
         "rho": None, "discard_penultimate": False, "sigmas": None, "timesteps": None,
-        "zero_terminal_snr": False,
+        "zero_terminal_snr": False, "noise_source": "cpu", "noise_index": 0, "seed_delta": 0, "noise_start": None,
+        "told_timesteps": None,
     }  # fmt: skip
     assert recipe["versions"].keys() == {"latentdiff", "torch", "tokenizers", "forms"}
     assert len(recipe["model_hash"]) == 64

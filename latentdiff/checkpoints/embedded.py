@@ -7,6 +7,7 @@ from pathlib import Path
 from latentdiff.errors import CheckpointError
 
 MODEL_INDEX = "model_index.json"
+EMBEDDED_NAME = "latentdiff-embedded"  # what recipes call the embedded model
 JUDGE = "judge"  # folder of the judge of `latentdiff evaluate`, beside the model's parts
 
 

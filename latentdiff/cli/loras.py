@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from latentdiff.errors import DataError, UsageError
+from latentdiff.prompts.syntax import read_prompt
 from latentdiff.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -140,12 +141,14 @@ def _find(file: str, sha256: str, folders: list[Path]) -> Path:
     others = [
         path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES
     ]
+    if not sha256:  # which other programs do not say
+        others = [path for path in others if name in (path.name, path.stem)]
     for path in [*named, *others]:
-        if path.is_file() and file_hash(path) == sha256:
+        if path.is_file() and (not sha256 or file_hash(path) == sha256):
             return path
     places = ", ".join(map(str, folders))
     raise DataError(
-        f"the picture was made with the LoRA {name} (SHA-256 {sha256[:10]}...), which is not in {places}; "
+        f"the picture was made with the LoRA {name} (SHA-256 {sha256[:10] or 'unknown'}...), which is not in {places}; "
         "say which folder it is in with --lora-dir"
     )
 
@@ -157,6 +160,9 @@ def offer_loras_of(pipe: Pipeline, recipe: Recipe, folders: Iterable[Path]) -> R
         DataError: one is not there, or the recipe does not say which it is.
     """
     named = [entry for entry in recipe.loras if "tag" in entry]
+    known = {entry["tag"] for entry in named}
+    tags = [tag.name for tag in read_prompt(recipe.prompt, recipe.prompt_syntax).loras if tag.name not in known]
+    named += [{"file": name, "sha256": "", "scale": 1.0, "tag": name} for name in dict.fromkeys(tags)]
     files = loras_of(replace(recipe, loras=named), folders)
     for entry, (path, _) in zip(named, files, strict=True):
         pipe.offered.add(str(entry["tag"]), path)

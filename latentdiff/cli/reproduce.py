@@ -11,13 +11,14 @@ import click
 from latentdiff.cli.loras import loras_of, offer_loras_of, with_loras
 from latentdiff.cli.options import ANY_PATH, DEVICE, PARTS_FROM
 from latentdiff.cli.output import check_image_file, check_writable
-from latentdiff.errors import CheckpointError, DataError, UsageError
-from latentdiff.recipe import Recipe, read_recipe
+from latentdiff.errors import CheckpointError, DataError, UsageError, printable
+from latentdiff.recipe import Recipe, read_account, read_recipe
 from latentdiff.request.options import PrecisionName
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from latentdiff.foreign.account import Account
     from latentdiff.pipeline import Pipeline
 
 # Differences up to this many grey levels of 255 are rounding: another batch size or number of threads.
@@ -74,6 +75,7 @@ def reproduce(
     recipe = read_recipe(original.info)
     if out:
         _check_out(out, is_animation=original.format == "GIF")
+    _warn(read_account(original.info), parts)
     if recipe.given_embeddings:
         raise DataError(f"{picture} was made from given text embeddings, which a recipe does not hold")
     if recipe.given_latents:
@@ -134,6 +136,14 @@ def _parts(recipe: Recipe, picture: Path, given: Mapping[str, str | None]) -> di
             )
         found[role] = str(right[0])
     return found
+
+
+def _warn(account: Account, parts: Mapping[str, str | None]) -> None:
+    """Say on stderr, in a line each, what of another program's image is not as it was."""
+    for one in account.of("approximated", "refused"):
+        click.echo(f"{one.verdict}: {printable(one.name)} {printable(one.value)}: {printable(one.why)}", err=True)
+    if account.model_options.get("vae") and not parts["vae"]:
+        click.echo(f"refused: the VAE {printable(account.model_options['vae'])}: name its file with --vae", err=True)
 
 
 def _save(again: Image.Image | bytes, path: Path) -> None:

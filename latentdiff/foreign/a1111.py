@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping
 from latentdiff.errors import DataError
 from latentdiff.foreign.account import Account, Draft
 from latentdiff.request.infotext import InfoText
-from latentdiff.request.titles import AUTOMATIC, SCHEDULES, WITHOUT_SCHEDULE, read_sampler
+from latentdiff.request.titles import AUTOMATIC, SCHEDULES, TITLES, WITHOUT_SCHEDULE, read_sampler
 
 NEEDED = {"steps": "Steps", "sampler": "Sampler", "guidance_scale": "CFG scale", "seed": "Seed", "width": "Size"}
 PATHS = ("dpmpp-sde", "dpmpp-2m-sde", "dpmpp-3m-sde")  # whose noise is a Brownian path of k-diffusion there
 # Elements of latents for which every GPU in use has a thread, so that all draw the same.
 ANY_GPU = 40_000
+_NOT_SAID = " (not said)"
+_SHA256_DIGITS = 10  # of a hash in texts since 2023
 _VERSION = re.compile(r"(?:^|v)(\d{1,3})\.(\d{1,3})")
 
 Handler = Callable[[Draft, str, str], None]
@@ -43,7 +45,7 @@ def read(text: InfoText, program: str = "AUTOMATIC1111 or Forge") -> Account:
         draft.honour(name or "(after the settings)", value, "stands behind the settings; changes nothing in the image")
     for name, value in _SILENCE.items():
         if name not in settings:
-            SETTINGS[name](draft, name, f"{value} (not said)")
+            SETTINGS[name](draft, f"{name}{_NOT_SAID}", value)
     if "noise_source" in draft.options and draft.options.get("sampler") in PATHS:
         draft.approximate("(noise of the steps)", "", "a Brownian path of k-diffusion there, one of ours here")
     draft.require(NEEDED)
@@ -66,7 +68,11 @@ def _method(draft: Draft, settings: Mapping[str, str], version: tuple[int, int] 
     try:
         named = read_sampler(title, schedule)
     except DataError as error:
-        draft.lack("Sampler" if "sampler" in str(error) else "Schedule type", schedule or title, str(error))
+        is_schedule = title in TITLES
+        draft.lack(*(("Schedule type", schedule) if is_schedule else ("Sampler", title)), str(error))
+        if is_schedule or schedule:
+            other = ("Sampler", title) if is_schedule else ("Schedule type", schedule)
+            draft.refuse(*other, "without the other it has no meaning")
         return
     options = {"sampler": named.sampler, "spacing": named.spacing, "discard_penultimate": named.discard_penultimate}
     has_suffix = any(title.endswith(f" {suffix}") for suffix in SCHEDULES)
@@ -82,12 +88,12 @@ def _method(draft: Draft, settings: Mapping[str, str], version: tuple[int, int] 
         why = "its noise levels are its own" if title in WITHOUT_SCHEDULE else named.spacing
         draft.honour("Schedule type", schedule, why)
     elif is_silent and version and version < (1, 9):
-        draft.honour("Schedule type", "Uniform (not said)", "what no suffix meant before 1.9", spacing="normal")
+        draft.honour(f"Schedule type{_NOT_SAID}", "Uniform", "what no suffix meant before 1.9", spacing="normal")
     elif is_silent and not version and named.spacing != "normal":
         why = f"{named.spacing}; if the text is from before 1.9, it means --spacing normal"
-        draft.approximate("Schedule type", f"{AUTOMATIC} (not said)", why)
+        draft.approximate(f"Schedule type{_NOT_SAID}", AUTOMATIC, why)
     elif is_silent:
-        draft.honour("Schedule type", f"{AUTOMATIC} (not said)", named.spacing)
+        draft.honour(f"Schedule type{_NOT_SAID}", AUTOMATIC, named.spacing)
 
 
 def _strength(draft: Draft, settings: Mapping[str, str]) -> None:
@@ -122,12 +128,11 @@ def _size(draft: Draft, name: str, value: str) -> None:
 
 
 def _rng(draft: Draft, name: str, value: str) -> None:
-    source = value.removesuffix(" (not said)")
-    if source == "CPU":
+    if value == "CPU":
         draft.honour(name, value, noise_source="cpu")
-    elif source == "NV":
+    elif value == "NV":
         draft.honour(name, value, noise_source="nv")
-    elif source == "GPU":
+    elif value == "GPU":
         elements = draft.options.get("width", 0) * draft.options.get("height", 0) // 16
         if elements > ANY_GPU:
             why = "as an NVIDIA GPU with a thread for every number draws it; at this size smaller ones draw otherwise"
@@ -148,6 +153,9 @@ def _model(draft: Draft, name: str, value: str) -> None:
 
 
 def _model_hash(draft: Draft, name: str, value: str) -> None:
+    if len(value) < _SHA256_DIGITS:
+        draft.honour(name, value, "of the kind before 2023, of a part of the file; it is not compared")
+        return
     draft.model_hash = value.lower()
     draft.honour(name, value, "first digits of the file's SHA-256, which are compared")
 
@@ -184,7 +192,7 @@ def _tiling(draft: Draft, name: str, value: str) -> None:
 
 
 def _number(option: str, kind: type[int] | type[float] = float) -> Handler:
-    return lambda draft, name, value: draft.number(name, value.removesuffix(" (not said)"), option, kind)
+    return lambda draft, name, value: draft.number(name, value, option, kind)
 
 
 def _without(why: str) -> Handler:

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from latentdiff.errors import UsageError
+from latentdiff.request.options import OPTIONS
+
 Verdict = Literal["honoured", "approximated", "refused"]
 
 
@@ -110,7 +113,10 @@ class Draft:
     def number(self, name: str, value: object, option: str, kind: type[int] | type[float] = float) -> None:
         """A field that is a number, and its option."""
         try:
-            found = kind(value)  # type: ignore[call-overload]
+            found = OPTIONS[option].domain(name, kind(value))  # type: ignore[call-overload]
+        except UsageError as error:
+            self.lack(name, value, str(error))
+            return
         except (TypeError, ValueError, OverflowError):
             self.lack(name, value, "it is no number")
             return

@@ -49,6 +49,7 @@ def read(content: Any) -> Account:
     _model(draft, graph, sampler)
     _vae(draft, graph, between)
     _latents(draft, graph, sampler)
+    _others(draft, graph, [*between[:1], sampler][0])
     draft.honour("(noise)", "CPU generator for the batch", "as ComfyUI on an NVIDIA GPU draws it")
     draft.require(NEEDED)
     return draft.account()
@@ -65,6 +66,7 @@ def _sampler(graph: Graph) -> tuple[Node, list[Node]]:
                 break
             between.append(node)
         if node is not None and node.kind in _KSAMPLERS:
+            graph.seen.add(save.id)
             found[node.id] = node, between
     if not found:
         lone = graph.of_kind(*_KSAMPLERS)
@@ -221,6 +223,16 @@ def _latents(draft: Draft, graph: Graph, sampler: Node) -> None:
             draft.honour("denoise", denoise)
         return
     _image(draft, graph, node, denoise)
+
+
+def _others(draft: Draft, graph: Graph, end: Node) -> None:
+    """The nodes that nothing has been said of."""
+    leading = graph.above(end)
+    for node in graph.nodes.values():
+        if node.id in leading and node.id not in graph.seen | {end.id}:
+            draft.refuse(str(node), "", "what it does to the image is not done here")
+        elif node.id not in leading:
+            draft.honour(str(node), "", "does not lead to the image")
 
 
 def _image(draft: Draft, graph: Graph, node: Node | None, denoise: Any) -> None:

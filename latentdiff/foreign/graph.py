@@ -46,6 +46,7 @@ class Graph:
             if not isinstance(kind, str) or not isinstance(inputs, dict):
                 raise DataError(f"node {key!r} of the picture's graph of ComfyUI has no class_type or inputs")
             self.nodes[key] = Node(key, kind, cast(dict[str, Any], inputs))
+        self.seen = set[str]()  # ids of the nodes that were asked for
 
     def of_kind(self, *kinds: str) -> list[Node]:
         """All nodes of these classes."""
@@ -54,8 +55,21 @@ class Graph:
     def linked(self, value: Any) -> Node | None:
         """The node that an input's value links to; None if it is no link."""
         if isinstance(value, list) and len(cast(list[Any], value)) == 2 and isinstance(value[0], str | int):
-            return self.nodes.get(str(cast(list[Any], value)[0]))
+            found = self.nodes.get(str(cast(list[Any], value)[0]))
+            self.seen |= {found.id} if found else set()
+            return found
         return None
+
+    def above(self, node: Node) -> set[str]:
+        """The ids of all nodes that lead to one, and its own."""
+        found, open_ = {node.id}, [node]
+        while open_:
+            for value in open_.pop().inputs.values():
+                one = self.nodes.get(str(value[0])) if isinstance(value, list) and value else None
+                if one and one.id not in found:
+                    found.add(one.id)
+                    open_.append(one)
+        return found
 
     def behind(self, node: Node | None, name: str) -> Node | None:
         """The node behind an input, through nodes that only hand it on.

@@ -23,9 +23,8 @@ _DRAWS = ("ddpm", "euler-a", "dpm2-a", "dpmpp-2m-sde", "dpmpp-sde", "lcm", "tcd"
 _COMPEL = re.compile(r"[\w)][+-]+(?=[\s,.)]|$)|\)[0-9.]+|\.(?:swap|and|blend)\(|<[^<>]+>")
 NEEDED = {"prompt": "positive_prompt", "seed": "seed", "steps": "steps", "sampler": "scheduler", "width": "width"}
 
-_NOTHING = ("app_version", "rand_device", "hrf_enabled", "_canvas_objects", "canvas_v2_metadata", "positive_style_prompt",
-            "negative_style_prompt", "metadata_version", "app_id", "model_weights", "postprocessing", "generation_mode",
-            "regions", "ref_images")  # fmt: skip
+_NOTHING = ("app_version", "rand_device", "_canvas_objects", "canvas_v2_metadata", "metadata_version", "app_id",
+            "model_weights", "postprocessing", "generation_mode")  # fmt: skip
 
 
 def read(said: dict[str, Any]) -> Account:

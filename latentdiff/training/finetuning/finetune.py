@@ -13,13 +13,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from latentdiff.checkpoints.components import load_components
-from latentdiff.checkpoints.embedded import embedded_model
+from latentdiff.checkpoints.embedded import EMBEDDED_NAME, embedded_model
 from latentdiff.device import computes_in_bf16, is_out_of_memory
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.engines.fast_forms import use_fast_forms
 from latentdiff.errors import ConfigError, LatentDiffError, UsageError
 from latentdiff.files import atomic_path
-from latentdiff.model import EMBEDDED_NAME
 from latentdiff.networks.attention import use_attention_backend
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
 from latentdiff.training.config import dump_config, read_yaml
