@@ -1,0 +1,54 @@
+"""The command line that makes the same images as a request of the page."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from latentdiff.request.options import OPTIONS
+from latentdiff.serving.asked import OTHERWISE
+
+# Of the tasks; what is True stands alone.
+TASK = {name: f"--{name.replace('_', '-')}" for name in
+        ("strength", "grow", "blur", "padding", "repeats", "only_masked", "remove")}  # fmt: skip
+_ASKED = ("negative_prompt", "seed", "num_images", "width", "height")
+
+
+def command_line(
+    fields: Mapping[str, Any], files: Mapping[str, Path], *, image: Path | None = None, mask: Path | None = None
+) -> str:
+    """A line for a shell.
+
+    Args:
+        fields: "prompt", options of generation and of the task by their names.
+        files: flag -> what belongs behind it: a model, a folder.
+        image, mask: files to begin from.
+    """
+    command = "generate" if image is None else "edit" if mask is None else "inpaint"
+    given = [*([] if image is None else [str(image)]), fields["prompt"]]
+    flags = [*([] if mask is None else ["--mask", str(mask)]), *flags_of(fields)]
+    flags += [word for flag, path in files.items() for word in (flag, str(path))]
+    is_plain = not any(word.startswith("-") for word in given)
+    return shlex.join(["latentdiff", command, *given, *flags] if is_plain else
+                      ["latentdiff", command, *flags, "--", *given])  # fmt: skip
+
+
+def flags_of(fields: Mapping[str, Any]) -> Iterator[str]:
+    """The flags of what is given and is not the default."""
+    for name, value in fields.items():
+        option = OPTIONS.get(name)
+        if value is None or (name in OTHERWISE and name not in _ASKED) or (option and value == option.default):
+            continue
+        if option:
+            flag = option.flags[0] if option.flags else f"--{name.replace('_', '-')}"
+        elif name in TASK and value is not False:
+            flag = TASK[name]
+        else:
+            continue
+        yield flag
+        if isinstance(value, list | tuple):
+            yield from [",".join(map(str, value))] if name in ("sigmas", "timesteps") else map(str, value)
+        elif value is not True:
+            yield str(value)
