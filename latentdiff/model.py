@@ -24,9 +24,10 @@ from latentdiff.engines import Example
 from latentdiff.engines.backends import engines_for
 from latentdiff.engines.calibration import calibration_examples
 from latentdiff.engines.fast_forms import use_fast_forms
-from latentdiff.errors import CheckpointError, LatentDiffError
+from latentdiff.errors import CheckpointError, LatentDiffError, UsageError
 from latentdiff.memory.residence import Residence
 from latentdiff.networks.functions import Decoder, Network
+from latentdiff.networks.sizes import SizeOptions, Told, count_of_sizes
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
 from latentdiff.request.calls import public
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from latentdiff.adapters.lora.loading import LoadReport
     from latentdiff.checkpoints.components import Components
     from latentdiff.networks.text_encoder import TextEncoder
+    from latentdiff.networks.text_encoders import TextEncoders
 
 
 class LoadedModel:
@@ -44,7 +46,7 @@ class LoadedModel:
 
     Args:
         tokenizer: a `Tokenizer`, or one of transformers.
-        text_encoder: token ids (N, L) -> embeddings (N, L, C).
+        text_encoder: token ids (N, L) -> embeddings (N, L, C); or the `TextEncoders` of SDXL.
         name, model_hash, ema: what recipes say about the model.
         stored: the weights of parts that are on the meta device, see `Residence`; they are read at their first use.
         low_memory: see `load`.
@@ -60,7 +62,7 @@ class LoadedModel:
     def __init__(
         self,
         tokenizer: Any,
-        text_encoder: TextEncoder,
+        text_encoder: TextEncoder | TextEncoders,
         unet: UNet,
         vae: VAE,
         schedule_config: ScheduleConfig,
@@ -88,6 +90,7 @@ class LoadedModel:
         self.offered = OfferedLoRAs()
         self.elsewhere: dict[str, dict[str, str]] = {}
         _check_fit("text embeddings", text_encoder.embedding_width, unet.config.cross_attention_dim)
+        self.told_count = count_of_sizes(unet.config, getattr(text_encoder, "pooled_width", None))
         _check_fit("latent channels", vae.config.latent_channels, unet.config.out_channels)
         _check_inputs(unet.config.in_channels, vae.config.latent_channels)
 
@@ -241,8 +244,20 @@ class LoadedModel:
         return self
 
     def _examples(self) -> list[Example]:
-        channels = self.vae.config.latent_channels
-        return calibration_examples(self.tokenizer, self.text_encoder, self.unet, self.schedule, channels)
+        channels, sizes = self.vae.config.latent_channels, self.told(*self.default_size)
+        return calibration_examples(self.tokenizer, self.text_encoder, self.unet, self.schedule, channels, sizes)
+
+    def told(self, height: int, width: int, options: SizeOptions = SizeOptions()) -> Told | None:  # noqa: B008
+        """What the U-Net is told beside the text of an image of this size in pixels; None if it is told nothing.
+
+        Raises:
+            UsageError: something else than the defaults is to be told to one that is told nothing.
+        """
+        if self.told_count:
+            return options.told(self.told_count, height, width)
+        if options != SizeOptions():
+            raise UsageError("this model is not told sizes, crops or scores, which those of SDXL are; leave them out")
+        return None
 
     @public(path=Place(), scale=lambda name, value: Strength.of(value), allow_partial=YesNo())
     def load_lora(
@@ -345,8 +360,8 @@ class LoadedModel:
         return f"<{type(self).__name__} {', '.join(facts)}>"
 
     @property
-    def text_encoder(self) -> TextEncoder:
-        """Token ids (N, L) -> embeddings (N, L, C)."""
+    def text_encoder(self) -> TextEncoder | TextEncoders:
+        """Token ids (N, L) -> embeddings (N, L, C); of SDXL with pooled text in a row more."""
         return self.residence.ready("text_encoder")
 
     @property

@@ -33,6 +33,7 @@ from latentdiff.model import LoadedModel
 from latentdiff.networks.attention import attention_backend
 from latentdiff.networks.functions import checked_model, decode_latents, encode_pictures
 from latentdiff.networks.kernels.choice import forms_in_use
+from latentdiff.networks.sizes import SizeOptions, Told
 from latentdiff.networks.steering import prompted_denoiser
 from latentdiff.networks.text_embedding import PLAIN, EncodedPrompt, Given, PromptEncoder, Reading
 from latentdiff.networks.told_guidance import told_guidance
@@ -198,6 +199,7 @@ class Pipeline(LoadedModel):
     ) -> Tensor:
         """`sample` of pictures whose prompts name the same LoRAs, which are attached."""
         rows = max(map(plan.rows, plan.batches))
+        sizes = self.told_of_latents(shape, plan.sizes)
         workload = self.residence.workload(rows, *shape[-2:], quadratic=attention_backend() == "plain")
         self.residence.check(workload)
         positive, negative = map(_as_prompts, text or self.encoded(plan))
@@ -214,6 +216,7 @@ class Pipeline(LoadedModel):
                     plan.guidance,
                     plan.levels,
                     extra_channels=begun.extra_channels,
+                    sizes=sizes,
                     cache=plan.cache,
                     calls=plan.sampler.calls(plan.levels),
                 )
@@ -248,21 +251,29 @@ class Pipeline(LoadedModel):
         return [positive[text] for text in plan.prompts], [negative[text] for text in plan.negatives]
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], reading: Reading = PLAIN) -> Tensor:
+    def encode(self, prompts: Sequence[str], reading: Reading = PLAIN, *, negative: bool = False) -> Tensor:
         """Embed prompts that say one thing at all steps: (N, L, C), float32. Each distinct text is encoded once, alone.
 
-        Where they have different numbers of chunks, empty chunks fill up the shorter ones.
+        Where they have different numbers of chunks, empty chunks fill up the shorter ones. Models of SDXL have their
+        pooled text in a row more, the last; see `latentdiff.networks.pooled`.
+
+        Args:
+            negative: they are what to avoid: of SDXL's base, zeros where they are empty.
 
         Raises:
             UsageError: a prompt is composed or changes on the way.
         """
         encoder = self.prompt_encoder(reading)
-        texts = [encoder.simple(text) for text in prompts]
-        longest = max(text.shape[1] for text in texts)
-        empty = encoder.text("")
-        return torch.cat(
-            [torch.cat([text, *[empty] * ((longest - text.shape[1]) // empty.shape[1])], dim=1) for text in texts]
-        )
+        return encoder.filled([encoder.simple(text, negative=negative) for text in prompts])
+
+    def told_of_latents(
+        self,
+        shape: Sequence[int],
+        options: SizeOptions = SizeOptions(),  # noqa: B008 - immutable
+    ) -> Told | None:
+        """`told` of an image with latents of this shape, (..., h, w)."""
+        factor = self.residence.module("vae").config.downscale
+        return self.told(shape[-2] * factor, shape[-1] * factor, options)
 
     def explain(self, prompt: str, *, prompt_syntax: str = "a1111", steps: int = 25, negative: bool = False) -> Account:
         """What a prompt means to this model: tokens, weights, chunks, stages, and what has no meaning or is cut.
@@ -305,6 +316,7 @@ class Pipeline(LoadedModel):
         levels: Sequence[Level],
         *,
         extra_channels: Tensor | None = None,
+        sizes: Told | None = None,
         cache: CacheSettings = UNCACHED,
         calls: int | None = None,
     ) -> Denoiser:
@@ -315,6 +327,7 @@ class Pipeline(LoadedModel):
             negative: what to avoid, likewise.
             levels: what will be walked; errors name the step by it.
             extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
+            sizes: what a U-Net of SDXL is told beside the texts, see `told`.
             cache: for a denoiser that is called in the order of a walk; others have to compute all.
             calls: how often; None is once a level.
         """
@@ -330,6 +343,7 @@ class Pipeline(LoadedModel):
             guidance,
             levels,
             extra_channels=extra_channels,
+            sizes=sizes,
         )
 
     def recipe(self, **fields: Any) -> Recipe:

@@ -8,6 +8,8 @@ too, so that a swapped or forgotten tensor shows in the output.
     sd1_folder(tmp)      SD 1.x: convolution projections, 8 heads on every level, eps prediction
     sd2_folder(tmp)      SD 2.x: linear projections, heads per level, penultimate text layer, v-prediction
     inpaint_folder(tmp)  SD 1.x with a 9-channel U-Net
+    xl_folder(tmp)       SDXL: three levels of other depths, two text encoders, pooled text and sizes
+    refiner_folder(tmp)  its refiner: the second text encoder alone, an aesthetic score
 """
 
 from __future__ import annotations
@@ -242,3 +244,123 @@ def inpaint_folder(tmp: Path, scheduler=None, **save_options) -> Path:
     """Save a tiny inpainting pipeline (9 input channels: latents, mask, masked latents) as `tmp/inpaint`."""
     pipe = sd1_pipeline(tmp, scheduler, in_channels=9)
     return save_real_layout(pipe, Path(tmp) / "inpaint", Path(tmp) / "tokenizer-files", **save_options)
+
+
+# --- SDXL -----------------------------------------------------------------------------------------
+
+SECOND_WIDTH, POOLED_WIDTH, SIZE_DIM = 24, 20, 8
+
+
+def xl_unet(seed: int = 1, **overrides):
+    """As SDXL configures it: no attention on the first level, deeper transformers below, told pooled text and sizes."""
+    config = {
+        "block_out_channels": (16, 32, 32),
+        "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+        "attention_head_dim": [2, 4, 4],
+        "transformer_layers_per_block": [1, 2, 3],
+        "use_linear_projection": True,
+        "cross_attention_dim": CROSS_ATTENTION_DIM + SECOND_WIDTH,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": SIZE_DIM,
+        "projection_class_embeddings_input_dim": POOLED_WIDTH + 6 * SIZE_DIM,
+    }
+    return unet(seed, **{**config, **overrides})
+
+
+def refiner_unet(seed: int = 1, **overrides):
+    """As SDXL's refiner configures it: attention on the levels between, one depth, told five numbers."""
+    config = {
+        "block_out_channels": (16, 32, 32, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": [2, 4, 4, 4],
+        "transformer_layers_per_block": 2,
+        "cross_attention_dim": SECOND_WIDTH,
+        "projection_class_embeddings_input_dim": POOLED_WIDTH + 5 * SIZE_DIM,
+    }
+    return xl_unet(seed, **{**config, **overrides})
+
+
+def second_text_encoder(seed: int = 4, **overrides):
+    """OpenCLIP's of SDXL as transformers has it: GELU, a projection, end marks found as the highest number."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = text_encoder().config.to_dict() | {
+        "hidden_size": SECOND_WIDTH,
+        "intermediate_size": 4 * SECOND_WIDTH,
+        "num_hidden_layers": 4,
+        "hidden_act": "gelu",
+        "projection_dim": POOLED_WIDTH,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
+    torch.manual_seed(seed)
+    return randomize(CLIPTextModelWithProjection(CLIPTextConfig(**{**config, **overrides})), seed)
+
+
+def xl_vae(**overrides):
+    """SDXL's VAE: another scale."""
+    return vae(**{"scaling_factor": 0.13025, **overrides})
+
+
+def xl_pipeline(tmp: Path, scheduler=None, *, zeros: bool = True, **unet_overrides):
+    """SDXL base in small. `tmp` takes the tokenizers' files."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    return StableDiffusionXLPipeline(
+        vae=xl_vae(),
+        text_encoder=text_encoder(),
+        text_encoder_2=second_text_encoder(),
+        tokenizer=tokenizer(Path(tmp) / "tokenizer-files"),
+        tokenizer_2=tokenizer(Path(tmp) / "tokenizer-2-files", pad_token="!"),
+        unet=xl_unet(**unet_overrides),
+        scheduler=scheduler or EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
+        force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
+    )
+
+
+def refiner_pipeline(tmp: Path):
+    """SDXL's refiner in small."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+
+    return StableDiffusionXLImg2ImgPipeline(
+        vae=xl_vae(),
+        text_encoder=None,
+        text_encoder_2=second_text_encoder(),
+        tokenizer=None,
+        tokenizer_2=tokenizer(Path(tmp) / "tokenizer-2-files", pad_token="!"),
+        unet=refiner_unet(),
+        scheduler=EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+
+
+def save_xl(pipe, folder: Path, tmp: Path, **save_options) -> Path:
+    """`save_pretrained` with names and tokenizers as published folders have them."""
+    pipe.save_pretrained(folder, **save_options)
+    for file in folder.glob("text_encoder*/*.safetensors"):
+        keys = load_file(file)
+        kept = {
+            key if key.startswith("text_projection") else f"text_model.{key.removeprefix('text_model.')}": tensor
+            for key, tensor in keys.items()
+        }
+        save_file(kept, file, metadata={"format": "pt"})
+    for name in ("tokenizer", "tokenizer_2"):
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+            shutil.copytree(Path(tmp) / f"{name.replace('_', '-')}-files", folder / name)
+    return folder
+
+
+def xl_folder(tmp: Path, scheduler=None, *, zeros: bool = True, **save_options) -> Path:
+    """Save a tiny SDXL base as `tmp/xl`."""
+    return save_xl(xl_pipeline(tmp, scheduler, zeros=zeros), Path(tmp) / "xl", Path(tmp), **save_options)
+
+
+def refiner_folder(tmp: Path) -> Path:
+    """Save a tiny SDXL refiner as `tmp/refiner`."""
+    return save_xl(refiner_pipeline(tmp), Path(tmp) / "refiner", Path(tmp))

@@ -6,18 +6,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from latentdiff.checkpoints.families import SD, UNET_PREFIX, Family, family_in
 from latentdiff.checkpoints.keymap import Shape
 from latentdiff.errors import CheckpointError
 
-# Where the original single-file layout keeps each part.
-ORIGINAL_PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
-
+_TEXT_OF_XL = "conditioner.embedders."
 # Parts of names that only other architectures have. The first that occurs decides.
 _OTHERS = (
     ("motion_modules.", "AnimateDiff motion module"),
-    ("conditioner.embedders.1.", "SDXL"),
-    ("conditioner.embedders.0.", "SDXL refiner"),
-    ("add_embedding.linear_1.", "SDXL U-Net"),
+    (_TEXT_OF_XL, "SDXL"),  # in a file of another family
     ("joint_blocks.", "Stable Diffusion 3"),
     ("double_blocks.", "Flux"),
     ("single_transformer_blocks.", "Flux"),
@@ -34,7 +31,6 @@ _OTHERS = (
     ("input_hint_block.", "ControlNet"),
     ("t2i_adapter.", "T2I-Adapter"),
     ("ip_adapter.", "IP-Adapter"),
-    ("model.diffusion_model.label_emb.", "class-conditional U-Net (upscaler, unCLIP)"),
     ("depth_model.", "depth-conditioned Stable Diffusion"),
     ("noise_augmentor.", "unCLIP"),
     ("class_embedding.", "class-conditional U-Net (upscaler, unCLIP)"),
@@ -85,15 +81,19 @@ def identify(shapes: Mapping[str, Shape]) -> Identity:
     if 2 * len(adapter) >= len(shapes) > 0:
         return Identity("lora", f"{', '.join(adapter_kinds(shapes)) or 'LoRA'} ({lora_dialect(shapes)} names)")
     own = {name: shape for name, shape in shapes.items() if name not in adapter}
-    parts = tuple(part for part, prefix in ORIGINAL_PREFIXES.items() if any(name.startswith(prefix) for name in own))
-    if len(parts) == len(ORIGINAL_PREFIXES):  # a whole model: what lies beside it does not make it another thing
-        beside = [name for name in own if not name.startswith(tuple(ORIGINAL_PREFIXES.values()))]
+    of_sd = family_in(own) is SD
+    prefixes = family_in(own).prefixes
+    parts = tuple(part for part, prefix in prefixes.items() if any(name.startswith(prefix) for name in own))
+    if len(parts) == len(prefixes):  # a whole model: what lies beside it does not make it another thing
+        beside = [name for name in own if not name.startswith(tuple(prefixes.values()))]
         others = [name for name in beside if any(marker in name for marker, _ in _OTHERS)]
         own = {name: shape for name, shape in own.items() if name not in set(others)}
         adapter |= set(others) if 2 * len(others) < len(shapes) else set()
     for marker, family in _OTHERS:
-        if any(marker in name for name in own):
+        if any(marker in name for name in own) and (of_sd or marker != _TEXT_OF_XL):
             return Identity("other", family)
+    if of_sd and f"{UNET_PREFIX}label_emb.0.0.weight" in own and "text_encoder" in parts:
+        return Identity("other", "class-conditional U-Net (upscaler, unCLIP)")
     if parts:
         return Identity("model", _family_of_original(own), parts, tuple(sorted(adapter)))
     if part := _lone_part(own):
@@ -131,12 +131,13 @@ def _is_of_adapter(name: str) -> bool:
 
 
 def require_original(source: object, identity: Identity, names: Iterable[str]) -> None:
-    """Fail unless `identity` is a whole Stable Diffusion 1.x or 2.x in the original layout.
+    """Fail unless `identity` is a whole Stable Diffusion 1.x, 2.x or XL in the original layout.
 
     Raises:
         CheckpointError: says what the file is in place of that.
     """
-    wanted = "expected a whole Stable Diffusion 1.x or 2.x"
+    wanted = "expected a whole Stable Diffusion 1.x, 2.x or XL"
+    names = list(names)
     if identity.kind == "lora":
         raise CheckpointError(
             f"{source} is a {identity.family}, which adapts a model and is none; {wanted}: load its base model"
@@ -144,13 +145,14 @@ def require_original(source: object, identity: Identity, names: Iterable[str]) -
     if identity.kind == "embedding":
         raise CheckpointError(f"{source} is a {identity.family}, not a model; {wanted}")
     if identity.kind == "other":
-        first = ", ".join(list(names)[:5]) or "no tensors at all"
+        first = ", ".join(names[:5]) or "no tensors at all"
         raise CheckpointError(f"{source} is another architecture ({identity.family}); {wanted}, found {first}")
     if identity.kind == "part":
         raise CheckpointError(f"{source} holds only a {identity.family}; {wanted}: {_FILL}")
-    missing = [part for part in ORIGINAL_PREFIXES if part not in identity.parts]
+    prefixes = family_in(names).prefixes
+    missing = [part for part in prefixes if part not in identity.parts]
     if missing:
-        lacking = " and ".join(f"{part} ({ORIGINAL_PREFIXES[part]}*)" for part in missing)
+        lacking = " and ".join(f"{part} ({prefixes[part]}*)" for part in missing)
         held = ", ".join(identity.parts)
         raise CheckpointError(f"{source} has no {lacking}, only {held}; {wanted}: {_FILL}")
 
@@ -168,13 +170,15 @@ def lora_dialect(shapes: Iterable[str]) -> str:
     return "diffusers"
 
 
-def family_name(*, linear: bool, extra_channels: int, width: int, context: int) -> str:
+def family_name(family: Family, *, linear: bool, extra_channels: int, width: int, context: int) -> str:
     """A name for people: linear projections are the mark of SD 2.x; other sizes than the published are told apart.
 
     Args:
         extra_channels: of the U-Net's input, more than the latents have: a mask and a picture, a picture, a depth map.
     """
     number, published = ("2.x", (320, 1024)) if linear else ("1.x", (320, 768))
+    if family is not SD:
+        number, published = family.name, family.published
     task = {5: " inpainting", 4: " conditioned on a picture", 1: " conditioned on depth"}.get(extra_channels, "")
     size = "" if (width, context) == published else ", a size of its own"
     return f"Stable Diffusion {number}{task}{size}"
@@ -186,6 +190,7 @@ def _family_of_original(shapes: Mapping[str, Shape]) -> str:
 
     width, in_channels, *_ = find("model.diffusion_model.input_blocks.0.0.weight", (0, 4))
     return family_name(
+        family_in(shapes),
         linear=len(find(".1.proj_in.weight", (0, 0, 0, 0))) == 2,
         extra_channels=in_channels - find("model.diffusion_model.out.2.weight", (4,))[0],
         width=width,

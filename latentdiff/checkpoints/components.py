@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.checkpoints.conversion import Choices, convert, read_model
+from latentdiff.checkpoints.families import family_with
 from latentdiff.checkpoints.folder import model_index, write_folder
 from latentdiff.checkpoints.hashing import model_hash
 from latentdiff.checkpoints.inspection import Report, inspect
-from latentdiff.checkpoints.layout import PARTS
 from latentdiff.checkpoints.mapping import fill
 from latentdiff.checkpoints.modules import module_without_weights, parse_config
 from latentdiff.checkpoints.raw import RawModel
-from latentdiff.checkpoints.tokenizer import open_tokenizer, tokenizer_files
+from latentdiff.checkpoints.text_parts import parts_of_text, second_tokenizer, text_module
+from latentdiff.checkpoints.tokenizer import tokenizer_files
 from latentdiff.diffusion.config import ScheduleConfig
-from latentdiff.errors import CheckpointError, ConfigError
+from latentdiff.errors import ConfigError
+from latentdiff.networks.text_encoders import TextEncoders
 from latentdiff.reading.plain import exists
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class Components:
     """The parts of a model, each usable alone, and what recipes call it."""
 
     tokenizer: Tokenizer
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | TextEncoders
     unet: UNet
     vae: VAE
     schedule_config: ScheduleConfig
@@ -76,12 +78,12 @@ def load_components(
         warnings.warn(warning, stacklevel=2)
     modules: dict[str, Any] = {}
     stored: dict[str, dict[str, Tensor]] = {}
-    for part in PARTS:
+    modules["text_encoder"], stored["text_encoder"], tokenizer = text_module(raw, dtype)
+    for part in ("unet", "vae"):
         modules[part], stored[part] = module_without_weights(raw, part, dtype)
-        if weights:
-            fill(modules[part], stored.pop(part))
-    tokenizer = open_tokenizer(raw.tokenizer)
-    _check_tokens(tokenizer, modules["text_encoder"])
+    if weights:
+        for part, module in modules.items():
+            fill(module, stored.pop(part))
     return Components(
         tokenizer=tokenizer,
         **modules,
@@ -100,22 +102,6 @@ def _name(source: str | os.PathLike[str], raw: RawModel) -> str:
     return path.name if path.is_dir() else path.stem
 
 
-def _check_tokens(tokenizer: Tokenizer, text_encoder: TextEncoder) -> None:
-    """Make sure that the text encoder reads as long a prompt, and has an embedding for every token."""
-    longest = text_encoder.context_length
-    if tokenizer.model_max_length > longest:
-        raise CheckpointError(
-            f"the tokenizer and the text encoder do not fit: model_max_length is {tokenizer.model_max_length} tokens, the "
-            f"text encoder reads {longest}; write that into tokenizer_config.json"
-        )
-    count = text_encoder.text_model.embeddings.token_embedding.weight.shape[0]
-    if tokenizer.highest >= count:
-        raise CheckpointError(
-            f"the tokenizer and the text encoder do not fit: tokens are numbered up to {tokenizer.highest}, the text "
-            f"encoder has embeddings up to {count - 1}; take the tokenizer of this model"
-        )
-
-
 def save_folder(components: Components, folder: str | os.PathLike[str]) -> None:
     """Write a model in the diffusers folder layout, in the types that its weights have; it opens in diffusers.
 
@@ -126,28 +112,36 @@ def save_folder(components: Components, folder: str | os.PathLike[str]) -> None:
         CheckpointError: `folder` holds something else.
         ConfigError: the text encoder is not one that the layout can hold.
     """
-    text_config = getattr(components.text_encoder, "config", None)
-    if text_config is None:
+    texts = parts_of_text(components.text_encoder)
+    if not all(hasattr(encoder, "config") for encoder in texts.values()):
         raise ConfigError(
             f"the diffusers layout holds CLIP text encoders under transformers' names, found a "
             f"{type(components.text_encoder).__name__}; save its parts by hand"
         )
     unet_config = components.unet.config.to_diffusers()
     scheduler = components.schedule_config.to_diffusers()
+    parts = {"unet": components.unet, "vae": components.vae, **texts}
+    vae_config = components.vae.config.to_diffusers()
+    index = model_index(
+        unet_config["in_channels"], vae_config["_class_name"], scheduler["_class_name"], family_with(parts)
+    )
+    files, second = tokenizer_files(components.tokenizer), dict[str, str]()
+    if isinstance(components.text_encoder, TextEncoders):
+        index["force_zeros_for_empty_prompt"] = components.text_encoder.zero_empty
+        second = getattr(components.tokenizer, "second", {}) or second_tokenizer(
+            files, components.text_encoder, components.tokenizer
+        )
     raw = RawModel(
         source=Path(folder),
-        tensors={part: dict(getattr(components, part).state_dict()) for part in PARTS},
+        tensors={part: dict(module.state_dict()) for part, module in parts.items()},
         configs={
             "unet": unet_config,
-            "vae": components.vae.config.to_diffusers(),
-            "text_encoder": dict(text_config),
+            "vae": vae_config,
+            **{part: dict(encoder.config) for part, encoder in texts.items()},
             "scheduler": scheduler,
-            "model_index": model_index(
-                unet_config["in_channels"],
-                components.vae.config.to_diffusers()["_class_name"],
-                scheduler["_class_name"],
-            ),
+            "model_index": index,
         },
-        tokenizer=tokenizer_files(components.tokenizer),
+        tokenizer=files,
+        second_tokenizer=second,
     )
     write_folder(raw, Path(folder))

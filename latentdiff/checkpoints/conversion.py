@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentdiff.checkpoints.families import family_in
 from latentdiff.checkpoints.files import read_tensors
 from latentdiff.checkpoints.folder import read_folder, write_folder
 from latentdiff.checkpoints.hub import locate
-from latentdiff.checkpoints.layout import PARTS
 from latentdiff.checkpoints.original import assembled, read_original, write_original
 from latentdiff.checkpoints.parts import PartWeights, held_parts, read_part, with_parts
 from latentdiff.checkpoints.prediction import read_prediction_type
@@ -80,8 +80,9 @@ def _read_file(path: Path, choices: Choices, given: Mapping[str, PartWeights]) -
     file = read_tensors(path)
     tensors = unwrapped(file.tensors)
     held = held_parts(tensors)
-    missing = [part for part in PARTS if part not in held and part not in given]
-    is_whole = len(held) == len(PARTS)
+    parts = family_in(tensors).parts
+    missing = [part for part in parts if part not in held and part not in given]
+    is_whole = len(held) == len(parts)
     if is_whole or not held or (choices.base is None and missing):
         return read_original(path, ema=choices.ema, prediction_type=choices.prediction_type)  # or it says what is wrong
     own = {part: read_part(path, part, read_model) for part in held}

@@ -12,28 +12,32 @@ from typing import Any
 
 from torch import Tensor
 
+from latentdiff.checkpoints.families import SD, Family, family_with, is_text, parts_in
 from latentdiff.checkpoints.files import TensorFile, read_tensors
-from latentdiff.checkpoints.layout import PARTS, STEMS, weight_candidates
+from latentdiff.checkpoints.layout import STEMS, weight_candidates
 from latentdiff.checkpoints.raw import PART_LABELS, RawModel, with_usual_names
 from latentdiff.checkpoints.tokenizer import with_vocabulary_files
 from latentdiff.checkpoints.writing import write_safetensors
 from latentdiff.errors import CheckpointError, LatentDiffError
 from latentdiff.files import atomic_path
+from latentdiff.networks.text_encoders import FIRST, SECOND
 from latentdiff.prompts import words
 from latentdiff.reading.json import read_object
 from latentdiff.reading.plain import read_text
 
 INDEX = "model_index.json"
 EXTRAS = "original_extras.safetensors"  # what an original single file holds beyond the parts of a folder
-CONFIGS = {**{part: f"{part}/config.json" for part in PARTS}, "scheduler": "scheduler/scheduler_config.json"}
+CONFIGS = {**{part: f"{part}/config.json" for part in STEMS}, "scheduler": "scheduler/scheduler_config.json"}
 # Parts that published folders have and that have no place in a single file and no use here.
 _IGNORED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 # The classes whose parts are read here. The pipelines differ in what they do with them.
 _CLASSES = {
     "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderTiny"), "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
 }  # fmt: skip
 _PIPELINES = tuple(
-    f"StableDiffusion{task}Pipeline" for task in ("", "Inpaint", "InpaintLegacy", "Img2Img", "InstructPix2Pix")
+    f"StableDiffusion{task}Pipeline"
+    for task in ("", "Inpaint", "InpaintLegacy", "Img2Img", "InstructPix2Pix", "XL", "XLImg2Img", "XLInpaint")
 )
 
 
@@ -66,24 +70,30 @@ def read_folder(folder: Path) -> RawModel:
         CheckpointError: it is no such folder, of another pipeline, or a part of it is missing or damaged.
     """
     index = _check_index(folder)
+    parts = parts_in(index)
     warnings = unknown_classes(index)
     left_out = [name for name in _IGNORED_PARTS if (folder / name).is_dir()]
     # A folder written from this must not promise parts that it does not have.
-    index |= {"requires_safety_checker": False, **{name: [None, None] for name in _IGNORED_PARTS if name in index}}
+    index |= (
+        {"requires_safety_checker": False} if "requires_safety_checker" in index or family_with(parts) is SD else {}
+    )
+    index |= {name: [None, None] for name in _IGNORED_PARTS if name in index}
     configs: dict[str, dict[str, Any]] = {"model_index": index}
-    configs |= {name: _config(folder / path) for name, path in CONFIGS.items()}
+    configs |= {name: _config(folder / path) for name, path in CONFIGS.items() if name in (*parts, "scheduler")}
     tensors, names, files = {}, {}, []
-    for part in PARTS:
+    for part in parts:
         files += (part_files := weight_files(folder, part))
         tensors[part], others = with_usual_names(part, _merge(part_files))
         if others:
             names[part] = others
+    tokenizers = [read_tokenizer(folder / name) for name in family_with(parts).tokenizers]
     extras = read_tensors(folder / EXTRAS) if (folder / EXTRAS).exists() else TensorFile(folder, {})
     return RawModel(
         source=folder,
         tensors=tensors,
         configs=configs,
-        tokenizer=read_tokenizer(folder / "tokenizer"),
+        tokenizer=tokenizers[0],
+        second_tokenizer=tokenizers[1] if len(tokenizers) > 1 else {},
         extras=extras.tensors,
         names=names,
         metadata=extras.metadata,
@@ -101,12 +111,15 @@ def write_folder(raw: RawModel, folder: Path) -> None:
         LatentDiffError: it cannot be written.
     """
     with _replaced_folder(folder) as temporary:
-        for name, path in {**CONFIGS, "model_index": INDEX}.items():
-            config = _explicit(raw.configs[name]) if name == "text_encoder" else raw.configs[name]
-            _write_text(temporary / path, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        for name, text in with_vocabulary_files(raw.tokenizer).items():
-            _write_text(temporary / "tokenizer" / name, text)
-        for part in PARTS:
+        for name in (*raw.parts, "scheduler", "model_index"):
+            config = _explicit(raw.configs[name]) if is_text(name) else raw.configs[name]
+            path = temporary / {**CONFIGS, "model_index": INDEX}[name]
+            _write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        own = (raw.tokenizer, raw.second_tokenizer)
+        for place, files in zip(family_with(raw.parts).tokenizers, own, strict=False):
+            for name, text in with_vocabulary_files(files).items():
+                _write_text(temporary / place / name, text)
+        for part in raw.parts:
             stem = STEMS[part][0]
             others = raw.names.get(part, {})
             save_tensors(
@@ -123,21 +136,26 @@ def _explicit(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config) if {"dtype", "torch_dtype"} & config.keys() else {**config, "dtype": "float32"}
 
 
-def model_index(in_channels: int, vae: str = "AutoencoderKL", scheduler: str = "DDIMScheduler") -> dict[str, Any]:
+def model_index(
+    in_channels: int, vae: str = "AutoencoderKL", scheduler: str = "DDIMScheduler", family: Family = SD
+) -> dict[str, Any]:
     """The model_index.json with which diffusers opens the folder; `vae` and `scheduler` are its classes there."""
-    pipeline = "StableDiffusionInpaintPipeline" if in_channels == 9 else "StableDiffusionPipeline"
+    classes = {FIRST: "CLIPTextModel", SECOND: "CLIPTextModelWithProjection"}
+    safety = {"requires_safety_checker": False, "safety_checker": [None, None]} if family is SD else {}
+    texts = {name: [None, None] for name in (() if family is SD else (FIRST, "tokenizer"))}
+    texts |= {part: ["transformers", classes[part]] for part in family.parts if is_text(part)}
+    texts |= {name: ["transformers", "CLIPTokenizer"] for name in family.tokenizers}
     return {
-        "_class_name": pipeline,
+        "_class_name": family.inpainting if in_channels == 9 else family.pipeline,
         "_diffusers_version": "0.30.0",
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
+        **safety,
         "scheduler": ["diffusers", scheduler],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
+        **texts,
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", vae],
+        **family.index,
     }
 
 
@@ -154,11 +172,13 @@ def _check_index(folder: Path) -> dict[str, Any]:
             "holds unet/, vae/, text_encoder/ and tokenizer/, or a single file"
         )
     index = read_object(folder / INDEX)
-    if "text_encoder_2" in index or "transformer" in index or "prior" in index:
+    parts = parts_in(index)
+    if "transformer" in index or "prior" in index:
         raise CheckpointError(
-            f"{folder} holds a {index.get('_class_name')}, another architecture; expected Stable Diffusion 1.x or 2.x"
+            f"{folder} holds a {index.get('_class_name')}, another architecture; expected Stable Diffusion 1.x, 2.x or XL"
         )
-    missing = [part for part in (*PARTS, "tokenizer", "scheduler") if not (folder / part).is_dir()]
+    needed = (*parts, *family_with(parts).tokenizers, "scheduler")
+    missing = [name for name in needed if not (folder / name).is_dir()]
     if missing:
         raise CheckpointError(f"{folder} is incomplete: no {', '.join(missing)}; found {listing(folder)}")
     return index
@@ -281,7 +301,7 @@ def _check_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise CheckpointError(f"cannot write a model folder to {folder}: a file of that name exists")
-    known = {INDEX, EXTRAS, words.FILE, "tokenizer", "scheduler", *PARTS, *_IGNORED_PARTS}
+    known = {INDEX, EXTRAS, words.FILE, "tokenizer", "tokenizer_2", "scheduler", *STEMS, *_IGNORED_PARTS}
     foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in known)
     if foreign or (any(folder.iterdir()) and not (folder / INDEX).exists()):
         raise CheckpointError(

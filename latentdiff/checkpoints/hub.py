@@ -7,14 +7,16 @@ import os
 from fnmatch import fnmatch
 from pathlib import Path
 
+from latentdiff.checkpoints.families import family_with, is_text, parts_in
 from latentdiff.checkpoints.folder import CONFIGS, INDEX, shard_names, weight_files
-from latentdiff.checkpoints.layout import PARTS, weight_candidates
+from latentdiff.checkpoints.layout import STEMS, weight_candidates
 from latentdiff.checkpoints.raw import PART_LABELS
 from latentdiff.errors import CheckpointError
 from latentdiff.files import is_hub_id
+from latentdiff.reading.json import read_object
 from latentdiff.reading.plain import exists
 
-_TOKENIZER = ("tokenizer/*.json", "tokenizer/*.txt")
+_TOKENIZER = ("tokenizer/*.json", "tokenizer/*.txt", "tokenizer_2/*.json", "tokenizer_2/*.txt")
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
@@ -50,15 +52,21 @@ def _cached(hub_id: str) -> Path | None:
     if not isinstance(index, str):
         return None
     folder = Path(index).parent
-    vocabulary = [folder / "tokenizer" / name for name in ("tokenizer.json", "vocab.json")]
-    if not all((folder / path).exists() for path in CONFIGS.values()) or not any(map(Path.exists, vocabulary)):
-        return None
     try:
-        for part in PARTS:
+        parts = parts_in(read_object(folder / INDEX))
+        needed = [CONFIGS[name] for name in (*parts, "scheduler")]
+        vocabularies = [folder / name for name in family_with(parts).tokenizers]
+        if not all((folder / path).exists() for path in needed) or not all(map(_has_vocabulary, vocabularies)):
+            return None
+        for part in parts:
             weight_files(folder, part)
     except CheckpointError:
         return None
     return folder
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
 
 
 def _download(hub_id: str) -> Path:
@@ -94,9 +102,9 @@ def _needed(hub_id: str, listed: set[str]) -> list[str]:
         raise CheckpointError(f"{hub_id} is no model in the diffusers layout: it has no {INDEX}")
     names = [INDEX, *(path for path in CONFIGS.values() if path in listed)]
     names += sorted(name for name in listed if any(fnmatch(name, pattern) for pattern in _TOKENIZER))
-    for part in PARTS:
+    for part in STEMS:
         best = next((name for name in weight_candidates(part) if name in listed), None)
-        if best is None:
+        if best is None and not is_text(part):  # a model has one of the two text encoders, or both
             raise CheckpointError(f"{hub_id} has no weights of the {PART_LABELS[part]} that can be read here")
-        names.append(best)
+        names += [best] if best else []
     return names

@@ -2,24 +2,28 @@
 
 Heads, group counts and the VAE's scale leave no trace there. They are those of the published models: 8 heads
 on every level where transformers are wrapped in convolutions (SD 1.x), 64 channels a head where they are
-wrapped in linear layers (SD 2.x), 32 groups, 0.18215.
+wrapped in linear layers (SD 2.x and XL), 32 groups, 0.18215 or XL's 0.13025.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from latentdiff.checkpoints.architecture import ORIGINAL_PREFIXES
+from latentdiff.checkpoints.families import REFINER, SD, XL, Family, family_in, is_text
 from latentdiff.checkpoints.folder import model_index
 from latentdiff.checkpoints.keymap import Shape
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.errors import CheckpointError
 from latentdiff.networks.config import UNetConfig, VAEConfig
+from latentdiff.networks.text_encoder import PROJECTED
+from latentdiff.networks.text_encoders import SECOND
 
 Shapes = Mapping[str, Shape]
 _OPEN_CLIP_H_LAYERS = 24
+_ADDED_OF_REFINER = 2560
 
 
 def infer_configs(shapes: Shapes, prediction_type: str) -> dict[str, dict[str, Any]]:
@@ -32,27 +36,36 @@ def infer_configs(shapes: Shapes, prediction_type: str) -> dict[str, dict[str, A
     Raises:
         CheckpointError: tensors from which the sizes are read are missing.
     """
-    by_part = {part: _below(shapes, prefix) for part, prefix in ORIGINAL_PREFIXES.items()}
+    family = family_in(shapes)
+    by_part = {part: _below(shapes, prefix) for part, prefix in family.prefixes.items()}
     large = prediction_type == "v_prediction"
     try:
-        unet = infer_unet(by_part["unet"], large=large)
-        vae = infer_vae(by_part["vae"], sample_size=8 * unet.sample_size)
-        text_encoder = infer_text_encoder(by_part["text_encoder"])
+        texts = {part: infer_text_encoder(own, pooled=part == SECOND) for part, own in by_part.items() if is_text(part)}
+        unet = infer_unet(
+            by_part["unet"], large=large, family=family, pooled=texts.get(SECOND, {}).get("projection_dim")
+        )
+        vae = replace(infer_vae(by_part["vae"], sample_size=8 * unet.sample_size), scaling_factor=family.scale)
     except (KeyError, IndexError, StopIteration) as error:
         raise CheckpointError(
             f"the file's sizes cannot be read: the tensor {error} is missing; probably the file is incomplete"
         ) from error
+    scheduler = {**ScheduleConfig(prediction_type=prediction_type).to_diffusers(), **family.scheduler}
     return {
         "unet": unet.to_diffusers(),
         "vae": vae.to_diffusers(),
-        "text_encoder": text_encoder,
-        "scheduler": ScheduleConfig(prediction_type=prediction_type).to_diffusers(),
-        "model_index": model_index(unet.in_channels),
+        **texts,
+        "scheduler": scheduler,
+        "model_index": model_index(unet.in_channels, scheduler=scheduler["_class_name"], family=family),
     }
 
 
-def infer_unet(shapes: Shapes, *, large: bool) -> UNetConfig:
-    """`large` U-Nets were trained at 768 pixels and compute attention in float32 (SD 2.x with v-prediction)."""
+def infer_unet(shapes: Shapes, *, large: bool, family: Family | None = None, pooled: int | None = None) -> UNetConfig:
+    """`large` U-Nets of SD 2.x were trained at 768 pixels and compute attention in float32 (with v-prediction).
+
+    Args:
+        family: None finds it.
+        pooled: width of the pooled text; None is that of the published models.
+    """
     levels: list[list[tuple[int, bool]]] = [[]]  # per level, per ResBlock: width, followed by attention?
     for index in range(1, _count(shapes, "input_blocks")):
         block = f"input_blocks.{index}"
@@ -62,13 +75,23 @@ def infer_unet(shapes: Shapes, *, large: bool) -> UNetConfig:
             width = shapes[f"{block}.0.out_layers.3.weight"][0]
             levels[-1].append((width, f"{block}.1.norm.weight" in shapes))
     widths = tuple(level[0][0] for level in levels)
+    inner = [
+        _count(shapes, f"input_blocks.{index}.1.transformer_blocks") for index in range(_count(shapes, "input_blocks"))
+    ]
+    per_level = len(levels[0]) + 1
+    depth = [[d for d in inner[1 + n * per_level : (n + 1) * per_level] if d] for n in range(len(levels))]
     proj_in = next(shape for name, shape in shapes.items() if name.endswith(".1.proj_in.weight"))
     linear = len(proj_in) == 2
+    added = shapes.get("label_emb.0.0.weight", (0, None))[1]
+    if family is None:
+        family = SD if added is None else REFINER if added == _ADDED_OF_REFINER else XL
+    large = large and added is None
+    middle = _count(shapes, "middle_block.1.transformer_blocks")
     to_k = next(shape for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight"))
     return UNetConfig(
         in_channels=shapes["input_blocks.0.0.weight"][1],
         out_channels=shapes["out.2.weight"][0],
-        sample_size=96 if linear and large else 64,
+        sample_size=96 if linear and large else family.side,
         block_out_channels=widths,
         layers_per_block=len(levels[0]),
         attention_levels=tuple(level[0][1] for level in levels),
@@ -76,6 +99,9 @@ def infer_unet(shapes: Shapes, *, large: bool) -> UNetConfig:
         cross_attention_dim=to_k[1],
         use_linear_projection=linear,
         upcast_attention=linear and large,
+        transformer_depth=(*(max(depths, default=1) for depths in depth[:-1]), middle),
+        added_dim=added,
+        size_dim=256 if added is None or pooled is None else (added - pooled) // (5 if family is REFINER else 6),
     )
 
 
@@ -92,13 +118,20 @@ def infer_vae(shapes: Shapes, sample_size: int = 512) -> VAEConfig:
     )
 
 
-def infer_text_encoder(shapes: Shapes) -> dict[str, Any]:
-    """The CLIPTextConfig of the text encoder that lies below `cond_stage_model.`."""
+def infer_text_encoder(shapes: Shapes, *, pooled: bool = False) -> dict[str, Any]:
+    """The CLIPTextConfig of the text encoder that lies below `cond_stage_model.`, say.
+
+    Args:
+        pooled: it is SDXL's second one, all of whose layers are used, and its projection.
+    """
     if is_open_clip(shapes):
         vocabulary, width = shapes["model.token_embedding.weight"]
         positions = shapes["model.positional_embedding"][0]
         intermediate = shapes["model.transformer.resblocks.0.mlp.c_fc.weight"][0]
         layers, activation, projection = open_clip_layers(shapes), "gelu", 512
+        if pooled:
+            layers = _count(shapes, "model.transformer.resblocks")
+            projection = shapes["model.text_projection"][1]
     else:
         body = {name.removeprefix("transformer.").removeprefix("text_model."): shapes[name] for name in shapes}
         vocabulary, width = body["embeddings.token_embedding.weight"]
@@ -107,7 +140,7 @@ def infer_text_encoder(shapes: Shapes) -> dict[str, Any]:
         # OpenAI's encoders are the smaller ones; ViT-H/14 under transformers' names is OpenCLIP's.
         layers, activation, projection = _count(body, "encoder.layers"), "quick_gelu" if width <= 768 else "gelu", width
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": [PROJECTED if pooled else "CLIPTextModel"],
         "attention_dropout": 0.0,
         "bos_token_id": 0,
         "dropout": 0.0,

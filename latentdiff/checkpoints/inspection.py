@@ -14,18 +14,17 @@ from typing import Any
 from torch import Tensor
 
 from latentdiff.checkpoints.architecture import (
-    ORIGINAL_PREFIXES,
     adapter_kinds,
     adapter_layer,
     family_name,
     identify,
     lora_dialect,
 )
+from latentdiff.checkpoints.families import family_in, family_with
 from latentdiff.checkpoints.files import IMAGE, SAFETENSORS, FileWarning, TensorFile, read_tensors, sniff
 from latentdiff.checkpoints.folder import EXTRAS, INDEX, listing, read_folder
 from latentdiff.checkpoints.hashing import SHORT, file_hash, model_hash
 from latentdiff.checkpoints.hub import locate
-from latentdiff.checkpoints.layout import PARTS
 from latentdiff.checkpoints.modules import check_fits, parse_config, shapes_of
 from latentdiff.checkpoints.original import has_ema, read_original
 from latentdiff.checkpoints.prefixes import unwrapped
@@ -86,7 +85,8 @@ class Report:
             if value not in ("", None, {}, 0):
                 lines.append(f"  {label + ':':<14}{_show(value)}")
         for part, count in self.parameters.items():
-            lines.append(f"  {part.replace('_', ' ') + ':':<14}{count:,} parameters")
+            label = {"text_encoder_2": "second text"}.get(part, part.replace("_", " "))
+            lines.append(f"  {label + ':':<14}{count:,} parameters")
         if self.dtypes:
             total = sum(self.dtypes.values())
             lines.append(f"  {'types:':<14}" + ", ".join(f"{n} {c / total:.0%}" for n, c in self.dtypes.items()))
@@ -142,7 +142,7 @@ def _describe_tensors(report: Report, file: TensorFile, wrapping: str) -> None:
         report.kind = f"original single file ({wrapping})"
         report.ema = has_ema(file.tensors)
         for part in identity.parts:
-            report.parameters[part] = _count(file.tensors, ORIGINAL_PREFIXES[part])
+            report.parameters[part] = _count(file.tensors, family_in(file.tensors).prefixes[part])
         try:
             _describe_model(report, read_original(file.path))
         except LatentDiffError as error:
@@ -167,7 +167,7 @@ def _inspect_folder(folder: Path) -> Report:
         report.sha256 = model_hash(raw.weight_files)
         if any(name.startswith("model_ema.") for name in raw.extras):
             report.notes.append(f"averaged weights are kept in {EXTRAS}; convert back to a single file to use them")
-        for part in PARTS:
+        for part in raw.parts:
             check_fits(raw, part)
     except LatentDiffError as error:
         report.problem = str(error)
@@ -177,13 +177,14 @@ def _inspect_folder(folder: Path) -> Report:
 def _describe_model(report: Report, raw: RawModel) -> None:
     unet = parse_config("unet", raw.configs["unet"])
     report.family = family_name(
+        family_with(raw.parts),
         linear=unet.use_linear_projection,
         extra_channels=unet.in_channels - unet.out_channels,
         width=unet.block_out_channels[0],
         context=unet.cross_attention_dim,
     )
-    report.parameters = {part: _count(raw.tensors[part], "") for part in PARTS}
-    report.dtypes = _count_types(tensor for part in PARTS for tensor in raw.tensors[part].values())
+    report.parameters = {part: _count(raw.tensors[part], "") for part in raw.parts}
+    report.dtypes = _count_types(tensor for part in raw.parts for tensor in raw.tensors[part].values())
     schedule = parse_config("scheduler", raw.configs["scheduler"])
     report.prediction_type = schedule.prediction_type
     report.sampler = _sampler(schedule)

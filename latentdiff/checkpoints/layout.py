@@ -8,11 +8,12 @@ from pathlib import Path
 
 from latentdiff.reading.plain import exists
 
-PARTS = ("unet", "vae", "text_encoder")
+PARTS = ("unet", "vae", "text_encoder")  # that most models have; see `families`
 STEMS = {
     "unet": ("diffusion_pytorch_model",),
     "vae": ("diffusion_pytorch_model",),
     "text_encoder": ("model", "pytorch_model"),
+    "text_encoder_2": ("model", "pytorch_model"),
 }
 
 
@@ -38,7 +39,7 @@ def read_ahead(source: Path) -> None:
     if not exists(source):
         return
     candidates = (
-        [[source]] if source.is_file() else [[source / name for name in weight_candidates(part)] for part in PARTS]
+        [[source]] if source.is_file() else [[source / name for name in weight_candidates(part)] for part in STEMS]
     )
     for paths in candidates:
         path = next((path for path in paths if path.is_file()), None)

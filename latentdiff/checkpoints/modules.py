@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from latentdiff.checkpoints.families import is_text
 from latentdiff.checkpoints.keymap import Shape, compare
 from latentdiff.checkpoints.mapping import fill, put
 from latentdiff.checkpoints.raw import PART_LABELS, RawModel
@@ -33,7 +34,7 @@ def parse_config(part: str, config: dict[str, Any]) -> UNetConfig | VAEConfig | 
     """Read the configuration of "unet", "vae" or "scheduler".
 
     Raises:
-        ConfigError: it is not one of Stable Diffusion 1.x or 2.x, or makes no sense.
+        ConfigError: it is not one of Stable Diffusion, or makes no sense.
     """
     with _sensible(part):
         return (TinyVAEConfig if _is_tiny(part, config) else _CONFIGS[part]).from_diffusers(config)
@@ -43,11 +44,11 @@ def empty_module(part: str, config: dict[str, Any], found: int | None = None) ->
     """Build a part on the meta device, where it has shapes and no memory; see `expected_shapes`.
 
     Raises:
-        ConfigError: the configuration is not one of Stable Diffusion 1.x or 2.x, or makes no sense.
+        ConfigError: the configuration is not one of Stable Diffusion, or makes no sense.
     """
     if found is not None:
         _check_size(part, config, found)
-    if part == "text_encoder":
+    if is_text(part):
         build, config_of_part = TextEncoder, config
     else:
         networks = {"unet": UNet, "vae": TinyVAE if _is_tiny(part, config) else VAE}
@@ -59,11 +60,13 @@ def empty_module(part: str, config: dict[str, Any], found: int | None = None) ->
 def _check_size(part: str, config: dict[str, Any], found: int) -> None:
     """Compare the layers that a configuration describes with the weights that there are: each has eight or more."""
     with _sensible(part):
-        if part == "text_encoder":
+        if is_text(part):
             layers = TextTransformerConfig.of(config).num_hidden_layers
         else:
             read = parse_config(part, config)
             layers = 2 * len(read.block_out_channels) * read.layers_per_block
+            layers += 2 * read.layers_per_block * sum(getattr(read, "transformer_depth", ()))
+    # A level without attention has no transformers, whatever its depth says: hence the factor.
     if layers * 8 > max(found, 1) * 2:
         raise ConfigError(
             f"the configuration of the {PART_LABELS[part]} describes {layers} layers, far more than its {found} weights "

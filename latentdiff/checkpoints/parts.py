@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from latentdiff.checkpoints import tables
-from latentdiff.checkpoints.architecture import ORIGINAL_PREFIXES
+from latentdiff.checkpoints.families import family_in
 from latentdiff.checkpoints.files import read_tensors
 from latentdiff.checkpoints.folder import INDEX, read_tokenizer, weight_files
 from latentdiff.checkpoints.hashing import place_hash
@@ -67,7 +67,7 @@ def read_part(source: str | os.PathLike[str], part: str, whole: Any) -> PartWeig
             return part_of(whole(path), part)
         return _from_folder(path, part)
     tensors = unwrapped(read_tensors(path).tensors)
-    prefix = ORIGINAL_PREFIXES[part]
+    prefix = family_in(tensors).prefixes.get(part, "")
     below = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if part == "vae" and is_tiny_vae(tensors):
         return PartWeights(*read_tiny_vae(path, tensors))
@@ -93,10 +93,11 @@ def part_of(raw: RawModel, part: str) -> PartWeights:
 def held_parts(tensors: Iterable[str]) -> list[str]:
     """The parts that a single file holds whole or alone, by the names of its tensors."""
     names = set(tensors)
-    found = [part for part, prefix in ORIGINAL_PREFIXES.items() if any(name.startswith(prefix) for name in names)]
+    prefixes = family_in(names).prefixes
+    found = [part for part, prefix in prefixes.items() if any(name.startswith(prefix) for name in names)]
     if found:
         return found
-    usual = {part: {usual_name(part, name) for name in names} for part in PART_LABELS}
+    usual = {part: {usual_name(part, name) for name in names} for part in _MARKS}
     marks = ((part, {mark, _ORIGINAL_MARKS.get(part, mark)}) for part, mark in _MARKS.items())
     return [part for part, own in marks if usual[part] & own][:1]
 
@@ -117,7 +118,11 @@ def _like(given: PartWeights, own: Mapping[str, Any]) -> PartWeights:
     """What leaves no trace in tensors, as the number of groups, is that of the part that is replaced, if it was guessed."""
     if not given.guessed or own.get("_class_name") != given.config.get("_class_name"):
         return given
-    kept = {name: own[name] for name in ("norm_num_groups", "scaling_factor", "sample_size") if name in own}
+    kept = {
+        name: own[name]
+        for name in ("norm_num_groups", "scaling_factor", "sample_size", "addition_time_embed_dim")
+        if name in own
+    }
     return replace(given, config={**given.config, **kept})
 
 
@@ -173,7 +178,7 @@ def _text_encoder(path: Path, tensors: dict[str, Tensor], usual: dict[str, Tenso
     if is_open_clip(shapes):
         table = tables.open_clip_map(config["num_hidden_layers"])
         renamed = {ours: tensor for name, tensor in tensors.items() if (ours := table.to_ours(name)) is not None}
-        return PartWeights(tables.split_fused(renamed), config, (path,))
+        return PartWeights(tables.to_transformers(renamed), config, (path,))
     names = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     kept = with_usual_names("text_encoder", {n: t for n, t in names.items() if "projection" not in n})[0]
     return PartWeights(kept, config, (path,))

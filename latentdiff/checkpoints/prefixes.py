@@ -6,15 +6,15 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
-from latentdiff.checkpoints.architecture import ORIGINAL_PREFIXES
+from latentdiff.checkpoints.families import ALL_PREFIXES, SD
 
 Value = TypeVar("Value")
 
 _WRAPPERS = ("module.", "_orig_mod.", "state_dict.")  # of everything in a file: data parallel, compiled, nested
-_STARTS = "|".join(re.escape(prefix) for prefix in (*ORIGINAL_PREFIXES.values(), "model_ema."))
+_STARTS = "|".join(re.escape(prefix) for prefix in (*ALL_PREFIXES, "model_ema."))
 # "model.first_stage_model." and the like: Lightning modules that hold another one.
 _NESTED = re.compile(rf"(?:(?:model|module|_orig_mod)\.)+({_STARTS})")
-_TEXT = ORIGINAL_PREFIXES["text_encoder"]
+_TEXT = SD.prefixes["text_encoder"]
 
 
 def unwrapped(tensors: Mapping[str, Value]) -> dict[str, Value]:
@@ -40,7 +40,7 @@ def unwrapped(tensors: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def _is_plain(name: str) -> bool:
-    return name.startswith(tuple(ORIGINAL_PREFIXES.values()))
+    return name.startswith(ALL_PREFIXES)
 
 
 def _without(outer: set[str], name: str) -> str:

@@ -9,7 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-PART_LABELS = {"unet": "U-Net", "vae": "VAE", "text_encoder": "text encoder"}
+from latentdiff.checkpoints.families import is_text
+from latentdiff.networks.text_encoder import PREFIX, PROJECTION
+
+PART_LABELS = {
+    "unet": "U-Net", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder",
+}  # fmt: skip
 
 
 @dataclass
@@ -23,13 +28,19 @@ class RawModel:
     source: Path
     tensors: dict[str, dict[str, Tensor]]  # part -> name in the diffusers layout -> tensor
     configs: dict[str, dict[str, Any]]  # part or "scheduler" or "model_index" -> the folder's JSON file
-    tokenizer: dict[str, str]  # file name -> text
+    tokenizer: dict[str, str]  # file name -> text, of the first text encoder
     extras: dict[str, Tensor] = field(default_factory=dict)  # original name -> tensor without place in a folder
     names: dict[str, dict[str, str]] = field(default_factory=dict)  # part -> name -> other name on disk
     metadata: dict[str, str] = field(default_factory=dict)  # foreign text metadata of a single file
     warnings: list[str] = field(default_factory=list)  # guesses that may be wrong
     left_out: list[str] = field(default_factory=list)  # parts of the source that nothing here uses
     weight_files: tuple[Path, ...] = ()
+    second_tokenizer: dict[str, str] = field(default_factory=dict)  # where there are two text encoders
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that it has, in their order."""
+        return tuple(part for part in PART_LABELS if part in self.tensors)
 
 
 # Names that diffusers gave to the VAE's attention until 0.17, as published folders still have them.
@@ -38,7 +49,7 @@ _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 
 def usual_name(part: str, name: str) -> str:
     """The name that today's diffusers layout gives to `name`, which an older or newer writer spelt otherwise."""
-    if part == "text_encoder" and not name.startswith("text_model."):
+    if is_text(part) and not name.startswith((PREFIX, PROJECTION)):
         return f"text_model.{name}"
     if part == "vae" and ".mid_block.attentions." in name:
         module, _, leaf = name.rpartition(".")

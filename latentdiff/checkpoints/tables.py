@@ -16,6 +16,8 @@ _UNET = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "mid_block.attentions.0": "middle_block.1",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -135,25 +137,32 @@ _OPEN_CLIP_LAYER = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
+_PROJECTION = "text_projection.weight"
 _POSITION_IDS = ("text_model.embeddings.position_ids", "transformer.text_model.embeddings.position_ids")
 
 
 def clip_map() -> KeyMap:
-    """SD 1.x holds transformers' CLIPTextModel as it is."""
+    """SD 1.x holds transformers' CLIPTextModel as it is, and so does SDXL its first."""
     return KeyMap([("text_model", "transformer.text_model")])
 
 
-def open_clip_map(layers: int) -> KeyMap:
-    """SD 2.x holds OpenCLIP's text tower, its queries, keys and values in one matrix (see `split_fused`)."""
+def open_clip_map(layers: int, *, projected: bool = False) -> KeyMap:
+    """SD 2.x and SDXL hold OpenCLIP's text tower, queries, keys and values in one matrix (see `to_transformers`).
+
+    Args:
+        projected: SDXL's, whose projection is used.
+    """
     pairs = [*_OPEN_CLIP.items(), _POSITION_IDS]
+    pairs += [(_PROJECTION, "model.text_projection")] if projected else []
     for layer in range(layers):
         ours, theirs = f"text_model.encoder.layers.{layer}", f"model.transformer.resblocks.{layer}"
         pairs += expand(ours, theirs, _OPEN_CLIP_LAYER)
     return KeyMap(pairs)
 
 
-def split_fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """in_proj_weight (3C, C) and in_proj_bias (3C,) -> q_proj, k_proj, v_proj, in this order."""
+def to_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """in_proj_weight (3C, C) and in_proj_bias (3C,) -> q_proj, k_proj, v_proj, in this order; the projection, which
+    multiplies from the other side, is transposed."""
     split: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".in_proj_")
@@ -161,17 +170,17 @@ def split_fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             for letter, third in zip("qkv", tensor.tensor_split(3), strict=True):
                 split[f"{module}.{letter}_proj.{leaf}"] = third
         else:
-            split[name] = tensor
+            split[name] = tensor.T if name == _PROJECTION else tensor
     return split
 
 
-def join_fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Inverse of `split_fused`."""
+def to_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inverse of `to_transformers`."""
     joined: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if ".self_attn.q_proj." in name:
             thirds = [tensors[name.replace(".q_proj.", f".{letter}_proj.")] for letter in "qkv"]
             joined[name.replace(".q_proj.", ".in_proj_")] = torch.cat(thirds)
         elif ".self_attn.k_proj." not in name and ".self_attn.v_proj." not in name:
-            joined[name] = tensor
+            joined[name] = tensor.T if name == _PROJECTION else tensor
     return joined

@@ -10,7 +10,7 @@ import click
 
 from latentdiff.cli.loras import ALLOW_PARTIAL, EMBEDDINGS, LORA_DIR, LORAS
 from latentdiff.files import IMAGE_FORMATS
-from latentdiff.request.domains import Interval, Numbers, Real, Seeds, Texts, Whole
+from latentdiff.request.domains import Interval, Numbers, Pair, Real, Seeds, Texts, Whole
 from latentdiff.request.options import (
     OPTIONS,
     AttentionName,
@@ -120,7 +120,7 @@ def flag(name: str, *, default: str | None = None) -> Decorator:
         *flags,
         name,
         type=KINDS.get(type(option.domain)) or click.Choice(option.domain.names),
-        nargs=2 if isinstance(option.domain, Interval) else 1,
+        nargs=2 if isinstance(option.domain, Interval | Pair) else 1,
         default=None if is_open else option.default,
         callback=_checked,
         metavar=getattr(option.domain, "metavar", None),
@@ -140,7 +140,9 @@ def flags_of(group: type, *, without: tuple[str, ...] = ()) -> Decorator:
     return together(*(flag(name) for name in names if name in options and name not in without + HIDDEN))
 
 
-KINDS: dict[type, Any] = {Whole: int, Seeds: int, Real: float, Interval: float, Numbers: str, Texts: str}
+KINDS: dict[type, Any] = {
+    Whole: int, Seeds: int, Real: float, Interval: float, Pair: int, Numbers: str, Texts: str,
+}  # fmt: skip
 FIRST = ("negative_prompt", "num_images", "seed", "steps", "guidance_scale")
 HIDDEN = tuple(name for name, option in OPTIONS.items() if option.flags == ())
 

@@ -17,6 +17,7 @@ from latentdiff.engines import Example
 from latentdiff.networks.conditioning import Conditioning
 from latentdiff.networks.functions import checked_model
 from latentdiff.networks.layers.transformer import Context, ProjectedContext
+from latentdiff.networks.sizes import Told
 from latentdiff.networks.text_embedding import PromptEncoder
 from latentdiff.networks.unet import UNet
 
@@ -31,11 +32,16 @@ GUIDANCE_SCALE = 5.0
 
 @torch.no_grad()
 def calibration_examples(
-    tokenizer: Any, text_encoder: nn.Module, unet: UNet, schedule: Schedule, latent_channels: int
+    tokenizer: Any,
+    text_encoder: nn.Module,
+    unet: UNet,
+    schedule: Schedule,
+    latent_channels: int,
+    sizes: Told | None = None,
 ) -> list[Example]:
     """The inputs (x (2, C, h, w), t, text) of every call while `unet` makes pictures of a few prompts with guidance.
 
-    The pictures have the size of the training, and always the same seeds.
+    The pictures have the size of the training, which a U-Net that is told `sizes` is told, and always the same seeds.
     """
     guidance = Guidance(scale=GUIDANCE_SCALE)
     sampler = get_sampler("ddim")
@@ -56,7 +62,10 @@ def calibration_examples(
     if extra is not None:
         extra[:, 0] = 1.0
     encoder = PromptEncoder(tokenizer, text_encoder, device)
-    negative, *texts = (Conditioning.of(unet, encoder.text(text), extra_channels=extra) for text in ("", *PROMPTS))
+    told = sizes and sizes.positive
+    negative, *texts = (
+        Conditioning.of(unet, encoder.text(text), extra_channels=extra, sizes=told) for text in ("", *PROMPTS)
+    )
     for seed, text in enumerate(texts):
         noise = NoiseStream([seed], (latent_channels, side, side), device=device)
         model = checked_model(recording, unet, levels)

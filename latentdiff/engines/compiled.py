@@ -51,13 +51,12 @@ class CompiledNetwork:
         if plain_steps_in(self._unet, _NAME):
             return self._unet(x, t, context)
         projected = context if isinstance(context, ProjectedContext) else self._unet.project_context(context)
-        keys_values = [part.contiguous() for layer in self._layers for part in projected[layer]]
+        told = [part.contiguous() for part in projected.tensors(self._layers)]
         times = torch.as_tensor(t, dtype=torch.float32).reshape(-1)
-        return self._graph(state_of(self._unet), x, times, *keys_values)
+        return self._graph(state_of(self._unet), x, times, *told)
 
-    def _compute(self, x: Tensor, t: Tensor, *keys_values: Tensor) -> Tensor:
-        pairs = zip(keys_values[::2], keys_values[1::2], strict=True)
-        context = ProjectedContext(zip(self._layers, pairs, strict=True))
+    def _compute(self, x: Tensor, t: Tensor, *told: Tensor) -> Tensor:
+        context = ProjectedContext.of(self._layers, told)
         with self._regions.compiled():
             return self._unet(x, t, context)
 
@@ -139,9 +138,8 @@ def _resnet_block(block: ResnetBlock, x: Tensor, time: Tensor | None = None) -> 
 
 
 def _transformer(block: SpatialTransformer, x: Tensor, *keys_values: Tensor) -> Tensor:
-    pairs = zip(keys_values[::2], keys_values[1::2], strict=True)
     layers = (inner.attn2 for inner in block.transformer_blocks)
-    return SpatialTransformer.forward(block, x, ProjectedContext(zip(layers, pairs, strict=True)))
+    return SpatialTransformer.forward(block, x, ProjectedContext.of(layers, keys_values))
 
 
 def _downsample(block: Downsample, x: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from latentdiff.errors import UsageError
 from latentdiff.networks.functions import Network
-from latentdiff.networks.layers.embeddings import sinusoidal_embedding
 from latentdiff.networks.layers.transformer import Context
 from latentdiff.networks.taps import Tap
 from latentdiff.networks.unet import UNet
@@ -137,8 +136,7 @@ class _Branch:
     def __call__(self, x: Tensor, t: Tensor | float, context: Context, deep: Tensor) -> Tensor:
         """The prediction from what enters the first of the decoder blocks (N, C, h', w')."""
         unet = self._unet
-        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
-        time = unet.time_embedding(sinusoidal_embedding(t, unet.config.block_out_channels[0]).to(x.dtype))
+        time, context = unet.embedded(x, t, context)
         skips = self._encode(unet.conv_in(x), time, context)
         x = deep
         for up, index in self._decoder:

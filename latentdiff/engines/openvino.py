@@ -58,15 +58,15 @@ class OpenVINONetwork:
         if plain_steps_in(self._unet, _NAME):
             return self._unet(x, t, context)
         times = torch.as_tensor(t, dtype=torch.float32).reshape(-1)  # (N,) or (1,)
-        return self._compiled(x, times, *self._keys_values(context))
+        return self._compiled(x, times, *self._tensors(context))
 
     def _model_file(self, inputs: list[Tensor]) -> Path:
         return converted(self._unet, self._flat, inputs)
 
-    def _keys_values(self, context: Context) -> list[Tensor]:
+    def _tensors(self, context: Context) -> list[Tensor]:
         if self._last is None or self._last[0] is not context:
             projected = context if isinstance(context, ProjectedContext) else self._unet.project_context(context)
-            self._last = context, [part.float().contiguous() for layer in self._layers for part in projected[layer]]
+            self._last = context, [part.float().contiguous() for part in projected.tensors(self._layers)]
         return self._last[1]
 
 
@@ -124,15 +124,14 @@ class _Compiled:
 
 
 class _FlatUNet(nn.Module):
-    """The U-Net as a function of tensors: x, t, and keys and values in the order of its layers."""
+    """The U-Net as a function of tensors: x, t, and those of a `ProjectedContext`."""
 
     def __init__(self, unet: UNet, layers: list[nn.Module]) -> None:
         super().__init__()
         self.unet, self._layers = unet, [layers]  # in a list of its own, so that torch sees each module once
 
-    def forward(self, x: Tensor, t: Tensor, *keys_values: Tensor) -> Tensor:
-        pairs = zip(keys_values[::2], keys_values[1::2], strict=True)
-        return self.unet(x, t, ProjectedContext(zip(self._layers[0], pairs, strict=True)))
+    def forward(self, x: Tensor, t: Tensor, *context: Tensor) -> Tensor:
+        return self.unet(x, t, ProjectedContext.of(self._layers[0], context))
 
 
 class _FlatDecoder(nn.Module):

@@ -84,7 +84,7 @@ class OpenVINOInt8Network(OpenVINONetwork):
     def _inputs(self, example: Example, row: int) -> list[Tensor]:
         """One row of an example, as the converted model takes it."""
         x, t, context = example
-        parts = [x, *(part for layer in self._layers for part in context[layer])]
+        parts = [x, *context.tensors(self._layers)]
         first, *others = (part[row : row + 1].float().contiguous() for part in parts)
         return [first, torch.tensor([t], dtype=torch.float32), *others]
 

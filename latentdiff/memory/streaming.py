@@ -16,9 +16,9 @@ from latentdiff.checkpoints.mapping import empty, placed, prefetch, put, release
 from latentdiff.memory.available import trim
 from latentdiff.memory.parts import Part
 from latentdiff.networks.layers.resnet import Downsample, ResnetBlock, Upsample
-from latentdiff.networks.layers.transformer import SpatialTransformer
+from latentdiff.networks.layers.transformer import TransformerBlock
 
-_BLOCKS = (ResnetBlock, SpatialTransformer, Downsample, Upsample)
+_BLOCKS = (ResnetBlock, TransformerBlock, Downsample, Upsample)
 # The text goes through these before the blocks run, once per prompt; they are small.
 _ALWAYS = (".attn2.to_k.", ".attn2.to_v.")
 
@@ -26,7 +26,8 @@ _ALWAYS = (".attn2.to_k.", ".attn2.to_v.")
 class StreamedPart(Part):
     """A U-Net of which, while it runs, only two blocks have their weights: the one that computes and the next.
 
-    What belongs to no block (the first and last convolution, the time embedding, the text's keys and values) stays.
+    What belongs to no block (the first and last convolution, the embeddings, the projections around transformers, the
+    text's keys and values) stays.
 
     Args:
         module: the U-Net, on the meta device.

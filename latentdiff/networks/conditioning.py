@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from latentdiff.networks.layers.transformer import ProjectedContext
+from latentdiff.networks.layers.transformer import Context, ProjectedContext, SizedText
 from latentdiff.networks.unet import UNet
 
 
@@ -22,22 +22,25 @@ class Conditioning:
     """What steers the rows of one batch through one U-Net; all have text of the same length.
 
     Attributes:
-        text: embeddings (N, L, C), float32; L is 77 for each chunk of CLIP's.
+        text: embeddings (N, L, C), float32; L is 77 for each chunk of CLIP's, and one more with pooled text (`pooled`).
         projected: the keys and values of the text for all cross-attentions, made once, in `dtype`.
         dtype: of the U-Net when this was made.
         extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
+        sizes: (N, K), what U-Nets of SDXL are told beside the text; see `sizes`.
     """
 
     text: Tensor
     projected: ProjectedContext
     dtype: torch.dtype
     extra_channels: Tensor | None = None
+    sizes: Tensor | None = None
 
     @classmethod
-    def of(cls, unet: UNet, text: Tensor, *, extra_channels: Tensor | None = None) -> Self:
-        """The conditioning of `unet` by text embeddings (N, L, C)."""
+    def of(cls, unet: UNet, text: Tensor, *, extra_channels: Tensor | None = None, sizes: Tensor | None = None) -> Self:
+        """The conditioning of `unet` by text embeddings (N, L, C) and sizes, (N, K) or (1, K) for all."""
         dtype = next(unet.parameters()).dtype
-        return cls(text, unet.project_context(text.to(dtype)), dtype, extra_channels)
+        sizes = None if sizes is None else sizes.to(text.device).expand(len(text), -1)
+        return cls(text, unet.project_context(_told(text.to(dtype), sizes)), dtype, extra_channels, sizes)
 
     def __len__(self) -> int:
         return len(self.text)
@@ -52,9 +55,9 @@ class Conditioning:
         """What goes through the network at once, with its rows in the batch."""
         return [(slice(None), self)]
 
-    def text_in(self, dtype: torch.dtype) -> Tensor | ProjectedContext:
+    def context_in(self, dtype: torch.dtype) -> Context:
         """The projections; or the bare embeddings where the U-Net is in another dtype now than it was then."""
-        return self.projected if dtype == self.dtype else self.text.to(dtype)
+        return self.projected if dtype == self.dtype else _told(self.text.to(dtype), self.sizes)
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,10 @@ def by_groups(conditioning: AnyConditioning, x: Tensor, call: Callable[[Tensor, 
     answers = [(rows.to(x.device), call(x[rows.to(x.device)], part)) for rows, part in groups]
     order = torch.cat([rows for rows, _ in answers]).argsort()
     return torch.cat([answer for _, answer in answers])[order]
+
+
+def _told(text: Tensor, sizes: Tensor | None) -> Tensor | SizedText:
+    return text if sizes is None else SizedText(text, sizes)
 
 
 def _joined(parts: Sequence[Conditioning]) -> Conditioning:

@@ -1,7 +1,7 @@
 """Model configurations: frozen dataclasses that say what they mean, read from and written to diffusers' `config.json`
 files.
 
-diffusers' files hold dozens of keys that Stable Diffusion 1.x and 2.x never vary. Those are listed here once, with the
+diffusers' files hold dozens of keys that Stable Diffusion never varies. Those are listed here once, with the
 values that mean "not used"; anything else is refused, because a model built while ignoring a key would run and draw
 nonsense.
 """
@@ -15,12 +15,10 @@ from typing import Any, Self
 from latentdiff.diffusion.config import known_entries
 from latentdiff.errors import ConfigError
 
-# Keys of a U-Net's config.json that must keep the values of Stable Diffusion 1.x and 2.x.
+# Keys of a U-Net's config.json that must keep the values of Stable Diffusion.
 _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
-    "addition_embed_type": (None,),
     "addition_embed_type_num_heads": (64,),
-    "addition_time_embed_dim": (None,),
     "attention_type": ("default",),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
@@ -41,7 +39,6 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "norm_eps": (1e-5,),
     "num_class_embeds": (None,),
     "only_cross_attention": (False,),
-    "projection_class_embeddings_input_dim": (None,),
     "resnet_out_scale_factor": (1.0,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
@@ -50,7 +47,6 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
-    "transformer_layers_per_block": (1,),
 }
 
 # The same for the autoencoder. `force_upcast` is advice about float16, which the finite checks answer here.
@@ -67,7 +63,9 @@ _VAE_FIXED: dict[str, tuple[Any, ...]] = {
 
 # What is larger is no Stable Diffusion, and building it would take hours.
 MOST_LEVELS = 12
-LARGEST = {"layers_per_block": 32, "sample_size": 2**15}
+LARGEST = {"layers_per_block": 32, "sample_size": 2**15, "transformer_depth": 32}
+
+ADDED_KIND = "text_time"  # what diffusers calls the embedding of pooled text and sizes (Podell et al. 2023)
 
 _DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 _UP_BLOCKS = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
@@ -94,13 +92,18 @@ class UNetConfig:
     norm_num_groups: int = 32
     upcast_attention: bool = False  # compute attention in float32 (SD 2.1 overflows float16 otherwise)
     time_cond_proj_dim: int | None = None  # width of the embedding by which the guidance scale is told, if it is
+    transformer_depth: tuple[int, ...] = (1,)  # blocks in each transformer, per level, or one number for all
+    added_dim: int | None = None  # width of pooled text and sizes together, where the U-Net is told them (SDXL)
+    size_dim: int = 256  # width of the sinusoids of each of these sizes
 
     def __post_init__(self) -> None:
         _check_values("U-Net", self)
         if self.time_cond_proj_dim is not None and self.time_cond_proj_dim < 4:
             raise ConfigError(f"U-Net time_cond_proj_dim must be 4 or more, found {self.time_cond_proj_dim}")
         levels = len(self.block_out_channels)
-        for name in ("attention_levels", "num_heads"):
+        if len(self.transformer_depth) == 1:
+            object.__setattr__(self, "transformer_depth", self.transformer_depth * levels)
+        for name in ("attention_levels", "num_heads", "transformer_depth"):
             if len(getattr(self, name)) != levels:
                 raise ConfigError(f"U-Net {name} needs {levels} entries, one per level, found {getattr(self, name)}")
         _check_groups("U-Net", self.block_out_channels, self.norm_num_groups)
@@ -113,9 +116,11 @@ class UNetConfig:
         """Read a U-Net's `config.json`.
 
         Raises:
-            ConfigError: it describes another architecture (SDXL, class-conditional, ...) or has an unknown key.
+            ConfigError: it describes another architecture (class-conditional, ...) or has an unknown key.
         """
         config = dict(config)
+        added = _added(config)
+        depth = config.pop("transformer_layers_per_block", 1)
         down = config.pop("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
         up = config.pop("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
         attention = _attention_levels(down, _DOWN_BLOCKS)
@@ -130,6 +135,8 @@ class UNetConfig:
             block_out_channels=channels,
             attention_levels=attention,
             num_heads=(heads,) * len(channels[: MOST_LEVELS + 1]) if isinstance(heads, int) else tuple(heads),
+            transformer_depth=(depth,) if isinstance(depth, int) else tuple(depth),
+            **added,
             **known_entries(cls, config, {"cross_attention_dim": 1280}),
         )
 
@@ -160,6 +167,19 @@ class UNetConfig:
             "upcast_attention": self.upcast_attention,
             "use_linear_projection": self.use_linear_projection,
             **({} if self.time_cond_proj_dim is None else {"time_cond_proj_dim": self.time_cond_proj_dim}),
+            **({} if set(self.transformer_depth) == {1} else {"transformer_layers_per_block": self._written_depth()}),
+            **({} if self.added_dim is None else self._written_added(self.added_dim)),
+        }
+
+    def _written_depth(self) -> int | list[int]:
+        depth = list(self.transformer_depth)
+        return depth[0] if len(set(depth)) == 1 else depth
+
+    def _written_added(self, width: int) -> dict[str, Any]:
+        return {
+            "addition_embed_type": ADDED_KIND,
+            "addition_time_embed_dim": self.size_dim,
+            "projection_class_embeddings_input_dim": width,
         }
 
 
@@ -221,6 +241,19 @@ class VAEConfig:
         }
 
 
+def _added(config: dict[str, Any]) -> dict[str, Any]:
+    """Take what says that a U-Net is told pooled text and sizes out of `config`."""
+    kind = config.pop("addition_embed_type", None)
+    size_dim = config.pop("addition_time_embed_dim", None)
+    width = config.pop("projection_class_embeddings_input_dim", None)
+    if kind not in (None, ADDED_KIND) or (kind is None) != (width is None):
+        raise ConfigError(
+            f"U-Net with addition_embed_type={str(kind)[:40]} and projection_class_embeddings_input_dim={str(width)[:40]} is "
+            f"another architecture than Stable Diffusion (expected neither, or {ADDED_KIND} and a width)"
+        )
+    return {} if kind is None else {"added_dim": width, **({} if size_dim is None else {"size_dim": size_dim})}
+
+
 def _attention_levels(blocks: Any, names: Mapping[str, bool]) -> tuple[bool, ...]:
     try:
         return tuple(names[block] for block in blocks)
@@ -237,7 +270,7 @@ def _refuse_other_architecture(
             values = value if isinstance(value, (list, tuple)) else (value,)
             if any(entry not in fixed[key] for entry in values):
                 raise ConfigError(
-                    f"{part} with {key}={str(value)[:80]} is another architecture than Stable Diffusion 1.x/2.x"
+                    f"{part} with {key}={str(value)[:80]} is another architecture than Stable Diffusion 1.x, 2.x or XL"
                     f" (expected {fixed[key][0]!r})"
                 )
         elif key not in fields and not key.startswith("_") and value not in (None, False):

@@ -22,7 +22,7 @@ from latentdiff.networks.layers.transformer import Context
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE, LatentDistribution
 
-# (x (N, C, h, w), t, text embeddings or what `UNet.project_context` made of them) -> raw prediction (N, C_out, h, w).
+# (x (N, C, h, w), t, text embeddings and sizes, or what `UNet.project_context` made of them) -> raw (N, C_out, h, w).
 Network = Callable[[Tensor, Tensor | float, Context], Tensor]
 
 _AS_WIDE_AS_FLOAT32 = (torch.bfloat16, torch.float32)  # in their exponents
@@ -91,7 +91,7 @@ def checked_model(network: Network, unet: UNet, levels: Sequence[Level]) -> Mode
 
         def compute(dtype: torch.dtype) -> Tensor:
             computes = network if dtype == conditioning.dtype else unet
-            return computes(x.to(dtype), t, conditioning.text_in(dtype))
+            return computes(x.to(dtype), t, conditioning.context_in(dtype))
 
         if is_asynchronous(x.device) and conditioning.dtype in _AS_WIDE_AS_FLOAT32:
             return compute(

@@ -18,6 +18,7 @@ from latentdiff.diffusion.guidance import (
 from latentdiff.diffusion.parameterization import Denoiser, Parameterization
 from latentdiff.diffusion.schedule import Level
 from latentdiff.networks.conditioning import AnyConditioning, Conditioning
+from latentdiff.networks.sizes import Told
 from latentdiff.networks.text_embedding import EncodedPrompt
 from latentdiff.networks.unet import UNet
 
@@ -32,6 +33,7 @@ def prompted_denoiser(
     levels: Sequence[Level],
     *,
     extra_channels: Tensor | None = None,
+    sizes: Told | None = None,
 ) -> Denoiser:
     """A denoiser for a batch of N pictures.
 
@@ -40,18 +42,22 @@ def prompted_denoiser(
         positive, negative: what each of the pictures follows and avoids; negatives have one part.
         levels: what will be walked; stages count its steps.
         extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
+        sizes: what U-Nets of SDXL are told beside the texts.
     """
     images = [image for image, prompt in enumerate(positive) for _ in prompt.parts]
     weights = [part.weight for prompt in positive for part in prompt.parts]
     made: dict[tuple[int, ...], Denoiser] = {}
 
-    def conditioning(texts: Sequence[Tensor], of: Sequence[int]) -> AnyConditioning:
+    def conditioning(texts: Sequence[Tensor], of: Sequence[int], told: Tensor | None) -> AnyConditioning:
         extra = None if extra_channels is None else extra_channels[list(of)]
         if len({text.shape[1] for text in texts}) == 1:
-            return Conditioning.of(unet, torch.cat(list(texts)), extra_channels=extra)
+            return Conditioning.of(unet, torch.cat(list(texts)), extra_channels=extra, sizes=told)
         extras = [None] * len(texts) if extra is None else extra.split(1)
         return Conditioning.cat(
-            [Conditioning.of(unet, text, extra_channels=own) for text, own in zip(texts, extras, strict=True)]
+            [
+                Conditioning.of(unet, text, extra_channels=own, sizes=told)
+                for text, own in zip(texts, extras, strict=True)
+            ]
         )
 
     def of_step(step: int) -> Denoiser:
@@ -59,7 +65,8 @@ def prompted_denoiser(
         avoided = [prompt.parts[0].at(step) for prompt in negative]
         key = tuple(map(id, (*texts, *avoided)))
         if key not in made:
-            followed, away = conditioning(texts, images), conditioning(avoided, range(len(negative)))
+            followed = conditioning(texts, images, sizes and sizes.positive)
+            away = conditioning(avoided, range(len(negative)), sizes and sizes.negative)
             if all(prompt.is_plain for prompt in positive):
                 made[key] = guided_denoiser(model, parameterization, followed, away, guidance)
             else:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from latentdiff.device import finite_or_float32
 from latentdiff.errors import UsageError
+from latentdiff.networks.pooled import joined_chunks
+from latentdiff.networks.text_encoders import TextEncoders
 from latentdiff.prompts.chunks import Chunk
 from latentdiff.prompts.notice import shortened
 from latentdiff.prompts.syntax import chunks_of, read_prompt, warn_of_lost_text, warn_of_unheeded
@@ -33,6 +35,7 @@ class Reading:
 
 
 PLAIN = Reading()
+_ZEROS = "\0"  # no text of a prompt
 
 
 @dataclass(frozen=True)
@@ -144,22 +147,24 @@ class PromptEncoder:
                 f"found {reading.clip_skip}"
             )
         self._tokenizer, self._text_encoder, self._device, self._reading = tokenizer, text_encoder, device, reading
+        self._two = text_encoder if isinstance(text_encoder, TextEncoders) else None
         self._texts: dict[str, Tensor] = {}
 
     def prompt(self, text: str, steps: int, *, negative: bool = False) -> EncodedPrompt:
         """A prompt over `steps` steps."""
         prompt = read_prompt(text, self._reading.syntax, negative=negative)
         warn_of_unheeded(prompt)
+        embedded = self.negative if negative else self.text
         return EncodedPrompt(
             tuple(
                 EncodedPart(
-                    part.weight, tuple((stage.last, self.text(stage.text)) for stage in prompt.stages(part, steps))
+                    part.weight, tuple((stage.last, embedded(stage.text)) for stage in prompt.stages(part, steps))
                 )
                 for part in prompt.parts
             )
         )
 
-    def simple(self, text: str) -> Tensor:
+    def simple(self, text: str, *, negative: bool = False) -> Tensor:
         """A prompt that says one thing from the first step to the last, (1, L, C).
 
         Raises:
@@ -172,7 +177,14 @@ class PromptEncoder:
                 f"only generating and editing by noise can follow; found {shortened(text)}"
             )
         warn_of_unheeded(prompt)
-        return self.text(prompt.parts[0].text)
+        return (self.negative if negative else self.text)(prompt.parts[0].text)
+
+    def filled(self, texts: Sequence[Tensor]) -> Tensor:
+        """Texts (1, L, C) as one tensor: where they have different numbers of chunks, empty ones fill up the shorter."""
+        longest, empty = max(text.shape[1] for text in texts), self.text("")
+        chunk = empty.shape[1] - (self._two is not None)
+        missing = [(longest - text.shape[1]) // chunk for text in texts]
+        return torch.cat([self._joined([text, *[empty] * count]) for text, count in zip(texts, missing, strict=True)])
 
     def text(self, text: str) -> Tensor:
         """The text of a stage, (1, L, C) float32."""
@@ -180,29 +192,41 @@ class PromptEncoder:
             self._texts[text] = self._embedded(text)
         return self._texts[text]
 
+    def negative(self, text: str) -> Tensor:
+        """What to avoid at a stage, (1, L, C): of a model that was trained so, zeros if it is empty."""
+        found = self.text(text)
+        if text.strip() or self._two is None or not self._two.zero_empty:
+            return found
+        return self._texts.setdefault(_ZEROS, torch.zeros_like(found))
+
     def _embedded(self, text: str) -> Tensor:
         if self._reading.syntax == "plain":
             warn_of_lost_text(self._tokenizer, text)
         chunks = chunks_of(self._tokenizer, text, self._reading.syntax)
-        return torch.cat([self._weighted(chunk, text) for chunk in chunks], dim=1)
+        return self._joined([self._weighted(chunk, text) for chunk in chunks])
+
+    def _joined(self, chunks: list[Tensor]) -> Tensor:
+        return joined_chunks(chunks, pooled=self._two is not None)
 
     def _weighted(self, chunk: Chunk, text: str) -> Tensor:
-        """The embeddings of a chunk, (1, 77, C)."""
-        z, weights = self._encoded(chunk, text)
+        """The embeddings of a chunk, (1, 77, C), and pooled text, which has no weight."""
+        found, weights = self._encoded(chunk, text)
         if not chunk.is_weighted:
-            return z
+            return found
+        z, pooled = found.tensor_split([weights.shape[1]], dim=1)
         if self._reading.syntax == "comfy":
-            empty, _ = self._encoded(Chunk(), "")
+            empty = self._encoded(Chunk(), "")[0][:, : weights.shape[1]]
             weighted = torch.where(weights == 1.0, z, empty + weights * (z - empty))
         else:
-            weighted = z * weights
-            weighted = weighted * (z.mean() / weighted.mean())
+            widths = z.shape[2] if self._two is None else self._two.widths
+            weighted = torch.cat([_of_same_mean(part, weights) for part in z.split(widths, dim=2)], dim=2)
+        weighted = torch.cat([weighted, pooled], dim=1)
         if not weighted.isfinite().all():
             raise UsageError(f"expected weights that leave something of the prompt, found {shortened(text)}")
         return weighted
 
     def _encoded(self, chunk: Chunk, text: str) -> tuple[Tensor, Tensor]:
-        """Embeddings (1, 77, C) and weights (1, 77, 1)."""
+        """Embeddings (1, 77, C), with pooled text (1, 78, C), and weights (1, 77, 1)."""
         ids, weights = chunk.framed(self._tokenizer)
         token_ids = torch.tensor([ids], device=self._device)
         encoder, skip = self._text_encoder, self._reading.clip_skip - 1
@@ -210,3 +234,9 @@ class PromptEncoder:
             "the text encoder", encoder, lambda _: encoder(token_ids, skip=skip), where=f"on {shortened(text)}"
         ).float()
         return found, torch.tensor(weights, device=found.device)[None, :, None]
+
+
+def _of_same_mean(z: Tensor, weights: Tensor) -> Tensor:
+    """One encoder's embeddings times the weights, brought back to their mean."""
+    weighted = z * weights
+    return weighted * (z.mean() / weighted.mean())

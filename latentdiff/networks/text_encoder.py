@@ -1,8 +1,8 @@
 """Token ids -> embeddings: the CLIP text encoder of SD 1.x and 2.x, or an OpenCLIP one (extra `openclip`).
 
-SD 1.x reads the last hidden state of CLIP ViT-L/14, SD 2.x the penultimate one of OpenCLIP ViT-H/14, both
-after the final layer norm. The diffusers layout stores the second as a CLIP whose last layer is cut off, so
-that both are "the last hidden state".
+SD 1.x reads the last hidden state of CLIP ViT-L/14, SD 2.x the penultimate one of OpenCLIP ViT-H/14, both after the final
+layer norm. The diffusers layout stores the second as a CLIP whose last layer is cut off, so that both are "the last
+hidden state". SDXL has two encoders: `text_encoders`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from latentdiff.errors import ConfigError, MissingDependencyError, UsageError
 from latentdiff.networks.layers.text_transformer import TextTransformer, TextTransformerConfig
 
 PREFIX = "text_model."
+PROJECTION = "text_projection"  # into CLIP's space, of the pooled text
+PROJECTED = "CLIPTextModelWithProjection"  # what configurations call an encoder that has it
 
 
 class TextEncoder(nn.Module):
@@ -41,7 +43,10 @@ class TextEncoder(nn.Module):
                 f"expected the configuration of a CLIP text encoder, found model_type {kind!r}; use an SD 1.x or 2.x model"
             )
         self.config = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **config}
-        self.text_model = TextTransformer(TextTransformerConfig.of(config))
+        own = TextTransformerConfig.of(config)
+        self.text_model = TextTransformer(own)
+        if self.config["architectures"] == [PROJECTED]:
+            self.text_projection = nn.Linear(own.hidden_size, _projection_width(config), bias=False)
         self.register_load_state_dict_pre_hook(_rename_for_loading)
 
     @property
@@ -154,7 +159,7 @@ class OpenCLIPTextEncoder(nn.Module):
 def disk_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under their names on disk: with the `text_model.` level and without `position_ids`."""
     return {
-        name if name.startswith(PREFIX) else PREFIX + name: value
+        name if name.startswith((PREFIX, PROJECTION)) else PREFIX + name: value
         for name, value in state.items()
         if not name.endswith("position_ids")
     }
@@ -175,6 +180,15 @@ def _drop_unused_open_clip(module: nn.Module, state: dict[str, Tensor], prefix: 
         later_layer = parts[:2] == ["transformer", "resblocks"] and layers <= int(parts[2]) < layers + module.skip_last
         if name.startswith(prefix) and (later_layer or parts[0] in ("text_projection", "logit_scale", "attn_mask")):
             del state[name]
+
+
+def _projection_width(config: Mapping[str, Any]) -> int:
+    width = config.get("projection_dim", 512)
+    if type(width) is not int or not 0 < width <= 2**16:
+        raise ConfigError(
+            f"expected a number up to {2**16} as projection_dim of the text encoder, found {str(width)[:40]}"
+        )
+    return width
 
 
 def _check_length(token_ids: Tensor, longest: int) -> None:

@@ -1,4 +1,4 @@
-"""The conditional U-Net of Stable Diffusion 1.x and 2.x (Ronneberger et al. 2015; Ho et al. 2020; Rombach et al. 2022).
+"""The conditional U-Net of Stable Diffusion 1.x, 2.x and XL (Ronneberger et al. 2015; Ho et al. 2020; Rombach et al. 2022).
 
 One class for every size: what the config describes is what is built. Parameter names are those of diffusers'
 UNet2DConditionModel. Nothing here knows about guidance, caches or editing: those wrap the call or tap into named
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from latentdiff.errors import UsageError
 from latentdiff.networks.config import UNetConfig
-from latentdiff.networks.layers.embeddings import TimestepEmbedding, sinusoidal_embedding
+from latentdiff.networks.layers.embeddings import TimestepEmbedding, added_embedding, sinusoidal_embedding
 from latentdiff.networks.layers.resnet import Downsample, ResnetBlock, Upsample
-from latentdiff.networks.layers.transformer import Context, ProjectedContext, SpatialTransformer
+from latentdiff.networks.layers.transformer import Context, ProjectedContext, SizedText, SpatialTransformer
+from latentdiff.networks.pooled import split_pooled
 
 _EPS = 1e-5
 
@@ -31,6 +33,8 @@ class UNet(nn.Module):
         levels = range(len(widths))
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], config.time_cond_proj_dim)
+        if config.added_dim is not None:
+            self.add_embedding = TimestepEmbedding(config.added_dim, 4 * widths[0])
         self.down_blocks = nn.ModuleList(_DownLevel(config, level) for level in levels)
         self.mid_block = _MidBlock(config)
         self.up_blocks = nn.ModuleList(_UpLevel(config, level) for level in reversed(levels))
@@ -43,13 +47,13 @@ class UNet(nn.Module):
         Args:
             x: noisy latents (N, in_channels, h, w); any height and width.
             t: timesteps (N,) or one for all, whole or fractional, 0 to num_train_timesteps - 1.
-            context: text embeddings (N, L, cross_attention_dim), or what `project_context` made of them.
+            context: text embeddings (N, L, cross_attention_dim), with sizes if the U-Net is told them, or what
+                `project_context` made of them.
 
         Returns:
             (N, out_channels, h, w).
         """
-        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
-        time = self.time_embedding(sinusoidal_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
+        time, context = self.embedded(x, t, context)
         x = self.conv_in(x)
         skips = [x]
         for level in self.down_blocks:
@@ -59,14 +63,39 @@ class UNet(nn.Module):
             x = level(x, time, context, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def project_context(self, embeddings: Tensor) -> ProjectedContext:
+    def embedded(self, x: Tensor, t: Tensor | float, context: Context) -> tuple[Tensor, Tensor | ProjectedContext]:
+        """The embedding of the timesteps, (N, time channels), with what pooled text and sizes add; and the text alone."""
+        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
+        time = self.time_embedding(sinusoidal_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
+        if isinstance(context, ProjectedContext):
+            return time if context.added is None else time + context.added, context
+        text, added = self._told(context)
+        return time if added is None else time + added, text
+
+    def project_context(self, context: Tensor | SizedText) -> ProjectedContext:
         """Compute the text's keys and values of every cross-attention once, for use at every step of one prompt.
 
         Args:
-            embeddings: (N, L, cross_attention_dim).
+            context: embeddings (N, L, cross_attention_dim), with sizes if the U-Net is told them.
         """
+        text, added = self._told(context)
         layers = (module.attn2 for module in self.modules() if hasattr(module, "attn2"))
-        return ProjectedContext({layer: layer.keys_values(embeddings) for layer in layers})
+        projected = ProjectedContext({layer: layer.keys_values(text) for layer in layers})
+        projected.added = added
+        return projected
+
+    def _told(self, context: Tensor | SizedText) -> tuple[Tensor, Tensor | None]:
+        """The text for the cross-attentions, and what pooled text and sizes add to the embedding of the timestep."""
+        config = self.config
+        if config.added_dim is None:
+            if isinstance(context, SizedText):
+                raise UsageError("this U-Net is told no sizes, found some beside the text")
+            return context, None
+        if not isinstance(context, SizedText):
+            raise UsageError("this U-Net is told sizes beside the text; expected a SizedText, found a tensor")
+        sizes = context.sizes.to(context.text.device)
+        text, pooled = split_pooled(context.text, config.added_dim - sizes.shape[1] * config.size_dim)
+        return text, self.add_embedding(added_embedding(pooled, sizes, config.size_dim))
 
     def enable_gradient_checkpointing(self) -> None:
         """Train with less memory: recompute each block's activations in the backward pass (Chen et al. 2016)."""
@@ -172,4 +201,5 @@ def _transformer(config: UNetConfig, level: int) -> SpatialTransformer:
         groups=config.norm_num_groups,
         linear_projection=config.use_linear_projection,
         upcast=config.upcast_attention,
+        depth=config.transformer_depth[level],
     )

@@ -51,6 +51,7 @@ class Tokenizer:
     Attributes:
         files: as given; words that were added later are not in them.
         model_max_length: the longest prompt in tokens, start and end marks included.
+        second: the files of the tokenizer of a second text encoder, which reads alike and pads otherwise; for saving.
         expansions: the token of a learned word that has several vectors -> a token for each of them, itself the first.
         highest: the largest number that a token of the files has.
     """
@@ -59,6 +60,7 @@ class Tokenizer:
 
     def __init__(self, files: Mapping[str, str]) -> None:
         self.files = dict(files)
+        self.second: dict[str, str] = {}
         self.expansions: dict[int, tuple[int, ...]] = {}
         config = _object(files, CONFIG)
         vocabulary, merges = vocabulary_and_merges(files)
@@ -77,6 +79,11 @@ class Tokenizer:
     def __len__(self) -> int:
         """Tokens, added ones too."""
         return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> number, added ones too."""
+        return self._backend.get_vocab(with_added_tokens=True)
 
     @property
     def bos_token_id(self) -> int:

@@ -74,6 +74,21 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two whole numbers, each `low` or more."""
+
+    low: int
+    metavar: str = "Y X"
+
+    def __call__(self, name: str, value: Any) -> tuple[int, int]:
+        try:
+            first, second = (Whole(self.low)(name, number) for number in value)
+        except (TypeError, ValueError, UsageError):
+            raise refusal(name, f"two whole numbers of {self.low} or more", value) from None
+        return first, second
+
+
+@dataclass(frozen=True)
 class Numbers:
     """Some finite numbers, or a text that has them between commas."""
 

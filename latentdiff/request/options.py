@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict, Unpack, get_args
 
-from latentdiff.request.domains import Choice, Function, Interval, Numbers, Real, Seeds, Texts, Whole, YesNo
+from latentdiff.request.domains import Choice, Function, Interval, Numbers, Pair, Real, Seeds, Texts, Whole, YesNo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -193,6 +193,22 @@ class SamplingOptions(SeededOptions, total=False):
         Sequence[float] | None, Option(Numbers(), unset="by spacing", kept=Kept(tuple[float, ...] | None, None, None))
     ]
     """Timesteps to visit in place of a spacing, falling."""
+    original_size: Annotated[
+        tuple[int, int] | None,
+        Option(Pair(1), unset="that of the image", kept=Kept(tuple[int, int] | None, None, None)),
+    ]
+    """Height and width in pixels that SDXL is told the image had before it was brought to its size."""
+    crop_top_left: Annotated[tuple[int, int] | None, Option(Pair(0), (0, 0), kept=Kept(tuple[int, int], None, (0, 0)))]
+    """Top and left in pixels that SDXL is told the image was cropped at."""
+    target_size: Annotated[
+        tuple[int, int] | None,
+        Option(Pair(1), unset="that of the image", kept=Kept(tuple[int, int] | None, None, None)),
+    ]
+    """Height and width in pixels that SDXL is told the crop had."""
+    aesthetic_score: Annotated[float | None, Option(Real(0, 10), 6.0, kept=Kept(float, None, 6.0))]
+    """How beautiful the refiner of SDXL is told the image is."""
+    negative_aesthetic_score: Annotated[float | None, Option(Real(0, 10), 2.5, kept=Kept(float, None, 2.5))]
+    """How beautiful what is to be avoided is."""
     cache_interval: Annotated[int | None, Option(Whole(1), 1, kept=Kept(int, "Cache interval", 1))]
     """Compute the deep layers of the U-Net at every Nth step only (DeepCache, Ma et al. 2024); 1 is every step."""
     cache_branch: Annotated[int | None, Option(Whole(0), 0, kept=Kept(int, "Cache branch", 0))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import Any
 
@@ -19,6 +19,7 @@ from latentdiff.diffusion.schedule import Level, Schedule
 from latentdiff.engines.deepcache import CacheSettings
 from latentdiff.errors import UsageError
 from latentdiff.networks.config import VAEConfig
+from latentdiff.networks.sizes import SizeOptions
 from latentdiff.networks.text_embedding import Reading
 from latentdiff.prompts.syntax import read_prompt
 from latentdiff.prompts.tags import LoRATag
@@ -56,6 +57,7 @@ class Sampling(Settings):
             cache=CacheSettings(own.cache_interval, own.cache_branch, own.cache_centre),
             reading=Reading(own.prompt_syntax, own.clip_skip),
             thresholding=schedule.config.drawing.thresholding_of(own.sampler),
+            sizes=SizeOptions(**{field.name: getattr(own, field.name) for field in fields(SizeOptions)}),
         )
 
     def for_model(self, schedule: Schedule) -> Sampling:
@@ -189,6 +191,7 @@ class Plan:
     cache: CacheSettings
     reading: Reading
     thresholding: Thresholding | None = None
+    sizes: SizeOptions = SizeOptions()
 
     @property
     def steps(self) -> int:

@@ -160,7 +160,7 @@ def _frames(
         noise()  # what stochastic steps draw comes after the start noise, as everywhere
         return Start(plan.start_scale * x[part])
 
-    latents = pipe.sample(plan, shape, start, text=(positive, pipe.encode(plan.negatives, plan.reading)))
+    latents = pipe.sample(plan, shape, start, text=(positive, pipe.encode(plan.negatives, plan.reading, negative=True)))
     images = to_pil(pipe.decode(latents))
     for image, fields, way in zip(images, plan.recipe_fields(), ways, strict=True):
         recipe = pipe.recipe(**fields, width=image.width, height=image.height, task=TASK, task_settings=asdict(way))

@@ -225,39 +225,40 @@ class _Edit:
     def denoiser(self) -> Denoiser:
         """What makes the targets."""
         pipe, inversion, count = self.pipe, self.inversion, len(self.prompts)
-        source = inversion.embeddings.to(pipe.device)
+        source, sizes = inversion.embeddings.to(pipe.device), pipe.told_of_latents(inversion.latents.shape)
         positive, negative = self._encoded()
         match self.method:
             case "null-text":
                 return null_text_denoiser(pipe, inversion, positive, self.guidance)
             case "negative-prompt":
-                return pipe.denoiser(positive, source.expand_as(positive), self.guidance, inversion.levels)
+                negative = source.expand_as(positive)
+                return pipe.denoiser(positive, negative, self.guidance, inversion.levels, sizes=sizes)
             case "replay":
                 followed = source.expand_as(positive)
-                own = pipe.denoiser(followed, followed, UNGUIDED, inversion.levels)
+                own = pipe.denoiser(followed, followed, UNGUIDED, inversion.levels, sizes=sizes)
                 return replay(own, inversion.levels, inversion.latents.split(1))
             case _:
-                return self._guided(positive, negative, pipe.encode([""] * count))
+                return self._guided(positive, negative, pipe.encode([""] * count, negative=True))
 
     def _encoded(self) -> tuple[Tensor, Tensor]:
         """Embeddings (N, L, C) of the prompts and of what to avoid, as long as those of the source."""
-        texts = [*self.prompts, self.negative_prompt]
-        found = self.pipe.encode(texts, self.reading)
-        if found.shape[1] != self.inversion.embeddings.shape[1]:
+        found = self.pipe.encode(self.prompts, self.reading)
+        avoided = self.pipe.encode([self.negative_prompt], self.reading, negative=True)
+        if not found.shape[1] == avoided.shape[1] == self.inversion.embeddings.shape[1]:
             raise UsageError(
                 f"expected prompts of one chunk, {self.pipe.tokenizer.model_max_length - 2} tokens, for a translation; "
                 "found a longer one"
             )
-        return found[:-1], found[-1:].expand_as(found[:-1])
+        return found, avoided.expand_as(found)
 
     def _guided(self, positive: Tensor, negative: Tensor, empty: Tensor) -> Denoiser:
         pipe, levels = self.pipe, self.inversion.levels
         model = checked_model(pipe.unet, pipe.unet, levels)
         if self.spec is not None:
-            source = Conditioning.of(pipe.unet, self.inversion.embeddings.to(pipe.device))
+            source = self._conditioning(self.inversion.embeddings.to(pipe.device))
             model = with_source_features(pipe.unet, model, self.spec, levels, self.inversion.latents.split(1), source)
         read = parameterization(pipe.schedule.config.prediction_type)
-        wanted, avoided = (Conditioning.of(pipe.unet, text) for text in (positive, negative))
+        wanted, avoided = map(self._conditioning, (positive, negative))
         if self.blend is None:
             return guided_denoiser(model, read, wanted, avoided, self.guidance)
         number = {level: index for index, level in enumerate(levels)}
@@ -266,7 +267,11 @@ class _Edit:
         def share(level: Level) -> float:
             return blend.share_of_empty(number[level], steps)
 
-        return blended_denoiser(model, read, wanted, Conditioning.of(pipe.unet, empty), avoided, self.guidance, share)
+        return blended_denoiser(model, read, wanted, self._conditioning(empty), avoided, self.guidance, share)
+
+    def _conditioning(self, text: Tensor) -> Conditioning:
+        sizes = self.pipe.told_of_latents(self.inversion.latents.shape)
+        return Conditioning.of(self.pipe.unet, text, sizes=sizes and sizes.positive)
 
 
 def _inverted(

@@ -67,7 +67,9 @@ def prepare(folder: Path, needed: int = 0) -> None:
         if not os.access(folder, os.W_OK):
             raise PermissionError(None, "Permission denied")
     except OSError as error:
-        raise DataError(f"cannot write to the run folder {folder}: {error.strerror}; choose another with --out") from error
+        raise DataError(
+            f"cannot write to the run folder {folder}: {error.strerror}; choose another with --out"
+        ) from error
     check_space(folder, needed)
 
 

@@ -30,12 +30,18 @@ def _resblock(name: str, into: int, out: int, time: int) -> Shapes:
     return shapes | (_conv(f"{name}.skip_connection", out, into, 1) if into != out else {})
 
 
-def _transformer(name: str, width: int, context: int, linear: bool) -> Shapes:
-    block = f"{name}.transformer_blocks.0"
+def _transformer(name: str, width: int, context: int, linear: bool, depth: int = 1) -> Shapes:
     shapes = _norm(f"{name}.norm", width)
     for proj in ("proj_in", "proj_out"):
         full = f"{name}.{proj}"
         shapes |= _linear(full, width, width) if linear else _conv(full, width, width, 1)
+    for number in range(depth):
+        shapes |= _block(f"{name}.transformer_blocks.{number}", width, context)
+    return shapes
+
+
+def _block(block: str, width: int, context: int) -> Shapes:
+    shapes: Shapes = {}
     for attention, into in (("attn1", width), ("attn2", context)):
         shapes |= _linear(f"{block}.{attention}.to_q", width, width, bias=False)
         shapes |= _linear(f"{block}.{attention}.to_k", width, into, bias=False)
@@ -56,10 +62,13 @@ def unet(
     linear: bool = False,
     in_channels: int = 4,
     prefix: str = "model.diffusion_model.",
+    depth: tuple[int, ...] = (1, 1, 1, 1),
+    told: int = 0,
 ) -> Shapes:
-    """`UNetModel` of latent-diffusion."""
+    """`UNetModel` of latent-diffusion, and of generative-models, which has `depth` and is `told` a vector."""
     time = 4 * width
     shapes = _linear("time_embed.0", time, width) | _linear("time_embed.2", time, time)
+    shapes |= _linear("label_emb.0.0", time, told) | _linear("label_emb.0.2", time, time) if told else {}
     shapes |= _conv("input_blocks.0.0", width, in_channels)
     channels, skips, index = width, [width], 1
     for level, mult in enumerate(mults):
@@ -67,7 +76,7 @@ def unet(
             shapes |= _resblock(f"input_blocks.{index}.0", channels, mult * width, time)
             channels = mult * width
             if attention[level]:
-                shapes |= _transformer(f"input_blocks.{index}.1", channels, context, linear)
+                shapes |= _transformer(f"input_blocks.{index}.1", channels, context, linear, depth[level])
             skips.append(channels)
             index += 1
         if level < len(mults) - 1:
@@ -75,7 +84,7 @@ def unet(
             skips.append(channels)
             index += 1
     shapes |= _resblock("middle_block.0", channels, channels, time)
-    shapes |= _transformer("middle_block.1", channels, context, linear)
+    shapes |= _transformer("middle_block.1", channels, context, linear, depth[-1])
     shapes |= _resblock("middle_block.2", channels, channels, time)
     index = 0
     for level in reversed(range(len(mults))):
@@ -83,7 +92,7 @@ def unet(
             shapes |= _resblock(f"output_blocks.{index}.0", channels + skips.pop(), mults[level] * width, time)
             channels, layer = mults[level] * width, 1
             if attention[level]:
-                shapes |= _transformer(f"output_blocks.{index}.1", channels, context, linear)
+                shapes |= _transformer(f"output_blocks.{index}.1", channels, context, linear, depth[level])
                 layer = 2
             if level and block == blocks:
                 shapes |= _conv(f"output_blocks.{index}.{layer}.conv", channels, channels)
@@ -135,7 +144,9 @@ def vae(
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
-def clip(width: int = 768, layers: int = 12, vocabulary: int = 49408, positions: int = 77) -> Shapes:
+def clip(
+    width: int = 768, layers: int = 12, vocabulary: int = 49408, positions: int = 77, prefix: str = "cond_stage_model."
+) -> Shapes:
     """transformers' `CLIPTextModel` as SD 1.x holds it, with the position table that older versions saved."""
     shapes: Shapes = {"embeddings.position_ids": (1, positions)}
     shapes |= {"embeddings.token_embedding.weight": (vocabulary, width)}
@@ -147,12 +158,20 @@ def clip(width: int = 768, layers: int = 12, vocabulary: int = 49408, positions:
         shapes |= _norm(f"{name}.layer_norm1", width) | _norm(f"{name}.layer_norm2", width)
         shapes |= _linear(f"{name}.mlp.fc1", 4 * width, width) | _linear(f"{name}.mlp.fc2", width, 4 * width)
     shapes |= _norm("final_layer_norm", width)
-    return {f"cond_stage_model.transformer.text_model.{name}": shape for name, shape in shapes.items()}
+    return {f"{prefix}transformer.text_model.{name}": shape for name, shape in shapes.items()}
 
 
-def open_clip(width: int = 1024, layers: int = 24, vocabulary: int = 49408, positions: int = 77) -> Shapes:
-    """The whole text tower of open_clip, as SD 2.x holds it."""
-    shapes: Shapes = {"positional_embedding": (positions, width), "text_projection": (width, width), "logit_scale": ()}
+def open_clip(
+    width: int = 1024,
+    layers: int = 24,
+    vocabulary: int = 49408,
+    positions: int = 77,
+    prefix: str = "cond_stage_model.",
+    pooled: int | None = None,
+) -> Shapes:
+    """The whole text tower of open_clip, as SD 2.x and SDXL hold it."""
+    shapes: Shapes = {"positional_embedding": (positions, width), "logit_scale": ()}
+    shapes |= {"text_projection": (width, width if pooled is None else pooled)}
     shapes |= {"token_embedding.weight": (vocabulary, width)} | _norm("ln_final", width)
     for layer in range(layers):
         name = f"transformer.resblocks.{layer}"
@@ -160,7 +179,7 @@ def open_clip(width: int = 1024, layers: int = 24, vocabulary: int = 49408, posi
         shapes |= _linear(f"{name}.attn.out_proj", width, width)
         shapes |= _norm(f"{name}.ln_1", width) | _norm(f"{name}.ln_2", width)
         shapes |= _linear(f"{name}.mlp.c_fc", 4 * width, width) | _linear(f"{name}.mlp.c_proj", width, 4 * width)
-    return {f"cond_stage_model.model.{name}": shape for name, shape in shapes.items()}
+    return {f"{prefix}model.{name}": shape for name, shape in shapes.items()}
 
 
 SCHEDULE_BUFFERS = (
@@ -180,6 +199,36 @@ def tiny_sd2(**unet_options) -> Shapes:
     """A whole SD 2.x file in small."""
     shapes = unet(width=32, context=32, mults=(1, 2, 2, 2), linear=True, **unet_options)
     return shapes | vae(width=32, mults=(1, 1, 2, 2)) | open_clip(width=32, layers=3)
+
+
+_FIRST, _SECOND = "conditioner.embedders.0.", "conditioner.embedders.1."
+
+
+def xl() -> Shapes:
+    """The file of SDXL base 1.0."""
+    shapes = unet(
+        mults=(1, 2, 4), attention=(False, True, True), context=2048, linear=True, depth=(0, 2, 10), told=2816
+    )
+    return shapes | vae() | clip(prefix=_FIRST) | open_clip(width=1280, layers=32, prefix=_SECOND)
+
+
+def tiny_xl(**unet_options) -> Shapes:
+    """A whole SDXL file in small: six sizes of eight numbers beside twenty of pooled text."""
+    shapes = unet(
+        width=32, mults=(1, 2, 2), attention=(False, True, True), context=32 + 24, linear=True, depth=(0, 2, 3),
+        told=20 + 6 * 8, **unet_options,
+    )  # fmt: skip
+    shapes |= vae(width=32, mults=(1, 1, 2, 2)) | clip(width=32, layers=3, prefix=_FIRST)
+    return shapes | open_clip(width=24, layers=4, pooled=20, prefix=_SECOND)
+
+
+def tiny_refiner() -> Shapes:
+    """A whole file of SDXL's refiner in small."""
+    shapes = unet(
+        width=32, mults=(1, 2, 2, 2), attention=(False, True, True, False), context=24, linear=True, depth=(0, 2, 2, 2),
+        told=20 + 5 * 8,
+    )  # fmt: skip
+    return shapes | vae(width=32, mults=(1, 1, 2, 2)) | open_clip(width=24, layers=4, pooled=20, prefix=_FIRST)
 
 
 def with_ema(shapes: Shapes) -> Shapes:

@@ -215,9 +215,9 @@ def test_missing_weights_are_named(own: Path):
 
 def test_other_pipelines_are_named(own: Path):
     index = json.loads((own / "model_index.json").read_text())
-    index |= {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "X"]}
+    index |= {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "X"]}
     (own / "model_index.json").write_text(json.dumps(index))
-    assert "StableDiffusionXLPipeline" in refusal(own)
+    assert "StableDiffusion3Pipeline" in refusal(own)
 
 
 def test_configuration_of_another_size_is_said_to_be_so(own: Path):

@@ -258,14 +258,11 @@ def test_other_architectures_are_named(tmp_path: Path, extra: str, family: str):
     assert f"another architecture ({family}" in refusal(path)
 
 
-@pytest.mark.parametrize(
-    ("extra", "family"),
-    [("conditioner.embedders.1.model.ln_final.weight", "SDXL"), ("control_model.zero_convs.0.0.weight", "ControlNet")],
-)
-def test_other_architectures_beside_an_unet(tmp_path: Path, extra: str, family: str):
+def test_other_architectures_beside_an_unet(tmp_path: Path):
+    extra = "control_model.zero_convs.0.0.weight"
     own = {name: shape for name, shape in compvis.tiny_sd1().items() if not name.startswith("cond_stage_model.")}
     path = save(tmp_path / "model.safetensors", compvis.tensors(own | {extra: (2, 2)}))
-    assert f"another architecture ({family}" in refusal(path)
+    assert "another architecture (ControlNet" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +338,7 @@ def test_types_in_which_nothing_computes(tmp_path: Path, dtype: torch.dtype, par
 )
 def test_what_is_no_model_is_named(tmp_path: Path, names: compvis.Shapes, words: str):
     message = refusal(save(tmp_path / "file.safetensors", compvis.tensors(names)))
-    assert words in message and "Stable Diffusion 1.x or 2.x" in message
+    assert words in message and "Stable Diffusion 1.x, 2.x or XL" in message
 
 
 def test_single_parts_in_the_diffusers_layout_are_named(tmp_path: Path):

@@ -75,7 +75,7 @@ def _without_class(config: dict) -> dict:
     ("change", "word"),
     [
         ({"addition_embed_type": "text_time"}, "addition_embed_type"),
-        ({"transformer_layers_per_block": [1, 2, 10]}, "transformer_layers_per_block"),
+        ({"transformer_layers_per_block": [1, 2, 10]}, "transformer_depth"),
         ({"down_block_types": ["AttnDownBlock2D"] * 4}, "AttnDownBlock2D"),
         ({"up_block_types": ["UpBlock2D"] * 4}, "mirror"),
         ({"a_key_from_the_future": 3}, "a_key_from_the_future"),

@@ -1,4 +1,4 @@
-"""Embedding of the timestep."""
+"""Embeddings of the timestep, and of what is added to it."""
 
 from __future__ import annotations
 
@@ -45,3 +45,18 @@ class TimestepEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels) -> (N, out_channels)."""
         return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def added_embedding(pooled: Tensor, sizes: Tensor, size_channels: int) -> Tensor:
+    """Pooled text and the sinusoids of some numbers, side by side (Podell et al. 2023, section 2.2).
+
+    Args:
+        pooled: (N, P).
+        sizes: (N, K), in pixels; see `networks.sizes`.
+        size_channels: width of each number's sinusoids.
+
+    Returns:
+        (N, P + K size_channels), in the dtype of `pooled`.
+    """
+    sinusoids = sinusoidal_embedding(sizes.flatten(), size_channels).unflatten(0, sizes.shape).flatten(1)
+    return torch.cat([pooled, sinusoids.to(pooled)], dim=1)

@@ -70,7 +70,7 @@ class TextTransformerConfig:
 
 
 class TextTransformer(nn.Module):
-    """Token ids to the last hidden state, after the final norm. New weights are drawn as CLIP's were."""
+    """Token ids to hidden states. New weights are drawn as CLIP's were."""
 
     def __init__(self, config: TextTransformerConfig) -> None:
         super().__init__()
@@ -82,12 +82,23 @@ class TextTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, token_ids: Tensor, skip: int = 0) -> Tensor:
-        """token_ids (N, L) -> (N, L, C), without the last `skip` layers."""
+        """token_ids (N, L) -> (N, L, C), without the last `skip` layers, after the final norm."""
+        return self.final_layer_norm(self.hidden(token_ids, skip))
+
+    def hidden(self, token_ids: Tensor, skip: int) -> Tensor:
+        """token_ids (N, L) -> (N, L, C), without the last `skip` layers, before the final norm."""
         x = self.embeddings(token_ids)
         layers = self.encoder["layers"]
         for layer in layers[: len(layers) - skip]:
             x = layer(x)
-        return self.final_layer_norm(x)
+        return x
+
+    def last(self, hidden: Tensor, skip: int) -> Tensor:
+        """What `forward` gives, (N, L, C), from what `hidden` gave without the last `skip` layers."""
+        layers = self.encoder["layers"]
+        for layer in layers[len(layers) - skip :]:
+            hidden = layer(hidden)
+        return self.final_layer_norm(hidden)
 
 
 class _Embeddings(nn.Module):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +16,50 @@ KeysValues = tuple[Tensor, Tensor]  # each (N, heads, S, d)
 
 class ProjectedContext(dict[nn.Module, KeysValues]):
     """The text's keys and values for every cross-attention of one U-Net, made once per prompt by
-    `UNet.project_context`."""
+    `UNet.project_context`.
+
+    Attributes:
+        added: (N, time channels), what pooled text and sizes add to the embedding of the timestep, if they do.
+    """
+
+    added: Tensor | None = None
+
+    @classmethod
+    def of(cls, layers: Iterable[nn.Module], tensors: Sequence[Tensor]) -> Self:
+        """Inverse of `tensors`: for engines, which take tensors alone."""
+        layers = list(layers)
+        context = cls(zip(layers, zip(tensors[::2], tensors[1::2], strict=False), strict=True))
+        context.added = tensors[-1] if len(tensors) % 2 else None
+        return context
+
+    def tensors(self, layers: Iterable[nn.Module]) -> list[Tensor]:
+        """Keys and values in the order of `layers`, and at the end what is added, if anything is."""
+        found = [part for layer in layers for part in self[layer]]
+        return found if self.added is None else [*found, self.added]
 
     @classmethod
     def cat(cls, contexts: list[Self]) -> Self:
         """Join contexts of the same U-Net along the batch."""
         first = contexts[0]
-        return cls(
+        joined = cls(
             {
                 layer: tuple(torch.cat(parts) for parts in zip(*(c[layer] for c in contexts), strict=True))
                 for layer in first
             }
         )
+        if first.added is not None:
+            joined.added = torch.cat([context.added for context in contexts])
+        return joined
 
 
-Context = Tensor | ProjectedContext
+class SizedText(NamedTuple):
+    """Text embeddings with the sizes that a U-Net is told beside them: what `UNet.project_context` takes."""
+
+    text: Tensor  # (N, L + 1, C), the pooled text in the last row; see `networks.pooled`
+    sizes: Tensor  # (N, K)
+
+
+Context = Tensor | SizedText | ProjectedContext
 
 
 class Attention(nn.Module):
@@ -116,20 +146,30 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the pixels of a feature map, as a residual.
+    """`depth` transformer blocks over the pixels of a feature map, as a residual.
 
-    The projections around it are 1x1 convolutions in Stable Diffusion 1.x and linear layers in 2.x: the same
+    The projections around them are 1x1 convolutions in Stable Diffusion 1.x and linear layers in 2.x and XL: the same
     mathematics with weights of another shape.
     """
 
     def __init__(
-        self, channels: int, context_channels: int, heads: int, *, groups: int, linear_projection: bool, upcast: bool
+        self,
+        channels: int,
+        context_channels: int,
+        heads: int,
+        *,
+        groups: int,
+        linear_projection: bool,
+        upcast: bool,
+        depth: int = 1,
     ) -> None:
         super().__init__()
         self.linear_projection = linear_projection
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_channels, heads, upcast=upcast)])
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, context_channels, heads, upcast=upcast) for _ in range(depth)
+        )
         self.proj_out = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:

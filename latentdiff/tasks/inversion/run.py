@@ -201,7 +201,10 @@ def _decoded(pipe: Pipeline, latents: Tensor, size: tuple[int, int]) -> Tensor:
 def source_denoiser(pipe: Pipeline, inversion: Inversion) -> Denoiser:
     """What follows the source's own prompt as the inversion did."""
     guidance = Guidance(scale=inversion.settings["guidance_scale"]) if inversion.method == "edict" else UNGUIDED
-    return pipe.denoiser(inversion.embeddings.to(pipe.device), pipe.encode([""]), guidance, inversion.levels)
+    embeddings, empty = inversion.embeddings.to(pipe.device), pipe.encode([""], negative=True)
+    return pipe.denoiser(
+        embeddings, empty, guidance, inversion.levels, sizes=pipe.told_of_latents(inversion.latents.shape)
+    )
 
 
 @torch.no_grad()
@@ -262,11 +265,13 @@ def with_null_text(
     model = checked_model(pipe.unet, pipe.unet, inversion.levels)
     read = parameterization(pipe.schedule.config.prediction_type)
 
+    sizes = pipe.told_of_latents(inversion.latents.shape)
+
     def following(embeddings: Tensor) -> Denoiser:
-        return guided_denoiser(model, read, Conditioning.of(pipe.unet, embeddings))
+        return guided_denoiser(model, read, Conditioning.of(pipe.unet, embeddings, sizes=sizes and sizes.positive))
 
     pivots = [latents.to(pipe.device) for latents in inversion.latents.split(1)]
-    embeddings, null = inversion.embeddings.to(pipe.device), pipe.encode([""])
+    embeddings, null = inversion.embeddings.to(pipe.device), pipe.encode([""], negative=True)
     nulls = []
     with _frozen(pipe.unet):
         for step in optimise(following(embeddings), following, read, null, inversion.levels, pivots, settings):
@@ -281,10 +286,11 @@ def null_text_denoiser(pipe: Pipeline, inversion: Inversion, positive: Tensor, g
     """Follow `positive` (N, L, C), guided away at each step from the null embedding that was found for it."""
     assert inversion.nulls is not None, "null_text_denoiser is for inversions with null embeddings"
     nulls = dict(zip(inversion.levels, inversion.nulls.split(1), strict=False))
+    sizes = pipe.told_of_latents(inversion.latents.shape)
 
     def of_level(level: Level) -> Denoiser:
         negative = nulls[level].to(positive).expand_as(positive)
-        return pipe.denoiser(positive, negative, guidance, inversion.levels)
+        return pipe.denoiser(positive, negative, guidance, inversion.levels, sizes=sizes)
 
     return per_level(of_level)
 

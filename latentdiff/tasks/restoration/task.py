@@ -253,9 +253,7 @@ def _fitted(operator: Operator, measured: Tensor, pipe: Pipeline) -> Operator:
     shape = operator.picture_shape(_shape(measured))
     expected = operator.measurement_shape(shape)
     if _shape(measured) != expected:
-        raise UsageError(
-            f"expected a measurement of shape {expected} for this operator, found {_shape(measured)}"
-        )
+        raise UsageError(f"expected a measurement of shape {expected} for this operator, found {_shape(measured)}")
     factor = pipe.vae.config.downscale
     height, width = shape[1:]
     if min(height, width) < factor:
