@@ -8,7 +8,7 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -136,7 +136,10 @@ def is_lossy(path: str | os.PathLike[str]) -> bool:
 
 def is_transparent(image: Image.Image) -> bool:
     """Whether any pixel is not wholly opaque."""
-    return image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
+    if not image.has_transparency_data:
+        return False
+    least, _ = cast(tuple[int, int], image.convert("RGBA").getchannel("A").getextrema())
+    return least < 255
 
 
 def gif_of(frames: Sequence[Image.Image], fps: float, comment: str = "") -> bytes:

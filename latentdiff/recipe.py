@@ -185,8 +185,9 @@ class Recipe(_Asked):
                 for name, kept in KEPT.items()
                 if kept.title and (kept.title in settings or kept.absent is ...)
             }
+            asked |= {"prompt": said.prompt, "negative_prompt": said.negative}
             return cls(
-                **{**asked, "prompt": said.prompt, "negative_prompt": said.negative},
+                **asked,
                 task=settings.get("Task", "generate"),
                 width=int(width),
                 height=int(height),

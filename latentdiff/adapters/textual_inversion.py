@@ -18,6 +18,7 @@ from latentdiff.checkpoints.folder import save_tensors
 from latentdiff.checkpoints.hashing import file_hash
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.networks.text_encoder import TextEncoder
+from latentdiff.networks.text_encoders import TextEncoders
 
 _UNNAMED = ("*", "emb_params", "string_to_param.*")  # what files that do not hold the word call the vectors
 _SDXL = ("clip_l", "clip_g")
@@ -120,7 +121,7 @@ class LoadedEmbeddings:
         tokenizer, text_encoder: the model's; neither is touched, `tokenizer` here is the one that knows the words.
     """
 
-    def __init__(self, tokenizer: Any, text_encoder: TextEncoder) -> None:
+    def __init__(self, tokenizer: Any, text_encoder: TextEncoder | TextEncoders) -> None:
         self.tokenizer = self._plain = tokenizer
         self._text_encoder = text_encoder
         self._words: dict[str, list[NewWord]] = {}
@@ -203,7 +204,7 @@ def read_embedding(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return {name: each.detach() for name, each in vectors.items()}
 
 
-def read_words(path: Path, vectors: Mapping[str, Tensor], text_encoder: TextEncoder) -> list[NewWord]:
+def read_words(path: Path, vectors: Mapping[str, Tensor], text_encoder: TextEncoder | TextEncoders) -> list[NewWord]:
     """Words of these vectors; where their file does not name the word, it is called as the file.
 
     Raises:

@@ -17,6 +17,7 @@ from latentdiff.checkpoints.hashing import file_hash
 from latentdiff.device import Precision
 from latentdiff.errors import UsageError
 from latentdiff.networks.text_encoder import TextEncoder
+from latentdiff.networks.text_encoders import TextEncoders
 from latentdiff.networks.unet import UNet
 
 
@@ -36,7 +37,7 @@ class LoadedLoRAs:
         unet, text_encoder: the model. Its weights are never touched.
     """
 
-    def __init__(self, unet: UNet, text_encoder: TextEncoder) -> None:
+    def __init__(self, unet: UNet, text_encoder: TextEncoder | TextEncoders) -> None:
         self._unet, self._text_encoder = unet, text_encoder
         self._entries: dict[str, _Entry] = {}
 
