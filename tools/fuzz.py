@@ -45,7 +45,7 @@ from tools.fuzzing.readers import Reader, Unusable  # noqa: E402
 
 _KINDS = (
     models.Safetensors, models.Archive, models.Folder, models.SingleFile, models.Adapter,
-    images.Inversions, images.Recipes, images.Data, images.Settings,
+    images.Inversions, images.Recipes, images.Foreign, images.Data, images.Settings,
 )  # fmt: skip
 READERS: dict[str, type[Reader]] = {kind.name: kind for kind in _KINDS}
 

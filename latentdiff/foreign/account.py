@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,11 +35,6 @@ class NamedLoRA:
 
     file: str
     strength: str
-
-    @classmethod
-    def of(cls, file: str, unet: float, text_encoder: float) -> NamedLoRA:
-        """With the strengths in the two networks."""
-        return cls(file, f"{unet:g}" if unet == text_encoder else f"unet={unet:g},te={text_encoder:g}")
 
 
 @dataclass(frozen=True)
@@ -122,6 +118,15 @@ class Draft:
             return
         self.honour(name, value, **{option: found})
 
+    def attach(self, name: str, value: object, file: object, unet: object, text_encoder: object) -> None:
+        """A LoRA, if it is one: a file's name and two strengths."""
+        if not isinstance(file, str) or not file or not all(map(_is_finite, (unet, text_encoder))):
+            self.refuse(name, value, "expected a file's name and a strength")
+            return
+        strength = f"{unet:g}" if unet == text_encoder else f"unet={unet:g},te={text_encoder:g}"
+        self.loras.append(NamedLoRA(file, strength))
+        self.honour(name, value, "name its file with --lora")
+
     def account(self) -> Account:
         """What has been said."""
         return Account(
@@ -140,3 +145,7 @@ class Draft:
     def _say(self, name: str, value: object, verdict: Verdict, why: str, options: Mapping[str, Any]) -> None:
         self.fields.append(Field(name, str(value), verdict, why))
         self.options.update(options)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

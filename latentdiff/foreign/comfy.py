@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from latentdiff.errors import DataError
-from latentdiff.foreign.account import Account, Draft, NamedLoRA
+from latentdiff.foreign.account import Account, Draft
 from latentdiff.foreign.graph import Graph, Node
 
 SAMPLERS = {
@@ -156,7 +156,8 @@ def _model(draft: Draft, graph: Graph, sampler: Node) -> None:
             draft.model = str(said.get("ckpt_name", ""))
             draft.honour("ckpt_name", draft.model, "name its file with --model")
         elif node.kind in ("LoraLoader", "LoraLoaderModelOnly"):
-            _lora(draft, node, said)
+            name, unet, text = said.get("lora_name"), said.get("strength_model"), said.get("strength_clip", 0.0)
+            draft.attach(str(node), f"{name}: {unet}, {text}", name, unet, text)
         elif node.kind == "ModelSamplingDiscrete":
             _prediction(draft, node, said)
         elif node.kind == "RescaleCFG":
@@ -169,18 +170,9 @@ def _model(draft: Draft, graph: Graph, sampler: Node) -> None:
         draft.refuse("model", "", "no CheckpointLoaderSimple is behind it; name the model with --model")
 
 
-def _lora(draft: Draft, node: Node, said: dict[str, Any]) -> None:
-    name, unet, text = said.get("lora_name"), said.get("strength_model"), said.get("strength_clip", 0.0)
-    if isinstance(name, str) and all(isinstance(strength, int | float) for strength in (unet, text)):
-        draft.loras.append(NamedLoRA.of(name, float(unet or 0), float(text or 0)))
-        draft.honour(str(node), f"{name}: {unet}, {text}", "name its file with --lora")
-    else:
-        draft.refuse(str(node), said, "its name or strengths are computed by nodes that are not read here")
-
-
 def _prediction(draft: Draft, node: Node, said: dict[str, Any]) -> None:
     kinds = {"eps": "epsilon", "v_prediction": "v_prediction", "x0": "sample"}
-    kind = said.get("sampling")
+    kind = str(said.get("sampling"))
     if kind not in kinds:
         draft.refuse(str(node), said, f"expected sampling {', '.join(kinds)}")
         return

@@ -5,11 +5,12 @@ Fooocus draws with Stable Diffusion XL by ComfyUI's code, and changes the model 
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, cast
 
 from latentdiff.foreign import comfy
-from latentdiff.foreign.account import Account, Draft, NamedLoRA
+from latentdiff.foreign.account import Account, Draft
 from latentdiff.request.infotext import InfoText
 from latentdiff.request.titles import TITLES
 
@@ -156,16 +157,12 @@ def _loras(draft: Draft, name: str, value: Any) -> None:
     for entry in entries:
         parts = cast(list[Any], entry) if isinstance(entry, list) else str(entry).split(":")
         parts = [str(part).strip() for part in parts]
-        is_off = parts[0] == "False"
-        if parts[0] in ("True", "False"):
-            parts = parts[1:]
-        try:
-            file, strength = parts[0], float(parts[-1])
-        except (ValueError, IndexError):
-            draft.refuse(name, entry, "expected a name and a weight")
-            continue
-        if is_off or file == "None":
+        if parts[:1] == ["False"] or "None" in parts:
             draft.honour(name, entry, "off")
             continue
-        draft.loras.append(NamedLoRA(file, f"{strength:g}"))
-        draft.honour(name, entry, "name its file with --lora")
+        parts = parts[1:] if parts[:1] == ["True"] else parts
+        try:
+            strength = float(parts[-1])
+        except (ValueError, IndexError):
+            strength = math.nan
+        draft.attach(name, entry, parts[0] if parts else "", strength, strength)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any, cast
 
-from latentdiff.foreign.account import Account, Draft, NamedLoRA
+from latentdiff.foreign.account import Account, Draft
 
 # Its names of diffusers' schedulers; "_k" at the end is Karras.
 SCHEDULERS = {
@@ -66,7 +66,8 @@ def read_old(said: dict[str, Any]) -> Account:
     today |= {same.get(name, name): value for name, value in image.items() if name != "prompt"}
     if isinstance(prompts, list) and len(cast(list[Any], prompts)) > 1:
         today["several prompts"] = prompts
-    today["scheduler"] = OLD_SCHEDULERS.get(today.get("scheduler", ""), today.get("scheduler", ""))
+    name = str(today.get("scheduler", ""))
+    today["scheduler"] = OLD_SCHEDULERS.get(name, name)
     return read(today)
 
 
@@ -115,11 +116,9 @@ def _loras(draft: Draft, name: str, value: Any) -> None:
     for entry in cast(list[Any], value) if isinstance(value, list) else []:
         found = cast(dict[str, Any], entry) if isinstance(entry, dict) else {}
         file, weight = _name(found.get("lora", found.get("model"))), found.get("weight")
-        if file and isinstance(weight, int | float):
-            draft.loras.append(NamedLoRA(file, f"{weight:g}"))
-            draft.honour(name, f"{file}: {weight}", "name its file with --lora")
-        else:
-            draft.refuse(name, entry, "its name or weight is missing")
+        draft.attach(name, f"{file}: {weight}", file, weight, weight)
+    if not value:
+        draft.honour(name, value, "none")
 
 
 def _clip_skip(draft: Draft, name: str, value: Any) -> None:

@@ -16,11 +16,12 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from latentdiff.checkpoints.inspection import inspect
+from latentdiff.cli.command_line import command_line
 from latentdiff.errors import LatentDiffError
 from latentdiff.image import open_image, save_png
 from latentdiff.pipeline import Pipeline
 from latentdiff.reading.yaml import read_yaml
-from latentdiff.recipe import Recipe, read_recipe
+from latentdiff.recipe import Recipe, read_account, read_recipe
 from latentdiff.tasks.inversion import Inversion
 from latentdiff.training.data.folders import list_folder
 from latentdiff.training.data.images import read_image
@@ -106,6 +107,55 @@ class Recipes(Reader):
         recipe = read_recipe(image.info)
         used(lambda: (recipe.to_json(), recipe.to_parameters(), recipe.sampling()))
         return str(recipe), hashlib.sha1(image.convert("RGB").tobytes()).hexdigest()
+
+
+class Foreign(Reader):
+    """The texts of other programs, as JSON files of name and text; how they are accounted for, and the command."""
+
+    name = "foreign"
+
+    def make(self, folder: Path) -> list[Path]:
+        line = 'a "cat": (red:1.2)\nNegative prompt: x\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 5, Size: 64x48'
+        sampler = {"seed": 1, "steps": 2, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+        links = {"model": ["2", 0], "positive": ["3", 0], "negative": ["3", 0], "latent_image": ["4", 0]}
+        lora = {"lora_name": "a", "strength_model": 1.0, "strength_clip": 0.5, "model": ["5", 0], "clip": ["5", 1]}
+        graph = {
+            "1": {"class_type": "KSampler", "inputs": {**sampler, **links}},
+            "2": {"class_type": "LoraLoader", "inputs": lora},
+            "3": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat", "clip": ["2", 1]}},
+            "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 48, "batch_size": 2}},
+            "5": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "m"}},
+            "6": {"class_type": "VAEDecode", "inputs": {"samples": ["1", 0], "vae": ["5", 2]}},
+            "7": {"class_type": "SaveImage", "inputs": {"images": ["6", 0]}},
+        }
+        common = {"seed": 1, "steps": 2, "cfg_scale": 3.0, "scheduler": "euler_k", "width": 64, "height": 48}
+        invoke = {**common, "positive_prompt": "a cat+", "loras": [{"model": {"name": "a"}, "weight": 1}]}
+        fooocus = {"base_model": "m", "resolution": "(64, 48)", "sampler": "euler", "lora_combined_1": "a : 1", **common}
+        old = {"app_version": "2", "image": {"prompt": [{"prompt": "a [b]", "weight": 1}], "sampler": "k_lms", **common}}
+        self.texts: dict[str, Any] = {
+            "parameters": line, "prompt": graph, "invokeai_metadata": invoke, "sd-metadata": old, "fooocus": fooocus,
+        }  # fmt: skip
+        for name, value in self.texts.items():
+            self._write(folder / f"{name}.json", name, value if isinstance(value, str) else json.dumps(value))
+        return [folder / f"{name}.json" for name in self.texts]
+
+    def mutate(self, rng: random.Random, folder: Path) -> Mutant:
+        number, _, path = self.pick(rng, folder)
+        name, value = list(self.texts.items())[number]
+        if isinstance(value, str):
+            text = damage.bytes_of(rng, value.encode()) * rng.choice((1, 1, 1, 300))
+        else:
+            text = damage.text_of(rng, damage.value_of(rng, value))
+        self._write(path, name, text.decode("utf-8", "replace"))
+        return Mutant(path, "text", number)
+
+    def read(self, path: Path) -> Any:
+        account = read_account(json.loads(path.read_text()))
+        line = used(lambda: command_line(account))
+        return str(account), line
+
+    def _write(self, path: Path, name: str, text: str) -> None:
+        path.write_text(json.dumps({"parameters" if name == "fooocus" else name: text}))
 
 
 class Data(Reader):
