@@ -160,6 +160,7 @@ def _listening(host: str, port: int) -> socket.socket:
         found = socket.socket(family)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
+        found.listen(128)  # whoever comes before the server is up has to wait, and is not turned away
     except OSError as error:
         raise UsageError(f"cannot listen at {host}:{port}: {error.strerror}; choose another --port or --host") from error
     return found

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 from latentdiff.errors import DataError, UsageError
 from latentdiff.reading.pictures import opened
 from latentdiff.request.domains import Choice, Interval, Numbers, Real, Whole, YesNo
-from latentdiff.request.options import OPTIONS, checked, texts
+from latentdiff.request.options import MOST_IMAGES, OPTIONS, checked, texts
 from latentdiff.serving.catalogue import Catalogue
 from latentdiff.serving.errors import Refused
 from latentdiff.serving.settings import Limits
@@ -68,6 +68,7 @@ def options_in(body: BaseModel) -> dict[str, Any]:
 
 def seeds_from(seed: int | None, count: int) -> list[int]:
     """Seeds, one for each image; none or a negative one draws the first."""
+    _at_most("n", count, MOST_IMAGES, "images")  # before there is a list of that length
     first = secrets.randbelow(2**32) if seed is None or seed < 0 else seed
     if first + count > 2**64:
         raise Refused(400, f"expected a seed below 2**64, found {first}", param="seed", code="invalid_value")

@@ -21,11 +21,12 @@ from latentdiff.reading.texts import texts_of
 from latentdiff.recipe import TEXT_CHUNK
 from latentdiff.request.infotext import split
 from latentdiff.request.options import checked
-from latentdiff.request.titles import AUTOMATIC, SAMPLER_TITLES, SCHEDULES, TITLES, read_sampler
+from latentdiff.request.titles import AUTOMATIC, SAMPLER_TITLES, SCHEDULES, read_sampler
 from latentdiff.serving.asked import decoded, seeds_from
 from latentdiff.serving.engine import Engine
 from latentdiff.serving.errors import Refused, of_failure
 from latentdiff.serving.queue import Job
+from latentdiff.serving.sdapi_lists import lists, name_of, title_of
 from latentdiff.serving.work import Draw, Made
 
 FITS: tuple[Literal["resize", "crop", "pad"], ...] = ("resize", "crop", "pad")  # by `resize_mode`
@@ -142,7 +143,7 @@ def router(engine: Engine) -> APIRouter:
     @routes.get("/options")
     async def options() -> dict[str, Any]:
         """The model that requests are answered by, and how it numbers noise."""
-        return {"sd_model_checkpoint": _title(engine, state.model), "randn_source": "CPU", "samples_format": "png"}
+        return {"sd_model_checkpoint": title_of(engine, state.model), "randn_source": "CPU", "samples_format": "png"}
 
     @routes.post("/options")
     async def set_options(asked: dict[str, Any]) -> None:
@@ -151,7 +152,7 @@ def router(engine: Engine) -> APIRouter:
             raise Refused(422, f"expected no option but sd_model_checkpoint, found {', '.join(sorted(rest))}")
         state.model = _model(state, asked.get("sd_model_checkpoint"))
 
-    for path, value in _lists(engine).items():
+    for path, value in lists(engine).items():
         routes.add_api_route(f"/{path}", value, methods=["GET"])
     routes.add_api_route("/refresh-checkpoints", lambda: None, methods=["POST"])
     return routes
@@ -246,12 +247,8 @@ def _schedule(name: str | None) -> str | None:
     """The title of a schedule, which clients give by its name too: "karras" as "Karras"."""
     if name is None:
         return None
-    titles = {_name_of(title): title for title in (AUTOMATIC, *SCHEDULES)}
-    return titles.get(_name_of(name), name)
-
-
-def _name_of(title: str) -> str:
-    return title.lower().replace(" ", "_").replace("_", "")
+    titles = {name_of(title): title for title in (AUTOMATIC, *SCHEDULES)}
+    return titles.get(name_of(name), name)
 
 
 def _model(state: State, name: str | None) -> str:
@@ -352,58 +349,3 @@ def _parameters(info: str) -> dict[str, str]:
     except DataError:
         return {}
     return {"Prompt": found.prompt, "Negative prompt": found.negative, **found.settings}
-
-
-def _title(engine: Engine, name: str) -> str:
-    facts = engine.facts(name)
-    return f"{name} [{facts.hash[:10]}]" if facts and facts.hash else name
-
-
-def _lists(engine: Engine) -> dict[str, Any]:
-    """What there is to choose from, by path."""
-    catalogue = engine.catalogue
-
-    def sd_models() -> list[dict[str, Any]]:
-        facts = {name: engine.facts(name) for name in catalogue.models}
-        hashes = {name: each.hash if each else None for name, each in facts.items()}
-        return [
-            {
-                "title": _title(engine, name),
-                "model_name": name,
-                "hash": found[:10] if found else None,
-                "sha256": found,
-                "filename": name,
-                "config": None,
-            }
-            for name, found in hashes.items()
-        ]
-
-    def samplers() -> list[dict[str, Any]]:
-        return [{"name": title, "aliases": [named.sampler], "options": {}} for title, named in TITLES.items()]
-
-    def schedulers() -> list[dict[str, Any]]:
-        rest = {"aliases": None, "default_rho": -1, "need_inner_model": False}
-        return [
-            {"name": title.lower().replace(" ", "_"), "label": title, **rest} for title in (AUTOMATIC, *SCHEDULES)
-        ]
-
-    def loras() -> list[dict[str, Any]]:
-        return [{"name": name, "alias": name, "path": path.name, "metadata": {}} for name, path in catalogue.loras.items()]
-
-    def embeddings() -> dict[str, Any]:
-        unknown = {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None, "shape": 0, "vectors": 0}
-        return {"loaded": dict.fromkeys(catalogue.embeddings, unknown), "skipped": {}}
-
-    nothing = ("upscalers", "latent-upscale-modes", "sd-vae", "hypernetworks", "face-restorers", "prompt-styles")
-    return {
-        "sd-models": sd_models,
-        "samplers": samplers,
-        "schedulers": schedulers,
-        "loras": loras,
-        "embeddings": embeddings,
-        "scripts": lambda: {"txt2img": [], "img2img": []},
-        "script-info": lambda: [],
-        "cmd-flags": lambda: {},
-        "memory": lambda: {"ram": {}, "cuda": {}},
-        **{name: lambda: [] for name in nothing},
-    }

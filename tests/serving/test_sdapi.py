@@ -109,7 +109,8 @@ def test_lists(client):
     assert client.get_embeddings()["loaded"] == {} and client.get_upscalers() == []
 
 
-def test_every_sampler_and_schedule_of_the_lists_is_taken(client, served):
+@pytest.mark.slow
+def test_every_sampler_and_schedule_of_the_lists_is_taken(client):
     for title in client.util_get_sampler_names():
         assert client.txt2img(prompt="a cat", sampler_name=title, steps=4, width=32, height=32).images
     for name in client.util_get_scheduler_names():
