@@ -122,7 +122,10 @@ def test_names_of_this_host(served, host):
 
 @pytest.mark.parametrize(
     "name",
-    ["../../pyproject.toml", "..%2f..%2fetc%2fpasswd", "%2e%2e/x.png", "inputs/x.png", ".hidden.png", "x.png%00.txt", "%2fetc%2fpasswd"],
+    [
+        "../../pyproject.toml", "..%2f..%2fetc%2fpasswd", "%2e%2e/x.png", "inputs/x.png", ".hidden.png", "x.png%00.txt",
+        "%2fetc%2fpasswd",
+    ],
 )
 @pytest.mark.parametrize("path", ["/page/", "/api/images/"])
 def test_paths_lead_nowhere(served, path, name):

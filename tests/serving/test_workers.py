@@ -122,7 +122,8 @@ def test_metrics_tell_of_requests_and_images(served):
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stop_finishes_what_is_made_and_hands_back_what_waits(tmp_path, number):
     """The command itself: from its line on the terminal to its last answers."""
-    command = [sys.executable, "-m", "latentdiff", "serve", "--model", f"m={peers.folder('sd1')}", "--port", "0", "--limit", "batch=1"]
+    words = ["serve", "--model", f"m={peers.folder('sd1')}", "--port", "0", "--limit", "batch=1"]
+    command = [sys.executable, "-m", "latentdiff", *words]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         url = process.stdout.readline().split()[3]
