@@ -284,7 +284,7 @@ _NEARLY = {
     "DDPM": "its noise levels are those of diffusers here",
     "PLMS": "its timesteps are those of diffusers here",
     "UniPC": "its order and noise levels are those of diffusers here",
-    "LCM": "its noise levels are those of Forge; AUTOMATIC1111's own are others",
+    "LCM": "its noise levels are those of Forge, and near the end some of its input is kept, as in diffusers",
     "TCD": "its noise levels are those of diffusers here",
 }
 _EVEN_STEPS = {str(steps) for steps in range(1, 1001) if 1000 % steps == 0}

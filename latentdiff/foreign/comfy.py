@@ -24,9 +24,15 @@ SCHEDULES = {
     "simple": "simple", "ddim_uniform": "ddim-uniform", "beta": "beta-comfy", "kl_optimal": "kl-optimal-comfy",
 }  # fmt: skip
 _DISCARDS = ("dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2")
+_NEARLY = {
+    "uni_pc": "its order is that of diffusers here",
+    "uni_pc_bh2": "its order is that of diffusers here",
+    "lcm": "near the end some of its input is kept here, as in diffusers",
+}
 _PATHS = ("dpmpp-sde", "dpmpp-2m-sde", "dpmpp-3m-sde")
 _KSAMPLERS = ("KSampler", "KSamplerAdvanced")
-_SAVES = ("SaveImage", "PreviewImage", "SaveAnimatedWEBP", "SaveAnimatedPNG", "SaveImageWebsocket")
+_PREVIEW = "PreviewImage"
+_SAVES = ("SaveImage", _PREVIEW, "SaveAnimatedWEBP", "SaveAnimatedPNG", "SaveImageWebsocket")
 _DECODERS = ("VAEDecode", "VAEDecodeTiled")
 NEEDED = {"prompt": "positive", "seed": "seed", "steps": "steps", "sampler": "sampler_name", "width": "latent_image"}
 
@@ -58,7 +64,10 @@ def read(content: Any) -> Account:
 def _sampler(graph: Graph) -> tuple[Node, list[Node]]:
     """The sampler whose latents the saved image shows, and what lies between."""
     found: dict[str, tuple[Node, list[Node]]] = {}
-    for save in graph.of_kind(*_SAVES):
+    saves = graph.of_kind(*_SAVES)
+    if any(save.kind != _PREVIEW for save in saves):
+        saves = [save for save in saves if save.kind != _PREVIEW]
+    for save in saves:
         between: list[Node] = []
         node: Node | None = None
         for node in graph.chain(save, "images", "image", "samples", "pixels", "latent", "latent_image"):
@@ -97,8 +106,8 @@ def _walk(draft: Draft, graph: Graph, node: Node) -> None:
         options = {"sampler": SAMPLERS[name], "discard_penultimate": name in _DISCARDS}
         if SAMPLERS[name] in _PATHS:
             draft.approximate("sampler_name", name, "a Brownian path of k-diffusion there, one of ours here", **options)
-        elif name.startswith("uni_pc"):
-            draft.approximate("sampler_name", name, "its order is that of diffusers here", **options)
+        elif name in _NEARLY:
+            draft.approximate("sampler_name", name, _NEARLY[name], **options)
         else:
             draft.honour("sampler_name", name, SAMPLERS[name], **options)
     if schedule in SCHEDULES:
@@ -223,6 +232,8 @@ def _others(draft: Draft, graph: Graph, end: Node) -> None:
     for node in graph.nodes.values():
         if node.id in leading and node.id not in graph.seen | {end.id}:
             draft.refuse(str(node), "", "what it does to the image is not done here")
+        elif node.kind == _PREVIEW:
+            draft.approximate(str(node), "", f"the image is taken for that of {end}, not for this preview")
         elif node.id not in leading:
             draft.honour(str(node), "", "does not lead to the image")
 

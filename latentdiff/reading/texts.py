@@ -67,7 +67,8 @@ def _of_exif(exif: Image.Exif) -> Iterator[tuple[str, str]]:
         named = _NAMED.match(value) if isinstance(value, str) else None
         if named:
             yield named[1].lower(), value[named.end() :].rstrip("\0")
-    own = exif.get_ifd(EXIF_DIRECTORY)
+    misplaced = {tag: exif[tag] for tag in (USER_COMMENT, MAKER_NOTE) if tag in exif}  # by Fooocus
+    own = {**misplaced, **exif.get_ifd(EXIF_DIRECTORY)}
     if comment := _bytes(own.get(USER_COMMENT)):
         yield PARAMETERS, _user_comment(comment)
     note = _bytes(own.get(MAKER_NOTE))

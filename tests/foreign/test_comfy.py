@@ -67,7 +67,7 @@ def test_the_default_workflow() -> None:
         ("dpm_2", "simple", ("dpm2", "simple", True)),
         ("dpmpp_2m", "beta", ("dpmpp-2m", "beta-comfy", False)),
         ("ddim", "ddim_uniform", ("euler", "ddim-uniform", False)),
-        ("lcm", "sgm_uniform", ("lcm", "sgm-uniform", False)),
+        ("lms", "sgm_uniform", ("lms", "sgm-uniform", False)),
         ("heun", "kl_optimal", ("heun", "kl-optimal-comfy", False)),
         ("dpm_2_ancestral", "exponential", ("dpm2-a", "exponential", True)),
     ],
@@ -77,7 +77,7 @@ def test_samplers_and_schedules(name: str, schedule: str, expected: tuple[str, s
     assert (found["sampler"], found["spacing"], found["discard_penultimate"]) == expected
 
 
-@pytest.mark.parametrize("name", ["dpmpp_sde_gpu", "dpmpp_2m_sde", "dpmpp_3m_sde", "uni_pc"])
+@pytest.mark.parametrize("name", ["dpmpp_sde_gpu", "dpmpp_2m_sde", "dpmpp_3m_sde", "uni_pc", "lcm"])
 def test_samplers_that_are_nearly_the_same(name: str) -> None:
     assert [one.name for one in account(changed(sampler_name=name)).of("approximated")] == ["sampler_name"]
 
@@ -142,6 +142,13 @@ def test_the_place_in_a_batch() -> None:
     one_of_it = {"40": node("LatentFromBatch", samples=["5", 0], batch_index=2, length=1)}
     found = account(changed(batch | one_of_it, latent_image=["40", 0]))
     assert found.options["noise_index"] == 2 and not found.of("approximated", "refused")
+
+
+def test_a_file_is_taken_for_what_was_saved_and_not_for_a_preview() -> None:
+    first = {"80": node("PreviewImage", images=["81", 0]), "81": node("VAEDecode", samples=["82", 0]), "82": DEFAULT["3"]}
+    found = account(changed(first, seed=99))
+    (one,) = found.of("approximated")
+    assert found.options["seed"] == 99 and one.name == "PreviewImage (80)" and "SaveImage (9)" in one.why
 
 
 def test_image_to_image_needs_the_image() -> None:

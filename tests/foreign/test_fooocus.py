@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from latentdiff.foreign import read_account
 from latentdiff.foreign.account import Account, NamedLoRA
+from latentdiff.image import open_image
+from latentdiff.recipe import read_recipe
 
 SAID = {
     "adm_guidance": "(1.5, 0.8, 0.3)", "base_model": "juggernautXL_v8", "base_model_hash": "aeb7e9e689", "clip_skip": 2,
@@ -71,3 +75,12 @@ def test_without_these_there_is_no_image(name: str, value: str) -> None:
 
 def test_json_of_another_program_is_none_of_it() -> None:
     assert read_account({"parameters": '{"sui_image_params": {}}'}) is None
+
+
+@pytest.mark.parametrize("ending", ["jpg", "webp"])
+def test_exif_of_its_images(tmp_path: Path, ending: str) -> None:
+    """It writes UserComment and MakerNote into the first directory, where they do not belong."""
+    exif = Image.Exif()
+    exif[0x9286], exif[0x0131], exif[0x927C] = json.dumps(SAID), "Fooocus v2.4.3", "fooocus"
+    Image.new("RGB", (8, 8)).save(tmp_path / f"a.{ending}", exif=exif)
+    assert read_recipe(open_image(tmp_path / f"a.{ending}").info).prompt == "a cat, cinematic, still"
