@@ -76,7 +76,8 @@ class Draft:
         self.program = program
         self.fields: list[Field] = []
         self.options: dict[str, Any] = options
-        self.task, self.strength = "generate", None
+        self.task = "generate"
+        self.strength: float | None = None
         self.model, self.model_hash = "", ""
         self.model_options: dict[str, Any] = {}
         self.loras: list[NamedLoRA] = []
