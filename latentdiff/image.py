@@ -6,17 +6,19 @@ import io
 import math
 import os
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageSequence, PngImagePlugin
 from torch import Tensor
 
 from latentdiff.errors import DataError, UsageError
 from latentdiff.files import IMAGE_FORMATS, atomic_path, image_format
+from latentdiff.reading.colours import as_rgb as as_rgb
 from latentdiff.reading.pictures import MOST_FRAMES, opened
 from latentdiff.reading.plain import open_file
 from latentdiff.reading.texts import exif_with, texts_of
@@ -89,10 +91,10 @@ def save_image(
 
 
 def as_stored(image: Image.Image, name: str) -> Image.Image:
-    """What a file of Pillow's format `name` gives back of an RGB image that `save_image` writes."""
+    """What a file of Pillow's format `name` gives back of an RGB or RGBA image that `save_image` writes."""
     file = io.BytesIO()
     image.save(file, name, **_options(name, QUALITY))
-    return Image.open(file).convert("RGB")
+    return Image.open(file).convert(image.mode)
 
 
 def _options(name: str, quality: int) -> dict[str, Any]:
@@ -166,33 +168,22 @@ def frames_of(animation: bytes | str | os.PathLike[str]) -> list[Image.Image]:
     return frames
 
 
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
+def open_image(path: str | os.PathLike[str], *, still: bool = False) -> Image.Image:
     """Read an image with all its texts in `info`, wherever its format keeps them; see `reading.texts`.
+
+    Args:
+        still: one image is wanted: say so if it is an animation, or has pages, of which the first is taken.
 
     Raises:
         DataError: there is no such file, or it is damaged or no picture.
     """
     with opened(path, os.fspath(path)) as image:
+        count = getattr(image, "n_frames", 1) if still and image.format != "MPO" else 1
+        if count > 1:
+            warnings.warn(f"{os.fspath(path)} has {count} frames or pages; the first is taken", stacklevel=2)
         image.load()
         image.info = {**texts_of(image), **image.info}
         return image
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture as the model sees it: upright (EXIF), 8-bit RGB, transparency laid over white."""
-    image = as_8_bit(ImageOps.exif_transpose(image))
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def as_8_bit(image: Image.Image) -> Image.Image:
-    """A grey picture of 16 bits or more with 8, where Pillow would clip; others as they are."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.float64)  # (H, W)
-        largest = 65535.0 if image.mode.startswith("I;16") or values.max() > 255.0 else 255.0
-        return Image.fromarray((values * (255.0 / largest)).round().clip(0, 255).astype(np.uint8))
-    return image
 
 
 def side_by_side(pictures: Mapping[str, Image.Image]) -> Image.Image:

@@ -8,15 +8,18 @@ from typing import Any
 import click
 
 from latentdiff.cli.model import drawn_seed, loaded_model
-from latentdiff.cli.options import ANY_PATH, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS
-from latentdiff.cli.output import Writing, check_results, save_results
+from latentdiff.cli.options import ANY_PATH, INVERT_MASK, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS
+from latentdiff.cli.output import Writing, check_results, check_transparency, save_results
 from latentdiff.errors import UsageError
 
 
 @click.command()
 @click.argument("picture", type=ANY_PATH)
 @click.argument("prompt", default="")
-@click.option("--mask", type=ANY_PATH, metavar="FILE", help="A picture of the same size, white where to paint.")
+@click.option(
+    "--mask", type=ANY_PATH, metavar="FILE", help="A picture of the same size, white, or transparent, where to paint."
+)
+@INVERT_MASK
 @click.option(
     "--inversion",
     type=ANY_PATH,
@@ -71,7 +74,7 @@ def inpaint(
     seed: int | None,
     **settings: Any,
 ) -> None:
-    """Paint PROMPT where the mask of PICTURE is white; where it is black, no pixel changes.
+    """Paint PROMPT where the mask of PICTURE is white; where it is black, no pixel changes, transparent ones neither.
 
     To put a thing in, say what it stands on as well, and paint the masked part alone:
     --only-masked "a red balloon on a blue background".
@@ -82,10 +85,12 @@ def inpaint(
     check_results(out, compare, settings["num_images"])
     from latentdiff import tasks
     from latentdiff.image import as_rgb, open_image
+    from latentdiff.tasks.masks import read_mask
 
     before = {"source": as_rgb(open_image(picture))}
     if mask:
-        before["mask"] = open_image(mask)
+        before["mask"] = read_mask(open_image(mask), f"the mask {mask}", invert=settings["invert_mask"])
+    check_transparency(out, writing, picture, before.get("mask"))
     with loaded_model(settings) as pipe:
         images = tasks.inpaint(pipe, picture, mask, prompt, seed=drawn_seed(seed), **settings)
     save_results(images, out, before, compare=compare, writing=writing)

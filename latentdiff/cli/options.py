@@ -155,6 +155,7 @@ OUT = click.option(
     help="Where to write; a FILE ends in .png, .jpg, .webp or .avif. In a folder the file is named after prompt and seed. "
     "A file that holds another picture is never overwritten: the new one gets a number.",
 )
+INVERT_MASK = click.option("--invert-mask", is_flag=True, help="Paint what the mask keeps, and keep what it paints.")
 PREVIEW = click.option(
     "--preview", type=ANY_PATH, metavar="FILE", help="Write what is expected there, while at work."
 )

@@ -167,6 +167,31 @@ def check_results(out: Path, compare: Path | None, count: int) -> None:
         raise UsageError(f"{out} is there already; remove it or choose another name with --out")
 
 
+def check_transparency(out: Path, writing: Writing, picture: Path, mask: Image.Image | None = None) -> None:
+    """Make sure, before any work is done, that results as transparent as `picture` where the mask is not white can be
+    written.
+
+    Raises:
+        UsageError: they are to be JPEG files.
+    """
+    if image_format(out if is_file(out) else out / f"name{writing.ending}") != "JPEG":
+        return
+    import numpy as np
+
+    from latentdiff.image import open_image
+    from latentdiff.reading.colours import colours_of
+    from latentdiff.tasks.inversion import is_inversion
+
+    alpha = None if is_inversion(picture) else colours_of(open_image(picture), os.fspath(picture)).alpha
+    if alpha is None:
+        return
+    painted = np.asarray(mask) == 255 if mask is not None and mask.size == alpha.size else np.False_
+    if ((np.asarray(alpha) < 255) & ~painted).any():
+        raise UsageError(
+            f"{picture} has transparent parts, which JPEG does not hold; choose .png, .webp or .avif for the result"
+        )
+
+
 def check_count(out: Path, count: int) -> None:
     """Make sure that `count` images fit into `out`.
 

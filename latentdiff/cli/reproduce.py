@@ -252,7 +252,7 @@ def _report(
         return 0
     click.echo(f"difference: at most {worst}, on average {mean:.3f} of 255 grey levels")
     if lossy:
-        own = _difference(again, [as_stored(again[0].convert("RGB"), lossy)])[2]
+        own = _difference(again, [as_stored(again[0], lossy)])[2]
         is_near = nearness >= min(LOSSY, own - SLACK)
         verdict = (
             "as near as such files keep images" if is_near else f"but such a file keeps this image to {own:.1f} dB"
@@ -269,9 +269,10 @@ def _difference(images: Sequence[Image.Image], others: Sequence[Image.Image]) ->
     """The largest and the mean difference in grey levels, and the nearness in dB, of images in pairs."""
     import numpy as np
 
-    from latentdiff.image import decibels
+    from latentdiff.image import decibels, is_transparent
 
-    pair = (np.stack([np.asarray(one.convert("RGB"), dtype=np.int16) for one in all_]) for all_ in (images, others))
+    mode = "RGBA" if any(is_transparent(one) for one in (*images, *others)) else "RGB"
+    pair = (np.stack([np.asarray(one.convert(mode), dtype=np.int16) for one in all_]) for all_ in (images, others))
     difference = np.abs(np.subtract(*pair))
     error = float(np.square(difference, dtype=np.float64).mean())
     return int(difference.max()), float(difference.mean()), decibels(error)

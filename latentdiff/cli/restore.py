@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from latentdiff.cli.model import drawn_seed, loaded_model
-from latentdiff.cli.options import ANY_PATH, MODEL_OPTIONS, RESULT_OPTIONS, flag, flags_of
+from latentdiff.cli.options import ANY_PATH, INVERT_MASK, MODEL_OPTIONS, RESULT_OPTIONS, flag, flags_of
 from latentdiff.cli.output import Writing, check_image_file, check_results, save_results
 from latentdiff.errors import DataError, UsageError
 from latentdiff.request.options import BorderName, OperatorName, RestorationName, SeededOptions
@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from latentdiff.tasks.restoration.operators import Operator
 
 # Which options belong to which operators.
-OWNERS = {"mask": ("inpaint",), "factor": ("super-resolution",), "kernel": ("deblur", "super-resolution")}
+OWNERS = {
+    "mask": ("inpaint",),
+    "invert-mask": ("inpaint",),
+    "factor": ("super-resolution",),
+    "kernel": ("deblur", "super-resolution"),
+}
 OWNERS["border"] = OWNERS["kernel"]
 
 
@@ -29,7 +34,10 @@ OWNERS["border"] = OWNERS["kernel"]
 @click.option(
     "--operator", "name", type=click.Choice(get_args(OperatorName)), required=True, help="What happened to the picture."
 )
-@click.option("--mask", type=ANY_PATH, metavar="FILE", help="inpaint: white where the picture is missing.")
+@click.option(
+    "--mask", type=ANY_PATH, metavar="FILE", help="inpaint: white, or transparent, where the picture is missing."
+)
+@INVERT_MASK
 @click.option("--factor", type=int, metavar="N", help="super-resolution: how many times larger to make the picture.")
 @click.option(
     "--kernel",
@@ -69,6 +77,7 @@ def restore(
     picture: Path,
     name: str,
     mask: Path | None,
+    invert_mask: bool,
     factor: int | None,
     kernel: str | None,
     border: str | None,
@@ -85,7 +94,8 @@ def restore(
 
     Prints how far each result misses the damaged picture once damaged again, which should be about --sigma.
     """
-    _check_owners(name, {"mask": mask, "factor": factor, "kernel": kernel, "border": border})
+    given = {"mask": mask, "invert-mask": invert_mask or None, "factor": factor, "kernel": kernel, "border": border}
+    _check_owners(name, given)
     _check_places(mean, uncertainty, options["samples"])
     writing = Writing.taken_from(options, out)
     check_results(out, compare, options["samples"])
@@ -94,7 +104,7 @@ def restore(
     from latentdiff.tasks import restore as run
 
     damaged = as_rgb(open_image(picture))
-    operator = make_operator(name, damaged, mask, factor, kernel, border, sigma)
+    operator = make_operator(name, damaged, mask, factor, kernel, border, sigma, invert_mask=invert_mask)
     with loaded_model(options) as pipe:
         found = run(pipe, picture, operator, settings=own, seed=drawn_seed(seed), **options)
     save_results(found.images, out, {"damaged": damaged}, compare=compare, writing=writing)
@@ -116,6 +126,8 @@ def make_operator(
     kernel: str | None,
     border: str | None,
     sigma: float,
+    *,
+    invert_mask: bool = False,
 ) -> Operator:
     """The operator that the options name, for a damaged picture.
 
@@ -128,7 +140,7 @@ def make_operator(
     edges = {"border": border or "reflect", "noise_std": sigma}
     match name:
         case "inpaint":
-            return operators.Inpaint(_missing(_needed("--mask", mask), damaged.size), noise_std=sigma)
+            return operators.Inpaint(_missing(_needed("--mask", mask), damaged.size, invert_mask), noise_std=sigma)
         case "super-resolution":
             return operators.SuperResolution(_needed("--factor", factor), kernel=kernel or "bicubic", **edges)
         case "deblur":
@@ -140,15 +152,15 @@ def make_operator(
     return operators.Colourise(noise_std=sigma)
 
 
-def _missing(path: Path, size: tuple[int, int]) -> Tensor:
+def _missing(path: Path, size: tuple[int, int], invert: bool) -> Tensor:
     """The pixels to be filled, (H, W)."""
     import numpy as np
     import torch
 
     from latentdiff.image import open_image
-    from latentdiff.tasks.masks import prepared_mask
+    from latentdiff.tasks.masks import prepared_mask, read_mask
 
-    mask = prepared_mask(open_image(path), size, grow=0, blur=0.0)
+    mask = prepared_mask(read_mask(open_image(path), f"the mask {path}", invert=invert), size, grow=0, blur=0.0)
     return torch.from_numpy(np.asarray(mask) > 127)
 
 
@@ -157,7 +169,8 @@ def _blur(text: str) -> Tensor:
     import numpy as np
     import torch
 
-    from latentdiff.image import as_8_bit, open_image
+    from latentdiff.image import open_image
+    from latentdiff.reading.colours import as_8_bit
     from latentdiff.tasks.restoration.operators import gaussian_blur, motion_blur
 
     shape, *numbers = text.split(":")

@@ -31,13 +31,14 @@ DAMAGED = (
 
 @contextmanager
 def opened(
-    source: bytes | str | os.PathLike[str], name: str, formats: Sequence[str] = FORMATS
+    source: bytes | str | os.PathLike[str], name: str, formats: Sequence[str] = FORMATS, *, whole: bool = True
 ) -> Iterator[Image.Image]:
     """An image, not decoded yet; whatever goes wrong with it inside the `with` is an error of ours.
 
     Args:
         source: a file, or its content.
         name: for messages.
+        whole: False where the header alone is wanted: checksums are not compared then.
 
     Raises:
         DataError: there is no such file, or it is damaged, no picture, or larger than Pillow's limit against
@@ -47,18 +48,38 @@ def opened(
         raise DataError(f"no picture at {name}")
     with io.BytesIO(source) if isinstance(source, bytes) else open_file(source, DataError) as file:
         try:
-            check_png(file)
+            if whole:
+                check_png(file)
             with _open(file, formats) as image:
                 yield image
         except DataError:
             raise
-        except UnidentifiedImageError as error:
-            raise DataError(
-                f"cannot read {name} as a picture: it is none that is known, or its start is damaged"
-            ) from error
         except DAMAGED as error:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise DataError(f"cannot read {name} as a picture: {reason}") from error
+            raise DataError(f"cannot read {name} as a picture: {_reason(file, formats, error)}") from error
+
+
+def _reason(file: BinaryIO, formats: Sequence[str], error: BaseException) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return (
+            f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, as decompression bombs do; scale it down"
+        )
+    if not isinstance(error, UnidentifiedImageError):
+        return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    file.seek(0)
+    start = file.read(40)
+    if not start:
+        return "the file is empty"
+    if start.lstrip()[:1] == b"<":
+        return "it is a web page"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS; fetch the files with git lfs pull"
+    if start.isascii() and b"\0" not in start:
+        return f"it is a text file that begins with {start[:20].decode('ascii')!r}"
+    if start.startswith((b"II*\0", b"MM\0*")):
+        return "it is a TIFF with pixels of a kind that is not read, such as several floats each; save it with 8 or 16 bits"
+    if start[4:8] == b"ftyp":
+        return "it is a HEIC, a video or the like; save it as JPEG or PNG"
+    return f"it is none of {', '.join(formats)}, or its start is damaged"
 
 
 def check_png(file: BinaryIO) -> None:

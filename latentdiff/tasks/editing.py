@@ -11,7 +11,7 @@ from PIL import Image
 
 from latentdiff.diffusion.latents import NoiseStream
 from latentdiff.errors import UsageError
-from latentdiff.image import as_rgb, to_pil, to_tensor
+from latentdiff.image import to_pil, to_tensor
 from latentdiff.pipeline import Pipeline, Start
 from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
@@ -21,6 +21,7 @@ from latentdiff.request.plan import Plan, Sampling
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert
 from latentdiff.tasks.sources import ImageInput, extended, file_of, open_source, resized, warn_if_large
+from latentdiff.tasks.transparency import finished
 
 TASK = "edit"
 
@@ -58,7 +59,7 @@ def image_to_image(
     without guidance, the picture comes back; under another, more of the picture stays than noise would leave.
 
     Args:
-        image: any picture of Pillow, or a file; it is turned upright by its EXIF entry, and transparency lies on white.
+        image: any picture of Pillow, or a file; it is turned upright by its EXIF entry, brought to sRGB, and seen on white.
             Or its inversion, a file or an `Inversion`, made with the same model; the steps, by default all of its own,
             have to pass through its noise levels. Seeds then make a difference only to samplers that draw noise.
         strength: 0 to 1, how far to go from the picture.
@@ -69,7 +70,7 @@ def image_to_image(
         options: see `SamplingOptions`: negative_prompt, steps, guidance_scale, sampler, seed, num_images, ...
 
     Returns:
-        RGB pictures of that size with their recipe in `image.info`.
+        Pictures of that size with their recipe in `image.info`: RGB, or RGBA with the picture's own transparency.
 
     Raises:
         UsageError: an argument outside its domain, or steps that do not fit the inversion.
@@ -84,8 +85,10 @@ def image_to_image(
         return _from_inversion(pipe, *given, prompt, strength, (width, height), options)
     source = open_source(given)
     plan = begin_at(Sampling(**options).plan(prompt, pipe.schedule), strength)
-    picture = resized(as_rgb(source.image), width, height)
+    colours = source.colours()
+    picture = resized(colours.on("white"), width, height)
     images = _walk(pipe, picture, plan) if plan.steps else [picture.copy() for _ in plan.prompts]
+    images = [finished(image, colours) for image in images]
     settings = EditSettings(strength=strength, width=width, height=height)
     return with_recipes(pipe, images, plan, TASK, asdict(settings), {"image": source.entry})
 
@@ -125,11 +128,11 @@ def with_recipes(
     settings: dict[str, Any],
     sources: dict[str, dict[str, str]],
 ) -> list[Image.Image]:
-    """The pictures of a plan, each with its recipe and nothing else in `image.info`."""
+    """The pictures of a plan, each with its recipe in `image.info`, and nothing else there but its colour profile."""
     for image, fields in zip(images, plan.recipe_fields(), strict=True):
         size = {"width": image.width, "height": image.height}
         recipe = pipe.recipe(**fields, **size, task=task, task_settings=settings, sources=sources)
-        image.info = {**recipe.to_chunks()}
+        image.info = {**{name: image.info[name] for name in ("icc_profile",) if name in image.info}, **recipe.to_chunks()}
     return images
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +19,6 @@ import numpy as np
 from PIL import Image
 
 from latentdiff.errors import UsageError
-from latentdiff.image import as_rgb
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
@@ -29,15 +29,15 @@ from latentdiff.tasks.editing import begin_at, following, with_recipes
 from latentdiff.tasks.inpainting_walk import painted, repeated
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert
-from latentdiff.tasks.masks import Box, composed, filled, prepared_mask, surroundings
+from latentdiff.tasks.masks import Box, composed, filled, prepared_mask, read_mask, surroundings
 from latentdiff.tasks.sources import ImageInput, file_of, open_source, warn_if_large
+from latentdiff.tasks.transparency import Margins, finished
 
 TASK = "inpaint"
 # Where something is removed, the walk begins from its surroundings at this strength: from more noise than that, models
 # make something new of it.
 REMOVAL_STRENGTH = 0.5
 PADDING_SHARE = 16  # of the side of the training's pictures
-Margins = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +55,14 @@ class InpaintSettings:
     extend: Margins = (0, 0, 0, 0)
     repeats: int = 1
     remove: bool = False
+    invert_mask: bool = False
     inversion: dict[str, Any] | None = None
 
 
 @public(
     SamplingOptions,
     remove=YesNo(),
+    invert_mask=YesNo(),
     strength=Real(0, 1),
     grow=Whole(),
     blur=Real(),
@@ -76,6 +78,7 @@ def inpaint(
     *,
     inversion: Inversion | str | os.PathLike[str] | None = None,
     remove: bool = False,
+    invert_mask: bool = False,
     strength: float | None = None,
     grow: int = 0,
     blur: float = 0.0,
@@ -87,15 +90,17 @@ def inpaint(
 ) -> list[Image.Image]:
     """Paint what the prompt says into the masked part of a picture.
 
-    Where the mask, once grown and blurred, is black, the result is the picture to the last bit. Grey mixes the two. A
+    Where the mask, once grown and blurred, is black, the result is the picture to the last bit, as transparent as it was;
+    where it is white, it is opaque. Grey mixes the two. A
     mask that is white all over paints the whole picture anew. In latents, a cell with any pixel to be painted is
     painted.
 
     Args:
-        image: any picture of Pillow, or a file; it is turned upright by its EXIF entry, and transparency lies on white.
+        image: any picture of Pillow, or a file; it is turned upright by its EXIF entry, brought to sRGB, and seen on white.
             Sides that are no multiples of the VAE's factor (8) are extended by their last pixels and cut again at the
             end.
-        mask: of the picture's size, white where to paint; None with `extend` alone.
+        mask: of the picture's size, white where to paint, or transparent there; see `masks.read_mask`. None with
+            `extend` alone.
         prompt: what shall be there; with `only_masked` of the masked part alone.
         inversion: of this picture: the masked part begins on its trajectory in place of from noise, and the rest stays
             on it, so that what is painted keeps the layout of what was there. The steps, by default all of its own,
@@ -103,6 +108,7 @@ def inpaint(
             picture than its own.
         remove: take away what the mask covers: it is filled smoothly from around before anything else, and the model
             mends that. The prompt, which may be empty, says what is behind it.
+        invert_mask: paint what the mask keeps, and keep what it paints.
         strength: 0 to 1; 1 paints from pure noise, less keeps something of what was there, or of the fill, 0 gives the
             picture back as it is, or filled. None is 1, and 0.5 to remove.
         grow: pixels by which the mask is widened.
@@ -116,7 +122,7 @@ def inpaint(
         options: see `SamplingOptions`: negative_prompt, steps, guidance_scale, sampler, seed, num_images, ...
 
     Returns:
-        RGB pictures with their recipe in `image.info`.
+        Pictures with their recipe in `image.info`: RGB, or RGBA if the picture has transparent parts.
 
     Raises:
         UsageError: an argument outside its domain; a mask of another size or without anything to paint; an inversion of
@@ -130,6 +136,7 @@ def inpaint(
         strength = REMOVAL_STRENGTH if remove else 1.0
     settings = InpaintSettings(
         remove=remove,
+        invert_mask=invert_mask,
         strength=strength,
         grow=grow,
         blur=blur,
@@ -145,12 +152,13 @@ def inpaint(
         found, settings, described = _given(pipe, inversion, settings)
         options, sources = following(options, found), described | sources
     plan = repeated(begin_at(Sampling(**options).plan(prompt, pipe.schedule), strength), repeats)
-    original = as_rgb(source.image)
+    colours = source.colours()
     wanted = None
     if mask is not None:
         given = open_source(mask)
-        wanted, sources["mask"] = given.image, given.entry
-    picture, area = canvas(original, wanted, settings)
+        name = f"the mask {given.entry['file']}".strip()
+        wanted, sources["mask"] = read_mask(given.image, name, invert=invert_mask), given.entry
+    picture, area = canvas(colours.on("white"), wanted, settings)
     if remove:
         picture = composed(picture, filled(picture, area), area)
     if not plan.steps:
@@ -161,6 +169,7 @@ def inpaint(
         warn_if_large(pipe, picture, "paint only the masked part (only_masked, --only-masked)")
         done = painted(pipe, picture, area, plan, from_noise=strength == 1.0, inversion=found)
         images = [composed(picture, one, area) for one in done]
+    images = [finished(image, colours, area, extend) for image in images]
     return with_recipes(pipe, images, plan, TASK, asdict(settings), sources)
 
 
@@ -220,6 +229,12 @@ def canvas(
         inner = np.zeros((picture.height, picture.width), np.uint8)
     else:
         inner = np.asarray(prepared_mask(mask, picture.size, grow=0, blur=0.0))
+        if inner.min() == 255:
+            warnings.warn(
+                "the mask is white all over, so the whole picture is painted anew; was it to be inverted (invert_mask, "
+                "--invert-mask)?",
+                stacklevel=2,
+            )
     area = Image.fromarray(np.pad(inner, around, constant_values=255))
     area = prepared_mask(area, area.size, grow=settings.grow, blur=settings.blur)
     if not any(margins):

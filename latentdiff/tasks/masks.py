@@ -11,13 +11,62 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentdiff.errors import UsageError
-from latentdiff.image import as_8_bit
+from latentdiff.reading.colours import as_8_bit, colours_of, upright
 
+_GREY = 64  # levels by which the channels of a grey mask may differ: a JPEG's differ a little
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
-def prepared_mask(image: Image.Image, size: tuple[int, int], *, grow: int, blur: float) -> Image.Image:
-    """A grey mask of (width, height) `size`: upright, then grown, then blurred. Its transparent parts are black.
+def read_mask(image: Image.Image, name: str = "the mask", *, invert: bool = False) -> Image.Image:
+    """A mask as programs write them, as L: white where to paint, black where to keep, grey in between.
+
+    Grey images are taken as they are, those of the values 0 and 1 as black and white. Where parts are transparent and
+    the others are no mask of themselves (a picture, or black), it is the transparent parts that are painted, as in
+    OpenAI's interface.
+
+    Args:
+        name: for messages.
+        invert: what says paint says keep, and the other way round.
+
+    Raises:
+        UsageError: it is no mask, or could be read in two ways.
+    """
+    colours = colours_of(_of_8_bits(image, name), name)
+    pixels = np.asarray(colours.rgb).astype(np.int16)  # (H, W, 3)
+    alpha = None if colours.alpha is None else np.asarray(colours.alpha)
+    shown = pixels if alpha is None else pixels[alpha > 0]
+    is_grey = shown.size == 0 or int(np.ptp(shown, axis=-1).max()) <= _GREY
+    if alpha is not None:
+        if is_grey and (shown.size == 0 or shown.max() > 127):
+            raise UsageError(
+                f"{name} is white or grey on a transparent ground, read in opposite ways by programs: lay it on black to paint "
+                "what is white, or make its opaque parts black to paint what is transparent"
+            )
+        grey = 255 - alpha
+    elif is_grey:
+        grey = np.asarray(colours.rgb.convert("L"))
+        grey = grey * 255 if grey.max() == 1 else grey
+    else:
+        raise UsageError(
+            f"{name} has colours: expected a grey image, white where to paint, or one with transparent parts there; "
+            "is it the picture?"
+        )
+    return Image.fromarray(255 - grey if invert else grey)
+
+
+def _of_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """The image upright, without its colour profile, which means nothing in masks; the values 0 and 1 of more bits as
+    0 and 255."""
+    image = upright(image).copy()
+    image.info = {key: value for key, value in image.info.items() if key == "transparency"}
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        return Image.fromarray((values * 255).astype(np.uint8)) if values.max() == 1 else as_8_bit(image, name)
+    return image
+
+
+def prepared_mask(mask: Image.Image, size: tuple[int, int], *, grow: int, blur: float) -> Image.Image:
+    """A mask of `read_mask`, of (width, height) `size`, grown, then blurred.
 
     Args:
         grow: pixels by which the painted area is widened on all sides.
@@ -26,19 +75,19 @@ def prepared_mask(image: Image.Image, size: tuple[int, int], *, grow: int, blur:
     Raises:
         UsageError: another size than that of the picture, nothing to paint, or a negative growth or blur.
     """
-    from PIL import ImageOps
-
     if grow < 0:
         raise UsageError(f"expected a mask growth of 0 or more pixels, found {grow}")
     if not (math.isfinite(blur) and blur >= 0):
         raise UsageError(f"expected a mask blur of 0 or more pixels, found {blur}")
-    mask = _grey(ImageOps.exif_transpose(image))
     if mask.size != size:
         raise UsageError(
             f"expected a mask of the picture's size, {size[0]} x {size[1]} pixels, found {mask.width} x {mask.height}"
         )
     if mask.getbbox() is None:
-        raise UsageError("the mask is empty: expected white where to paint and black where to keep, found only black")
+        raise UsageError(
+            "the mask is empty: expected white where to paint and black where to keep, found only black; to take it the other "
+            "way round, invert it (invert_mask, --invert-mask)"
+        )
     if grow:
         mask = _grown(mask, grow)
     return mask.filter(ImageFilter.GaussianBlur(blur)) if blur else mask
@@ -112,13 +161,6 @@ def _widened(first: int, last: int, length: int, limit: int) -> tuple[int, int]:
     length = min(length, limit)
     first = min(max(0, first - (length - (last - first)) // 2), limit - length)
     return first, first + length
-
-
-def _grey(image: Image.Image) -> Image.Image:
-    image = as_8_bit(image)
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-    return image.convert("L")
 
 
 def _grown(mask: Image.Image, pixels: int) -> Image.Image:

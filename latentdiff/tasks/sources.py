@@ -16,6 +16,7 @@ from latentdiff.checkpoints.hashing import file_hash
 from latentdiff.errors import DataError, UsageError
 from latentdiff.image import open_image
 from latentdiff.pipeline import Pipeline
+from latentdiff.reading.colours import Colours, colours_of
 
 # From this many times the area of the training's pictures on, a model's pictures fall apart into repetitions.
 MUCH_LARGER = 4
@@ -30,6 +31,26 @@ class Source:
     image: Image.Image
     entry: dict[str, str]
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.entry["file"] or "the image"
+
+    def colours(self) -> Colours:
+        """Upright, in sRGB, 8 bits.
+
+        Raises:
+            DataError: see `colours_of`.
+        """
+        return colours_of(self.image, self.name)
+
+    def opaque(self) -> Image.Image:
+        """The same on white, RGB, for tasks whose results have no transparency; they say so."""
+        colours = self.colours()
+        if colours.alpha is not None:
+            warnings.warn(f"the transparent parts of {self.name} are laid on white", stacklevel=2)
+        return colours.on("white")
+
 
 def open_source(picture: ImageInput) -> Source:
     """Read a picture from a file, or take one of Pillow; that one is known by the hash of its pixels and has no name.
@@ -39,7 +60,7 @@ def open_source(picture: ImageInput) -> Source:
     """
     if isinstance(picture, Image.Image):
         return Source(picture, {"file": "", "sha256": _hash_of_pixels(picture)})
-    image = open_image(picture)
+    image = open_image(picture, still=True)
     return Source(image, {"file": Path(picture).name, "sha256": file_hash(Path(picture))})
 
 

@@ -121,7 +121,7 @@ def test_strength_zero_gives_the_picture_back():
     [
         (mask(BOX, 32, 64), {}, "picture's size, 64 x 64 pixels, found 32 x 64"),
         (Image.new("L", (64, 64)), {}, "mask is empty"),
-        (Image.new("RGBA", (64, 64), (255, 255, 255, 0)), {}, "mask is empty"),
+        (Image.new("RGBA", (64, 64), (255, 255, 255, 0)), {}, "opposite ways"),
         (None, {}, "expected a mask, or margins"),
         (mask(BOX), {"grow": -1}, "growth of 0 or more"),
         (mask(BOX), {"blur": float("nan")}, "blur to be a finite number"),

@@ -20,7 +20,7 @@ from latentdiff.diffusion.progress import Callback, progress_bar, report
 from latentdiff.diffusion.samplers import SAMPLERS, ddim
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
-from latentdiff.image import as_rgb, to_tensor
+from latentdiff.image import to_tensor
 from latentdiff.networks.conditioning import Conditioning
 from latentdiff.networks.functions import checked_model
 from latentdiff.pipeline import Pipeline
@@ -107,7 +107,7 @@ def invert(
     if mixing is not None and method != "edict":
         raise UsageError(f"mixing belongs to the inversion edict, found mixing {mixing} with {method}")
     source = open_source(image)
-    picture = resized(as_rgb(source.image), width, height)
+    picture = resized(source.opaque(), width, height)
     warn_if_large(pipe, picture, "give a smaller width and height")
     latents = pipe.encode_images(to_tensor([extended(picture, pipe.vae.config.downscale)])).mode()
     inversion = Inversion(

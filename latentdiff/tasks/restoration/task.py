@@ -17,7 +17,7 @@ from latentdiff.diffusion.denoise import Step
 from latentdiff.diffusion.latents import NoiseStream
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import DataError, UsageError
-from latentdiff.image import as_rgb, to_pil, to_tensor
+from latentdiff.image import to_pil, to_tensor
 from latentdiff.pipeline import Pipeline, Start
 from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
@@ -231,7 +231,7 @@ def _measurement(image: ImageInput | Tensor, operator: Operator) -> tuple[Tensor
     """The measurement (1, c, h, w), and what recipes say about where it came from."""
     if not isinstance(image, Tensor):
         source = open_source(image)
-        return operator.read(to_tensor([as_rgb(source.image)])), {"image": source.entry}
+        return operator.read(to_tensor([source.opaque()])), {"image": source.entry}
     if image.ndim != 4 or len(image) != 1 or not image.is_floating_point() or not torch.isfinite(image).all():
         raise UsageError(
             f"expected one finite measurement of shape (1, c, h, w), found {tuple(image.shape)}, {image.dtype}"

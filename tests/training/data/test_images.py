@@ -83,7 +83,6 @@ def truncated() -> bytes:
         (b"\x80\x81\x82\x83", "none of PNG, JPEG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "text file"),
         (truncated(), "truncated"),
-        (encoded(Image.new("F", (4, 4)), "TIFF"), "floating-point"),
     ],
 )
 def test_unreadable(content, reason):
@@ -107,5 +106,5 @@ def test_extreme_sizes(size):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(DataError, match="no picture at x.png"):
         read_image(tmp_path / "x.png", "x.png")
