@@ -17,6 +17,7 @@ from latentdiff.cli.edit import edit
 from latentdiff.cli.evaluate import evaluate
 from latentdiff.cli.finetune import finetune
 from latentdiff.cli.generate import generate
+from latentdiff.cli.grid import grid
 from latentdiff.cli.importing import import_
 from latentdiff.cli.inpaint import inpaint
 from latentdiff.cli.inspect import inspect
@@ -43,7 +44,7 @@ def cli() -> None:
     """Text to image with latent diffusion: generate, inspect, convert, reproduce, train and evaluate."""
 
 
-MAKING = (generate, edit, inpaint, interpolate, invert, translate, restore, reproduce, import_)
+MAKING = (generate, grid, edit, inpaint, interpolate, invert, translate, restore, reproduce, import_)
 for command in (*MAKING, serve, words, inspect, convert, lora, data, train, finetune, report, evaluate):
     cli.add_command(command)
 

@@ -311,3 +311,18 @@ def test_nothing_comes_from_anywhere_else(page):
     page.show("gallery")
     names = page.script("return performance.getEntriesByType('resource').map((each) => each.name)")
     assert names and all(name.startswith((page.site.url, "data:", "blob:")) for name in names)
+
+
+def test_the_command_of_a_grid(page, tmp_path):
+    page.type(prompt="a red car", seed=2, steps=9)
+    page.show("grid")
+    page.type(**{"x-values": "2, 4"})
+    page.script("document.getElementById('y-name').value = 'prompt'")
+    page.type(**{"y-values": "red | light blue"})
+    page.script("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    page.click("grid-copy")
+    words = shlex.split(wait_for(lambda: page.script("return window.copied")))
+    assert words[:3] == ["latentdiff", "grid", "a red car"]
+    words[words.index("--out") + 1] = str(tmp_path / "grid.png")
+    assert run(words[1:]) == 0
+    assert open_image(tmp_path / "grid.png").width > 2 * 96
