@@ -21,8 +21,15 @@ _READ: dict[type, Callable[[str], Any]] = {
     Real: float,
     YesNo: lambda text: _YES_NO[text.lower()],
 }
-NAMES = (PROMPT, *(name for name, option in OPTIONS.items() if type(option.domain) in _READ and option.flags != ()))
-NAMES = tuple(name for name in NAMES if name not in ("num_images", "batch_size"))
+_NO_SETTING = ("num_images", "batch_size")
+NAMES = (
+    PROMPT,
+    *(
+        name
+        for name, option in OPTIONS.items()
+        if type(option.domain) in _READ and option.flags != () and name not in _NO_SETTING
+    ),
+)
 MOST = 1_000  # cells of a grid
 
 
@@ -70,10 +77,12 @@ class Axis:
         return prompt.replace(self.values[0], value), dict(options)
 
 
-def cells(
-    axes: Sequence[Axis], prompt: str, options: Mapping[str, Any]
-) -> list[tuple[tuple[int, ...], str, dict[str, Any]]]:
-    """All combinations: places on the axes, prompt and options; the last axis runs fastest.
+# Places on the axes, prompt, options.
+Cell = tuple[tuple[int, ...], str, dict[str, Any]]
+
+
+def cells(axes: Sequence[Axis], prompt: str, options: Mapping[str, Any]) -> list[Cell]:
+    """All combinations; the last axis runs fastest.
 
     Raises:
         UsageError: an axis comes twice, the grid is too large, or the prompt does not hold what is to be replaced.
@@ -81,7 +90,7 @@ def cells(
     names = [axis.name for axis in axes]
     if len(set(names)) < len(names):
         raise UsageError(f"expected each setting on one axis, found {', '.join(names)}")
-    found = []
+    found: list[Cell] = []
     for places in product(*(range(len(axis.values)) for axis in axes)):
         text, own = prompt, dict(options)
         for axis, place in zip(axes, places, strict=True):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 
 from latentdiff.errors import DataError, UsageError
 from latentdiff.reading.pictures import opened
-from latentdiff.request.domains import Choice, Interval, Numbers, Real, Whole, YesNo
+from latentdiff.request.domains import Choice, Interval, Numbers, Pair, Real, Whole, YesNo
 from latentdiff.request.options import MOST_IMAGES, OPTIONS, checked, texts
 from latentdiff.serving.catalogue import Catalogue
 from latentdiff.serving.errors import Refused
@@ -36,6 +36,8 @@ def _kind(name: str) -> Any:
             return bool
         case Interval():
             return tuple[float, float]
+        case Pair():
+            return tuple[int, int]
         case Numbers():
             return list[float]
     raise AssertionError(name)

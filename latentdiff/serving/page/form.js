@@ -6,6 +6,7 @@ import { easel } from "./brush.js";
 const NUMBERS = ["width", "height", "steps", "guidance_scale", "num_images", "seed"];
 const TEXTS = ["prompt", "negative_prompt", "model", "sampler"];
 const SHOWN_APART = ["steps", "guidance_scale", "sampler"];
+const LISTS = ["Numbers", "Interval", "Pair"];
 export let about;
 
 export async function prepare() {
@@ -43,7 +44,7 @@ function field(name, option) {
     label.prepend(input);
     return label;
   } else {
-    const isList = option.kind === "Numbers" || option.kind === "Interval";
+    const isList = LISTS.includes(option.kind);
     input = element("input", { ...common, type: isList ? "text" : "number", placeholder: option.default ?? "" });
     if (!isList) { input.step = option.kind === "Whole" ? 1 : "any"; input.min = option.low ?? ""; input.max = option.high ?? ""; }
   }
@@ -84,7 +85,7 @@ export function values() {
     if (SHOWN_APART.includes(name) || !input) continue;
     if (option.kind === "YesNo") { if (input.checked) found[name] = true; }
     else if (input.value !== "") {
-      const isList = option.kind === "Numbers" || option.kind === "Interval";
+      const isList = LISTS.includes(option.kind);
       found[name] = isList ? input.value.split(/[\s,]+/).map(Number) : option.choices ? input.value : Number(input.value);
     }
   }
