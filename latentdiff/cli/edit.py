@@ -10,6 +10,7 @@ import click
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import ANY_PATH, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS
 from latentdiff.cli.output import Writing, check_results, check_transparency, save_results, shown_source
+from latentdiff.cli.words import remark
 
 
 @click.command()
@@ -41,6 +42,7 @@ def edit(
     writing = Writing.taken_from(settings, out)
     check_results(out, compare, settings["num_images"])
     check_transparency(out, writing, picture)
+    remark(settings, [prompt])
     from latentdiff.tasks import image_to_image
 
     with loaded_model(settings) as pipe:

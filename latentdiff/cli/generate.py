@@ -27,7 +27,6 @@ from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
 from latentdiff.prompts.lines import Line, read_lines
 from latentdiff.prompts.notice import shortened
-from latentdiff.prompts.syntax import said
 from latentdiff.request.options import SAMPLING, Settings
 from latentdiff.request.titles import SAMPLER_TITLES
 
@@ -104,9 +103,8 @@ def generate(
             raise UsageError(
                 "expected --seed and no --sheet, as the processes have no MASTER_ADDR and MASTER_PORT to agree by"
             )
-        if ranks.is_first and not settings["loras"]:  # which bring words of their own
-            texts = [said(line.prompt, settings["prompt_syntax"]) for line in lines]
-            remark(settings["model"], texts, settings["width"], settings["height"])
+        if ranks.is_first:
+            remark(settings, [line.prompt for line in lines])
         settings["device"] = ranks.device(settings["device"])
         with loaded_model(settings) as pipe:
             first = ranks.agree(lambda: drawn_seed(seed))

@@ -10,6 +10,7 @@ import click
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import ANY_PATH, INVERT_MASK, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS
 from latentdiff.cli.output import Writing, check_results, check_transparency, save_results
+from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
 
 
@@ -91,6 +92,7 @@ def inpaint(
     if mask:
         before["mask"] = read_mask(open_image(mask), f"the mask {mask}", invert=settings["invert_mask"])
     check_transparency(out, writing, picture, before.get("mask"))
+    remark(settings, [prompt])
     with loaded_model(settings) as pipe:
         images = tasks.inpaint(pipe, picture, mask, prompt, seed=drawn_seed(seed), **settings)
     save_results(images, out, before, compare=compare, writing=writing)

@@ -15,6 +15,7 @@ from latentdiff.cli.options import (
     flags_of,
 )
 from latentdiff.cli.output import Writing, check_count, check_writable
+from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
 from latentdiff.request.options import GenerateOptions
 
@@ -46,6 +47,7 @@ def interpolate(prompts: tuple[str, ...], fps: float, out: Path, seed: int | Non
     writing = Writing.taken_from(settings, out)
     is_animation = out.suffix.lower() == ".gif"
     _check_place(out, is_animation, settings["frames"])
+    remark(settings, prompts)
     from latentdiff import tasks
     from latentdiff.files import atomic_path
 

@@ -10,6 +10,7 @@ import click
 from latentdiff.cli.model import loaded_model
 from latentdiff.cli.options import ANY_PATH, MODEL_OPTIONS, flag
 from latentdiff.cli.output import check_writable
+from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
 from latentdiff.request.options import InversionName
 
@@ -60,6 +61,7 @@ def invert(picture: Path, out: Path | None, no_check: bool, **settings: Any) -> 
     if out.exists():
         raise UsageError(f"{out} is there already; remove it or choose another name with --out")
     check_writable(out)
+    remark(settings, [settings["prompt"]])
     from latentdiff.tasks.inversion import invert as invert_picture
 
     with loaded_model(settings) as pipe:

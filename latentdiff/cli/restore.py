@@ -10,6 +10,7 @@ import click
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import ANY_PATH, INVERT_MASK, MODEL_OPTIONS, RESULT_OPTIONS, flag, flags_of
 from latentdiff.cli.output import Writing, check_image_file, check_results, save_results
+from latentdiff.cli.words import remark
 from latentdiff.errors import DataError, UsageError
 from latentdiff.request.options import BorderName, OperatorName, RestorationName, SeededOptions
 
@@ -105,6 +106,7 @@ def restore(
 
     damaged = as_rgb(open_image(picture))
     operator = make_operator(name, damaged, mask, factor, kernel, border, sigma, invert_mask=invert_mask)
+    remark(options, [options["prompt"]])
     with loaded_model(options) as pipe:
         found = run(pipe, picture, operator, settings=own, seed=drawn_seed(seed), **options)
     save_results(found.images, out, {"damaged": damaged}, compare=compare, writing=writing)

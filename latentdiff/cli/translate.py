@@ -17,6 +17,7 @@ from latentdiff.cli.options import (
     flags_of,
 )
 from latentdiff.cli.output import Writing, check_results, save_results, shown_source
+from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
 from latentdiff.request.options import BlendName, TranslationName, WalkOptions
 
@@ -101,6 +102,7 @@ def translate(
     blend = {"schedule": negative_schedule, "alpha": negative_alpha}
     if negative_alpha is not None and negative_schedule is None:
         raise UsageError("--negative-alpha needs a --negative-schedule")
+    remark(settings, [prompt, settings["source_prompt"]])
     from latentdiff.tasks import translate as translate_picture
     from latentdiff.tasks.translation import NegativeBlend
 

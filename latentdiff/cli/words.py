@@ -1,17 +1,20 @@
-"""`latentdiff words`: what a small model knows, and what `generate` says of prompts beyond that."""
+"""`latentdiff words`: what a small model knows, and what commands say of prompts beyond that."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 from latentdiff.checkpoints.embedded import embedded_model
 from latentdiff.cli.options import MODEL
 from latentdiff.errors import UsageError, printable
+from latentdiff.prompts.syntax import said
 from latentdiff.prompts.words import KINDS, Words, read_words
+from latentdiff.request.options import OPTIONS
 
 
 @click.command()
@@ -34,8 +37,17 @@ def words_of(model: str | None) -> Words | None:
     return read_words(Path(model).expanduser() if model else embedded_model())
 
 
-def remark(model: str | None, prompts: Sequence[str], width: int | None, height: int | None) -> None:
-    """Say on stderr, in a line each, how a request goes beyond what the model was trained on."""
-    known = words_of(model)
-    for line in known.remarks(prompts, width, height) if known else ():
+def remark(settings: Mapping[str, Any], prompts: Sequence[str]) -> None:
+    """Say on stderr, in a line each, how a request goes beyond what the model was trained on.
+
+    Nothing is said of a model with LoRAs, which bring words of their own.
+
+    Args:
+        settings: of a command, before `loaded_model` takes the model's out of them.
+    """
+    known = None if settings["loras"] or settings["embeddings"] else words_of(settings["model"])
+    if known is None:
+        return
+    texts = [said(prompt, settings.get("prompt_syntax") or OPTIONS["prompt_syntax"].default) for prompt in prompts if prompt]
+    for line in known.remarks(texts, settings.get("width"), settings.get("height")):
         click.echo(f"note: {printable(line)}", err=True)
