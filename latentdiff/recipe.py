@@ -71,7 +71,8 @@ class Recipe(_Asked):
     task_settings: JSON values, what that task needs besides the other fields to be done again.
     parts: what was taken from elsewhere than the model, "vae", "text_encoder" or "base" -> {"file": name, "sha256": ...}.
     sources: role ("image", "mask", ...) -> {"file": name, "sha256": of the file, or of the pixels if there was none}.
-    loras: in the order of loading, {"file": name, "sha256": ..., "scale": ...}; without a hash the name counts.
+    loras: in the order of loading, {"file": name, "sha256": ..., "scale": ...}; without a hash the name counts, or in place of
+        it "tensors", the first digits of what web UIs hash. A prompt's tags name those with a "tag".
     """
 
     width: int
@@ -270,7 +271,11 @@ def _recipe_of(account: Account) -> Recipe:
             **{"guidance_scale": 1.0, **options},
             model=account.model,
             model_hash=account.model_hash,
-            loras=[{"file": lora.file, "sha256": "", "scale": lora.strength} for lora in account.loras],
+            loras=[{"file": lora.file, "sha256": "", "scale": lora.strength} for lora in account.loras]
+            + [
+                {"file": name, "sha256": "", "tensors": digits, "scale": 1.0, "tag": name}
+                for name, digits in account.lora_hashes.items()
+            ],
             **{name: value for name, value in account.model_options.items() if name != "vae"},
         )
     except TypeError as error:

@@ -45,6 +45,14 @@ def file_hash(path: Path) -> str:
     return known[key]
 
 
+def tensors_hash(path: Path) -> str:
+    """SHA-256 of a safetensors file behind its header, by which web UIs know LoRAs whatever their metadata says."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        file.seek(min(8 + length, path.stat().st_size))
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def once(path: Path, name: str, check: Callable[[], None]) -> None:
     """Run a check that reads the whole of a file, unless it is large and passed the check called `name` before."""
     if path.stat().st_size < _WORTH_REMEMBERING:

@@ -127,14 +127,17 @@ def loras_of(recipe: Recipe, folders: Iterable[Path]) -> list[ScaledFile]:
 
     folders = list(folders)
     try:
-        entries = [(entry["file"], entry["sha256"], Strength.of(entry["scale"])) for entry in recipe.loras]
-        return [(str(_find(file, sha256, folders)), strength) for file, sha256, strength in entries]
+        entries = [
+            (entry["file"], entry["sha256"], entry.get("tensors", ""), Strength.of(entry["scale"]))
+            for entry in recipe.loras
+        ]
+        return [(str(_find(file, sha256, tensors, folders)), strength) for file, sha256, tensors, strength in entries]
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise DataError(f"the picture's recipe does not say which LoRAs it was made with: {error}") from error
 
 
-def _find(file: str, sha256: str, folders: list[Path]) -> Path:
-    from latentdiff.checkpoints.hashing import file_hash
+def _find(file: str, sha256: str, tensors: str, folders: list[Path]) -> Path:
+    from latentdiff.checkpoints.hashing import file_hash, tensors_hash
 
     name = Path(file).name  # never a path: the recipe may come from anywhere
     named = [folder / name for folder in folders]
@@ -143,13 +146,14 @@ def _find(file: str, sha256: str, folders: list[Path]) -> Path:
     ]
     if not sha256:  # which other programs do not say
         others = [path for path in others if name in (path.name, path.stem)]
-    for path in [*named, *others]:
-        if path.is_file() and (not sha256 or file_hash(path) == sha256):
+    for path in filter(Path.is_file, [*named, *others]):
+        is_it = not sha256 or file_hash(path) == sha256
+        if is_it and (not tensors or tensors_hash(path).startswith(tensors)):
             return path
-    places = ", ".join(map(str, folders))
+    places, digits = ", ".join(map(str, folders)), sha256[:10] or tensors or "unknown"
     raise DataError(
-        f"the picture was made with the LoRA {name} (SHA-256 {sha256[:10] or 'unknown'}...), which is not in {places}; "
-        "say which folder it is in with --lora-dir"
+        f"the picture was made with the LoRA {name} (SHA-256 {digits}...), which is not in {places}; say which folder it is in "
+        "with --lora-dir"
     )
 
 
@@ -161,7 +165,9 @@ def offer_loras_of(pipe: Pipeline, recipe: Recipe, folders: Iterable[Path]) -> R
     """
     named = [entry for entry in recipe.loras if "tag" in entry]
     known = {entry["tag"] for entry in named}
-    tags = [tag.name for tag in read_prompt(recipe.prompt, recipe.prompt_syntax).loras if tag.name not in known]
+    said = [tag.name for tag in read_prompt(recipe.prompt, recipe.prompt_syntax).loras]
+    tags = [name for name in said if name not in known]
+    named = [entry for entry in named if "tensors" not in entry or entry["tag"] in said]
     named += [{"file": name, "sha256": "", "scale": 1.0, "tag": name} for name in dict.fromkeys(tags)]
     files = loras_of(replace(recipe, loras=named), folders)
     for entry, (path, _) in zip(named, files, strict=True):

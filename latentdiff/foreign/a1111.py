@@ -19,6 +19,7 @@ NEEDED = {"steps": "Steps", "sampler": "Sampler", "guidance_scale": "CFG scale",
 PATHS = ("dpmpp-sde", "dpmpp-2m-sde", "dpmpp-3m-sde")  # whose noise is a Brownian path of k-diffusion there
 # Elements of latents for which every GPU in use has a thread, so that all draw the same.
 ANY_GPU = 40_000
+_LORA_DIGITS = 12  # of the hash of a LoRA
 _NOT_SAID = " (not said)"
 _SHA256_DIGITS = 10  # of a hash in texts since 2023
 _VERSION = re.compile(r"(?:^|v)(\d{1,3})\.(\d{1,3})")
@@ -168,6 +169,13 @@ def _vae(draft: Draft, name: str, value: str) -> None:
     draft.honour(name, value, "name its file with --vae")
 
 
+def _lora_hashes(draft: Draft, name: str, value: str) -> None:
+    pairs = (entry.rpartition(":") for entry in value.split(","))
+    found = {file.strip(): digits.strip().lower() for file, _, digits in pairs}
+    draft.lora_hashes |= {file: digits for file, digits in found.items() if len(digits) >= _LORA_DIGITS}
+    draft.honour(name, value, "the files are found by their names in --lora-dir; reproduce compares the hashes")
+
+
 def _emphasis(draft: Draft, name: str, value: str) -> None:
     if value == "Original":
         draft.honour(name, value)
@@ -208,7 +216,7 @@ _HIRES = _without("there is no second, larger pass here; the command makes the f
 _MASK = _without("inpainting here paints the mask at the image's own size, without such settings")
 _VARIATION = _without("there are no variation seeds here")
 _REFINER = _without("there is no second model for the last steps here")
-_HASHES = _told("the files are found by their names: --lora-dir, --embedding")
+_HASHES = _told("the files are found by their names, --lora-dir and --embedding; these hashes are not compared")
 _MERGING = _without("no tokens are merged here")
 
 SETTINGS: dict[str, Handler] = {
@@ -236,7 +244,7 @@ SETTINGS: dict[str, Handler] = {
     "Emphasis": _emphasis,
     "Seed resize from": _seed_resize,
     "Tiling": _tiling,
-    "Lora hashes": _HASHES,
+    "Lora hashes": _lora_hashes,
     "TI hashes": _HASHES,
     "Hashes": _HASHES,
     **dict.fromkeys(

@@ -50,6 +50,7 @@ class Account:
         model, model_hash: the model's name, and the first digits of its file's SHA-256.
         model_options: of loading it: "vae", "prediction_type", "zero_terminal_snr".
         loras: in their order.
+        lora_hashes: name in the prompt -> first digits of the SHA-256 of the file behind its header.
         lacking: why no image can be made of it; empty if one can.
     """
 
@@ -62,6 +63,7 @@ class Account:
     model_hash: str = ""
     model_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     loras: tuple[NamedLoRA, ...] = ()
+    lora_hashes: Mapping[str, str] = field(default_factory=dict[str, str])
     lacking: tuple[str, ...] = ()
 
     def of(self, *verdicts: Verdict) -> list[Field]:
@@ -81,6 +83,7 @@ class Draft:
         self.model, self.model_hash = "", ""
         self.model_options: dict[str, Any] = {}
         self.loras: list[NamedLoRA] = []
+        self.lora_hashes: dict[str, str] = {}
         self.lacking: list[str] = []
 
     def honour(self, name: str, value: object, why: str = "", **options: Any) -> None:
@@ -140,6 +143,7 @@ class Draft:
             model_hash=self.model_hash,
             model_options=dict(self.model_options),
             loras=tuple(self.loras),
+            lora_hashes=dict(self.lora_hashes),
             lacking=tuple(self.lacking),
         )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -87,10 +89,18 @@ def test_loras_of_other_programs_are_found_by_their_names(command, sd1):
     line = command_of(command("import", "a.png", "--model", sd1, "--lora-dir", "loras").out)
     command(*words_of(line)[1:], "--out", "b.png")
     made = open_image("b.png")
-    made.info = {"parameters": f"a fox <lora:sty:0.5>\n{SETTINGS}"}
+    # The web UIs' hash: of what follows the header, whose length is in the first eight bytes.
+    content = Path("loras/sty.safetensors").read_bytes()
+    digits = hashlib.sha256(content[8 + struct.unpack("<Q", content[:8])[0] :]).hexdigest()[:12]
+    for more in ("", f', Lora hashes: "sty: {digits}, other: 0123456789ab"'):
+        made.info = {"parameters": f"a fox <lora:sty:0.5>\n{SETTINGS}{more}"}
+        save_png(made, "c.png")
+        assert command("reproduce", "c.png", "--model", sd1, "--lora-dir", "loras").code == 0
+        assert "--lora-dir" in command("reproduce", "c.png", "--model", sd1).errors[0]
+    made.info = {"parameters": f'a fox <lora:sty:0.5>\n{SETTINGS}, Lora hashes: "sty: 0123456789ab"'}
     save_png(made, "c.png")
-    assert command("reproduce", "c.png", "--model", sd1, "--lora-dir", "loras").code == 0
-    assert "--lora-dir" in command("reproduce", "c.png", "--model", sd1).errors[0]
+    (error,) = command("reproduce", "c.png", "--model", sd1, "--lora-dir", "loras").errors
+    assert "LoRA sty (SHA-256 0123456789ab" in error
 
 
 def test_json_for_programs(command):
