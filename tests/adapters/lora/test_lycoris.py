@@ -137,3 +137,21 @@ def test_other_layers_are_refused(kind, module, options, layer):
     tensors = written(taught(module, LAYERS[layer]()[0], **options))
     with pytest.raises(Misfit):
         read_change(tensors, others[layer], facts(tensors))
+
+
+@pytest.mark.parametrize("layer", ["linear", "convolution"])
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0, 1.7])
+@torch.no_grad()
+def test_dora_at_other_strengths(layer, strength):
+    """As LyCORIS' functions, A1111 and ComfyUI scale it: part of the way to the adapted weight, and 0 is none."""
+    from lycoris.functional import apply_dora_scale
+
+    torch.manual_seed(0)
+    target, _ = LAYERS[layer]()
+    theirs = taught("LoConModule", target, weight_decompose=True, wd_on_out=False)
+    tensors = written(theirs)
+    change = read_change(tensors, target, facts(tensors))
+    weight = target.weight.detach()
+    whole = change.inner.weight_change(weight).reshape(weight.shape)
+    expected = apply_dora_scale(weight, whole, tensors["dora_scale"], strength)
+    torch.testing.assert_close(weight + change.weight_change(weight, strength), expected, rtol=1e-5, atol=1e-5)

@@ -18,7 +18,7 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 def agree(a, b) -> None:
     for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dialect", ["kohya", "peft"])

@@ -73,7 +73,8 @@ class DoRA(nn.Module):
 
     Files store m as (out, 1, ...), a length for each output channel, or as (1, in, ...), one for each input channel;
     PEFT's `lora_magnitude_vector` is of output channels in any shape. A strength other than 1 goes part of the way
-    from W to W'; programs differ in that, but not at 1.
+    from W to W', as A1111, ComfyUI and LyCORIS' functions have it; LyCORIS' modules scale the new lengths alone, and
+    leave W + dW at 0.
 
     Args:
         inner: dW.
