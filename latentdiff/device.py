@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -144,6 +144,18 @@ def in_float32(module: nn.Module) -> Generator[None, None, None]:
         yield
     finally:
         module.to(dtype)
+
+
+@contextmanager
+def apart_from_torch(device: str = "cpu") -> Generator[None, None, None]:
+    """Inside, autocast and the default device that a program has set in torch for itself change nothing."""
+    with ExitStack() as stack:
+        for kind in {"cpu", device}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 def is_out_of_memory(error: BaseException) -> bool:

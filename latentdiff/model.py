@@ -5,43 +5,43 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 from torch import Tensor
 
+from latentdiff.adapted import AdaptedModel
 from latentdiff.adapters.lora.loaded import LoadedLoRAs
 from latentdiff.adapters.lora.offered import OfferedLoRAs
-from latentdiff.adapters.lora.reading import read_lora
 from latentdiff.adapters.lora.strength import Strength
-from latentdiff.adapters.textual_inversion import LoadedEmbeddings, is_word_file, read_embedding, read_words
+from latentdiff.adapters.textual_inversion import LoadedEmbeddings
 from latentdiff.checkpoints.embedded import EMBEDDED_NAME, embedded_model
-from latentdiff.device import Precision, pick_device, pick_precision, precision_of
+from latentdiff.device import Precision, apart_from_torch, pick_device, pick_precision, precision_of
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.engines import Example
 from latentdiff.engines.backends import engines_for
 from latentdiff.engines.calibration import calibration_examples
 from latentdiff.engines.fast_forms import use_fast_forms
-from latentdiff.errors import CheckpointError, LatentDiffError, UsageError
+from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.memory.residence import Residence
+from latentdiff.memory.sharing import Sharing, one_use
 from latentdiff.networks.functions import Decoder, Network
 from latentdiff.networks.sizes import SizeOptions, Told, count_of_sizes
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
+from latentdiff.processes import PortableModel, absolute
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice, Place, YesNo
 from latentdiff.request.options import BackendName, PrecisionName, PredictionName
 
 if TYPE_CHECKING:
-    from latentdiff.adapters.lora.loading import LoadReport
     from latentdiff.checkpoints.components import Components
     from latentdiff.networks.text_encoder import TextEncoder
     from latentdiff.networks.text_encoders import TextEncoders
 
 
-class LoadedModel:
+class LoadedModel(AdaptedModel, PortableModel):
     """Tokenizer, text encoder, U-Net, VAE and noise schedule, each usable alone.
 
     Args:
@@ -54,6 +54,7 @@ class LoadedModel:
     Attributes:
         residence: which of the networks are in memory; `residence.keep` says how long they stay there.
         elsewhere: what recipes say of the parts that do not come from the model; see `Recipe.parts`.
+        sharing: which threads use it.
 
     Raises:
         CheckpointError: the parts do not fit one another.
@@ -74,9 +75,9 @@ class LoadedModel:
         low_memory: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
-        self.residence = Residence(
-            {"text_encoder": text_encoder, "unet": unet, "vae": vae}, stored or {}, low_memory=low_memory
-        )
+        parts = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
+        self.sharing = Sharing(lambda: self._changes_in_use)
+        self.residence = Residence(parts, stored or {}, low_memory=low_memory, may_give_back=self.sharing.claim)
         self._network: Network | None = None
         self._decoder: Decoder | None = None
         is_told = unet.config.time_cond_proj_dim is not None
@@ -87,7 +88,7 @@ class LoadedModel:
         self.backend: BackendName = "torch"
         self.loras = LoadedLoRAs(unet, text_encoder)
         self.embeddings = LoadedEmbeddings(tokenizer, text_encoder)
-        self.offered = OfferedLoRAs()
+        self.offered, self.adapted_by, self.loaded_from = OfferedLoRAs(), [], None
         self.elsewhere: dict[str, dict[str, str]] = {}
         _check_fit("text embeddings", text_encoder.embedding_width, unet.config.cross_attention_dim)
         self.told_count = count_of_sizes(unet.config, getattr(text_encoder, "pooled_width", None))
@@ -107,6 +108,7 @@ class LoadedModel:
         text_encoder=Place(),
         base=Place(),
     )
+    @apart_from_torch()
     @torch.inference_mode(False)  # what is made inside could not be used outside
     def load(
         cls,
@@ -163,6 +165,16 @@ class LoadedModel:
             found.name = EMBEDDED_NAME
         pipe = cls.from_components(found, ema=ema, low_memory=low_memory)
         pipe.elsewhere = described(vae=vae, text_encoder=text_encoder, base=base)
+        pipe.loaded_from = {
+            "source": absolute(source),
+            "low_memory": low_memory,
+            "ema": ema,
+            "prediction_type": prediction_type,
+            "zero_terminal_snr": zero_terminal_snr,
+            "vae": absolute(vae),
+            "text_encoder": absolute(text_encoder),
+            "base": absolute(base),
+        }
         return pipe.to(where, precision).use_backend(backend)
 
     @classmethod
@@ -182,6 +194,7 @@ class LoadedModel:
         )
 
     @public(folder=Place())
+    @one_use()
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model as a folder in the diffusers layout, in the precision that it has here, without its LoRAs."""
         from latentdiff.checkpoints.components import Components, save_folder
@@ -199,6 +212,7 @@ class LoadedModel:
         save_folder(parts, os.path.abspath(folder))
 
     @public()
+    @one_use(alone=True)
     @torch.inference_mode(False)
     def to(self, device: torch.device | str, precision: Precision | PrecisionName | None = None) -> Self:
         """Move the model to `device`, and to `precision` if one is given; see `pick_device` and `pick_precision`.
@@ -221,6 +235,7 @@ class LoadedModel:
         self.embeddings.to(where)
         return self.use_backend(self.backend)
 
+    @one_use(alone=True)
     def use_backend(self, name: BackendName) -> Self:
         """Compute the U-Net and the decoder by the back end `name` from now on; the modules stay as they are.
 
@@ -258,90 +273,6 @@ class LoadedModel:
         if options != SizeOptions():
             raise UsageError("this model is not told sizes, crops or scores, which those of SDXL are; leave them out")
         return None
-
-    @public(path=Place(), scale=lambda name, value: Strength.of(value), allow_partial=YesNo())
-    def load_lora(
-        self,
-        path: str | os.PathLike[str],
-        scale: float | str | Strength = 1.0,
-        name: str | None = None,
-        *,
-        allow_partial: bool = False,
-    ) -> LoadReport | str:
-        """Adapt the model by a LoRA or LyCORIS file; several act at once. The model's own weights stay as they are.
-
-        Args:
-            path: in the dialect of kohya's tools, of LyCORIS, of PEFT or of diffusers; or a folder that the last two
-                wrote. An embedding of words, as textual inversion makes it, is taken too; it has no scale.
-            scale: strength; 1 is as trained. Text and a `Strength` say more, see `adapters.lora.strength`.
-            name: what `unload_lora` calls it; None is the path as it is given here.
-            allow_partial: leave out what does not fit, as long as something does.
-
-        Returns:
-            A report that says "matched 264 of 264 layers".
-
-        Raises:
-            CheckpointError: there is no such file, it is damaged, no LoRA, or one for another model.
-        """
-        name = os.fspath(path) if name is None else name
-        if is_word_file(path):
-            return self.load_embedding(path, name)
-        for part in ("text_encoder", "unet"):  # what is loaded goes where they lie
-            self.residence.ready(part)
-        file = read_lora(path)
-        report = self.loras.load(file, scale, name, allow_partial=allow_partial, precision=self.precision)
-        if file.words:
-            try:
-                words = read_words(file.path, file.words, self.text_encoder)
-                self.embeddings.load(words, file.path, name, alone=False)
-            except LatentDiffError:
-                self.loras.unload(name)
-                raise
-            self.tokenizer = self.embeddings.tokenizer
-        return report
-
-    @public(path=Place())
-    def load_embedding(self, path: str | os.PathLike[str], name: str | None = None) -> str:
-        """Teach the model the words of a textual-inversion file; prompts then use them.
-
-        Args:
-            path: `.safetensors`, `.pt` or `.bin`, of A1111, diffusers or latentdiff. Files that do not hold the word
-                are named after it.
-            name: what `unload_lora` calls it; None is the path as it is given here.
-
-        Returns:
-            A report that names the word.
-
-        Raises:
-            CheckpointError: there is no such file, it is damaged, or for another model.
-            UsageError: the word is in the vocabulary already.
-        """
-        self.residence.ready("text_encoder")
-        path, name = Path(path), os.fspath(path) if name is None else name
-        report = self.embeddings.load(read_words(path, read_embedding(path), self.text_encoder), path, name)
-        self.tokenizer = self.embeddings.tokenizer
-        return report
-
-    def unload_lora(self, name: str | None = None) -> None:
-        """Take a LoRA or an embedding off again, or all of them: pictures are as before, bit for bit."""
-        has_words = name is None or name in self.embeddings
-        if has_words:
-            self.embeddings.unload(name)
-            self.tokenizer = self.embeddings.tokenizer
-        if name is None or name in self.loras or not has_words:
-            self.loras.unload(name)
-
-    def offer_loras(self, folder: str | os.PathLike[str]) -> None:
-        """Let prompts name the LoRAs of a folder: `<lora:name:weight>`, by file name without its ending.
-
-        Raises:
-            UsageError: there is no such folder, or nothing in it.
-        """
-        self.offered.add_folder(folder)
-
-    def adaptations(self) -> list[dict[str, Any]]:
-        """What recipes say of the LoRAs and words that are loaded."""
-        return [*self.loras.describe(), *self.embeddings.describe()]
 
     def __repr__(self) -> str:
         """What is loaded: model, size, precision, device, and what adapts it."""
@@ -391,6 +322,14 @@ class LoadedModel:
     @decoder.setter
     def decoder(self, decoder: Decoder) -> None:
         self._decoder = None if decoder == self.residence.module("vae").decode else decoder
+
+    @property
+    def _changes_in_use(self) -> bool:
+        """Whether drawing puts something on the modules: an engine's forms, the guidance scale that a U-Net is told, or
+        what the residence does."""
+        has_engine = self._network is not None or self._decoder is not None
+        is_told = self.residence.module("unet").config.time_cond_proj_dim is not None
+        return has_engine or is_told or self.residence.changes_in_use
 
     @property
     def default_size(self) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from latentdiff.device import describe_device, explained_out_of_memory
 from latentdiff.diffusion.denoise import denoise
 from latentdiff.diffusion.guidance import Guidance
 from latentdiff.diffusion.latents import NoiseStream
-from latentdiff.diffusion.parameterization import Denoiser, parameterization
+from latentdiff.diffusion.parameterization import Denoiser, Prediction, parameterization
 from latentdiff.diffusion.progress import progress_bar, report
 from latentdiff.diffusion.schedule import Level
 from latentdiff.diffusion.thresholding import thresholded
@@ -29,16 +29,16 @@ from latentdiff.engines.deepcache import UNCACHED, CacheSettings, DeepCache
 from latentdiff.errors import UsageError
 from latentdiff.image import to_pil
 from latentdiff.memory.estimate import decoding_bytes, denoising_bytes
-from latentdiff.model import LoadedModel
+from latentdiff.memory.sharing import one_use
 from latentdiff.networks.attention import attention_backend
 from latentdiff.networks.functions import checked_model, decode_latents, encode_pictures
 from latentdiff.networks.kernels.choice import forms_in_use
-from latentdiff.networks.sizes import SizeOptions, Told
+from latentdiff.networks.sizes import Told
 from latentdiff.networks.steering import prompted_denoiser
-from latentdiff.networks.text_embedding import PLAIN, EncodedPrompt, Given, PromptEncoder, Reading
+from latentdiff.networks.text_embedding import EncodedPrompt, Given
 from latentdiff.networks.told_guidance import told_guidance
 from latentdiff.networks.vae import LatentDistribution
-from latentdiff.prompts.account import Account, account
+from latentdiff.prompted import PromptedModel
 from latentdiff.prompts.syntax import read_prompt
 from latentdiff.recipe import Recipe, library_versions
 from latentdiff.request.calls import public
@@ -65,7 +65,7 @@ class Start:
     extra_channels: Tensor | None = None  # see `Pipeline.denoiser`
 
 
-class Pipeline(LoadedModel):
+class Pipeline(PromptedModel):
     """A text-to-image model, and what it can be asked for; `LoadedModel` says how it is loaded, moved and adapted."""
 
     @overload
@@ -99,6 +99,7 @@ class Pipeline(LoadedModel):
         latents=_tensor,
         output=Choice(("images", "latents")),
     )
+    @one_use()
     @torch.no_grad()
     def __call__(
         self,
@@ -157,6 +158,7 @@ class Pipeline(LoadedModel):
             image.info.update(own.to_chunks())
         return images
 
+    @one_use()
     @torch.no_grad()
     @explained_out_of_memory()
     def sample(
@@ -185,7 +187,9 @@ class Pipeline(LoadedModel):
                 return start(slice(first + part.start, first + part.stop), noise)
 
             pictures = slice(first, first + len(piece.prompts))
-            with self.offered.attached(piece.loras, self.load_lora, self.unload_lora):
+            is_changed = bool(piece.loras) or piece.cache.interval > 1
+            attached = self.offered.attached(piece.loras, self.load_lora, self.unload_lora)
+            with self.in_use(alone=is_changed), attached:
                 own = text and (text[0][pictures], text[1][pictures])
                 made.append(self._sample(piece, shape, start_of, own))
         return torch.cat(made)
@@ -242,58 +246,7 @@ class Pipeline(LoadedModel):
             raise UsageError(f"a model that is told the guidance scale needs the back end torch, found {self.backend}")
         return told_guidance(self.unet, scale)
 
-    @torch.no_grad()
-    def encoded(self, plan: Plan) -> tuple[list[EncodedPrompt], list[EncodedPrompt]]:
-        """The prompts and negative prompts of a plan, one of each per picture."""
-        encoder = self.prompt_encoder(plan.reading)
-        positive = {text: encoder.prompt(text, plan.steps) for text in dict.fromkeys(plan.prompts)}
-        negative = {text: encoder.prompt(text, plan.steps, negative=True) for text in dict.fromkeys(plan.negatives)}
-        return [positive[text] for text in plan.prompts], [negative[text] for text in plan.negatives]
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str], reading: Reading = PLAIN, *, negative: bool = False) -> Tensor:
-        """Embed prompts that say one thing at all steps: (N, L, C), float32. Each distinct text is encoded once, alone.
-
-        Where they have different numbers of chunks, empty chunks fill up the shorter ones. Models of SDXL have their
-        pooled text in a row more, the last; see `latentdiff.networks.pooled`.
-
-        Args:
-            negative: they are what to avoid: of SDXL's base, zeros where they are empty.
-
-        Raises:
-            UsageError: a prompt is composed or changes on the way.
-        """
-        encoder = self.prompt_encoder(reading)
-        return encoder.filled([encoder.simple(text, negative=negative) for text in prompts])
-
-    def told_of_latents(
-        self,
-        shape: Sequence[int],
-        options: SizeOptions = SizeOptions(),  # noqa: B008 - immutable
-    ) -> Told | None:
-        """`told` of an image with latents of this shape, (..., h, w)."""
-        factor = self.residence.module("vae").config.downscale
-        return self.told(shape[-2] * factor, shape[-1] * factor, options)
-
-    def explain(self, prompt: str, *, prompt_syntax: str = "a1111", steps: int = 25, negative: bool = False) -> Account:
-        """What a prompt means to this model: tokens, weights, chunks, stages, and what has no meaning or is cut.
-
-        Args:
-            steps: over which stages are counted.
-            negative: read it as a negative prompt.
-
-        Returns:
-            A value with all of it; `print` shows a table.
-
-        Raises:
-            UsageError: the prompt cannot be read.
-        """
-        return account(self.tokenizer, prompt, prompt_syntax, steps, negative=negative)
-
-    def prompt_encoder(self, reading: Reading = PLAIN) -> PromptEncoder:
-        """What embeds prompts, and remembers them."""
-        return PromptEncoder(self.tokenizer, self.text_encoder, self.device, reading)
-
+    @one_use()
     @torch.no_grad()
     @explained_out_of_memory()
     def decode(self, latents: Tensor) -> Tensor:
@@ -302,6 +255,7 @@ class Pipeline(LoadedModel):
         self.residence.make_room("vae", decoding_bytes(workload))
         return decode_latents(self.decoder, self.vae, latents, self.device, tiled=workload.is_tiled)
 
+    @one_use()
     @torch.no_grad()
     @explained_out_of_memory()
     def encode_images(self, images: Tensor) -> LatentDistribution:
@@ -334,7 +288,7 @@ class Pipeline(LoadedModel):
         network = self.network
         if cache.interval > 1:
             network = DeepCache(network, self.unet, cache, calls or len(levels) - 1)
-        return prompted_denoiser(
+        denoise = prompted_denoiser(
             self.unet,
             checked_model(network, self.unet, levels),
             parameterization(self.schedule.config.prediction_type),
@@ -345,6 +299,12 @@ class Pipeline(LoadedModel):
             extra_channels=extra_channels,
             sizes=sizes,
         )
+
+        def in_use(x: Tensor, level: Level) -> Prediction:
+            with self.in_use(alone=cache.interval > 1):
+                return denoise(x, level)
+
+        return in_use
 
     def recipe(self, **fields: Any) -> Recipe:
         """A recipe with these fields, and what is to be said about the model and where it runs."""

@@ -19,12 +19,36 @@ def expected() -> np.ndarray:
     return drawn()
 
 
-def test_a_default_of_float64_changes_nothing(expected):
-    torch.set_default_dtype(torch.float64)
+PROMPTS = ("a cat on a (blue:1.3) background", "a cat [on a:0.5] blue background")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp-sde"])
+def test_another_default_dtype_changes_nothing(dtype, sampler):
+    pipe = Pipeline.load(device="cpu", precision="fp32")
+    asked = {"seed": 1, "steps": 2, "sampler": sampler, "cache_interval": 2, "progress": False}
+    expected = [np.asarray(image) for image in pipe(PROMPTS, **asked)]
+    torch.set_default_dtype(dtype)
     try:
-        assert np.array_equal(drawn(), expected)
+        for each in (pipe, Pipeline.load(device="cpu", precision="fp32")):
+            assert all(np.array_equal(*both) for both in zip(each(PROMPTS, **asked), expected, strict=True))
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+SETTINGS = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "a default device": lambda: torch.device("meta"),
+    "no gradients": lambda: torch.set_grad_enabled(False),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_what_is_in_force_around_a_call_changes_nothing(expected, setting):
+    pipe = Pipeline.load(device="cpu", precision="fp32")
+    with SETTINGS[setting]():
+        assert np.array_equal(drawn(pipe), expected)
+        assert np.array_equal(drawn(), expected)
 
 
 def test_deterministic_algorithms_change_nothing(expected):

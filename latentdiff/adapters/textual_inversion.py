@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -85,15 +86,15 @@ class NewWord(nn.Module):
     def attached(self, tokenizer: Any, text_encoder: TextEncoder) -> Iterator[NewWord]:
         """Inside, the text encoder reads the tokens that `tokenizer`, a copy that knows them, has for the word."""
         own = tokenizer.convert_tokens_to_ids(self.tokens)
-        layer, seen = _token_embedding(text_encoder), []
+        layer, seen = _token_embedding(text_encoder), threading.local()
 
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             places = inputs[0][..., None] == torch.tensor(own, device=inputs[0].device)  # (N, L, n)
-            seen.append(places)
+            seen.places = places
             return (inputs[0].masked_fill(places.any(-1), 0), *inputs[1:])
 
         def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            places = seen.pop()
+            places = seen.places
             chosen = self.vectors[places.long().argmax(-1)].to(output.dtype)  # (N, L, C)
             return torch.where(places.any(-1, keepdim=True), chosen, output)
 

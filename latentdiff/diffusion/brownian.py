@@ -57,7 +57,7 @@ class BrownianPath:
         """Unit normal noise that belongs to one node of the tree of an octave; node 0 is the octave itself."""
         digest = blake2b(f"brownian {self._seed} {octave} {node}".encode(), digest_size=8).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
-        return torch.randn(self._shape, generator=generator).double()
+        return torch.randn(self._shape, generator=generator, dtype=torch.float32).double()
 
 
 class BrownianNoise:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +32,7 @@ class Residence:
     Args:
         stored: the mapped weights of those that are on the meta device, by part and name.
         low_memory: stream the U-Net's weights, and keep no part longer than it is used.
+        may_give_back: whether no other thread uses a part.
 
     Attributes:
         keep: True keeps every part once it was used, False gives each back as soon as another one is needed, None gives
@@ -38,7 +40,12 @@ class Residence:
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], stored: Mapping[str, Mapping[str, Tensor]], *, low_memory: bool = False
+        self,
+        modules: Mapping[str, nn.Module],
+        stored: Mapping[str, Mapping[str, Tensor]],
+        *,
+        low_memory: bool = False,
+        may_give_back: Callable[[], bool] = lambda: True,
     ) -> None:
         self.parts = {name: Part(modules[name], stored.get(name)) for name in NAMES}
         if low_memory:
@@ -46,6 +53,8 @@ class Residence:
         self.low_memory = low_memory
         self.keep: bool | None = False if low_memory else None
         self._in_use: set[str] = set()
+        self._may_give_back = may_give_back
+        self._reading = threading.RLock()
 
     @property
     def device(self) -> torch.device:
@@ -54,8 +63,17 @@ class Residence:
 
     def ready(self, name: str) -> Any:
         """A part with its weights."""
-        with torch.inference_mode(False):  # weights that were read inside could not be used outside
+        if self.parts[name].is_ready:
+            return self.parts[name].module
+        with self._reading, torch.inference_mode(False):  # weights that were read inside could not be used outside
             return self.parts[name].ready()
+
+    @property
+    def changes_in_use(self) -> bool:
+        """Whether weights come and go while images are made, or may have to be repaired in float32."""
+        if self.keep is False or not all(part.is_ready for part in self.parts.values()):
+            return True
+        return any(next(part.module.parameters()).dtype != torch.float32 for part in self.parts.values())
 
     def module(self, name: str) -> Any:
         """A part as it is now, perhaps without weights: for its configuration."""
@@ -121,7 +139,7 @@ class Residence:
             available = available_memory(self.device)
             if available is None or need <= CLOSE * available:
                 return
-        if not self.keep:
+        if not self.keep and self._may_give_back():
             for other, part in self.parts.items():
                 if other != name and other not in self._in_use:
                     part.give_back()

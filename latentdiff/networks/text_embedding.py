@@ -233,7 +233,7 @@ class PromptEncoder:
         found = finite_or_float32(
             "the text encoder", encoder, lambda _: encoder(token_ids, skip=skip), where=f"on {shortened(text)}"
         ).float()
-        return found, torch.tensor(weights, device=found.device)[None, :, None]
+        return found, torch.tensor(weights, dtype=torch.float32, device=found.device)[None, :, None]
 
 
 def _of_same_mean(z: Tensor, weights: Tensor) -> Tensor:

@@ -36,5 +36,5 @@ def guidance_embedding(scale: float, width: int) -> Tensor:
     """Sinusoids of scale - 1, (1, width), float32; sines first, and the slowest frequency is a 10,000th."""
     half = width // 2
     exponent = torch.arange(half, dtype=torch.float32) / (half - 1)
-    angles = (scale - 1.0) * SCALING * torch.exp(-torch.log(torch.tensor(10_000.0)) * exponent)
+    angles = (scale - 1.0) * SCALING * torch.exp(-torch.log(torch.tensor(10_000.0, dtype=torch.float32)) * exponent)
     return torch.cat([angles.sin(), angles.cos()])[None]

@@ -65,7 +65,7 @@ class UNet(nn.Module):
 
     def embedded(self, x: Tensor, t: Tensor | float, context: Context) -> tuple[Tensor, Tensor | ProjectedContext]:
         """The embedding of the timesteps, (N, time channels), with what pooled text and sizes add; and the text alone."""
-        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
+        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(x.shape[0])
         time = self.time_embedding(sinusoidal_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
         if isinstance(context, ProjectedContext):
             return time if context.added is None else time + context.added, context

@@ -12,6 +12,7 @@ from PIL import Image
 from latentdiff.diffusion.latents import NoiseStream
 from latentdiff.errors import UsageError
 from latentdiff.image import to_pil, to_tensor
+from latentdiff.memory.sharing import one_use
 from latentdiff.pipeline import Pipeline, Start
 from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
@@ -40,6 +41,7 @@ class EditSettings:
 
 
 @public(SamplingOptions, strength=Real(0, 1), width=SIDE, height=SIDE)
+@one_use()
 def image_to_image(
     pipe: Pipeline,
     image: ImageInput | Inversion,

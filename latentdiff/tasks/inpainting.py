@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from latentdiff.errors import UsageError
+from latentdiff.memory.sharing import one_use
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
@@ -70,6 +71,7 @@ class InpaintSettings:
     padding=Whole(0),
     repeats=Whole(1),
 )
+@one_use()
 def inpaint(
     pipe: Pipeline,
     image: ImageInput,

@@ -14,6 +14,7 @@ from torch import Tensor
 from latentdiff.diffusion.latents import NoiseStream, start_noise
 from latentdiff.errors import UsageError
 from latentdiff.image import gif_of, to_pil
+from latentdiff.memory.sharing import one_use
 from latentdiff.pipeline import Pipeline, Start
 from latentdiff.recipe import Recipe, read_recipe
 from latentdiff.request.calls import public
@@ -39,6 +40,7 @@ class InterpolateSettings:
 
 
 @public(SamplingOptions, frames=Whole(2), same_noise=YesNo(), width=SIDE, height=SIDE)
+@one_use()
 def interpolate(
     pipe: Pipeline,
     prompts: Sequence[str],

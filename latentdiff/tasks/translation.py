@@ -19,6 +19,7 @@ from latentdiff.diffusion.progress import Callback, progress_bar
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.image import to_pil
+from latentdiff.memory.sharing import one_use
 from latentdiff.networks.conditioning import Conditioning
 from latentdiff.networks.functions import checked_model
 from latentdiff.networks.text_embedding import Reading
@@ -78,6 +79,7 @@ class TranslateSettings:
     steps=OPTIONS["steps"].domain,
     guidance_scale=OPTIONS["guidance_scale"].domain,
 )
+@one_use(alone=True)
 @torch.no_grad()
 def translate(
     pipe: Pipeline,
@@ -292,8 +294,8 @@ def _inverted(
             options = {"steps": steps, **options}
         if method == "edict" and guidance_scale is not None:
             options = {"guidance_scale": guidance_scale, **options}
-        options = {"method": INVERSION_OF.get(method, "fixed-point"), "prompt": prompt, **options}
-        found = invert(pipe, given, measure=False, callback=callback, progress=progress, **options)
+        own = {"method": INVERSION_OF.get(method, "fixed-point"), "prompt": prompt, "measure": False}
+        found = invert(pipe, given, **{**own, "callback": callback, "progress": progress, **options})
         return found.thinned(steps or found.steps), {"image": found.source}
     found, role = given
     if options or prompt:

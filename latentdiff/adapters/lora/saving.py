@@ -65,7 +65,7 @@ def _kohya(lora: LoRA) -> dict[str, Tensor]:
         if isinstance(layer, LoRALayer):
             tensors[f"{stem}.lora_down.weight"] = layer.lora_down.weight
             tensors[f"{stem}.lora_up.weight"] = _scaled(layer.lora_up.weight, layer.alpha / alpha)
-            tensors[f"{stem}.alpha"] = torch.tensor(alpha)
+            tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
         else:
             tensors |= {f"{stem}.{role}": tensor for role, tensor in _as_read(name, layer).items()}
     return tensors
@@ -79,7 +79,7 @@ def _as_read(name: str, layer: Change) -> dict[str, Tensor]:
     alpha = next((change.facts.alpha for change in layer.modules() if getattr(change, "facts", None)), None)
     inner = next((change for change in layer.modules() if isinstance(change, LoRALayer)), None)
     alpha = inner.alpha if inner is not None else alpha
-    return tensors if alpha is None else {**tensors, "alpha": torch.tensor(float(alpha))}
+    return tensors if alpha is None else {**tensors, "alpha": torch.tensor(float(alpha), dtype=torch.float32)}
 
 
 def _peft(lora: LoRA) -> dict[str, Tensor]:

@@ -52,6 +52,10 @@ class Choices:
         self._path = path
         self._chosen = _read(path)
         self._left = SECONDS
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        """Let a forked process choose, whoever was choosing in the other one."""
         self._lock = threading.RLock()  # a form may be made of others
 
     def is_fast(self, form: str, trial: Trial, needed: float = NEEDED) -> bool:
@@ -121,6 +125,15 @@ _used: dict[str, bool] = {}
 _of_machine: dict[str, Choices] = {}
 
 
+def _after_fork() -> None:
+    for choices in _of_machine.values():
+        choices.renew_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def takes_fast_form(form: str, trial: Trial, needed: float = NEEDED) -> bool:
     """Whether to compute `form` by our form rather than by torch's, on this machine with this many threads.
 
@@ -150,7 +163,7 @@ def forms_in_use() -> str:
 def _choices() -> Choices:
     name = machine(torch.get_num_threads())
     if name not in _of_machine:
-        _of_machine[name] = Choices(cache_folder("forms") / f"{name}.jsonl")
+        _of_machine.setdefault(name, Choices(cache_folder("forms") / f"{name}.jsonl"))
     return _of_machine[name]
 
 

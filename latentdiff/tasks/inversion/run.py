@@ -21,6 +21,7 @@ from latentdiff.diffusion.samplers import SAMPLERS, ddim
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.image import to_tensor
+from latentdiff.memory.sharing import one_use
 from latentdiff.networks.conditioning import Conditioning
 from latentdiff.networks.functions import checked_model
 from latentdiff.pipeline import Pipeline
@@ -50,6 +51,7 @@ LARGEST_NOISE_STD = 1.3  # above, EDICT's two latents have drifted apart
     callback=OPTIONS["callback"].domain,
     progress=OPTIONS["progress"].domain,
 )
+@one_use()
 @torch.no_grad()
 def invert(
     pipe: Pipeline,

@@ -18,6 +18,7 @@ from latentdiff.diffusion.latents import NoiseStream
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import DataError, UsageError
 from latentdiff.image import to_pil, to_tensor
+from latentdiff.memory.sharing import one_use
 from latentdiff.pipeline import Pipeline, Start
 from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
@@ -106,6 +107,7 @@ class RestoreSettings:
     guidance_scale=OPTIONS["guidance_scale"].domain,
     keep_measurement=YesNo(),
 )
+@one_use()
 def restore(
     pipe: Pipeline,
     image: ImageInput | Tensor,

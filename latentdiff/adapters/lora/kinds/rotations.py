@@ -39,7 +39,7 @@ class BOFT(LayerChange):
     def weight_change(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """See `LayerChange`. The strength draws every stage towards doing nothing, as in LyCORIS."""
         stages = cayley(_bounded(_skew(self.role("oft_blocks")), self.facts.alpha, weight.shape[0]))  # (m, n, b, b)
-        identity = torch.eye(stages.shape[-1], device=stages.device)
+        identity = torch.eye(stages.shape[-1], dtype=torch.float32, device=stages.device)
         turned = weight.flatten(1)  # (out, columns)
         for number, rotation in enumerate(identity + strength * (stages - identity)):
             reach = 2**number * rotation.shape[-1] // 2
@@ -77,16 +77,16 @@ class InputOFT(LayerChange):
             return cayley(q).mT
         terms = int(self.facts.options.get("num_cayley_neumann_terms", 5))
         if terms < 3:
-            return torch.eye(size, device=q.device) + (2 * q if terms == 2 else 0 * q)
+            return torch.eye(size, dtype=torch.float32, device=q.device) + (2 * q if terms == 2 else 0 * q)
         powers = [q]
         while len(powers) < max(terms - 1, 3):  # PEFT makes four terms of three
             powers.append(powers[-1] @ q)
-        return torch.eye(size, device=q.device) + 2 * sum(powers[:-1]) + powers[-1]
+        return torch.eye(size, dtype=torch.float32, device=q.device) + 2 * sum(powers[:-1]) + powers[-1]
 
 
 def cayley(q: Tensor) -> Tensor:
     """Skew-symmetric (..., b, b) -> rotation (..., b, b)."""
-    identity = torch.eye(q.shape[-1], device=q.device)
+    identity = torch.eye(q.shape[-1], dtype=torch.float32, device=q.device)
     return torch.linalg.solve(identity - q, identity + q, left=False)
 
 

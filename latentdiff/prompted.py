@@ -1,0 +1,72 @@
+"""What prompts mean to a model: their account, and their embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from latentdiff.memory.sharing import one_use
+from latentdiff.model import LoadedModel
+from latentdiff.networks.sizes import SizeOptions, Told
+from latentdiff.networks.text_embedding import PLAIN, EncodedPrompt, PromptEncoder, Reading
+from latentdiff.prompts.account import Account, account
+from latentdiff.request.plan import Plan
+
+
+class PromptedModel(LoadedModel):
+    """A model that reads prompts."""
+
+    @torch.no_grad()
+    def encoded(self, plan: Plan) -> tuple[list[EncodedPrompt], list[EncodedPrompt]]:
+        """The prompts and negative prompts of a plan, one of each per picture."""
+        encoder = self.prompt_encoder(plan.reading)
+        positive = {text: encoder.prompt(text, plan.steps) for text in dict.fromkeys(plan.prompts)}
+        negative = {text: encoder.prompt(text, plan.steps, negative=True) for text in dict.fromkeys(plan.negatives)}
+        return [positive[text] for text in plan.prompts], [negative[text] for text in plan.negatives]
+
+    @one_use()
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], reading: Reading = PLAIN, *, negative: bool = False) -> Tensor:
+        """Embed prompts that say one thing at all steps: (N, L, C), float32. Each distinct text is encoded once, alone.
+
+        Where they have different numbers of chunks, empty chunks fill up the shorter ones. Models of SDXL have their
+        pooled text in a row more, the last; see `latentdiff.networks.pooled`.
+
+        Args:
+            negative: they are what to avoid: of SDXL's base, zeros where they are empty.
+
+        Raises:
+            UsageError: a prompt is composed or changes on the way.
+        """
+        encoder = self.prompt_encoder(reading)
+        return encoder.filled([encoder.simple(text, negative=negative) for text in prompts])
+
+    def told_of_latents(
+        self,
+        shape: Sequence[int],
+        options: SizeOptions = SizeOptions(),  # noqa: B008 - immutable
+    ) -> Told | None:
+        """`told` of an image with latents of this shape, (..., h, w)."""
+        factor = self.residence.module("vae").config.downscale
+        return self.told(shape[-2] * factor, shape[-1] * factor, options)
+
+    def explain(self, prompt: str, *, prompt_syntax: str = "a1111", steps: int = 25, negative: bool = False) -> Account:
+        """What a prompt means to this model: tokens, weights, chunks, stages, and what has no meaning or is cut.
+
+        Args:
+            steps: over which stages are counted.
+            negative: read it as a negative prompt.
+
+        Returns:
+            A value with all of it; `print` shows a table.
+
+        Raises:
+            UsageError: the prompt cannot be read.
+        """
+        return account(self.tokenizer, prompt, prompt_syntax, steps, negative=negative)
+
+    def prompt_encoder(self, reading: Reading = PLAIN) -> PromptEncoder:
+        """What embeds prompts, and remembers them."""
+        return PromptEncoder(self.tokenizer, self.text_encoder, self.device, reading)
