@@ -16,6 +16,7 @@ from latentdiff.adapters.lora.offered import OfferedLoRAs
 from latentdiff.adapters.lora.strength import Strength
 from latentdiff.adapters.textual_inversion import LoadedEmbeddings
 from latentdiff.checkpoints.embedded import EMBEDDED_NAME, embedded_model
+from latentdiff.checkpoints.parts import check_fit, check_inputs, described
 from latentdiff.device import Precision, apart_from_torch, pick_device, pick_precision, precision_of
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.diffusion.schedule import Schedule
@@ -23,7 +24,7 @@ from latentdiff.engines import Example
 from latentdiff.engines.backends import engines_for
 from latentdiff.engines.calibration import calibration_examples
 from latentdiff.engines.fast_forms import use_fast_forms
-from latentdiff.errors import CheckpointError, UsageError
+from latentdiff.errors import UsageError
 from latentdiff.memory.residence import Residence
 from latentdiff.memory.sharing import Sharing, one_use
 from latentdiff.networks.functions import Decoder, Network
@@ -90,10 +91,10 @@ class LoadedModel(AdaptedModel, PortableModel):
         self.embeddings = LoadedEmbeddings(tokenizer, text_encoder)
         self.offered, self.adapted_by, self.loaded_from = OfferedLoRAs(), [], None
         self.elsewhere: dict[str, dict[str, str]] = {}
-        _check_fit("text embeddings", text_encoder.embedding_width, unet.config.cross_attention_dim)
+        check_fit("text embeddings", text_encoder.embedding_width, unet.config.cross_attention_dim)
         self.told_count = count_of_sizes(unet.config, getattr(text_encoder, "pooled_width", None))
-        _check_fit("latent channels", vae.config.latent_channels, unet.config.out_channels)
-        _check_inputs(unet.config.in_channels, vae.config.latent_channels)
+        check_fit("latent channels", vae.config.latent_channels, unet.config.out_channels)
+        check_inputs(unet.config.in_channels, vae.config.latent_channels)
 
     @classmethod
     @public(
@@ -147,7 +148,6 @@ class LoadedModel(AdaptedModel, PortableModel):
             UsageError: there is no such option, a value outside its domain, or no such device here.
         """
         from latentdiff.checkpoints.components import load_components
-        from latentdiff.checkpoints.parts import described
 
         where = pick_device(device)
         place = embedded_model() if source is None else source
@@ -274,6 +274,10 @@ class LoadedModel(AdaptedModel, PortableModel):
             raise UsageError("this model is not told sizes, crops or scores, which those of SDXL are; leave them out")
         return None
 
+    def adaptations(self) -> list[dict[str, Any]]:
+        """What recipes say of the LoRAs and words that are loaded."""
+        return [*self.loras.describe(), *self.embeddings.describe()]
+
     def __repr__(self) -> str:
         """What is loaded: model, size, precision, device, and what adapts it."""
         height, width = self.default_size
@@ -348,17 +352,4 @@ class LoadedModel(AdaptedModel, PortableModel):
         return (
             self.residence.module("unet").config.in_channels
             == 2 * self.residence.module("vae").config.latent_channels + 1
-        )
-
-
-def _check_fit(what: str, found: int, expected: int) -> None:
-    if found != expected:
-        raise CheckpointError(f"the model's parts do not fit: the U-Net expects {expected} {what}, found {found}")
-
-
-def _check_inputs(found: int, latent: int) -> None:
-    if found not in (latent, 2 * latent + 1):
-        raise CheckpointError(
-            f"expected a U-Net with {latent} input channels, or {2 * latent + 1} for inpainting (latents, mask and masked "
-            f"latents), found {found}: models that take other inputs are not supported"
         )

@@ -74,6 +74,21 @@ def read_part(source: str | os.PathLike[str], part: str, whole: Any) -> PartWeig
     return _from_names(path, part, below or tensors)
 
 
+def check_fit(what: str, found: int, expected: int) -> None:
+    """Raise a CheckpointError if two parts of a model differ in what they share."""
+    if found != expected:
+        raise CheckpointError(f"the model's parts do not fit: the U-Net expects {expected} {what}, found {found}")
+
+
+def check_inputs(found: int, latent: int) -> None:
+    """Raise a CheckpointError if a U-Net takes other channels than latents, or latents, a mask and the masked latents."""
+    if found not in (latent, 2 * latent + 1):
+        raise CheckpointError(
+            f"expected a U-Net with {latent} input channels, or {2 * latent + 1} for inpainting (latents, mask and masked "
+            f"latents), found {found}: models that take other inputs are not supported"
+        )
+
+
 def described(**places: str | os.PathLike[str] | None) -> dict[str, dict[str, str]]:
     """What recipes say of the places that parts were taken from: role -> {"file": name, "sha256": see `place_hash`}."""
     return {
