@@ -180,13 +180,10 @@ def test_without_these_there_is_no_image(text: str, lacks: str) -> None:
      "Negative prompt:", "<lora:", "((", "Template: x\n", "a"],
 )  # fmt: skip
 def test_time_is_in_proportion_to_the_length(part: str) -> None:
-    times = []
-    for length in (50_000, 200_000):
-        text = (FORGE.split("\n")[-1] + "\n" if "Template" in part else "") + part * (length // len(part))
-        start = time.process_time()
-        read_account({"parameters": text})
-        times.append(time.process_time() - start)
-    assert times[1] < 2.0 and times[1] < 10 * times[0] + 0.05  # quadratic is 16 times
+    text = (FORGE.split("\n")[-1] + "\n" if "Template" in part else "") + part * (200_000 // len(part))
+    start = time.process_time()
+    read_account({"parameters": text})
+    assert time.process_time() - start < 5.0  # a fraction of a second; quadratic is more than 25
 
 
 def test_a_prompt_is_no_text_of_settings() -> None:
