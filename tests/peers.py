@@ -13,13 +13,15 @@ FAMILIES = ("sd1", "sd2")
 
 @cache
 def folder(family: str) -> Path:
-    """A tiny model folder as published ones are, but drawn by DDIM: "sd1", "sd2" (v-prediction) or "inpaint"; do not
-    write to it."""
+    """A tiny model folder as published ones are, but drawn by DDIM: "sd1", "sd2" (v-prediction), "xl", or the first and
+    last for inpainting, "inpaint" and "xl-inpaint"; do not write to it."""
     from diffusers import DDIMScheduler
 
     if family == "sd2":
         return tiny.sd2_folder(Path(_scratch().name))
-    make = {"sd1": tiny.sd1_folder, "inpaint": tiny.inpaint_folder}[family]
+    make = {
+        "sd1": tiny.sd1_folder, "inpaint": tiny.inpaint_folder, "xl": tiny.xl_folder, "xl-inpaint": tiny.xl_inpaint_folder,
+    }[family]  # fmt: skip
     ddim = DDIMScheduler(**tiny.BETAS, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
     return make(Path(_scratch().name), ddim)
 
@@ -39,8 +41,11 @@ def ours(family: str):
 @cache
 def theirs(family: str):
     """The same model in diffusers."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder(family), safety_checker=None)
+    if family.startswith("xl"):
+        pipe = StableDiffusionXLPipeline.from_pretrained(folder(family))
+    else:
+        pipe = StableDiffusionPipeline.from_pretrained(folder(family), safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -361,6 +361,11 @@ def xl_folder(tmp: Path, scheduler=None, *, zeros: bool = True, **save_options) 
     return save_xl(xl_pipeline(tmp, scheduler, zeros=zeros), Path(tmp) / "xl", Path(tmp), **save_options)
 
 
+def xl_inpaint_folder(tmp: Path, scheduler=None) -> Path:
+    """Save a tiny SDXL for inpainting (9 input channels) as `tmp/xl-inpaint`."""
+    return save_xl(xl_pipeline(tmp, scheduler, in_channels=9), Path(tmp) / "xl-inpaint", Path(tmp))
+
+
 def refiner_folder(tmp: Path) -> Path:
     """Save a tiny SDXL refiner as `tmp/refiner`."""
     return save_xl(refiner_pipeline(tmp), Path(tmp) / "refiner", Path(tmp))

@@ -19,7 +19,7 @@ from latentdiff.checkpoints.folder import save_tensors
 from latentdiff.checkpoints.hashing import file_hash
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.networks.text_encoder import TextEncoder
-from latentdiff.networks.text_encoders import TextEncoders
+from latentdiff.networks.text_encoders import FIRST, TextEncoders, encoders_of
 
 _UNNAMED = ("*", "emb_params", "string_to_param.*")  # what files that do not hold the word call the vectors
 _SDXL = ("clip_l", "clip_g")
@@ -33,17 +33,24 @@ class NewWord(nn.Module):
         word: as prompts use it.
         vector: (C,), or (n, C) for several, which take n places in a prompt; C is the width of the text encoder's
             embeddings.
+        second: likewise for the second text encoder, where there are two.
     """
 
-    def __init__(self, word: str, vector: Tensor) -> None:
+    def __init__(self, word: str, vector: Tensor, second: Tensor | None = None) -> None:
         super().__init__()
         self.word = word
         self.vector = nn.Parameter(vector.detach().float().clone())
+        self.second = None if second is None else nn.Parameter(second.detach().float().clone())
 
     @property
     def vectors(self) -> Tensor:
         """One or several, (n, C)."""
         return torch.atleast_2d(self.vector)
+
+    @property
+    def of_encoders(self) -> list[Tensor]:
+        """The vectors for each text encoder."""
+        return [self.vectors, *([] if self.second is None else [torch.atleast_2d(self.second)])]
 
     @classmethod
     def create(cls, word: str, tokenizer: Any, text_encoder: TextEncoder, initial: str | None = None) -> NewWord:
@@ -52,13 +59,13 @@ class NewWord(nn.Module):
         Raises:
             UsageError: `initial` is no text.
         """
-        vocabulary = _token_embedding(text_encoder).weight
+        vocabularies = [layer.weight for layer in _token_embeddings(text_encoder)]
         if initial is None:
-            return cls(word, vocabulary.float().mean(0))
+            return cls(word, *(vocabulary.float().mean(0) for vocabulary in vocabularies))
         ids = tokenizer(initial, add_special_tokens=False)["input_ids"]
         if not ids:
             raise UsageError(f"expected a word to start from, found {initial!r}")
-        return cls(word, vocabulary[torch.tensor(ids)].float().mean(0))
+        return cls(word, *(vocabulary[torch.tensor(ids)].float().mean(0) for vocabulary in vocabularies))
 
     @property
     def tokens(self) -> list[str]:
@@ -85,8 +92,15 @@ class NewWord(nn.Module):
     @contextmanager
     def attached(self, tokenizer: Any, text_encoder: TextEncoder) -> Iterator[NewWord]:
         """Inside, the text encoder reads the tokens that `tokenizer`, a copy that knows them, has for the word."""
-        own = tokenizer.convert_tokens_to_ids(self.tokens)
-        layer, seen = _token_embedding(text_encoder), threading.local()
+        with ExitStack() as stack:
+            for number, layer in enumerate(_token_embeddings(text_encoder)):
+                stack.enter_context(self._read_by(layer, number, tokenizer.convert_tokens_to_ids(self.tokens)))
+            yield self
+
+    @contextmanager
+    def _read_by(self, layer: nn.Embedding, number: int, own: list[int]) -> Iterator[None]:
+        """Inside, the token embedding of encoder `number` has this word at the tokens `own`."""
+        seen = threading.local()
 
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             places = inputs[0][..., None] == torch.tensor(own, device=inputs[0].device)  # (N, L, n)
@@ -95,12 +109,12 @@ class NewWord(nn.Module):
 
         def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             places = seen.places
-            chosen = self.vectors[places.long().argmax(-1)].to(output.dtype)  # (N, L, C)
+            chosen = self.of_encoders[number][places.long().argmax(-1)].to(output.dtype)  # (N, L, C)
             return torch.where(places.any(-1, keepdim=True), chosen, output)
 
         hooks = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
         try:
-            yield self
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -112,6 +126,8 @@ class NewWord(nn.Module):
             LatentDiffError: the file cannot be written.
         """
         tensors = {self.word: self.vector.detach().cpu()}
+        if self.second is not None:  # a file of two has no place for the word but its name
+            tensors = dict(zip(_SDXL, (each.detach().cpu() for each in self.of_encoders), strict=True))
         save_tensors(tensors, Path(path), {"format": "pt", **(metadata or {})})
 
 
@@ -145,7 +161,7 @@ class LoadedEmbeddings:
         tokenizer = self.tokenizer
         for word in words:
             tokenizer = word.extended(tokenizer)  # raises if it is known
-        device = _token_embedding(self._text_encoder).weight.device
+        device = _token_embeddings(self._text_encoder)[0].weight.device
         self._words[name] = [word.to(device).requires_grad_(False) for word in words]
         if alone:
             self._files[name] = {"file": path.name, "sha256": file_hash(path), "scale": 1.0}
@@ -198,9 +214,7 @@ def read_embedding(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     inner = file.others.get("string_to_param")
     tensors = {str(name): each for name, each in inner.items()} if isinstance(inner, Mapping) else file.tensors
     vectors = {name: each for name, each in tensors.items() if isinstance(each, Tensor) and each.is_floating_point()}
-    if set(vectors) & set(_SDXL):
-        raise CheckpointError(f"{path} is an embedding for Stable Diffusion XL; expected one for 1.x or 2.x")
-    if len(vectors) != 1:
+    if len(vectors) != 1 and set(vectors) != set(_SDXL):
         raise CheckpointError(f"expected the embedding of one word in {path}, found {len(vectors)} tensors")
     return {name: each.detach() for name, each in vectors.items()}
 
@@ -211,8 +225,15 @@ def read_words(path: Path, vectors: Mapping[str, Tensor], text_encoder: TextEnco
     Raises:
         CheckpointError: they are for another model, or not finite.
     """
-    width = text_encoder.embedding_width
-    for vector in vectors.values():
+    widths = [layer.embedding_dim for layer in _token_embeddings(text_encoder)]
+    of_both = set(vectors) == set(_SDXL)
+    if of_both and FIRST not in encoders_of(text_encoder):  # the refiner has the second alone
+        vectors, of_both = {path.stem: vectors[_SDXL[1]]}, False
+    if of_both != (len(widths) > 1):
+        kinds = "Stable Diffusion XL", "1.x or 2.x"
+        raise CheckpointError(f"{path} is an embedding for {kinds[not of_both]}; expected one for {kinds[of_both]}")
+    ordered = [vectors[name] for name in _SDXL] if of_both else list(vectors.values())
+    for vector, width in zip(ordered, widths if of_both else widths * len(ordered), strict=True):
         if vector.ndim not in (1, 2) or vector.shape[-1] != width or not vector.numel():
             found = "x".join(map(str, vector.shape))
             raise CheckpointError(
@@ -222,6 +243,10 @@ def read_words(path: Path, vectors: Mapping[str, Tensor], text_encoder: TextEnco
             raise CheckpointError(f"expected at most {_LONGEST} vectors in {path}, found {len(vector)}")
         if not torch.isfinite(vector.float()).all():
             raise CheckpointError(f"the embedding {path} holds NaN or infinity; download it again")
+    if of_both:
+        if len({len(torch.atleast_2d(vector)) for vector in ordered}) > 1:
+            raise CheckpointError(f"expected as many vectors for each text encoder in {path}")
+        return [NewWord(path.stem, *ordered)]
     return [NewWord(path.stem if name in _UNNAMED else name, vector) for name, vector in vectors.items()]
 
 
@@ -234,5 +259,6 @@ def is_word_file(path: str | os.PathLike[str]) -> bool:
     return "string_to_param" in file.others or is_embedding({n: tuple(t.shape) for n, t in file.tensors.items()})
 
 
-def _token_embedding(text_encoder: TextEncoder) -> nn.Embedding:
-    return text_encoder.text_model.embeddings.token_embedding
+def _token_embeddings(text_encoder: nn.Module) -> list[nn.Embedding]:
+    """Of each text encoder."""
+    return [encoder.text_model.embeddings.token_embedding for encoder in encoders_of(text_encoder).values()]

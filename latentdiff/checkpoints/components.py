@@ -16,11 +16,11 @@ from latentdiff.checkpoints.inspection import Report, inspect
 from latentdiff.checkpoints.mapping import fill
 from latentdiff.checkpoints.modules import module_without_weights, parse_config
 from latentdiff.checkpoints.raw import RawModel
-from latentdiff.checkpoints.text_parts import parts_of_text, second_tokenizer, text_module
+from latentdiff.checkpoints.text_parts import second_tokenizer, text_module
 from latentdiff.checkpoints.tokenizer import tokenizer_files
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.errors import ConfigError
-from latentdiff.networks.text_encoders import TextEncoders
+from latentdiff.networks.text_encoders import TextEncoders, encoders_of
 from latentdiff.reading.plain import exists
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def save_folder(components: Components, folder: str | os.PathLike[str]) -> None:
         CheckpointError: `folder` holds something else.
         ConfigError: the text encoder is not one that the layout can hold.
     """
-    texts = parts_of_text(components.text_encoder)
+    texts = encoders_of(components.text_encoder)
     if not all(hasattr(encoder, "config") for encoder in texts.values()):
         raise ConfigError(
             f"the diffusers layout holds CLIP text encoders under transformers' names, found a "

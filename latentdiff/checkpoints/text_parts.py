@@ -14,7 +14,6 @@ from latentdiff.checkpoints.modules import module_without_weights
 from latentdiff.checkpoints.raw import RawModel
 from latentdiff.checkpoints.tokenizer import open_tokenizer
 from latentdiff.errors import CheckpointError
-from latentdiff.networks.text_encoder import TextEncoder
 from latentdiff.networks.text_encoders import FIRST, SECOND, Marks, TextEncoders
 from latentdiff.prompts.tokenizer import Tokenizer
 
@@ -42,11 +41,6 @@ def text_module(raw: RawModel, dtype: torch.dtype | None) -> tuple[nn.Module, di
     both = TextEncoders({part: module for part, (module, _) in parts.items()}, marks, zero_empty=empties)
     tensors = {f"{part}.{name}": tensor for part, (_, own) in parts.items() for name, tensor in own.items()}
     return both.eval(), tensors, tokenizer
-
-
-def parts_of_text(text_encoder: TextEncoder | TextEncoders) -> dict[str, TextEncoder]:
-    """The text encoders by the part that each is."""
-    return text_encoder.encoders if isinstance(text_encoder, TextEncoders) else {FIRST: text_encoder}
 
 
 def second_tokenizer(files: Mapping[str, str], text_encoder: TextEncoders, tokenizer: Tokenizer) -> dict[str, str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from latentdiff.errors import CheckpointError
 from latentdiff.networks.config import UNetConfig
 
-_OF_BASE, _OF_REFINER = 6, 5
+OF_BASE, OF_REFINER = 6, 5
 
 
 class Told(NamedTuple):
@@ -44,7 +44,7 @@ class SizeOptions:
     def told(self, count: int, height: int, width: int) -> Told:
         """For a U-Net that is told `count` numbers and an image of this size in pixels."""
         first = (*(self.original_size or (height, width)), *self.crop_top_left)
-        if count == _OF_REFINER:
+        if count == OF_REFINER:
             ends = (self.aesthetic_score,), (self.negative_aesthetic_score,)
         else:
             ends = (self.target_size or (height, width),) * 2
@@ -63,9 +63,9 @@ def count_of_sizes(config: UNetConfig, pooled_width: int | None) -> int:
         needs = "pooled text, which this text encoder does not give" if pooled_width is None else "no pooled text"
         raise CheckpointError(f"the model's parts do not fit: the U-Net takes {needs}")
     count, rest = divmod(config.added_dim - pooled_width, config.size_dim)
-    if rest or count not in (_OF_BASE, _OF_REFINER):
+    if rest or count not in (OF_BASE, OF_REFINER):
         raise CheckpointError(
             f"the model's parts do not fit: the U-Net is told {config.added_dim} numbers, expected {pooled_width} of pooled "
-            f"text and {_OF_BASE} (base) or {_OF_REFINER} (refiner) sizes of {config.size_dim}"
+            f"text and {OF_BASE} (base) or {OF_REFINER} (refiner) sizes of {config.size_dim}"
         )
     return count

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,23 @@ class Marks:
         if given == self.end:  # its first is the mark itself
             fills = fills & torch.cat([torch.zeros_like(fills[:, :1]), fills[:, :-1]], dim=1)
         return token_ids.masked_fill(fills, own)
+
+
+def encoders_of(text_encoder: nn.Module | None) -> dict[str, Any]:
+    """The text encoders by the part of a model that each is: one, or those of `TextEncoders`; none of None."""
+    if isinstance(text_encoder, TextEncoders):
+        return text_encoder.encoders
+    return {} if text_encoder is None else {FIRST: text_encoder}
+
+
+def unused_by(text_encoder: nn.Module | None) -> tuple[str, ...]:
+    """Beginnings of full names (`text_encoder.…`) of what no output depends on, so that nothing there can be trained: of
+    SDXL's first encoder the last layer and the final norm."""
+    encoders = encoders_of(text_encoder)
+    if SECOND not in encoders or FIRST not in encoders:
+        return ()
+    last = encoders[FIRST].depth - PENULTIMATE
+    return f"{FIRST}.text_model.encoder.layers.{last}.", f"{FIRST}.text_model.final_layer_norm"
 
 
 class TextEncoders(nn.Module):

@@ -8,7 +8,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from latentdiff.networks.layers.transformer import SizedText
+from latentdiff.networks.pooled import joined_chunks
 from latentdiff.networks.text_encoder import TextEncoder
+from latentdiff.networks.text_encoders import TextEncoders
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE, LatentDistribution
 from latentdiff.training.config import DenoisingSection
@@ -55,7 +58,7 @@ class DenoisingLoss(nn.Module):
         Args:
             batch: `noise` (n, C, h, w), `timesteps` (n,), `weights` (n,); `latents` (n, C, h, w), or `images`
                 (n, H, W, 3) uint8 with `posterior` noise (n, C, h, w); `context` (n, L, width), or `tokens` (n, chunks,
-                L).
+                L); for U-Nets that are told them, `sizes` (n, 6).
         """
         errors = self.errors(self.latents(batch), batch["noise"], batch["timesteps"], self.context(batch))
         weights = self.objective.weights(batch["timesteps"]) * batch["weights"]
@@ -67,18 +70,21 @@ class DenoisingLoss(nn.Module):
             return batch["latents"]
         return encode_images(self.vae, batch["images"]).sample(batch["posterior"])
 
-    def context(self, batch: dict[str, Tensor]) -> Tensor:
-        """Text embeddings (n, chunks L, width)."""
+    def context(self, batch: dict[str, Tensor]) -> Tensor | SizedText:
+        """Text embeddings (n, chunks L, width), with sizes if there are some."""
         if "context" in batch:
-            return batch["context"]
-        with torch.set_grad_enabled(self._trains_text and torch.is_grad_enabled()):
-            return encode_tokens(self.text_encoder, batch["tokens"])
+            text = batch["context"]
+        else:
+            with torch.set_grad_enabled(self._trains_text and torch.is_grad_enabled()):
+                text = encode_tokens(self.text_encoder, batch["tokens"])
+        text = text.to(self.unet.conv_in.weight.dtype)
+        return SizedText(text, batch["sizes"]) if "sizes" in batch else text
 
-    def errors(self, latents: Tensor, noise: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def errors(self, latents: Tensor, noise: Tensor, timesteps: Tensor, context: Tensor | SizedText) -> Tensor:
         """Squared error of each sample, (n,)."""
         dtype = self.unet.conv_in.weight.dtype
         noisy = self.objective.noisy(latents, noise, timesteps).to(dtype).contiguous(memory_format=torch.channels_last)
-        prediction = self.unet(noisy, timesteps, context.to(dtype))
+        prediction = self.unet(noisy, timesteps, context)
         return self.objective.errors(prediction, latents, noise, timesteps)
 
 
@@ -97,8 +103,12 @@ def encode_images(vae: VAE, images: Tensor) -> LatentDistribution:
 
 
 def encode_tokens(text_encoder: TextEncoder, tokens: Tensor) -> Tensor:
-    """Token ids (n, chunks, L) -> embeddings (n, chunks L, width): each chunk is read alone."""
-    return text_encoder(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]).flatten(1, 2)
+    """Token ids (n, chunks, L) -> embeddings (n, chunks L, width): each chunk is read alone.
+
+    Of SDXL's text encoders they have a row more, see `networks.pooled`.
+    """
+    found = text_encoder(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])  # (n, chunks, L, width)
+    return joined_chunks(list(found.unbind(1)), pooled=isinstance(text_encoder, TextEncoders))
 
 
 def attention_backend(settings: DenoisingSection, side: float, accelerator: Accelerator) -> str:

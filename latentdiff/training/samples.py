@@ -14,7 +14,7 @@ from latentdiff.training.data.buckets import BatchPlan, Size
 from latentdiff.training.data.captions import CaptionRules, choose
 from latentdiff.training.data.randomness import generator, normal, uniform
 from latentdiff.training.data.tokens import CaptionTokens
-from latentdiff.training.data.transforms import prepare
+from latentdiff.training.data.transforms import prepare, told_sizes
 from latentdiff.training.objective import draw_timesteps
 from latentdiff.training.store import row_key
 
@@ -33,6 +33,7 @@ class Samples:
         tokens: makes token ids.
         settings: how images are cropped and captions are chosen.
         latent: channels of the latents, and pixels per latent.
+        tells_sizes: the U-Net is told the sizes of images, as those of SDXL are.
     """
 
     def __init__(
@@ -42,7 +43,10 @@ class Samples:
         tokens: CaptionTokens,
         settings: DenoisingSection,
         latent: tuple[int, int],
+        *,
+        tells_sizes: bool = False,
     ) -> None:
+        self.tells_sizes = tells_sizes
         self.data, self.buckets, self.tokens = data, list(buckets), tokens
         self._settings = settings
         self.latent = self._channels, self._downscale = latent
@@ -91,14 +95,32 @@ class Samples:
         with."""
         mirrored = [False] * len(indices) if flipped is None else flipped
         keys = [None] * len(indices) if crop_keys is None else crop_keys
+        sizes = self._sizes(indices, mirrored, keys)
         if self.latents is not None:
             rows = [self.latent_key(index, flipped=flip) for index, flip in zip(indices, mirrored, strict=True)]
-            return {"latents": self.latents.sample(rows, posterior)}
+            return {"latents": self.latents.sample(rows, posterior), **sizes}
         pixels = [
             self.pixels(index, flipped=flip, crop_key=key)
             for index, flip, key in zip(indices, mirrored, keys, strict=True)
         ]
-        return {"images": np.stack(pixels), "posterior": posterior}
+        return {"images": np.stack(pixels), "posterior": posterior, **sizes}
+
+    def _sizes(
+        self, indices: Sequence[int], flipped: Sequence[bool], crop_keys: Sequence[tuple[int | str, ...] | None]
+    ) -> Arrays:
+        if not self.tells_sizes:
+            return {}
+        rows = [
+            told_sizes(
+                self.data.sizes[index],
+                self.buckets[index],
+                crop="random" if key else "center",
+                rng=generator(*key) if key else None,
+                flipped=flip,
+            )
+            for index, flip, key in zip(indices, flipped, crop_keys, strict=True)
+        ]
+        return {"sizes": np.array(rows, np.float32)}
 
     def text(self, captions: Sequence[str], chunks: int) -> Arrays:
         """Captions: their embeddings where these are cached, otherwise their token ids (n, chunks, L)."""

@@ -99,7 +99,7 @@ def test_saved_is_read(tmp_path):
         ({"<a>": torch.zeros(2, 2, WIDTH)}, "vectors of 32 numbers"),
         ({"<a>": torch.full((WIDTH,), torch.nan)}, "NaN"),
         ({"<a>": torch.zeros(76, WIDTH)}, "at most 75 vectors"),
-        ({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, "for Stable Diffusion XL"),
+        ({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, "embedding for Stable Diffusion XL"),
         ({"<a>": torch.zeros(WIDTH), "<b>": torch.zeros(WIDTH)}, "one word in .*, found 2 tensors"),
     ],
 )

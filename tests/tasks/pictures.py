@@ -13,6 +13,8 @@ from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     UniPCMultistepScheduler,
 )
 from PIL import Image
@@ -60,8 +62,12 @@ def diffusers_pipeline(kind: str, family: str, sampler: str):
     components["scheduler"] = scheduler.from_config(
         {**components["scheduler"].config, "timestep_spacing": spacing, "clip_sample": False}
     )
-    pipeline = StableDiffusionInpaintPipeline if kind == "inpaint" else StableDiffusionImg2ImgPipeline
-    pipe = pipeline(**components, requires_safety_checker=False)
+    if family.startswith("xl"):
+        pipeline = StableDiffusionXLInpaintPipeline if kind == "inpaint" else StableDiffusionXLImg2ImgPipeline
+        pipe = pipeline(**components, add_watermarker=False)
+    else:
+        pipeline = StableDiffusionInpaintPipeline if kind == "inpaint" else StableDiffusionImg2ImgPipeline
+        pipe = pipeline(**components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

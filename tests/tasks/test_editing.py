@@ -20,7 +20,8 @@ QUICK = {"steps": 4, "seed": 3, "progress": False}
 
 @pytest.mark.parametrize("strength", [0.3, 0.58, 1.0])
 @pytest.mark.parametrize(
-    ("family", "sampler"), [("sd1", "ddim"), ("sd2", "ddim"), ("sd1", "euler"), ("sd1", "dpmpp-2m")]
+    ("family", "sampler"),
+    [("sd1", "ddim"), ("sd2", "ddim"), ("sd1", "euler"), ("sd1", "dpmpp-2m"), ("xl", "ddim"), ("xl", "euler")],
 )
 def test_same_picture_as_diffusers(family, sampler, strength):
     source, spacing = picture(), SCHEDULERS[sampler][1]

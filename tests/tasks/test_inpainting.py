@@ -43,6 +43,8 @@ def changed(result: Image.Image, source: Image.Image) -> np.ndarray:
         ("sd1", "dpmpp-2m"),
         ("inpaint", "ddim"),
         ("inpaint", "euler"),
+        ("xl", "ddim"),
+        ("xl-inpaint", "euler"),
     ],
 )
 def test_same_picture_as_diffusers(family, sampler, strength):

@@ -21,6 +21,7 @@ from latentdiff.adapters.lora.spec import LoRASpec, changeable
 from latentdiff.adapters.lora.strength import Strength
 from latentdiff.errors import UsageError
 from latentdiff.networks.taps import Tap
+from latentdiff.networks.text_encoders import SECOND, encoders_of
 from latentdiff.networks.unet import UNet
 
 
@@ -28,7 +29,7 @@ class LoRA(nn.Module):
     """Adapters of some layers of one model. Its parameters are the adapters' alone; the model is not part of it.
 
     Args:
-        layers: adapters by the full names of what they adapt (`unet.…`, `text_encoder.…`).
+        layers: adapters by the full names of what they adapt (`unet.…`, `text_encoder.…`, `text_encoder_2.…`).
         unet, text_encoder: the model.
         metadata: text that goes into the file with the weights.
     """
@@ -43,7 +44,7 @@ class LoRA(nn.Module):
         super().__init__()
         self.metadata = dict(metadata or {})
         targets = dict(changeable(unet, text_encoder))
-        self._model = _Others({"unet": unet, "text_encoder": text_encoder})
+        self._model = _Others({"unet": unet, **encoders_of(text_encoder)})
         self._targets = _Others({name: targets[name] for name in layers})
         for name, layer in layers.items():
             self.add_module(kohya_name(name), layer)
@@ -71,6 +72,12 @@ class LoRA(nn.Module):
     def layers(self) -> dict[str, Change]:
         """The adapters by full name."""
         return {name: getattr(self, kohya_name(name)) for name in self._targets}
+
+    @property
+    def file_names(self) -> dict[str, str]:
+        """What kohya's tools call the layers of this model, by full name."""
+        two = SECOND in self._model
+        return {name: kohya_name(name, self._model["unet"].config if two else None) for name in self._targets}
 
     @property
     def targets(self) -> list[nn.Module]:

@@ -78,7 +78,7 @@ class LoadedLoRAs:
         """Follow the model to `device` and `precision`."""
         for entry in self._entries.values():
             for name, layer in entry.lora.layers.items():
-                layer.follow(device, getattr(precision, name.partition(".")[0]))
+                layer.follow(device, precision.unet if name.startswith("unet.") else precision.text_encoder)
 
     def describe(self) -> list[dict[str, Any]]:
         """What recipes say of them."""

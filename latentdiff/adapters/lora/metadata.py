@@ -62,8 +62,18 @@ def lora_metadata(
     return {name: value for name, value in about.items() if value} | {OWN: json.dumps(own)}
 
 
+_XL = {
+    "ss_v2": "False",
+    "ss_base_model_version": "sdxl_base_v1-0",
+    "modelspec.sai_model_spec": "1.0.0",
+    "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+}
+
+
 def _family(config: UNetConfig, prediction_type: str) -> dict[str, str]:
     """By these keys the web UIs sort LoRAs; models of another size than the published ones are none of theirs."""
+    if config.added_dim is not None:
+        return _XL if (config.block_out_channels[0], config.cross_attention_dim) == (320, 2048) else {}
     second = config.use_linear_projection
     if (config.block_out_channels[0], config.cross_attention_dim) != (320, 1024 if second else 768):
         return {}

@@ -1,8 +1,8 @@
 """What the LoRA files of the field call the layers of a model.
 
-Full names are ours: `unet.` or `text_encoder.` and the module's path, as in the files that PEFT and diffusers write.
-The files of kohya's tools, which the web UIs read, have underscores for dots, so that their names can only be read with
-the model at hand; some of them name the U-Net's layers as the original single-file layout does.
+Full names are ours: `unet.`, `text_encoder.` or, of SDXL, `text_encoder_2.` and the module's path, as in the files that PEFT
+and diffusers write. The files of kohya's tools, which the web UIs read, have underscores for dots, so that their names can
+only be read with the model at hand; some of them name the U-Net's layers as the original single-file layout does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from latentdiff.checkpoints.tables import unet_map
 from latentdiff.networks.config import UNetConfig
 from latentdiff.networks.text_encoder import PREFIX
 
-_KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+_KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
+_FIRST_OF_TWO = "lora_te1_"
 
 # "module.lora_down.weight" (kohya), "module.lora_A.weight" (PEFT), "module.lora.down.weight" (diffusers),
 # "module.lora_linear_layer.down.weight" (its text encoders), "attn1.processor.to_q_lora.down.weight" (its oldest
@@ -36,10 +37,18 @@ _SIDES = {"A": "down", "B": "up"}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
-def kohya_name(name: str) -> str:
-    """The layer's name in the files of kohya's tools: dots become underscores."""
+def kohya_name(name: str, xl: UNetConfig | None = None) -> str:
+    """The layer's name in the files of kohya's tools: dots become underscores.
+
+    Args:
+        xl: of a U-Net of SDXL, whose layers they call as the original layout does; its text encoders are numbered.
+    """
     part, _, path = name.partition(".")
-    return _KOHYA[part] + path.replace(".", "_")
+    if xl is None:
+        return _KOHYA[part] + _flat(path)
+    if part == "unet":
+        return _KOHYA[part] + _flat(unet_map(xl).to_theirs(path) or path)
+    return (_FIRST_OF_TWO if part == "text_encoder" else _KOHYA[part]) + _flat(path)
 
 
 def read_key(key: str) -> tuple[str, str]:
@@ -74,10 +83,11 @@ def all_names(names: Iterable[str], config: UNetConfig) -> dict[str, str]:
         part, _, path = name.partition(".")
         paths = [path] if part == "unet" else [path, path.removeprefix(PREFIX)]
         for other in paths:
-            known |= dict.fromkeys((f"{part}.{other}", other, f"base_model.model.{other}"), name)
-            known |= dict.fromkeys((_KOHYA[part] + _flat(other), f"lycoris_{_flat(other)}"), name)
+            known |= dict.fromkeys((f"{part}.{other}", _KOHYA[part] + _flat(other)), name)
+            for bare in (other, f"base_model.model.{other}", f"lycoris_{_flat(other)}"):
+                known.setdefault(bare, name)  # the first text encoder's, where there are two
             if part == "text_encoder":
-                known[f"lora_te1_{_flat(other)}"] = name
+                known[f"{_FIRST_OF_TWO}{_flat(other)}"] = name
         if part == "unet":
             known[f"diffusion_model.{path}"] = name
         if part == "unet" and (theirs := original.to_theirs(path)):

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from latentdiff.adapters.lora.adapter import LoRA
 from latentdiff.adapters.lora.kinds import Change, LoRALayer
-from latentdiff.adapters.lora.names import kohya_name
 from latentdiff.checkpoints.folder import save_tensors
 from latentdiff.errors import UsageError
 from latentdiff.request.options import LoRADialect
@@ -59,9 +58,9 @@ def save_lora(
 def _kohya(lora: LoRA) -> dict[str, Tensor]:
     """Every LoRA layer gets the same alpha: diffusers loses those that differ from the most common one."""
     alpha = _common_alpha(lora)
-    tensors = {}
+    tensors, stems = {}, lora.file_names
     for name, layer in lora.layers.items():
-        stem = kohya_name(name)
+        stem = stems[name]
         if isinstance(layer, LoRALayer):
             tensors[f"{stem}.lora_down.weight"] = layer.lora_down.weight
             tensors[f"{stem}.lora_up.weight"] = _scaled(layer.lora_up.weight, layer.alpha / alpha)

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from latentdiff.errors import UsageError
+from latentdiff.networks.text_encoders import encoders_of, unused_by
 from latentdiff.networks.unet import UNet
 
 # Groups of layers by what their full names look like: the part's name, then the module's path in it.
@@ -18,8 +19,8 @@ TARGET_GROUPS = {
     "feed_forward": r"unet\..*\.ff\.net\.(0\.proj|2)",
     "projections": r"unet\..*\.attentions\.\d+\.(proj_in|proj_out)",
     "convolutions": r"unet\..*\.(conv1|conv2|conv_shortcut|(down|up)samplers\.0\.conv)",
-    "text_encoder": r"text_encoder\..*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
-    "text_encoder_mlp": r"text_encoder\..*\.mlp\.(fc1|fc2)",
+    "text_encoder": r"text_encoder(_2)?\..*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
+    "text_encoder_mlp": r"text_encoder(_2)?\..*\.mlp\.(fc1|fc2)",
 }
 
 
@@ -59,7 +60,8 @@ class LoRASpec:
         Raises:
             UsageError: a target fits no layer.
         """
-        layers = dict(adaptable(unet, text_encoder))
+        unused = unused_by(text_encoder)
+        layers = {name: layer for name, layer in adaptable(unet, text_encoder) if not name.startswith(unused)}
         chosen: set[str] = set()
         for target in self.targets:
             found = {name for name in layers if _fits(name, target)}
@@ -82,8 +84,8 @@ def adaptable(unet: nn.Module, text_encoder: nn.Module | None) -> Iterator[tuple
 
 def changeable(unet: nn.Module, text_encoder: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
     """Every layer that some kind of adapter can change: those of `adaptable`, and norms."""
-    for part, module in (("unet", unet), ("text_encoder", text_encoder)):
-        for name, layer in module.named_modules() if module is not None else ():
+    for part, module in {"unet": unet, **encoders_of(text_encoder)}.items():
+        for name, layer in module.named_modules():
             # Not their subclasses: torch's fused attention holds one whose forward is never called.
             if type(layer) in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm):
                 yield f"{part}.{name}", layer

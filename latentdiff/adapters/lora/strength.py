@@ -107,7 +107,7 @@ class Strength:
     def at(self, name: str, layers_per_block: int) -> float:
         """Of one layer, by its full name."""
         base = self.blocks[0] if self.blocks else 1.0
-        if name.startswith("text_encoder."):
+        if name.startswith(("text_encoder.", "text_encoder_2.")):
             return self.text_encoder * base
         place = _place(name, layers_per_block) if self.blocks else None
         return self.unet * (base if place is None else self.blocks[place])

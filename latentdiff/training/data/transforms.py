@@ -39,11 +39,8 @@ def prepare(
         raise UsageError(f"expected crop to be one of {', '.join(CROPS)}, found {crop!r}")
     if rng is None and (flip or crop == "random"):
         raise UsageError("random crops and flips need a generator")
-    scale = max(bucket[0] / image.width, bucket[1] / image.height)
+    scale, (left, top) = placed(image.size, bucket, crop, rng)
     window = tuple(side / scale for side in bucket)  # what is kept, in pixels of the image
-    slack = (max(0.0, image.width - window[0]), max(0.0, image.height - window[1]))
-    share = rng.random(2) if crop == "random" and rng is not None else (0.5, 0.5)
-    left, top = (room * part for room, part in zip(slack, share, strict=True))
     if scale == 1:
         left, top = int(left), int(top)  # so that pixels are copied, not resampled
     box = (left, top, min(left + window[0], image.width), min(top + window[1], image.height))
@@ -52,6 +49,31 @@ def prepare(
     if flip and rng is not None and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.array(image)
+
+
+def placed(size: Size, bucket: Size, crop: str, rng: np.random.Generator | None) -> tuple[float, tuple[float, float]]:
+    """How far an image of this size is scaled to cover its bucket, and (left, top) of the crop in pixels of the image."""
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    slack = [max(0.0, side - own / scale) for side, own in zip(size, bucket, strict=True)]
+    share = rng.random(2) if crop == "random" and rng is not None else (0.5, 0.5)
+    left, top = (room * part for room, part in zip(slack, share, strict=True))
+    return scale, (left, top)
+
+
+def told_sizes(
+    size: Size, bucket: Size, *, crop: str, rng: np.random.Generator | None, flipped: bool
+) -> tuple[int, ...]:
+    """What SDXL is told of a training image (Podell et al. 2023, section 2.2; see `networks.sizes`), in the order of
+    `SizeOptions`: its own height and width, top and left of the crop once it is scaled, and the bucket's height and width.
+
+    Args:
+        rng: as `prepare` got it.
+        flipped: the crop is mirrored, as if the image had been before.
+    """
+    scale, (left, top) = placed(size, bucket, crop, rng)
+    if flipped:
+        left = max(0.0, size[0] - bucket[0] / scale) - left
+    return size[1], size[0], round(top * scale), round(left * scale), bucket[1], bucket[0]
 
 
 def to_signed(images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from latentdiff.checkpoints.components import load_components
+from latentdiff.checkpoints.components import Components, load_components
 from latentdiff.checkpoints.embedded import EMBEDDED_NAME, embedded_model
 from latentdiff.device import computes_in_bf16, is_out_of_memory
 from latentdiff.diffusion.schedule import Schedule
@@ -20,6 +20,7 @@ from latentdiff.engines.fast_forms import use_fast_forms
 from latentdiff.errors import ConfigError, LatentDiffError, UsageError
 from latentdiff.files import atomic_path
 from latentdiff.networks.attention import use_attention_backend
+from latentdiff.networks.sizes import OF_BASE, count_of_sizes
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
 from latentdiff.training.config import dump_config, read_yaml
 from latentdiff.training.denoising import DenoisingTask
@@ -121,7 +122,7 @@ def _run(settings: FinetuneConfig, accelerator: Accelerator, verify_steps: int |
     parts = load_components(settings.model or embedded_model())
     if settings.model is None:
         parts.name = EMBEDDED_NAME
-    _check_model(parts.unet.config.in_channels, parts.vae.config.latent_channels)
+    _check_model(parts)
     method = make_method(parts, settings)
     side = settings.resolution / parts.vae.config.downscale if settings.resolution else parts.unet.config.sample_size
     settings = settings.model_copy(update={"attention": attention_backend(settings, side, accelerator)})
@@ -173,7 +174,13 @@ def _accelerator(settings: FinetuneConfig) -> tuple[Accelerator, FinetuneConfig]
     return Accelerator(cpu=cpu, mixed_precision=precision), settings.model_copy(update={"mixed_precision": precision})
 
 
-def _check_model(inputs: int, latents: int) -> None:
+def _check_model(parts: Components) -> None:
+    inputs, latents = parts.unet.config.in_channels, parts.vae.config.latent_channels
+    pooled = getattr(parts.text_encoder, "pooled_width", None)
+    if count_of_sizes(parts.unet.config, pooled) not in (0, OF_BASE):
+        raise UsageError(
+            "the refiner of SDXL, which is told scores of images, cannot be fine-tuned here; take the base"
+        )
     if inputs != latents:
         raise UsageError(
             f"expected a text-to-image model with {latents} U-Net input channels, found {inputs}: this model is for"

@@ -53,7 +53,15 @@ def batches_of(
     if not shards:
         return Batches(samples, of.training, settings, settings.seed, num_train_timesteps)
     largest = max(samples.buckets[index] for index in of.training)
-    return StreamBatches(list(shards), largest, samples.tokens, settings, samples.latent, num_train_timesteps)
+    return StreamBatches(
+        list(shards),
+        largest,
+        samples.tokens,
+        settings,
+        samples.latent,
+        num_train_timesteps,
+        tells_sizes=samples.tells_sizes,
+    )
 
 
 def _samples(
@@ -69,7 +77,14 @@ def _samples(
         index=settings.out / "index",
     )
     vae = parts.vae.config
-    return Samples(data, _buckets(data, settings, parts), tokens, settings, (vae.latent_channels, vae.downscale))
+    return Samples(
+        data,
+        _buckets(data, settings, parts),
+        tokens,
+        settings,
+        (vae.latent_channels, vae.downscale),
+        tells_sizes=parts.unet.config.added_dim is not None,
+    )
 
 
 def _buckets(data: Dataset, settings: FinetuneConfig, parts: Components) -> list[Size | None]:

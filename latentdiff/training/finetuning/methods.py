@@ -15,6 +15,7 @@ from torch import nn
 from latentdiff.adapters.lora import LoRA, LoRASpec, lora_metadata, save_lora
 from latentdiff.adapters.textual_inversion import NewWord
 from latentdiff.checkpoints.components import Components, save_folder
+from latentdiff.networks.text_encoders import unused_by
 from latentdiff.training.denoising import text_and_unet
 from latentdiff.training.finetuning.config import FinetuneConfig
 from latentdiff.training.optimizer import ParameterGroup
@@ -78,6 +79,8 @@ class FullMethod(FinetuningMethod):
         self._trained = ("unet", "text_encoder") if self.trains_text else ("unet",)
         for part in self._trained:
             getattr(parts, part).float().requires_grad_(True)
+        for name, parameter in parts.text_encoder.named_parameters() if self.trains_text else ():
+            parameter.requires_grad_(not name.startswith(unused_by(parts.text_encoder)))
 
     def networks(self) -> list[nn.Module]:
         return [getattr(self.parts, part) for part in self._trained]
@@ -85,7 +88,9 @@ class FullMethod(FinetuningMethod):
     def parameter_groups(self) -> list[ParameterGroup]:
         return self._groups(
             {
-                part: {f"{part}.{name}": p for name, p in getattr(self.parts, part).named_parameters()}
+                part: {
+                    f"{part}.{name}": p for name, p in getattr(self.parts, part).named_parameters() if p.requires_grad
+                }
                 for part in self._trained
             }
         )
@@ -105,7 +110,7 @@ class LoRAMethod(FinetuningMethod):
         super().__init__(parts, settings)
         spec = LoRASpec(rank=settings.rank, alpha=settings.alpha, targets=settings.targets)
         self.adapter = self.lora = LoRA.create(parts.unet, parts.text_encoder, spec, settings.seed)
-        self.trains_text = any(name.startswith("text_encoder.") for name in self.lora.layers)
+        self.trains_text = any(not name.startswith("unet.") for name in self.lora.layers)
 
     def attached(self) -> AbstractContextManager[Any]:
         return self.lora.attached()
@@ -113,7 +118,7 @@ class LoRAMethod(FinetuningMethod):
     def parameter_groups(self) -> list[ParameterGroup]:
         by_part: dict[str, dict[str, nn.Parameter]] = {"unet": {}, "text_encoder": {}}
         for layer_name, layer in self.lora.layers.items():
-            part = layer_name.partition(".")[0]
+            part = "unet" if layer_name.startswith("unet.") else "text_encoder"
             by_part[part] |= {f"{layer_name}.{name}": parameter for name, parameter in layer.named_parameters()}
         return self._groups(by_part)
 

@@ -19,7 +19,7 @@ from latentdiff.training.data.randomness import generator
 from latentdiff.training.data.shards import find_shards
 from latentdiff.training.data.stream import Sample, ShardStream
 from latentdiff.training.data.tokens import CaptionTokens
-from latentdiff.training.data.transforms import prepare
+from latentdiff.training.data.transforms import prepare, told_sizes
 from latentdiff.training.finetuning.config import FinetuneConfig
 from latentdiff.training.samples import Arrays, step_numbers
 
@@ -31,6 +31,7 @@ class _Item(NamedTuple):
     name: str
     pixels: np.ndarray  # (H, W, 3) uint8
     caption: str
+    size: Size  # before it was prepared
 
 
 class StreamBatches:
@@ -43,6 +44,7 @@ class StreamBatches:
         settings: batch size, crops, captions, seed.
         latent: channels of the latents, and pixels per latent.
         num_train_timesteps: of the noise schedule.
+        tells_sizes: the U-Net is told the sizes of images.
     """
 
     def __init__(
@@ -53,7 +55,10 @@ class StreamBatches:
         settings: FinetuneConfig,
         latent: tuple[int, int],
         num_train_timesteps: int,
+        *,
+        tells_sizes: bool = False,
     ) -> None:
+        self._tells_sizes = tells_sizes
         self._shards, self._size, self._tokens, self._settings = shards, size, tokens, settings
         self._stream = ShardStream(tuple(shards), settings.batch_size, settings.seed)
         self._rules = CaptionRules(settings.caption_dropout, settings.shuffle_tags)
@@ -95,9 +100,22 @@ class StreamBatches:
         if not settings.upscale and (image.width < self._size[0] or image.height < self._size[1]):
             wanted = "x".join(map(str, self._size))
             raise DataError(f"the image {sample.name} has {image.width}x{image.height} pixels, fewer than {wanted}")
-        random = generator(settings.seed, "crop", step, row) if settings.crop == "random" else None
+        random = self._crop(step, row)
         caption = choose(sample.captions(settings.caption_column), self._rules, seed=settings.seed, step=step, row=row)
-        return _Item(sample.name, prepare(image, self._size, crop=settings.crop, rng=random), caption)
+        return _Item(sample.name, prepare(image, self._size, crop=settings.crop, rng=random), caption, image.size)
+
+    def _crop(self, step: int, row: int) -> np.random.Generator | None:
+        return generator(self._settings.seed, "crop", step, row) if self._settings.crop == "random" else None
+
+    def _sizes(self, step: int, rows: range, items: list[_Item], flipped: list[bool]) -> Arrays:
+        if not self._tells_sizes:
+            return {}
+        crop = self._settings.crop
+        told = [
+            told_sizes(item.size, self._size, crop=crop, rng=self._crop(step, row), flipped=flip)
+            for item, row, flip in zip(items, rows, flipped, strict=True)
+        ]
+        return {"sizes": np.array(told, np.float32)}
 
     def _arrays(self, step: int, rows: range, items: list[_Item]) -> Arrays:
         settings, shape = self._settings, self._latent_shape
@@ -109,6 +127,7 @@ class StreamBatches:
             "posterior": posterior,
             "tokens": self._tokens.rows([item.caption for item in items], chunks),
             "weights": np.ones(len(items), np.float32),
+            **self._sizes(step, rows, items, flipped),
             **numbers,
         }
 

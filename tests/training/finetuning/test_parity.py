@@ -97,3 +97,80 @@ def test_the_text_encoder_gets_the_gradient_of_transformers(tmp_path, monkeypatc
     for name, parameter in named.items():
         gradient = ours.optimizer[f"text_encoder.text_model.{name}/exp_avg"] / 0.1
         assert (gradient - parameter.grad).norm() <= 1e-5 * norm, name
+
+
+# --- SDXL -----------------------------------------------------------------------------------------
+
+
+def loss_of_sdxl(pipe, batch):
+    """The equation of diffusers' training of SDXL: both texts, pooled text and sizes as `added_cond_kwargs`."""
+    pixels = batch["images"].permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        found = pipe.vae.encode(pixels).latent_dist
+        latents = (found.mean + found.std * batch["posterior"]) * pipe.vae.config.scaling_factor
+    states, tokens = [], batch["tokens"][:, 0]
+    end = pipe.tokenizer.eos_token_id
+    for number, encoder in enumerate((pipe.text_encoder, pipe.text_encoder_2)):
+        after_end = (tokens == end).cumsum(1) > 1
+        own = tokens.masked_fill(after_end, pipe.tokenizer_2.pad_token_id) if number else tokens
+        out = encoder(own, output_hidden_states=True)
+        states.append(out.hidden_states[-2])
+    added = {"text_embeds": out[0], "time_ids": batch["sizes"]}
+    noisy = pipe.scheduler.add_noise(latents, batch["noise"], batch["timesteps"])
+    prediction = pipe.unet(noisy, batch["timesteps"], torch.cat(states, 2), added_cond_kwargs=added).sample
+    return F.mse_loss(prediction, batch["noise"])
+
+
+def test_a_step_of_sdxl_equals_diffusers_and_torch(tmp_path, monkeypatch):
+    batch, ours = step_of_ours(
+        tmp_path,
+        "xl",
+        monkeypatch,
+        method="full",
+        train_text_encoder=True,
+        min_snr_gamma=None,
+        crop="random",
+        flip=True,
+    )
+    assert batch["sizes"].shape == (len(batch["noise"]), 6) and len(batch["sizes"].unique()) > 2
+    pipe = peers.theirs.__wrapped__("xl")
+    parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
+    for part in parts.values():
+        part.requires_grad_(True)
+    loss_of_sdxl(pipe, batch).backward()
+    named = {(part, name): p for part, m in parts.items() for name, p in m.named_parameters() if p.grad is not None}
+    norm = torch.nn.utils.clip_grad_norm_(named.values(), 0.5)
+    for (part, name), parameter in named.items():
+        bare = part == "unet" or name.startswith(("text_model.", "text_projection"))
+        full = f"unet.{name}" if part == "unet" else f"text_encoder.{part}.{name if bare else f'text_model.{name}'}"
+        gradient = ours.optimizer[f"{full}/exp_avg"] / 0.1
+        assert (gradient - parameter.grad).norm() <= 1e-5 * norm, name
+
+
+def test_a_lora_of_sdxl_gets_the_gradient_of_peft(tmp_path, monkeypatch):
+    """From the second step on, as the first moves the upper halves alone: what was read is what diffusers adapts."""
+    from diffusers.utils import convert_state_dict_to_diffusers  # noqa: F401 - peft is needed for it
+
+    batch, ours = step_of_ours(
+        tmp_path, "xl", monkeypatch, method="lora", targets=["attention", "text_encoder"], rank=2, min_snr_gamma=None
+    )
+    pipe = peers.theirs.__wrapped__("xl")
+    pipe.load_lora_weights(tmp_path / "run" / "lora.safetensors", adapter_name="a")
+    parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
+    up = {}
+    for part, module in parts.items():
+        for name, parameter in module.named_parameters():
+            is_up = ".lora_B." in name
+            parameter.requires_grad_(is_up)
+            if is_up:
+                parameter.data.zero_()  # where the step began
+                up[part, name.split(".lora_B.")[0]] = parameter
+    assert not any("layers.2." in name for part, name in up if part == "text_encoder")  # not read
+    assert {part for part, _ in up} == set(parts)
+    loss_of_sdxl(pipe, batch).backward()
+    norm = torch.nn.utils.clip_grad_norm_(up.values(), 0.5)
+    for (part, name), parameter in up.items():
+        bare = part == "unet" or name.startswith("text_model.")
+        full = f"{part}.{name}" if bare else f"{part}.text_model.{name}"
+        gradient = ours.optimizer[f"{full}.lora_up.weight/exp_avg"] / 0.1
+        assert (gradient - parameter.grad).norm() <= 1e-4 * norm, name
