@@ -1,4 +1,5 @@
 # make demo   install what is needed into .venv, draw four pictures, and name commands to try next
+# make serve  install the server too and start it: a page for the browser, and interfaces for other programs
 # make test   install what the tests need and run them
 # make lint   check style and types of the code
 # make docs   build the pages of docs/ with the API reference into build/docs
@@ -13,7 +14,7 @@ SEED ?= 4
 export PROMPT SEED
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo serve test lint docs clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -24,6 +25,9 @@ demo: $(VENV)/installed
 	  '  $(VENV)/bin/latentdiff words' \
 	  '  $(VENV)/bin/latentdiff generate "a hat above a frog on a yellow background" --fast' \
 	  '  $(VENV)/bin/latentdiff edit pictures/a-panda-to-the-left-of-a-cactus-on-a-pink-background-4.png "a cat to the left of a cactus on a pink background"'
+
+serve: $(VENV)/installed-serve
+	@$(VENV)/bin/latentdiff serve $(SERVE_ARGS)
 
 test: $(VENV)/installed-test
 	@$(VENV)/bin/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
@@ -53,6 +57,11 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing latentdiff and what its tests need into $(VENV) ..."
 	@$(INSTALL) --editable '.[test]'
+	@touch $(VENV)/installed $@
+
+$(VENV)/installed-serve: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing latentdiff and its server into $(VENV) ..."
+	@$(INSTALL) --editable '.[serve]'
 	@touch $(VENV)/installed $@
 
 $(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -207,15 +207,15 @@ def press(page: Page, selector: str, text: str) -> None:
 
 
 def test_a_grid_has_labelled_axes(page):
-    page.type(prompt="a red car", seed=2)
+    page.type(prompt="a red car on a green background", seed=3)
     page.show("grid")
-    page.type(**{"x-values": "2, 4", "y-values": "1, 5"})
+    page.type(**{"x-values": "4, 12", "y-values": "2, 6"})
     page.script("document.getElementById('z-name').value = 'prompt'")
     page.type(**{"z-values": "red | blue"})
     page.click("grid-go")
     wait_for(lambda: len(page.all("#sheets td img")) == 8 and page["grid-go"].is_enabled())
     assert [cell.text for cell in page.all("#sheets table:first-child th")] == [
-        "steps 2", "steps 4", "guidance scale 1", "guidance scale 5",
+        "steps 4", "steps 12", "guidance scale 2", "guidance scale 6",
     ]  # fmt: skip
     assert [caption.text for caption in page.all("#sheets caption")] == ["red", "blue"]
     assert page["grid-save"].is_displayed()

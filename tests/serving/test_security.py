@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
+import re
 import socket
 import struct
 import time
 import zlib
+from pathlib import Path
 
 import pytest
 import requests
@@ -279,3 +282,12 @@ def test_a_full_queue_says_when_to_come_again(served: Running):
         for job in jobs:
             served.post(f"/api/jobs/{job}/cancel", {})
     wait_for(lambda: served.engine.queue.in_making == 0)
+
+
+def test_the_page_of_the_documentation_has_the_limits():
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    said = {}
+    for names, defaults in re.findall(r"^\| (`.*`) \|.*\| ([\d, ]+) \|$", page, re.MULTILINE):
+        numbers = [float(text.replace(",", "")) for text in defaults.split(", ")]
+        said |= dict(zip(re.findall(r"`(\w+)`", names), numbers, strict=True))
+    assert said == dataclasses.asdict(Limits())
