@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Unpack
 
 from PIL import Image
 
 from latentdiff.diffusion.latents import NoiseStream
+from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.image import to_pil, to_tensor
 from latentdiff.memory.sharing import one_use
@@ -108,18 +111,33 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
 def begin_at(plan: Plan, strength: float) -> Plan:
     """The plan cut to its last `int(steps * strength)` steps, as diffusers counts them.
 
+    Of a walk that goes up in noise again, the steps of its first way down count, and what lies above its new start is
+    not walked.
+
     Raises:
         UsageError: a strength outside 0 to 1, or one so small that no step is left.
     """
     if not 0.0 <= strength <= 1.0:
         raise UsageError(f"expected a strength of 0 to 1, found {strength}")
-    taken = min(int(plan.steps * strength), plan.steps)
+    falling = _first_way_down(plan.levels)
+    steps = len(falling) - 1
+    taken = min(int(steps * strength), steps)
     if strength and not taken:
         raise UsageError(
-            f"expected a strength of at least 1 / steps, found {strength} with {plan.steps} steps, less than one step; "
+            f"expected a strength of at least 1 / steps, found {strength} with {steps} steps, less than one step; "
             "raise one of the two"
         )
-    return replace(plan, levels=plan.levels[plan.steps - taken :])
+    start = falling[steps - taken]
+    noisiest = plan.levels[start].alpha_cumprod
+    return replace(plan, levels=[level for level in plan.levels[start:] if level.alpha_cumprod >= noisiest])
+
+
+def _first_way_down(levels: Sequence[Level]) -> list[int]:
+    """The places of a walk's levels without the stretches that it walks again."""
+    if all(after.alpha_cumprod >= before.alpha_cumprod for before, after in pairwise(levels)):
+        return list(range(len(levels)))
+    lowest = [-math.inf, *accumulate((level.alpha_cumprod for level in levels), max)]
+    return [place for place, level in enumerate(levels) if level.alpha_cumprod > lowest[place]]
 
 
 def with_recipes(

@@ -10,7 +10,9 @@ from latentdiff.diffusion.progress import Cancelled
 from latentdiff.errors import DataError, UsageError
 from latentdiff.image import save_png, to_pil, to_tensor
 from latentdiff.recipe import read_recipe
+from latentdiff.request.plan import Sampling
 from latentdiff.tasks import TASKS, image_to_image
+from latentdiff.tasks.editing import begin_at
 from tests import peers
 from tests.tasks.pictures import SCHEDULERS, apart, in_diffusers, picture, pixels
 
@@ -187,3 +189,23 @@ def test_pictures_in_memory_are_known_by_their_pixels():
     )
     assert first["file"] == "" and first["sha256"] != second["sha256"]
     assert pixels(picture(8, 8, 0)).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("strength", [0.9, 0.6, 0.2])
+@pytest.mark.parametrize("steps", [25, 40])
+def test_strength_is_that_of_the_first_way_down(steps, strength):
+    """Restart walks its last stretch again, which makes an edit no weaker."""
+    schedule = shared("sd1").schedule
+    whole = Sampling(sampler="restart", steps=steps, seed=1).plan("cat", schedule)
+    plain = list(whole.levels)
+    while (up := next((i for i in range(1, len(plain)) if plain[i].sigma_hat > plain[i - 1].sigma_hat), None)) is not None:
+        back = next(i for i in range(up, len(plain)) if plain[i] == plain[up - 1])
+        del plain[up : back + 1]
+    cut = begin_at(whole, strength).levels
+    taken = int((len(plain) - 1) * strength)
+    assert len(plain) < len(whole.levels) and cut[0] == plain[len(plain) - 1 - taken]
+    assert cut[-1] == whole.levels[-1] and max(level.sigma_hat for level in cut) == cut[0].sigma_hat
+    assert len(cut) >= taken + 1
+    options = {"sampler": "restart", "steps": 20, "strength": 0.3, "seed": 1, "progress": False}
+    (image,) = image_to_image(shared("sd1"), picture(), "cat", **options)
+    assert np.isfinite(pixels(image)).all()
