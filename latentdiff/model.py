@@ -175,7 +175,8 @@ class LoadedModel(AdaptedModel, PortableModel):
             "text_encoder": absolute(text_encoder),
             "base": absolute(base),
         }
-        return pipe.to(where, precision).use_backend(backend)
+        pipe._place(where, precision)  # `to` would try the precision with the back end "torch", which may lack it
+        return pipe.use_backend(backend)
 
     @classmethod
     def from_components(cls, parts: Components, *, ema: bool = False, low_memory: bool = False) -> Self:
@@ -222,7 +223,10 @@ class LoadedModel(AdaptedModel, PortableModel):
         Raises:
             UsageError: there is no such precision, or this machine has no such device; nothing has moved then.
         """
-        where = pick_device(device)
+        self._place(pick_device(device), precision)
+        return self.use_backend(self.backend)
+
+    def _place(self, where: torch.device, precision: Precision | PrecisionName | None) -> None:
         if isinstance(precision, str):
             size = sum(parameter.numel() for parameter in self.residence.module("unet").parameters())
             precision = pick_precision(precision, where, size)
@@ -233,7 +237,6 @@ class LoadedModel(AdaptedModel, PortableModel):
                 use_fast_forms(self.residence.module(name))
         self.loras.to(where, self.precision)
         self.embeddings.to(where)
-        return self.use_backend(self.backend)
 
     @one_use(alone=True)
     def use_backend(self, name: BackendName) -> Self:

@@ -34,10 +34,13 @@ Forward = Callable[..., Tensor]
 
 def int8_is_possible() -> bool:
     """Whether torch offers the 8-bit products of oneDNN here, and the processor has instructions for them."""
-    has_vnni = any(
-        getattr(torch.cpu, probe, lambda: False)() for probe in ("_is_vnni_supported", "_is_amx_tile_supported")
-    )
-    return has_vnni and torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv_pointwise")
+    return multiplies_in_8_bits() and torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv_pointwise")
+
+
+def multiplies_in_8_bits() -> bool:
+    """Whether an x86 processor has instructions for sums of products of 8-bit numbers (VNNI or AMX)."""
+    probes = ("_is_vnni_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
 class Int8Network:

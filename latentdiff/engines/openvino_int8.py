@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.engines import Example
-from latentdiff.engines.int8 import is_outer
+from latentdiff.engines.int8 import is_outer, multiplies_in_8_bits
 from latentdiff.engines.openvino import OpenVINONetwork, cached_model, convert, openvino_package, without_telemetry
 from latentdiff.errors import MissingDependencyError
 from latentdiff.networks.layers.transformer import Context
@@ -29,6 +29,7 @@ from latentdiff.networks.unet import UNet
 
 SMOOTH_PRODUCTS = 0.5  # share of the differences between channels that SmoothQuant moves from activations to weights
 SMOOTH_CONVOLUTIONS = 0.5
+_KIND = {True: "", False: "-7"}  # bits of the weights, in names of files
 _SENSITIVE = [".*conv_in.*", ".*conv_out.*", ".*time_emb.*"]  # patterns of names
 
 
@@ -58,7 +59,7 @@ class OpenVINOInt8Network(OpenVINONetwork):
         return super().__call__(x, t, context)
 
     def _model_file(self, inputs: list[Tensor]) -> Path:
-        return cached_model(self._unet, f"-int8-{_nncf().__version__}", self._quantize)
+        return cached_model(self._unet, f"-int8-{_nncf().__version__}{_KIND[multiplies_in_8_bits()]}", self._quantize)
 
     def _quantize(self, file: Path) -> None:
         """Write the quantised model to `file`."""
@@ -93,13 +94,17 @@ def _settings() -> Any:
     """The whole range of all examples: ranges change from step to step, and their mean, which NNCF takes, cuts off
     ends.
 
+    Without VNNI, sums of two products in 8 bits overflow on x86; weights of 7 bits do not.
+
     Correcting biases changed nothing. Chosen by the error of the embedded model's U-Net, see `docs/performance.md`.
     """
     from nncf import quantization
 
+    fix = quantization.advanced_parameters.OverflowFix
     settings, ranges = quantization.advanced_parameters, quantization.range_estimator
     return settings.AdvancedQuantizationParameters(
         disable_bias_correction=True,
+        overflow_fix=fix.FIRST_LAYER if multiplies_in_8_bits() else fix.ENABLE,
         activations_range_estimator_params=ranges.RangeEstimatorParametersSet.MINMAX,
         smooth_quant_alphas=settings.AdvancedSmoothQuantParameters(
             matmul=SMOOTH_PRODUCTS, convolution=SMOOTH_CONVOLUTIONS

@@ -76,7 +76,7 @@ def test_calibration_is_kept_between_runs(pipe: Pipeline) -> None:
 @torch.no_grad()
 def test_nothing_is_printed_for_programs_to_stumble_on(tmp_path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     monkeypatch.setenv("LATENTDIFF_CACHE", str(tmp_path))
-    pipe = peers.ours("sd2").to("cpu", "int8").use_backend("openvino")
+    pipe = peers.ours("sd2").use_backend("openvino").to("cpu", "int8")
     x = torch.randn(2, 4, 8, 8).bfloat16()
     text = pipe.encode([PROMPT, ""]).bfloat16()
     exact = pipe.unet(x, 500.0, text)
