@@ -34,7 +34,7 @@ test: $(VENV)/installed-test
 
 lint: $(VENV)/installed-test
 	@$(VENV)/bin/ruff check .
-	@$(VENV)/bin/pyright
+	@$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 docs: $(VENV)/installed-docs
 	@$(VENV)/bin/mkdocs build --quiet --strict --config-file tools/mkdocs.yml
