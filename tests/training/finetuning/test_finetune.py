@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from latentdiff.errors import DataError, LatentDiffError, MissingDependencyError
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
 from latentdiff.training.finetuning.finetune import resolve, run
 from latentdiff.training.loop import TrainingStopped
+from tests import peers
 from tests.training.finetuning.build import captioned_folder, model_folder, settings, state_of
 
 ROOT = Path(__file__).parents[3]
@@ -158,6 +160,29 @@ def test_random_crops_flips_and_long_captions_train_without_caches_that_would_be
     run(settings(tmp, crop="random", flip=True, long_captions="chunk", bucket_step=4, max_steps=2))
     assert not (tmp / "run" / "cache").exists()
     assert json.loads((tmp / "run" / "data.json").read_text())["buckets"] == {"12x20": 1}
+
+
+def test_the_last_of_300_tokens_is_trained_and_drawn(tmp):
+    """In chunks; what is cut at the first chunk makes no difference."""
+
+    Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(tmp / "data" / "0.png")
+
+    def trained(last: str, way: str):
+        line = json.dumps({"file_name": "0.png", "text": "cat " * 299 + last})
+        (tmp / "data" / "metadata.jsonl").write_text(line + "\n")
+        for old in (tmp / "run", tmp / "cache"):
+            shutil.rmtree(old, ignore_errors=True)
+        run(settings(tmp, model=str(peers.folder("sd1")), long_captions=way, batch_size=1, max_steps=1))
+        return state_of(tmp / "run")
+
+    chunked = trained("dog", "chunk")
+    assert not all(torch.equal(tensor, chunked[name]) for name, tensor in trained("fox", "chunk").items())
+    cut = trained("dog", "cut")
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in trained("fox", "cut").items())
+    pipe = peers.ours("sd1")
+    options = {"steps": 1, "seed": 1, "progress": False, "output": "latents"}
+    drawn = [pipe("cat " * 299 + last, **options) for last in ("dog", "fox")]
+    assert not torch.equal(*drawn)
 
 
 def test_validation_and_samples_are_written(tmp):
