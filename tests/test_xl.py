@@ -130,3 +130,30 @@ def test_short_precisions(folder: Path, precision: str) -> None:
     reference = np.asarray(Pipeline.load(folder, precision="fp32")(PROMPT, steps=3, seed=1)[0]).astype(float)
     image = np.asarray(Pipeline.load(folder, precision=precision)(PROMPT, steps=3, seed=1)[0]).astype(float)
     assert np.abs(image - reference).mean() < 4
+
+
+def test_low_memory_is_the_same_to_the_bit(folder: Path, pipe: Pipeline) -> None:
+    expected = np.asarray(pipe(PROMPT, steps=2, seed=3)[0])
+    found = np.asarray(Pipeline.load(folder, precision="fp32", low_memory=True)(PROMPT, steps=2, seed=3)[0])
+    assert np.array_equal(found, expected)
+
+
+def test_what_an_engine_takes_is_the_context(pipe: Pipeline) -> None:
+    """Engines take tensors alone: keys, values, and what is added to the embedding of the timestep."""
+    from latentdiff.networks.conditioning import Conditioning
+    from latentdiff.networks.layers.transformer import ProjectedContext
+
+    unet, text, sizes = pipe.unet, pipe.encode([PROMPT]), pipe.told(SIDE, SIDE).positive
+    context = Conditioning.of(unet, text, sizes=sizes).projected
+    layers = [module.attn2 for module in unet.modules() if hasattr(module, "attn2")]
+    again = ProjectedContext.of(layers, context.tensors(layers))
+    assert len(context.tensors(layers)) == 2 * len(layers) + 1
+    with torch.no_grad():
+        assert torch.equal(unet(start(), 500.0, again), unet(start(), 500.0, context))
+    other = Conditioning.of(unet, text, sizes=sizes + 100).projected
+    assert not torch.equal(other.added, context.added)
+
+
+def test_bare_text_is_refused_where_sizes_are_told(pipe: Pipeline) -> None:
+    with pytest.raises(UsageError, match="told sizes beside the text"):
+        pipe.unet(start(), 500.0, pipe.encode([PROMPT]))
