@@ -182,3 +182,49 @@ def test_it_answers_soon():
     with running(worker=tiny_worker(), devices=("cpu",)) as server:
         assert server.get("/").status_code == 200 and not server.engine.workers.ready
         assert time.monotonic() - began < 20
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A server with a folder of LoRAs, and a word that its models learn."""
+    from safetensors.torch import save_file
+
+    from latentdiff.adapters.lora import save_lora
+    from tests.adapters.lora.conftest import make
+
+    folder = tmp_path_factory.mktemp("adapted")
+    pipe = peers.ours("sd1")
+    (folder / "loras" / "inks").mkdir(parents=True)
+    save_lora(make(pipe, ("attention",), seed=2), folder / "loras" / "inks" / "ink.safetensors")
+    vector = pipe.text_encoder.state_dict()["text_model.embeddings.token_embedding.weight"][7:8].clone() * 3
+    save_file({"emb_params": vector}, folder / "sparkle.safetensors")
+    worker = tiny_worker(embeddings=(str(folder / "sparkle.safetensors"),))
+    with running(worker=worker, devices=("cpu",), loras=folder / "loras") as server:
+        wait_for(lambda: server.engine.workers.ready)
+        yield server, folder
+
+
+def test_prompts_name_loras_and_words(adapted):
+    server, folder = adapted
+    assert server.get("/sdapi/v1/loras").json()[0]["name"] == "ink"
+    pipe = peers.ours("sd1")
+    pipe.offer_loras(folder / "loras")
+    pipe.load_embedding(folder / "sparkle.safetensors")
+    plain = array(ask(server, seed=1))
+    for prompt in ("a cat <lora:ink:0.8>", "a sparkle"):
+        found = array(ask(server, prompt=prompt, seed=1))
+        own = np.asarray(pipe(prompt, seed=1, steps=3)[0]).astype(int)
+        assert np.abs(found - own).max() <= 1 and np.abs(found - plain).max() > 1
+    assert np.abs(array(ask(server, seed=1)) - plain).max() == 0, "the LoRA is gone again"
+
+
+def test_a_lora_that_comes_later_is_found_and_previews_work_with_it(adapted):
+    import shutil
+
+    server, folder = adapted
+    shutil.copy(folder / "loras" / "inks" / "ink.safetensors", folder / "loras" / "later.safetensors")
+    body = {"prompt": "a cat <lora:later>", "steps": 4, "stream": True, "partial_images": 1}
+    events = server.post("/v1/images/generations", body).text
+    assert "event: image_generation.partial_image" in events and "event: image_generation.completed" in events
+    answer = ask(server, prompt="a cat <lora:inc>")
+    assert answer.status_code == 400 and "did you mean 'ink'" in answer.json()["error"]["message"]
