@@ -62,6 +62,7 @@ def _limits(context: click.Context, parameter: click.Parameter, texts: tuple[str
 )
 @click.option("--lora", "loras", type=ANY_PATH, metavar="FOLDER", help="LoRAs that prompts name by <lora:name:weight>.")
 @EMBEDDINGS
+@click.option("--data", type=ANY_PATH, metavar="FOLDER", help="Offer fine-tuning on the data sets that are its folders.")
 @click.option(
     "--out", type=ANY_PATH, default="pictures", show_default=True, metavar="FOLDER", help="Where the page keeps images."
 )
@@ -96,6 +97,7 @@ def serve(
     token: str | None,
     loras: Path | None,
     embeddings: Sequence[str],
+    data: Path | None,
     out: Path,
     devices: tuple[str, ...],
     preview_decoder: Path | None,
@@ -109,8 +111,9 @@ def serve(
     make_server = _extra()
     from latentdiff.serving.settings import Limits, ServerSettings, WorkerSettings
 
-    if loras is not None and not loras.is_dir():
-        raise UsageError(f"there is no folder {loras} of LoRAs")
+    for folder, what in ((loras, "LoRAs"), (data, "data sets")):
+        if folder is not None and not folder.is_dir():
+            raise UsageError(f"there is no folder {folder} of {what}")
     within = _with_limits(Limits(), limits)
     worker = WorkerSettings(
         models=models,
@@ -120,7 +123,7 @@ def serve(
         preview_decoder=None if preview_decoder is None else str(preview_decoder),
     )
     settings = ServerSettings(
-        host=host, port=port, token=token, devices=devices, loras=loras, out=out, limits=within, worker=worker
+        host=host, port=port, token=token, devices=devices, loras=loras, data=data, out=out, limits=within, worker=worker
     )
     server = make_server(settings)
     listening = _listening(host, port)

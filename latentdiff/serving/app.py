@@ -24,6 +24,8 @@ from latentdiff.serving.errors import OPENAI, Refused, body
 from latentdiff.serving.metrics import Measured
 from latentdiff.serving.security import Guard
 from latentdiff.serving.settings import LOCAL, ServerSettings
+from latentdiff.serving.training import Training
+from latentdiff.serving.training import router as training_router
 
 CONNECTIONS = 512  # at once; the next are answered with 503
 
@@ -40,6 +42,7 @@ def make_app(settings: ServerSettings) -> FastAPI:
             "LATENTDIFF_TOKEN"
         )
     engine = Engine(settings)
+    training = Training(engine)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -48,6 +51,7 @@ def make_app(settings: ServerSettings) -> FastAPI:
             yield
         finally:
             engine.queue.close(STOPPING)
+            await asyncio.to_thread(training.end, settings.grace)
             await asyncio.to_thread(engine.workers.stop, settings.grace)
 
     app = FastAPI(title="latentdiff", version=__version__, lifespan=life, redirect_slashes=False)
@@ -55,6 +59,7 @@ def make_app(settings: ServerSettings) -> FastAPI:
     app.include_router(openai.router(engine))
     app.include_router(sdapi.router(engine))
     app.include_router(studio.router(engine))
+    app.include_router(training_router(training))
     app.include_router(_state(engine))
     app.add_exception_handler(LatentDiffError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)

@@ -48,12 +48,14 @@ class Catalogue:
 
     @property
     def loras(self) -> dict[str, Path]:
-        """Name -> file, of the folder as it is now."""
-        folder = self._settings.loras
-        if folder is None or not folder.is_dir():
-            return {}
-        files = sorted(path for path in folder.rglob("*") if path.suffix in LORA_FILES and path.is_file())
-        return {path.stem: path for path in reversed(files)}
+        """Name -> file, of the folder as it is now; and the results of runs by the names of these."""
+        found: dict[str, Path] = {}
+        if (out := self._settings.out) is not None and self._settings.data is not None:
+            found = {path.parent.name: path for path in sorted((out / "runs").glob("*/lora.safetensors"))}
+        if (folder := self._settings.loras) is not None and folder.is_dir():
+            files = sorted(path for path in folder.rglob("*") if path.suffix in LORA_FILES and path.is_file())
+            found |= {path.stem: path for path in reversed(files)}
+        return found
 
     @property
     def embeddings(self) -> list[str]:

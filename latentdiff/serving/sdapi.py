@@ -13,7 +13,6 @@ from datetime import datetime
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
 
 from latentdiff.errors import DataError, UsageError
 from latentdiff.reading.pictures import opened
@@ -26,68 +25,13 @@ from latentdiff.serving.asked import decoded, seeds_from
 from latentdiff.serving.engine import Engine
 from latentdiff.serving.errors import Refused, of_failure
 from latentdiff.serving.queue import Job
+from latentdiff.serving.sdapi_bodies import Asked, ImageBody, Img2Img
 from latentdiff.serving.sdapi_lists import lists, name_of, title_of
 from latentdiff.serving.work import Draw, Made
 
 FITS: tuple[Literal["resize", "crop", "pad"], ...] = ("resize", "crop", "pad")  # by `resize_mode`
 RNG = {"GPU": "nv", "NV": "nv", "CPU": "cpu"}
 FILL, ORIGINAL = 0, 1  # of `inpainting_fill`
-
-
-class Asked(BaseModel):
-    """What both kinds of requests have. Fields that are not here are those of extensions, and are refused if they ask
-    for something."""
-
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-
-    prompt: str = ""
-    negative_prompt: str = ""
-    seed: int = -1
-    subseed_strength: float = 0.0
-    sampler_name: str | None = None
-    sampler_index: str | None = None
-    scheduler: str | None = None
-    batch_size: int = Field(1, ge=1)
-    n_iter: int = Field(1, ge=1)
-    steps: int = Field(50, ge=1)
-    cfg_scale: float = 7.0
-    width: int | None = None
-    height: int | None = None
-    eta: float | None = None
-    s_churn: float | None = None
-    s_tmin: float | None = None
-    s_tmax: float | None = None
-    s_noise: float | None = None
-    restore_faces: bool | None = None
-    tiling: bool | None = None
-    styles: list[str] | None = None
-    script_name: str | None = None
-    alwayson_scripts: dict[str, Any] = {}
-    override_settings: dict[str, Any] | None = None
-    send_images: bool = True
-    enable_hr: bool = False
-    refiner_checkpoint: str | None = None
-
-
-class Img2Img(Asked):
-    """The body of img2img."""
-
-    init_images: list[str] | None = None
-    resize_mode: int = 0
-    denoising_strength: float = Field(0.75, ge=0, le=1)
-    mask: str | None = None
-    mask_blur: int | None = None
-    inpainting_fill: int = 0
-    inpaint_full_res: bool = True
-    inpaint_full_res_padding: int = Field(0, ge=0)
-    inpainting_mask_invert: int = 0
-    include_init_images: bool = False
-
-
-class ImageBody(BaseModel):
-    """An image in base64."""
-
-    image: str
 
 
 class State:

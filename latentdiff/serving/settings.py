@@ -64,7 +64,8 @@ class ServerSettings:
 
     devices: one worker for each; the same may come twice.
     loras: a folder of what prompts name by `<lora:name:weight>`.
-    out: where the page keeps its images; None keeps none.
+    data: a folder of data sets to fine-tune on; None does not offer that.
+    out: where the page keeps its images and runs; None keeps none.
     grace: seconds that images in the making have when the server stops.
     """
 
@@ -73,6 +74,7 @@ class ServerSettings:
     token: str | None = None
     devices: tuple[str, ...] = ("auto",)
     loras: Path | None = None
+    data: Path | None = None
     out: Path | None = None
     grace: float = 30.0
     limits: Limits = Limits()

@@ -40,7 +40,12 @@ def site(tmp_path_factory) -> Iterator[Running]:
     """A server of the embedded model."""
     worker = WorkerSettings(models={"latentdiff-embedded": None})
     with contextlib.chdir(tmp_path_factory.mktemp("page")):
-        with running(worker=worker, devices=("cpu",), out=Path("pictures"), limits=Limits(steps=100)) as found:
+        for colour in ("red", "blue", "green"):
+            Path("data/squares").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (96, 96), colour).save(f"data/squares/{colour}.png")
+            Path(f"data/squares/{colour}.txt").write_text(f"a {colour} square")
+        places = {"out": Path("pictures"), "data": Path("data")}
+        with running(worker=worker, devices=("cpu",), **places, limits=Limits(steps=100)) as found:
             wait_for(lambda: found.engine.workers.ready)
             yield found
 
@@ -326,3 +331,28 @@ def test_the_command_of_a_grid(page, tmp_path):
     words[words.index("--out") + 1] = str(tmp_path / "grid.png")
     assert run(words[1:]) == 0
     assert open_image(tmp_path / "grid.png").width > 2 * 96
+
+
+def test_check_data(page):
+    page.show("train")
+    page.click("train-check")
+    wait_for(lambda: page["train-state"].text == "done")
+    assert "captions: 3 for 3 images" in page["train-said"].text
+
+
+@pytest.mark.slow
+def test_a_run_shows_curves_and_samples_and_its_lora_draws(page, site):
+    page.show("train")
+    page.type(**{"train-name": "squares", "train-max_steps": 4, "train-batch_size": 2, "train-rank": 2, "train-every": 2})
+    page.type(**{"train-prompt": "a red square"})
+    page.click("train-go")
+    wait_for(lambda: page.all("#train-curves svg") and page.all("#train-samples img"))
+    wait_for(lambda: page["train-state"].text == "done", 300)
+    wait_for(lambda: "<lora:squares:1>" in page["train-result"].text)
+    assert "loss" in page.script("return document.querySelector('#train-curves title').textContent")
+    page.picture("train")
+    page.show("draw")
+    page.type(prompt="a red square <lora:squares:1>", steps=3)
+    page.click("go")
+    [image] = page.drawn()
+    assert read_recipe(kept(site, image).info).loras[0]["file"] == "lora.safetensors"

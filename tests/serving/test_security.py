@@ -291,3 +291,16 @@ def test_the_page_of_the_documentation_has_the_limits():
         numbers = [float(text.replace(",", "")) for text in defaults.split(", ")]
         said |= dict(zip(re.findall(r"`(\w+)`", names), numbers, strict=True))
     assert said == dataclasses.asdict(Limits())
+
+
+@pytest.mark.parametrize("name", ["../x", "--help", "", "a/b", "nothing"])
+def test_data_sets_and_runs_are_names(tmp_path, name):
+    (tmp_path / "data" / "own").mkdir(parents=True)
+    places = {"data": tmp_path / "data", "out": tmp_path / "out"}
+    with running(worker=tiny_worker(), devices=(), **places) as server:
+        assert server.get("/api/train").json()["datasets"] == ["own"]
+        assert server.post("/api/train/check", {"data": name}).status_code == 404
+        if name != "nothing":
+            assert server.post("/api/train/start", {"data": "own", "name": name}).status_code == 400
+        assert server.get(f"/api/train/runs/{name or 'x'}").status_code == 404
+        assert server.get("/api/train").json()["running"] is False

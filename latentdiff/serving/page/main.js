@@ -5,6 +5,7 @@ import { easel, prepareBrush } from "./brush.js";
 import { about, habits, prepare, take, values, watchPrompt } from "./form.js";
 import { figure, prepareGallery, refresh } from "./gallery.js";
 import { prepareGrid } from "./grid.js";
+import { prepareTraining } from "./train.js";
 
 const PREVIEWS = 5;
 let job = null;
@@ -110,6 +111,7 @@ function prepareKeys() {
 
 async function start() {
   await prepare();
+  await prepareTraining();
   prepareTabs();
   prepareBrush(failed);
   prepareGallery({ again: go, show });
