@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from latentdiff.control.model import ControlNet as ControlNet
     from latentdiff.errors import LatentDiffError as LatentDiffError
     from latentdiff.evaluation.run import evaluate as evaluate
     from latentdiff.image import save_image as save_image
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ControlNet": "latentdiff.control.model",
     "LatentDiffError": "latentdiff.errors",
     "Pipeline": "latentdiff.pipeline",
     "evaluate": "latentdiff.evaluation.run",
@@ -43,6 +45,7 @@ _HOMES = {
     "translate": "latentdiff.tasks.translation",
 }
 __all__ = [
+    "ControlNet",
     "LatentDiffError",
     "Pipeline",
     "__version__",

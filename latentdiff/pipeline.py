@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentdiff.control.applied import applied_controls, control_parts
 from latentdiff.device import describe_device, explained_out_of_memory
 from latentdiff.diffusion.denoise import denoise
 from latentdiff.diffusion.guidance import Guidance
@@ -31,6 +32,7 @@ from latentdiff.image import to_pil
 from latentdiff.memory.estimate import decoding_bytes, denoising_bytes
 from latentdiff.memory.sharing import one_use
 from latentdiff.networks.attention import attention_backend
+from latentdiff.networks.controlnet import AppliedControl
 from latentdiff.networks.functions import checked_model, decode_latents, encode_pictures
 from latentdiff.networks.kernels.choice import forms_in_use
 from latentdiff.networks.sizes import Told
@@ -204,13 +206,20 @@ class Pipeline(PromptedModel):
         """`sample` of pictures whose prompts name the same LoRAs, which are attached."""
         rows = max(map(plan.rows, plan.batches))
         sizes = self.told_of_latents(shape, plan.sizes)
-        workload = self.residence.workload(rows, *shape[-2:], quadratic=attention_backend() == "plain")
+        controls, dtype = plan.options.controls or (), self.precision.unet
+        if controls and (self.backend != "torch" or self.precision.name == "int8"):
+            found = f"{self.backend} in {self.precision.name}"
+            raise UsageError(f"ControlNets need the back end torch and fp32, bf16 or fp16, found {found}")
+        beside = control_parts(controls, self.residence, dtype)
+        quadratic = attention_backend() == "plain"
+        workload = self.residence.workload(rows, *shape[-2:], quadratic=quadratic, beside=beside)
         self.residence.check(workload)
         positive, negative = map(_as_prompts, text or self.encoded(plan))
-        self.residence.make_room("unet", denoising_bytes(workload))
+        self.residence.make_room("unet", denoising_bytes(workload) + workload.beside)
         finished: list[Tensor] = []
         bar = progress_bar(plan.steps * len(plan.batches), plan.options.progress)
         with self.residence.using("unet"), bar, self.told_guidance(plan.options.guidance_scale):
+            applied = applied_controls(controls, self.residence, dtype, shape, plan.levels)
             for part in plan.batches:
                 noise = NoiseStream(plan.seeds[part], shape, rule=plan.noise, device=self.device)
                 begun = start(part, noise)
@@ -221,6 +230,7 @@ class Pipeline(PromptedModel):
                     plan.levels,
                     extra_channels=begun.extra_channels,
                     sizes=sizes,
+                    controls=applied,
                     cache=plan.cache,
                     calls=plan.sampler.calls(plan.levels),
                 )
@@ -271,6 +281,7 @@ class Pipeline(PromptedModel):
         *,
         extra_channels: Tensor | None = None,
         sizes: Told | None = None,
+        controls: Sequence[AppliedControl] = (),
         cache: CacheSettings = UNCACHED,
         calls: int | None = None,
     ) -> Denoiser:
@@ -282,6 +293,7 @@ class Pipeline(PromptedModel):
             levels: what will be walked; errors name the step by it.
             extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
             sizes: what a U-Net of SDXL is told beside the texts, see `told`.
+            controls: what is added to the skips.
             cache: for a denoiser that is called in the order of a walk; others have to compute all.
             calls: how often; None is once a level.
         """
@@ -298,6 +310,7 @@ class Pipeline(PromptedModel):
             levels,
             extra_channels=extra_channels,
             sizes=sizes,
+            controls=controls,
         )
 
         def in_use(x: Tensor, level: Level) -> Prediction:

@@ -64,6 +64,22 @@ else:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecordedControl:
+    """A ControlNet with its image, as recipes keep it; files are {"file": name, "sha256": ...}."""
+
+    model: dict[str, str]
+    image: dict[str, str]
+    mask: dict[str, str] | None = None
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    guess: bool = False
+    prepare: str | None = None
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe(_Asked):
     """How one image was made: the prompt, what `Kept` names of the options, and the fields here. Sizes are in pixels.
 
@@ -71,6 +87,7 @@ class Recipe(_Asked):
     task_settings: JSON values, what that task needs besides the other fields to be done again.
     parts: what was taken from elsewhere than the model, "vae", "text_encoder" or "base" -> {"file": name, "sha256": ...}.
     sources: role ("image", "mask", ...) -> {"file": name, "sha256": of the file, or of the pixels if there was none}.
+    controls: what ControlNets added, in their order.
     loras: in the order of loading, {"file": name, "sha256": ..., "scale": ...}; without a hash the name counts, or in place of
         it "tensors", the first digits of what web UIs hash. A prompt's tags name those with a "tag".
     """
@@ -93,6 +110,7 @@ class Recipe(_Asked):
     task_settings: dict[str, Any] = field(default_factory=dict[str, Any])
     sources: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
     loras: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    controls: list[RecordedControl] = field(default_factory=list[RecordedControl])
     schema: Literal[1] = 1
 
     __pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
@@ -100,6 +118,16 @@ class Recipe(_Asked):
     def sampling(self) -> dict[str, Any]:
         """The options of `SamplingOptions` that make this image."""
         return {name: getattr(self, name) for name in KEPT}
+
+    def roles(self) -> dict[str, dict[str, str]]:
+        """What it was made from: the sources, and images, masks and models of controls, as "control_image1"."""
+        of_controls = {
+            f"control_{part}{number}": entry
+            for number, control in enumerate(self.controls, 1)
+            for part, entry in (("image", control.image), ("mask", control.mask), ("model", control.model))
+            if entry is not None
+        }
+        return {**self.sources, **of_controls}
 
     def settings_as(self, kind: type[Settings]) -> Settings:
         """The settings of the task as an instance of its dataclass.

@@ -25,6 +25,7 @@ FLOORS: list[list[set[str]]] = [
     [{"engines"}, {"checkpoints"}, {"training/data"}],
     [{"memory"}],
     [{"adapters"}, {"request"}],
+    [{"control"}],
     [{"adapted"}, {"processes"}, {"training"}],
     [{"model"}],
     [{"prompted"}],

@@ -10,6 +10,7 @@ from latentdiff.checkpoints.families import SD, UNET_PREFIX, Family, family_in
 from latentdiff.checkpoints.keymap import Shape
 from latentdiff.errors import CheckpointError
 
+CONTROL = "ControlNet"
 _TEXT_OF_XL = "conditioner.embedders."
 # Parts of names that only other architectures have. The first that occurs decides.
 _OTHERS = (
@@ -26,9 +27,9 @@ _OTHERS = (
     ("adaln_single.", "PixArt diffusion transformer"),
     ("img_mod.1.", "Qwen Image"),
     ("blocks.0.cross_attn.", "video diffusion transformer"),
-    ("control_model.", "ControlNet"),
-    ("controlnet_cond_embedding.", "ControlNet"),
-    ("input_hint_block.", "ControlNet"),
+    ("control_model.", CONTROL),
+    ("controlnet_cond_embedding.", CONTROL),
+    ("input_hint_block.", CONTROL),
     ("t2i_adapter.", "T2I-Adapter"),
     ("ip_adapter.", "IP-Adapter"),
     ("depth_model.", "depth-conditioned Stable Diffusion"),
@@ -63,7 +64,7 @@ class Identity:
 
     Attributes:
         kind: "model" (an original single file), "part" (one part in the diffusers layout, or a VAE or U-Net cut
-            out of a single file), "lora", "embedding" or "other".
+            out of a single file), "lora", "embedding", "control" or "other".
         family: a name for people, "Stable Diffusion 1.x" say.
         parts: which of unet, vae, text_encoder it holds.
         strays: names of tensors that belong to something else, of a model; the majority decides what a file is.
@@ -91,7 +92,7 @@ def identify(shapes: Mapping[str, Shape]) -> Identity:
         adapter |= set(others) if 2 * len(others) < len(shapes) else set()
     for marker, family in _OTHERS:
         if any(marker in name for name in own) and (of_sd or marker != _TEXT_OF_XL):
-            return Identity("other", family)
+            return Identity("control" if family == CONTROL else "other", family)
     if of_sd and f"{UNET_PREFIX}label_emb.0.0.weight" in own and "text_encoder" in parts:
         return Identity("other", "class-conditional U-Net (upscaler, unCLIP)")
     if parts:
@@ -144,7 +145,7 @@ def require_original(source: object, identity: Identity, names: Iterable[str]) -
         )
     if identity.kind == "embedding":
         raise CheckpointError(f"{source} is a {identity.family}, not a model; {wanted}")
-    if identity.kind == "other":
+    if identity.kind in ("other", "control"):
         first = ", ".join(names[:5]) or "no tensors at all"
         raise CheckpointError(f"{source} is another architecture ({identity.family}); {wanted}, found {first}")
     if identity.kind == "part":

@@ -2,11 +2,12 @@
 
 Heads, group counts and the VAE's scale leave no trace there. They are those of the published models: 8 heads
 on every level where transformers are wrapped in convolutions (SD 1.x), 64 channels a head where they are
-wrapped in linear layers (SD 2.x and XL), 32 groups, 0.18215 or XL's 0.13025.
+wrapped in linear layers (SD 2.x and XL), 32 groups (or what divides smaller widths), 0.18215 or XL's 0.13025.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -98,6 +99,7 @@ def infer_unet(shapes: Shapes, *, large: bool, family: Family | None = None, poo
         num_heads=tuple(max(width // 64, 1) if linear else 8 for width in widths),
         cross_attention_dim=to_k[1],
         use_linear_projection=linear,
+        norm_num_groups=math.gcd(32, *widths),
         upcast_attention=linear and large,
         transformer_depth=(*(max(depths, default=1) for depths in depth[:-1]), middle),
         added_dim=added,

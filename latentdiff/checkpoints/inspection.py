@@ -20,7 +20,8 @@ from latentdiff.checkpoints.architecture import (
     identify,
     lora_dialect,
 )
-from latentdiff.checkpoints.families import family_in, family_with
+from latentdiff.checkpoints.control import read_control
+from latentdiff.checkpoints.families import SD, XL, family_in, family_with
 from latentdiff.checkpoints.files import IMAGE, SAFETENSORS, FileWarning, TensorFile, read_tensors, sniff
 from latentdiff.checkpoints.folder import EXTRAS, INDEX, listing, read_folder
 from latentdiff.checkpoints.hashing import SHORT, file_hash, model_hash
@@ -150,10 +151,32 @@ def _describe_tensors(report: Report, file: TensorFile, wrapping: str) -> None:
     elif identity.kind == "lora":
         report.kind = f"LoRA ({wrapping})"
         report.lora = _lora(file)
+    elif identity.kind == "control":
+        _describe_control(report, file, wrapping)
     else:
         names = {"part": "part of a model", "embedding": "textual inversion"}
         report.kind = f"{names.get(identity.kind, 'weights')} ({wrapping})"
         report.parameters = {"+".join(identity.parts) or "all": _count(file.tensors, "")}
+
+
+def _describe_control(report: Report, file: TensorFile, wrapping: str) -> None:
+    report.kind, report.parameters = f"ControlNet ({wrapping})", {"all": _count(file.tensors, "")}
+    try:
+        control = read_control(file.path)
+    except LatentDiffError as error:
+        report.problem = str(error)
+        return
+    unet = control.config.unet
+    made_for = family_name(
+        SD if unet.added_dim is None else XL,
+        linear=unet.use_linear_projection,
+        extra_channels=0,
+        width=unet.block_out_channels[0],
+        context=unet.cross_attention_dim,
+    )
+    report.family = f"ControlNet for {made_for}"
+    report.notes += ["differences from the weights of a U-Net, which are added when it is used"] * control.is_difference
+    report.notes += ["its outputs are averaged over the image"] * control.config.pools
 
 
 def _inspect_folder(folder: Path) -> Report:

@@ -36,7 +36,7 @@ def parse_config(part: str, config: dict[str, Any]) -> UNetConfig | VAEConfig | 
     Raises:
         ConfigError: it is not one of Stable Diffusion, or makes no sense.
     """
-    with _sensible(part):
+    with sensible(part):
         return (TinyVAEConfig if _is_tiny(part, config) else _CONFIGS[part]).from_diffusers(config)
 
 
@@ -53,13 +53,13 @@ def empty_module(part: str, config: dict[str, Any], found: int | None = None) ->
     else:
         networks = {"unet": UNet, "vae": TinyVAE if _is_tiny(part, config) else VAE}
         build, config_of_part = networks[part], parse_config(part, config)
-    with _sensible(part), torch.device("meta"), _NoInitialization():
+    with sensible(part), torch.device("meta"), NoInitialization():
         return build(config_of_part)
 
 
 def _check_size(part: str, config: dict[str, Any], found: int) -> None:
     """Compare the layers that a configuration describes with the weights that there are: each has eight or more."""
-    with _sensible(part):
+    with sensible(part):
         if is_text(part):
             layers = TextTransformerConfig.of(config).num_hidden_layers
         else:
@@ -78,7 +78,7 @@ def _is_tiny(part: str, config: dict[str, Any]) -> bool:
     return part == "vae" and config.get("_class_name") == TINY_VAE
 
 
-class _NoInitialization(TorchFunctionMode):
+class NoInitialization(TorchFunctionMode):
     """Inside, torch.nn.init draws nothing: its `normal_` on the meta device loads torch's compiler, which takes a
     second."""
 
@@ -90,7 +90,7 @@ class _NoInitialization(TorchFunctionMode):
 
 
 @contextmanager
-def _sensible(part: str) -> Iterator[None]:
+def sensible(part: str) -> Iterator[None]:
     """A value of the wrong type fails somewhere inside a constructor; say whose configuration it came from."""
     try:
         yield

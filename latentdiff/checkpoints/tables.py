@@ -65,6 +65,22 @@ def _unet_pairs(config: UNetConfig) -> Iterator[tuple[str, str]]:
             yield f"up_blocks.{level}.upsamplers.0.conv", f"{theirs}.{2 if attention else 1}.conv"
 
 
+def control_map(config: UNetConfig, hint_levels: int) -> KeyMap:
+    """A ControlNet, below `control_model.` in the original (Zhang et al. 2023): the U-Net's way down, the convolutions of
+    the hint, and one for each output.
+
+    Args:
+        hint_levels: widths that the hint passes through.
+    """
+    outside = ("up_blocks.", "conv_norm_out", "conv_out")
+    pairs = [pair for pair in _unet_pairs(config) if not pair[0].startswith(outside)]
+    hint = ["conv_in", *(f"blocks.{index}" for index in range(2 * (hint_levels - 1))), "conv_out"]
+    pairs += [(f"controlnet_cond_embedding.{ours}", f"input_hint_block.{2 * n}") for n, ours in enumerate(hint)]
+    skips = len(config.block_out_channels) * (config.layers_per_block + 1)
+    pairs += [(f"controlnet_down_blocks.{index}", f"zero_convs.{index}.0") for index in range(skips)]
+    return KeyMap([*pairs, ("controlnet_mid_block", "middle_block_out.0")])
+
+
 def ema_name(name: str) -> str:
     """The name of the averaged copy of `model.diffusion_model.*`: its dots are removed."""
     return "model_ema." + name.removeprefix("model.").replace(".", "")

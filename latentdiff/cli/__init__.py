@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import click
 
 from latentdiff import __version__
+from latentdiff.cli.controls import control
 from latentdiff.cli.convert import convert
 from latentdiff.cli.data import data
 from latentdiff.cli.edit import edit
@@ -45,7 +46,7 @@ def cli() -> None:
 
 
 MAKING = (generate, grid, edit, inpaint, interpolate, invert, translate, restore, reproduce, import_)
-for command in (*MAKING, serve, words, inspect, convert, lora, data, train, finetune, report, evaluate):
+for command in (*MAKING, serve, words, inspect, convert, lora, control, data, train, finetune, report, evaluate):
     cli.add_command(command)
 
 

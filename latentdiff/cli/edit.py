@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from latentdiff.cli.controls import control_options, take_controls
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import ANY_PATH, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS
 from latentdiff.cli.output import Writing, check_results, check_transparency, save_results, shown_source
@@ -29,6 +30,7 @@ from latentdiff.cli.words import remark
     "--height", type=int, metavar="PIXELS", help="Bring the picture to this height first.  [default: its own]"
 )
 @SAMPLING_OPTIONS
+@control_options
 @MODEL_OPTIONS
 @RESULT_OPTIONS
 def edit(
@@ -42,6 +44,7 @@ def edit(
     writing = Writing.taken_from(settings, out)
     check_results(out, compare, settings["num_images"])
     check_transparency(out, writing, picture)
+    take_controls(settings)
     remark(settings, [prompt])
     from latentdiff.tasks import image_to_image
 

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 import click
 
 from latentdiff.cli import output
+from latentdiff.cli.controls import control_options, take_controls
 from latentdiff.cli.job import Job, write_sheet
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import (
@@ -45,6 +46,7 @@ from latentdiff.request.titles import SAMPLER_TITLES
 @OUT
 @click.option("--skip-existing", is_flag=True, help="Do not make pictures again that lie in the folder already.")
 @GENERATE_OPTIONS
+@control_options
 @MODEL_OPTIONS
 @PREVIEW
 @PREVIEW_EVERY
@@ -92,6 +94,7 @@ def generate(
     output.check_count(out, count)
     if preview_decoder and not preview:
         raise UsageError("expected --preview FILE with --preview-decoder, which only previews use")
+    take_controls(settings)
     if explain:
         return _explain([line.prompt for line in lines], settings)
     output.check_writable(out)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from latentdiff.cli.controls import control_options, take_controls
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import ANY_PATH, INVERT_MASK, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS
 from latentdiff.cli.output import Writing, check_results, check_transparency, save_results
@@ -64,6 +65,7 @@ from latentdiff.errors import UsageError
     help="Take each step N times, noised again in between: fits better into the picture, at N times the cost.",
 )
 @SAMPLING_OPTIONS
+@control_options
 @MODEL_OPTIONS
 @RESULT_OPTIONS
 def inpaint(
@@ -84,6 +86,7 @@ def inpaint(
         raise UsageError("expected a PROMPT that says what to paint, or --remove to take away what the mask covers")
     writing = Writing.taken_from(settings, out)
     check_results(out, compare, settings["num_images"])
+    take_controls(settings)
     from latentdiff import tasks
     from latentdiff.image import as_rgb, open_image
     from latentdiff.tasks.masks import read_mask

@@ -135,6 +135,7 @@ class Job:
             "ema": self.pipe.ema,
             "prediction_type": self.pipe.schedule.config.prediction_type,
             "loras": [*self.pipe.adaptations(), *self.pipe.offered.describe(tags)],
+            "controls": [control.describe() for control in settings.get("controls") or ()],
         }
         return {**asked, **model, "prompt": prompt, "seed": seed}
 

@@ -159,7 +159,9 @@ def _save(again: Image.Image | bytes, path: Path) -> None:
 
 def _make(pipe: Pipeline, recipe: Recipe, sources: dict[str, Path]) -> Image.Image | bytes:
     if recipe.task == "generate":
-        return pipe(recipe.prompt, width=recipe.width, height=recipe.height, **recipe.sampling())[0]
+        from latentdiff.tasks.sources import sampling_of
+
+        return pipe(recipe.prompt, width=recipe.width, height=recipe.height, **sampling_of(recipe, sources))[0]
     from latentdiff.tasks import TASKS
 
     if recipe.task not in TASKS:
@@ -175,20 +177,23 @@ def _sources(recipe: Recipe, picture: Path, given: tuple[str, ...]) -> dict[str,
         DataError: a file is not there, or is another one.
     """
     places = dict(_role_and_file(text, recipe) for text in given)
-    if not recipe.sources:
+    if not recipe.roles():
         return {}
-    from latentdiff.tasks.sources import is_the_one
+    from latentdiff.checkpoints.hashing import place_hash
+    from latentdiff.request.sources import is_the_one
 
     found = {}
-    for role, entry in recipe.sources.items():
+    for role, entry in recipe.roles().items():
         name = Path(entry.get("file", "")).name  # never a path: the recipe may come from anywhere
         path = places.get(role, picture.parent / name)
         hint = f"say where it is with --source {role}=FILE"
-        if not path.is_file():
+        is_model = role.startswith("control_model")
+        if not (path.exists() if is_model else path.is_file()):
             raise DataError(
                 f"the recipe starts from the {role} {name or '(without a name)'}, which is not at {path}; {hint}"
             )
-        if not is_the_one(path, entry.get("sha256", "")):
+        expected = entry.get("sha256", "")
+        if not (place_hash(path) == expected if is_model else is_the_one(path, expected)):
             raise DataError(f"{path} is not the {role} that the picture was made from: its SHA-256 differs; {hint}")
         found[role] = path
     return found
@@ -196,8 +201,8 @@ def _sources(recipe: Recipe, picture: Path, given: tuple[str, ...]) -> dict[str,
 
 def _role_and_file(text: str, recipe: Recipe) -> tuple[str, Path]:
     role, equals, file = text.partition("=")
-    if not equals or role not in recipe.sources:
-        roles = ", ".join(recipe.sources) or "none"
+    if not equals or role not in recipe.roles():
+        roles = ", ".join(recipe.roles()) or "none"
         raise UsageError(f"expected --source ROLE=FILE with a role of the recipe ({roles}), found {text!r}")
     return role, Path(file)
 

@@ -46,6 +46,7 @@ class Workload:
         unet_bytes, vae_bytes: of one number in each.
         quadratic: whether attention holds its whole matrix of weights.
         low_memory: the U-Net's weights are streamed, and large pictures decoded in tiles.
+        beside: bytes of the weights of ControlNets.
     """
 
     unet: UNetConfig
@@ -58,6 +59,7 @@ class Workload:
     vae_bytes: int
     quadratic: bool = False
     low_memory: bool = False
+    beside: int = 0
 
     @property
     def is_tiled(self) -> bool:
@@ -82,6 +84,7 @@ def denoising_bytes(workload: Workload) -> int:
     sizes = [(_ceil(workload.height, 2**level), _ceil(workload.width, 2**level)) for level in levels]
     maps = [workload.rows * h * w * width for (h, w), width in zip(sizes, config.block_out_channels, strict=True)]
     kept = sum((config.layers_per_block + 1) * count for count in maps)  # the skips
+    kept *= 2 if workload.beside else 1  # and as many residuals
     widest = max(_FEED_FORWARD * count for count in maps)
     attention = 0
     if workload.quadratic:
@@ -108,7 +111,7 @@ def decoding_bytes(workload: Workload) -> int:
 def needed(workload: Workload, *, at_once: bool) -> int:
     """Bytes at the peak: with all parts in memory at once, or each for as long as it is used."""
     weights, denoising, decoding = workload.weights, denoising_bytes(workload), decoding_bytes(workload)
-    unet = weights.streamed if workload.low_memory else weights.unet
+    unet = workload.beside + (weights.streamed if workload.low_memory else weights.unet)
     if at_once and not workload.low_memory:
         return weights.text_encoder + unet + weights.vae + max(denoising, decoding)
     return max(weights.text_encoder, unet + denoising, weights.vae + decoding)
@@ -124,9 +127,10 @@ def advice(workload: Workload, free: int) -> str:
     short = replace(
         workload.weights, **{name: size * 2 // workload.unet_bytes for name, size in vars(workload.weights).items()}
     )
+    half = workload.beside * 2 // workload.unet_bytes
     options = {
         "--batch-size 1": workload.changed(rows=2),
-        "--precision bf16": workload.changed(weights=short, unet_bytes=2, vae_bytes=2),
+        "--precision bf16": workload.changed(weights=short, unet_bytes=2, vae_bytes=2, beside=half),
         "--attention sdpa": workload.changed(quadratic=False),
         "--low-memory": workload.changed(low_memory=True),
     }

@@ -49,6 +49,10 @@ class Part:
             self._load(self._stored)
         return self.module
 
+    def weights(self) -> Mapping[str, Tensor]:
+        """Its weights by name, wherever they lie now."""
+        return self.module.state_dict() if self._stored is None else self._stored
+
     def give_back(self) -> bool:
         """Give the memory of the weights back; the next `ready` reads them again.
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from latentdiff.errors import LatentDiffError, UsageError
 from latentdiff.memory.available import available_memory, free_swap
 from latentdiff.memory.estimate import Weights, Workload, advice, in_gigabytes, needed, weight_bytes
 from latentdiff.memory.parts import Part
-from latentdiff.memory.streaming import StreamedPart
+from latentdiff.memory.streaming import StreamedPart, block_bytes
 
 NAMES = ("text_encoder", "unet", "vae")
 CLOSE = 0.9  # of what is free; estimates are not exact
@@ -37,6 +38,7 @@ class Residence:
     Attributes:
         keep: True keeps every part once it was used, False gives each back as soon as another one is needed, None gives
             back only when memory is short. Weights that are not those of a file always stay.
+        beside: networks that are used with the U-Net, by what they were made of, and as long as that is there.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Residence:
         self.parts = {name: Part(modules[name], stored.get(name)) for name in NAMES}
         if low_memory:
             self.parts["unet"] = StreamedPart(modules["unet"], stored["unet"])
+        self.beside: WeakKeyDictionary[Any, Part] = WeakKeyDictionary()
         self.low_memory = low_memory
         self.keep: bool | None = False if low_memory else None
         self._in_use: set[str] = set()
@@ -60,6 +63,10 @@ class Residence:
     def device(self) -> torch.device:
         """Where the U-Net lies."""
         return self.parts["unet"].device
+
+    def adopt(self, key: Any, module: nn.Module, stored: Mapping[str, Tensor]) -> None:
+        """Take a network on the meta device, with its weights, among those beside the U-Net."""
+        self.beside[key] = (StreamedPart if self.low_memory else Part)(module, stored)
 
     def ready(self, name: str) -> Any:
         """A part with its weights."""
@@ -96,8 +103,15 @@ class Residence:
                 f"{what} needs all weights in memory, and low_memory streams those of the U-Net; load without it"
             )
 
-    def workload(self, rows: int, height: int, width: int, *, quadratic: bool = False) -> Workload:
-        """What it takes to make pictures of latents of this size; see `Workload`."""
+    def workload(
+        self, rows: int, height: int, width: int, *, quadratic: bool = False, beside: Sequence[Part] = ()
+    ) -> Workload:
+        """What it takes to make pictures of latents of this size; see `Workload`.
+
+        Args:
+            beside: networks that are used with the U-Net.
+        """
+        size = block_bytes if self.low_memory else weight_bytes
         unet, vae = self.module("unet"), self.module("vae")
         return Workload(
             unet=unet.config,
@@ -110,6 +124,7 @@ class Residence:
             vae_bytes=next(vae.parameters()).element_size(),
             quadratic=quadratic,
             low_memory=self.low_memory,
+            beside=sum(size(part.module) for part in beside),
         )
 
     def check(self, workload: Workload) -> None:
@@ -143,6 +158,9 @@ class Residence:
             for other, part in self.parts.items():
                 if other != name and other not in self._in_use:
                     part.give_back()
+            if "unet" not in {name, *self._in_use}:
+                for part in self.beside.values():
+                    part.give_back()
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
@@ -156,5 +174,6 @@ class Residence:
     def _free(self) -> int | None:
         """Bytes for the model and its work: what is free, and what the parts that are loaded have taken already."""
         available = available_memory(self.device)
-        loaded = sum(weight_bytes(part.module) for part in self.parts.values() if part.has_own_memory)
+        parts = (*self.parts.values(), *self.beside.values())
+        loaded = sum(weight_bytes(part.module) for part in parts if part.has_own_memory)
         return None if available is None else available + loaded

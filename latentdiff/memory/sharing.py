@@ -130,7 +130,7 @@ def one_use(*, alone: bool = False) -> Callable[[Function], Function]:
     """Make a method of a model, or a function whose first argument is one, a single use of it.
 
     It is alone if that is said here, or if its arguments say that it puts something on the modules: a cache, LoRAs
-    that prompts name.
+    that prompts name, ControlNets, whose weights come and go.
     """
 
     def decorate(function: Function) -> Function:
@@ -145,7 +145,7 @@ def one_use(*, alone: bool = False) -> Callable[[Function], Function]:
 
 
 def _changes_modules(arguments: Sequence[Any], named: Mapping[str, Any]) -> bool:
-    if named.get("cache_interval") not in (None, 1):
+    if named.get("cache_interval") not in (None, 1) or named.get("controls"):
         return True
     given = (*arguments, *named.values())
     texts = [text for value in given for text in (value if isinstance(value, (list, tuple)) else [value])]

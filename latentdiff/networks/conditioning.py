@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from latentdiff.networks.controlnet import AppliedControl, ControlRows, summed_residuals
 from latentdiff.networks.layers.transformer import Context, ProjectedContext, SizedText
 from latentdiff.networks.unet import UNet
 
@@ -27,6 +28,7 @@ class Conditioning:
         dtype: of the U-Net when this was made.
         extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
         sizes: (N, K), what U-Nets of SDXL are told beside the text; see `sizes`.
+        controls: what is added to the skips; see `controlnet`.
     """
 
     text: Tensor
@@ -34,13 +36,29 @@ class Conditioning:
     dtype: torch.dtype
     extra_channels: Tensor | None = None
     sizes: Tensor | None = None
+    controls: tuple[ControlRows, ...] = ()
 
     @classmethod
-    def of(cls, unet: UNet, text: Tensor, *, extra_channels: Tensor | None = None, sizes: Tensor | None = None) -> Self:
-        """The conditioning of `unet` by text embeddings (N, L, C) and sizes, (N, K) or (1, K) for all."""
+    def of(
+        cls,
+        unet: UNet,
+        text: Tensor,
+        *,
+        extra_channels: Tensor | None = None,
+        sizes: Tensor | None = None,
+        controls: Sequence[AppliedControl] = (),
+        avoided: bool = False,
+    ) -> Self:
+        """The conditioning of `unet` by text embeddings (N, L, C) and sizes, (N, K) or (1, K) for all.
+
+        Args:
+            avoided: the text is a negative prompt, on which some controls do not act.
+        """
         dtype = next(unet.parameters()).dtype
         sizes = None if sizes is None else sizes.to(text.device).expand(len(text), -1)
-        return cls(text, unet.project_context(_told(text.to(dtype), sizes)), dtype, extra_channels, sizes)
+        told = _told(text.to(dtype), sizes)
+        rows = tuple(control.on(told, len(text), avoided=avoided) for control in controls)
+        return cls(text, unet.project_context(told), dtype, extra_channels, sizes, rows)
 
     def __len__(self) -> int:
         return len(self.text)
@@ -58,6 +76,12 @@ class Conditioning:
     def context_in(self, dtype: torch.dtype) -> Context:
         """The projections; or the bare embeddings where the U-Net is in another dtype now than it was then."""
         return self.projected if dtype == self.dtype else _told(self.text.to(dtype), self.sizes)
+
+    def residuals(self, x: Tensor, t: float, dtype: torch.dtype) -> list[Tensor] | None:
+        """What the controls add to the skips and the middle for latents (N, C, h, w); None if nothing is added."""
+        if not self.controls:
+            return None
+        return summed_residuals(self.controls, x, t, _told(self.text.to(dtype), self.sizes), dtype)
 
 
 @dataclass(frozen=True)
@@ -121,4 +145,6 @@ def _joined(parts: Sequence[Conditioning]) -> Conditioning:
 def _cat(values: list[Any]) -> Any:
     if isinstance(values[0], Tensor):
         return torch.cat(values)
+    if isinstance(values[0], tuple):
+        return tuple(ControlRows.cat(same) for same in zip(*values, strict=True))
     return ProjectedContext.cat(values) if isinstance(values[0], ProjectedContext) else values[0]

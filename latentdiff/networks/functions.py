@@ -18,12 +18,12 @@ from latentdiff.diffusion.denoise import is_asynchronous
 from latentdiff.diffusion.guidance import Model
 from latentdiff.diffusion.schedule import Level
 from latentdiff.networks.conditioning import AnyConditioning, Conditioning, by_groups
-from latentdiff.networks.layers.transformer import Context
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE, LatentDistribution
 
 # (x (N, C, h, w), t, text embeddings and sizes, or what `UNet.project_context` made of them) -> raw (N, C_out, h, w).
-Network = Callable[[Tensor, Tensor | float, Context], Tensor]
+# Where something is added to the skips, a fourth argument, the residuals, which only the U-Net's own modules take.
+Network = Callable[..., Tensor]
 
 _AS_WIDE_AS_FLOAT32 = (torch.bfloat16, torch.float32)  # in their exponents
 
@@ -85,13 +85,16 @@ def checked_model(network: Network, unet: UNet, levels: Sequence[Level]) -> Mode
     """
     names = {level.t: f"at step {number} of {len(levels) - 1}" for number, level in enumerate(levels[:-1], 1)}
 
-    def run(x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+    def run(latents: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+        x = latents
         if conditioning.extra_channels is not None:
             x = torch.cat([x, conditioning.extra_channels.to(x)], dim=1)
 
         def compute(dtype: torch.dtype) -> Tensor:
             computes = network if dtype == conditioning.dtype else unet
-            return computes(x.to(dtype), t, conditioning.context_in(dtype))
+            residuals = conditioning.residuals(latents, t, dtype)
+            added = () if residuals is None else (residuals,)
+            return computes(x.to(dtype), t, conditioning.context_in(dtype), *added)
 
         if is_asynchronous(x.device) and conditioning.dtype in _AS_WIDE_AS_FLOAT32:
             return compute(

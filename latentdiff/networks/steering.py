@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from latentdiff.diffusion.guidance import (
 from latentdiff.diffusion.parameterization import Denoiser, Parameterization
 from latentdiff.diffusion.schedule import Level
 from latentdiff.networks.conditioning import AnyConditioning, Conditioning
+from latentdiff.networks.controlnet import AppliedControl
 from latentdiff.networks.sizes import Told
 from latentdiff.networks.text_embedding import EncodedPrompt
 from latentdiff.networks.unet import UNet
@@ -34,6 +36,7 @@ def prompted_denoiser(
     *,
     extra_channels: Tensor | None = None,
     sizes: Told | None = None,
+    controls: Sequence[AppliedControl] = (),
 ) -> Denoiser:
     """A denoiser for a batch of N pictures.
 
@@ -43,21 +46,20 @@ def prompted_denoiser(
         levels: what will be walked; stages count its steps.
         extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
         sizes: what U-Nets of SDXL are told beside the texts.
+        controls: what is added to the skips.
     """
     images = [image for image, prompt in enumerate(positive) for _ in prompt.parts]
     weights = [part.weight for prompt in positive for part in prompt.parts]
     made: dict[tuple[int, ...], Denoiser] = {}
 
-    def conditioning(texts: Sequence[Tensor], of: Sequence[int], told: Tensor | None) -> AnyConditioning:
+    def conditioning(texts: Sequence[Tensor], of: Sequence[int], told: Tensor | None, **more: Any) -> AnyConditioning:
         extra = None if extra_channels is None else extra_channels[list(of)]
+        same: dict[str, Any] = {"sizes": told, "controls": controls, **more}
         if len({text.shape[1] for text in texts}) == 1:
-            return Conditioning.of(unet, torch.cat(list(texts)), extra_channels=extra, sizes=told)
+            return Conditioning.of(unet, torch.cat(list(texts)), extra_channels=extra, **same)
         extras = [None] * len(texts) if extra is None else extra.split(1)
         return Conditioning.cat(
-            [
-                Conditioning.of(unet, text, extra_channels=own, sizes=told)
-                for text, own in zip(texts, extras, strict=True)
-            ]
+            [Conditioning.of(unet, text, extra_channels=own, **same) for text, own in zip(texts, extras, strict=True)]
         )
 
     def of_step(step: int) -> Denoiser:
@@ -66,7 +68,7 @@ def prompted_denoiser(
         key = tuple(map(id, (*texts, *avoided)))
         if key not in made:
             followed = conditioning(texts, images, sizes and sizes.positive)
-            away = conditioning(avoided, range(len(negative)), sizes and sizes.negative)
+            away = conditioning(avoided, range(len(negative)), sizes and sizes.negative, avoided=True)
             if all(prompt.is_plain for prompt in positive):
                 made[key] = guided_denoiser(model, parameterization, followed, away, guidance)
             else:

@@ -7,6 +7,8 @@ modules.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,46 +24,26 @@ from latentdiff.networks.pooled import split_pooled
 _EPS = 1e-5
 
 
-class UNet(nn.Module):
-    """Noisy latents, timestep and text -> raw prediction (noise, velocity or clean latents, as the model was
-    trained)."""
+class UNetEncoder(nn.Module):
+    """The way down to the middle: what a U-Net and a ControlNet share."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
         widths = config.block_out_channels
-        levels = range(len(widths))
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], config.time_cond_proj_dim)
         if config.added_dim is not None:
             self.add_embedding = TimestepEmbedding(config.added_dim, 4 * widths[0])
-        self.down_blocks = nn.ModuleList(_DownLevel(config, level) for level in levels)
+        self.down_blocks = nn.ModuleList(_DownLevel(config, level) for level in range(len(widths)))
         self.mid_block = _MidBlock(config)
-        self.up_blocks = nn.ModuleList(_UpLevel(config, level) for level in reversed(levels))
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=_EPS)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor | float, context: Context) -> Tensor:
-        """Predict.
-
-        Args:
-            x: noisy latents (N, in_channels, h, w); any height and width.
-            t: timesteps (N,) or one for all, whole or fractional, 0 to num_train_timesteps - 1.
-            context: text embeddings (N, L, cross_attention_dim), with sizes if the U-Net is told them, or what
-                `project_context` made of them.
-
-        Returns:
-            (N, out_channels, h, w).
-        """
-        time, context = self.embedded(x, t, context)
-        x = self.conv_in(x)
+    def encode(self, x: Tensor, time: Tensor, context: Context) -> tuple[Tensor, list[Tensor]]:
+        """What `conv_in` gave (N, C, h, w) -> the middle's output, and the skips from the first to the last."""
         skips = [x]
         for level in self.down_blocks:
             x = level(x, time, context, skips)
-        x = self.mid_block(x, time, context)
-        for level in self.up_blocks:
-            x = level(x, time, context, skips)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.mid_block(x, time, context), skips
 
     def embedded(self, x: Tensor, t: Tensor | float, context: Context) -> tuple[Tensor, Tensor | ProjectedContext]:
         """The embedding of the timesteps, (N, time channels), with what pooled text and sizes add; and the text alone."""
@@ -96,6 +78,43 @@ class UNet(nn.Module):
         sizes = context.sizes.to(context.text.device)
         text, pooled = split_pooled(context.text, config.added_dim - sizes.shape[1] * config.size_dim)
         return text, self.add_embedding(added_embedding(pooled, sizes, config.size_dim))
+
+
+class UNet(UNetEncoder):
+    """Noisy latents, timestep and text -> raw prediction (noise, velocity or clean latents, as the model was
+    trained)."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        widths = config.block_out_channels
+        self.up_blocks = nn.ModuleList(_UpLevel(config, level) for level in reversed(range(len(widths))))
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=_EPS)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(
+        self, x: Tensor, t: Tensor | float, context: Context, residuals: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Predict.
+
+        Args:
+            x: noisy latents (N, in_channels, h, w); any height and width.
+            t: timesteps (N,) or one for all, whole or fractional, 0 to num_train_timesteps - 1.
+            context: text embeddings (N, L, cross_attention_dim), with sizes if the U-Net is told them, or what
+                `project_context` made of them.
+            residuals: what is added to each skip, from the first to the last, and to the output of the middle.
+
+        Returns:
+            (N, out_channels, h, w).
+        """
+        time, context = self.embedded(x, t, context)
+        x, skips = self.encode(self.conv_in(x), time, context)
+        if residuals is not None:
+            for index, residual in enumerate(residuals[:-1]):
+                skips[index] = skips[index] + residual
+            x = x + residuals[-1]
+        for level in self.up_blocks:
+            x = level(x, time, context, skips)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def enable_gradient_checkpointing(self) -> None:
         """Train with less memory: recompute each block's activations in the backward pass (Chen et al. 2016)."""

@@ -165,6 +165,17 @@ class YesNo:
 
 
 @dataclass(frozen=True)
+class Controls:
+    """What ControlNets make of images."""
+
+    def __call__(self, name: str, value: Any) -> tuple[Any, ...]:
+        controls = tuple(cast(Sequence[Any], value)) if isinstance(value, list | tuple) else (value,)
+        if not all(getattr(control, "is_control", False) for control in controls):
+            raise refusal(name, "a list of what a ControlNet makes of images: controls=[edges(image)]", value)
+        return controls
+
+
+@dataclass(frozen=True)
 class Function:
     """Something to be called."""
 

@@ -15,7 +15,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict, Unpack, get_args
 
-from latentdiff.request.domains import Choice, Function, Interval, Numbers, Pair, Real, Seeds, Texts, Whole, YesNo
+from latentdiff.request.domains import (
+    Choice,
+    Controls,
+    Function,
+    Interval,
+    Numbers,
+    Pair,
+    Real,
+    Seeds,
+    Texts,
+    Whole,
+    YesNo,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +58,7 @@ BlendName = Literal["linear", "constant", "exponential"]
 OperatorName = Literal["inpaint", "super-resolution", "deblur", "denoise", "colourise"]
 RestorationName = Literal["diffpir", "dps", "psld", "resample", "graikos"]
 BorderName = Literal["reflect", "periodic"]
+PREPARATIONS = ("canny", "scribble", "tile")  # of hints for ControlNets
 
 SIDE = Whole(1, metavar="PIXELS")  # of an image
 MOST_IMAGES = 10_000  # of one call; more is a mistake, or many calls
@@ -209,6 +222,8 @@ class SamplingOptions(SeededOptions, total=False):
     """How beautiful the refiner of SDXL is told the image is."""
     negative_aesthetic_score: Annotated[float | None, Option(Real(0, 10), 2.5, kept=Kept(float, None, 2.5))]
     """How beautiful what is to be avoided is."""
+    controls: Annotated[Sequence[Any] | None, Option(Controls(), flags=())]
+    """ControlNets with their images: `controls=[ControlNet.load(file)(image, scale=0.8)]`."""
     cache_interval: Annotated[int | None, Option(Whole(1), 1, kept=Kept(int, "Cache interval", 1))]
     """Compute the deep layers of the U-Net at every Nth step only (DeepCache, Ma et al. 2024); 1 is every step."""
     cache_branch: Annotated[int | None, Option(Whole(0), 0, kept=Kept(int, "Cache branch", 0))]

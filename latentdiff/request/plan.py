@@ -39,6 +39,10 @@ class Sampling(Settings):
             UsageError: an option outside its domain.
         """
         own = self.for_model(schedule)
+        if own.controls and own.cache_interval > 1:
+            raise UsageError(
+                f"ControlNets act on layers that a cache leaves out; leave cache_interval at 1, found {own.cache_interval}"
+            )
         prompts, negatives = one_per_picture(prompt, own.negative_prompt, own.num_images)
         method = own.method()
         levels = own.levels(method, schedule)
@@ -230,7 +234,8 @@ class Plan:
     def recipe_fields(self) -> Iterator[dict[str, Any]]:
         """For each picture, the fields of its recipe that the plan decides."""
         kept = {name: getattr(self.options, name) for name in KEPT}
-        same = {**kept, "spacing": self.spacing}
+        controls = [control.describe() for control in self.options.controls or ()]
+        same = {**kept, "spacing": self.spacing, "controls": controls}
         for prompt, negative, seed in zip(self.prompts, self.negatives, self.seeds, strict=True):
             yield {**same, "prompt": prompt, "negative_prompt": negative, "seed": seed}
 

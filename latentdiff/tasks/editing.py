@@ -22,9 +22,10 @@ from latentdiff.request.calls import public
 from latentdiff.request.domains import Real
 from latentdiff.request.options import SIDE, SamplingOptions
 from latentdiff.request.plan import Plan, Sampling
+from latentdiff.request.sources import ImageInput, extended, open_source
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert
-from latentdiff.tasks.sources import ImageInput, extended, file_of, open_source, resized, warn_if_large
+from latentdiff.tasks.sources import file_of, resized, sampling_of, warn_if_large
 from latentdiff.tasks.transparency import finished
 
 TASK = "edit"
@@ -105,7 +106,7 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
     source: ImageInput | Inversion = sources["inversion"] if "inversion" in sources else file_of(sources, "image")
     if inverting is not None:
         source = invert(pipe, source, measure=False, progress=False, **inverting)
-    return image_to_image(pipe, source, recipe.prompt, **settings, **recipe.sampling())[0]
+    return image_to_image(pipe, source, recipe.prompt, **settings, **sampling_of(recipe, sources))[0]
 
 
 def begin_at(plan: Plan, strength: float) -> Plan:

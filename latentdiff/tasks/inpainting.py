@@ -26,12 +26,13 @@ from latentdiff.request.calls import public
 from latentdiff.request.domains import Real, Whole, YesNo
 from latentdiff.request.options import SamplingOptions
 from latentdiff.request.plan import Plan, Sampling
+from latentdiff.request.sources import ImageInput, open_source
 from latentdiff.tasks.editing import begin_at, following, with_recipes
 from latentdiff.tasks.inpainting_walk import painted, repeated
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert
 from latentdiff.tasks.masks import Box, composed, filled, prepared_mask, read_mask, surroundings
-from latentdiff.tasks.sources import ImageInput, file_of, open_source, warn_if_large
+from latentdiff.tasks.sources import file_of, sampling_of, warn_if_large
 from latentdiff.tasks.transparency import Margins, finished
 
 TASK = "inpaint"
@@ -182,7 +183,7 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
     inversion, inverting = sources.get("inversion"), settings.pop("inversion")
     if inverting is not None:
         inversion = invert(pipe, image, measure=False, progress=False, **inverting)
-    options: dict[str, Any] = {**settings, **recipe.sampling(), "inversion": inversion}
+    options: dict[str, Any] = {**settings, **sampling_of(recipe, sources), "inversion": inversion}
     return inpaint(pipe, image, sources.get("mask"), recipe.prompt, **options)[0]
 
 
@@ -251,6 +252,9 @@ def _paint_cutout(
     size = _work_size(box, pipe)
     cutout = picture.crop(box).resize(size, Image.Resampling.LANCZOS)
     area = mask.crop(box).resize(size, Image.Resampling.BILINEAR)  # which does not ring, as Lanczos does
+    if plan.options.controls:
+        controls = tuple(control.cropped(box, picture.size, size) for control in plan.options.controls)
+        plan = replace(plan, options=replace(plan.options, controls=controls))
     results = []
     for one in painted(pipe, cutout, area, plan, from_noise=settings.strength == 1.0):
         part = one.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.LANCZOS)

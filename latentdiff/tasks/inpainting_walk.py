@@ -21,9 +21,9 @@ from latentdiff.image import to_pil, to_tensor
 from latentdiff.networks.vae import LatentDistribution
 from latentdiff.pipeline import Pipeline, Start
 from latentdiff.request.plan import Plan
+from latentdiff.request.sources import extended
 from latentdiff.tasks.inversion.artefact import Inversion
 from latentdiff.tasks.masks import latent_mask
-from latentdiff.tasks.sources import extended
 
 # How far, in units of their spread, the latents of a picture may be from those that were inverted: for other
 # precisions.

@@ -21,6 +21,7 @@ from latentdiff.request.calls import public
 from latentdiff.request.domains import Whole, YesNo
 from latentdiff.request.options import SIDE, SamplingOptions
 from latentdiff.request.plan import Sampling, latent_shape, seed_of_each
+from latentdiff.tasks.sources import sampling_of
 
 TASK = "interpolate"
 SLOWEST, FASTEST = 0.1, 50.0  # frames per second
@@ -121,7 +122,7 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
             f"expected a frame on the way between prompts with their seeds, or all and their speed, found {way}"
         )
     ways = [replace(way, frame=i, fps=None) for i in range(way.frames)] if whole else [way]
-    frames = _frames(pipe, ways, Sampling(**recipe.sampling()), (recipe.height, recipe.width))
+    frames = _frames(pipe, ways, Sampling(**sampling_of(recipe, sources)), (recipe.height, recipe.width))
     return animation(frames, way.fps) if way.frame is None and way.fps is not None else frames[0]
 
 

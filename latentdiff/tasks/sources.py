@@ -1,76 +1,31 @@
-"""The pictures that a task starts from, and what recipes say about them."""
+"""The pictures that a task starts from: their files, sizes and borders."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from latentdiff.checkpoints.hashing import file_hash
+from latentdiff.control.model import controls_again
 from latentdiff.errors import DataError, UsageError
-from latentdiff.image import open_image
 from latentdiff.pipeline import Pipeline
-from latentdiff.reading.colours import Colours, colours_of
+from latentdiff.recipe import Recipe
 
 # From this many times the area of the training's pictures on, a model's pictures fall apart into repetitions.
 MUCH_LARGER = 4
 
-ImageInput = Image.Image | str | os.PathLike[str]
 
+def sampling_of(recipe: Recipe, sources: Mapping[str, Path]) -> dict[str, Any]:
+    """The options that make the image of a recipe, its controls among them.
 
-@dataclass(frozen=True)
-class Source:
-    """A picture as it came, and its entry in a recipe: {"file": name, "sha256": ...}."""
-
-    image: Image.Image
-    entry: dict[str, str]
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return self.entry["file"] or "the image"
-
-    def colours(self) -> Colours:
-        """Upright, in sRGB, 8 bits.
-
-        Raises:
-            DataError: see `colours_of`.
-        """
-        return colours_of(self.image, self.name)
-
-    def opaque(self) -> Image.Image:
-        """The same on white, RGB, for tasks whose results have no transparency; they say so."""
-        colours = self.colours()
-        if colours.alpha is not None:
-            warnings.warn(f"the transparent parts of {self.name} are laid on white", stacklevel=2)
-        return colours.on("white")
-
-
-def open_source(picture: ImageInput) -> Source:
-    """Read a picture from a file, or take one of Pillow; that one is known by the hash of its pixels and has no name.
-
-    Raises:
-        DataError: there is no such file, or it is no picture.
+    Args:
+        sources: by role, see `Recipe.roles`.
     """
-    if isinstance(picture, Image.Image):
-        return Source(picture, {"file": "", "sha256": _hash_of_pixels(picture)})
-    image = open_image(picture, still=True)
-    return Source(image, {"file": Path(picture).name, "sha256": file_hash(Path(picture))})
-
-
-def is_the_one(path: Path, sha256: str) -> bool:
-    """Whether the file is the source of a recipe: the same file, or a picture of the same pixels.
-
-    Raises:
-        DataError: it is neither that file nor a picture.
-    """
-    return file_hash(path) == sha256 or _hash_of_pixels(open_image(path)) == sha256
+    controls = controls_again(recipe.controls, lambda role: file_of(sources, role))
+    return {**recipe.sampling(), **({"controls": controls} if controls else {})}
 
 
 def file_of(sources: Mapping[str, Path], role: str) -> Path:
@@ -100,14 +55,6 @@ def resized(picture: Image.Image, width: int | None, height: int | None) -> Imag
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def extended(picture: Image.Image, factor: int) -> Image.Image:
-    """The picture with its last column and row repeated until both sides are multiples of `factor`."""
-    right, bottom = -picture.width % factor, -picture.height % factor
-    if not right and not bottom:
-        return picture
-    return Image.fromarray(np.pad(np.asarray(picture), ((0, bottom), (0, right), (0, 0)), mode="edge"))
-
-
 def warn_if_large(pipe: Pipeline, picture: Image.Image, remedy: str) -> None:
     """Say so if a picture is much larger than those that the model was trained on."""
     height, width = pipe.default_size
@@ -117,9 +64,3 @@ def warn_if_large(pipe: Pipeline, picture: Image.Image, remedy: str) -> None:
             f"{remedy}",
             stacklevel=3,
         )
-
-
-def _hash_of_pixels(image: Image.Image) -> str:
-    digest = hashlib.sha256(f"{image.mode} {image.width}x{image.height} ".encode())
-    digest.update(image.tobytes())
-    return digest.hexdigest()

@@ -29,10 +29,10 @@ from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice
 from latentdiff.request.options import OPTIONS, BlendName, TranslationName, WalkOptions
 from latentdiff.request.plan import batches, make_guidance, one_per_picture
+from latentdiff.request.sources import ImageInput
 from latentdiff.tasks.features import PnPSpec, default_spec, replay, with_source_features
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert, null_text_denoiser, walk_down, with_null_text
-from latentdiff.tasks.sources import ImageInput
 
 TASK = "translate"
 INVERSION_OF = {"edict": "edict"}  # how a method inverts a picture, where it is not by fixed point

@@ -23,7 +23,7 @@ from latentdiff.image import decibels
 from latentdiff.reading.json import parse_json
 from latentdiff.reading.plain import exists
 from latentdiff.reading.safetensors import read_header
-from latentdiff.tasks.sources import ImageInput
+from latentdiff.request.sources import ImageInput
 
 FORMAT = "latentdiff.inversion"
 SCHEMA = 1

@@ -28,11 +28,12 @@ from latentdiff.pipeline import Pipeline
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice, Real, Whole, YesNo
 from latentdiff.request.options import OPTIONS, SIDE, InversionName, SpacingName
+from latentdiff.request.sources import ImageInput, extended, open_source
 from latentdiff.tasks.inversion import edict
 from latentdiff.tasks.inversion.artefact import Inversion, psnr
 from latentdiff.tasks.inversion.ddim import Quantity, high_step, low_step, quantity_of
 from latentdiff.tasks.inversion.null_text import NullTextSettings, optimise
-from latentdiff.tasks.sources import ImageInput, extended, open_source, resized, warn_if_large
+from latentdiff.tasks.sources import resized, warn_if_large
 
 EDICT_GUIDANCE = 3.0  # the paper's
 LARGEST_NOISE_STD = 1.3  # above, EDICT's two latents have drifted apart

@@ -25,6 +25,7 @@ from latentdiff.request.calls import public
 from latentdiff.request.domains import Real, YesNo
 from latentdiff.request.options import OPTIONS, RestorationName, SeededOptions, options_of
 from latentdiff.request.plan import Plan, Sampling
+from latentdiff.request.sources import ImageInput, open_source
 from latentdiff.tasks.editing import with_recipes
 from latentdiff.tasks.restoration.methods import (
     Autoencoder,
@@ -35,7 +36,7 @@ from latentdiff.tasks.restoration.methods import (
 )
 from latentdiff.tasks.restoration.operators import Inside, Operator, describe, from_description
 from latentdiff.tasks.restoration.operators.operator import Shape
-from latentdiff.tasks.sources import ImageInput, open_source, warn_if_large
+from latentdiff.tasks.sources import warn_if_large
 
 TASK = "restore"
 STEPS = {"diffpir": 50, "dps": 250, "psld": 250, "resample": 100, "graikos": 200}

@@ -1,0 +1,213 @@
+"""ControlNet files: diffusers folders, single files in its names, and the original layout, whole or as differences.
+
+A file with a tensor called `difference` holds the weights of the way down minus those of the U-Net that it was trained
+on; they are added up when it meets a U-Net.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.checkpoints import tables
+from latentdiff.checkpoints.architecture import identify
+from latentdiff.checkpoints.files import read_tensors
+from latentdiff.checkpoints.folder import weight_files
+from latentdiff.checkpoints.hub import locate
+from latentdiff.checkpoints.infer import infer_unet
+from latentdiff.checkpoints.keymap import KeyMap, Shape, compare
+from latentdiff.checkpoints.modules import NoInitialization, sensible, shapes_of
+from latentdiff.checkpoints.prefixes import unwrapped
+from latentdiff.errors import CheckpointError
+from latentdiff.networks.config import UNetConfig
+from latentdiff.networks.controlnet import ControlNetConfig, ControlNetwork
+from latentdiff.reading.json import read_object
+
+DIFFERENCE = "difference"
+_PREFIX = "control_model."
+_MARK, _ORIGINAL_MARK = "controlnet_cond_embedding.conv_in.weight", "input_hint_block.0.weight"
+_MOST_HINT_WIDTHS = 8
+_LABEL = "ControlNet"
+
+
+@dataclass(frozen=True)
+class ControlWeights:
+    """The weights of a ControlNet under the names of the diffusers layout, and its configuration.
+
+    Attributes:
+        guessed: the configuration is read off the tensors, in which not all of it shows.
+        is_difference: the way down is to be added to that of a U-Net.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    config: ControlNetConfig
+    guessed: bool
+    is_difference: bool
+
+
+def is_control(names: Iterable[str]) -> bool:
+    """Whether these are the tensors of a ControlNet, alone or beside a model."""
+    return any(name in (_MARK, _ORIGINAL_MARK, _PREFIX + _ORIGINAL_MARK) for name in names)
+
+
+def read_control(source: str | os.PathLike[str], *, pools: bool | None = None) -> ControlWeights:
+    """Read a ControlNet from a folder, a hub id or a file; tensors are mapped and keep their types.
+
+    Args:
+        pools: whether its outputs are averaged over the image; None is what the configuration says, or for a file
+            without one whether "shuffle" is in its name.
+
+    Raises:
+        CheckpointError: nothing is there, or it is damaged, incomplete, or of another kind.
+        ConfigError: the configuration describes another architecture.
+    """
+    path = locate(source)
+    files = weight_files(path.parent, path.name, "unet") if path.is_dir() else [path]
+    tensors: dict[str, Tensor] = {}
+    others: set[str] = set()
+    for file in files:
+        found = read_tensors(file)
+        tensors |= unwrapped(found.tensors)
+        others |= found.others.keys()
+    is_difference = tensors.pop(DIFFERENCE, None) is not None or DIFFERENCE in others
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    settings = read_object(beside) if _MARK in tensors and beside.exists() else None
+    if settings is not None and path.is_file() and settings.get("_class_name") not in ("ControlNetModel", None):
+        settings = None  # of something else in the same folder
+    if any(name.startswith(_PREFIX) for name in tensors):
+        tensors = {name.removeprefix(_PREFIX): part for name, part in tensors.items() if name.startswith(_PREFIX)}
+    if not is_control(tensors):
+        raise CheckpointError(f"expected a {_LABEL} in {path}, found {_found(tensors)}")
+    shapes = shapes_of(tensors)
+    try:
+        config = _config(shapes, settings)
+    except (KeyError, IndexError, StopIteration) as error:
+        raise CheckpointError(f"the sizes of the {_LABEL} in {path} cannot be read: {error} is missing") from error
+    if settings is None:
+        named = "shuffle" in path.name.lower()
+        config = _with_pools(config, named if pools is None else pools)
+    elif pools is not None:
+        config = _with_pools(config, pools)
+    if _ORIGINAL_MARK in tensors:
+        tensors = to_ours(tensors, config, path)
+    compare(_LABEL, expected_shapes(config), shapes_of(tensors)).raise_unless_fits(path)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"the {_LABEL} in {path} holds {tensor.dtype} weights ({name}), expected floats")
+    return ControlWeights(path, tensors, config, settings is None, is_difference)
+
+
+def to_ours(tensors: Mapping[str, Tensor], config: ControlNetConfig, path: Path) -> dict[str, Tensor]:
+    """From the names of the original layout, without `control_model.`, to those of diffusers.
+
+    Raises:
+        CheckpointError: a name has no place there.
+    """
+    table = control_map(config)
+    lost = [name for name in tensors if table.to_ours(name) is None]
+    if lost:
+        raise CheckpointError(f"{path} holds more than a {_LABEL}: {', '.join(lost[:5])}")
+    return {str(table.to_ours(name)): tensor for name, tensor in tensors.items()}
+
+
+def to_original(tensors: Mapping[str, Tensor], config: ControlNetConfig) -> dict[str, Tensor]:
+    """Inverse of `to_ours`, with `control_model.`."""
+    table = control_map(config)
+    return {f"{_PREFIX}{table.to_theirs(name)}": tensor for name, tensor in tensors.items()}
+
+
+def control_map(config: ControlNetConfig) -> KeyMap:
+    """The names of a ControlNet in the diffusers layout and in the original one."""
+    return tables.control_map(config.unet, len(config.hint_widths))
+
+
+def expected_shapes(config: ControlNetConfig) -> dict[str, Shape]:
+    """Names and shapes of the weights that a configuration wants."""
+    return shapes_of(empty_control(config).state_dict())
+
+
+def empty_control(config: ControlNetConfig) -> ControlNetwork:
+    """A ControlNet on the meta device."""
+    with sensible(_LABEL), torch.device("meta"), NoInitialization():
+        return ControlNetwork(config)
+
+
+def whole_weights(weights: ControlWeights, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a control for a U-Net with the weights `base`: of differences, the sum in float32.
+
+    Of a U-Net that sees more channels, as those for inpainting do, the first convolution counts with the latents'.
+    """
+    if not weights.is_difference:
+        return weights.tensors
+    whole = dict(weights.tensors)
+    for name in weights.tensors.keys() & base.keys():
+        own, beneath = weights.tensors[name], base[name]
+        if name == "conv_in.weight":
+            beneath = beneath[:, : own.shape[1]]
+        whole[name] = own.float() + beneath.to(own.device).float()
+    return whole
+
+
+def _found(tensors: Mapping[str, Tensor]) -> str:
+    identity = identify(shapes_of(tensors))
+    what = "a Stable Diffusion model" if identity.kind == "model" else identity.family
+    return f"{what} ({', '.join(list(tensors)[:3]) or 'no tensors at all'})"
+
+
+def _with_pools(config: ControlNetConfig, pools: bool) -> ControlNetConfig:
+    return ControlNetConfig(unet=config.unet, hint_widths=config.hint_widths, order=config.order, pools=pools)
+
+
+def _config(shapes: Mapping[str, Shape], settings: Mapping[str, Any] | None) -> ControlNetConfig:
+    if settings is not None:
+        with sensible(_LABEL):
+            return ControlNetConfig.from_diffusers(settings)
+    if _ORIGINAL_MARK in shapes:
+        channels = shapes["input_blocks.0.0.weight"][1]
+        unet = infer_unet({**shapes, "out.2.weight": (channels,)}, large=False)
+        # Every other convolution, from the second pair on, goes to the next width.
+        below = [
+            shapes[name][0]
+            for n in range(1, _MOST_HINT_WIDTHS)
+            if (name := f"input_hint_block.{4 * n}.weight") in shapes
+        ]
+        return ControlNetConfig(unet=unet, hint_widths=(shapes[_ORIGINAL_MARK][0], *below))
+    blocks = [
+        shapes[name][0]
+        for n in range(_MOST_HINT_WIDTHS)
+        if (name := f"controlnet_cond_embedding.blocks.{2 * n + 1}.weight") in shapes
+    ]
+    return ControlNetConfig(unet=_unet_by_our_names(shapes), hint_widths=(shapes[_MARK][0], *blocks))
+
+
+def _unet_by_our_names(shapes: Mapping[str, Shape]) -> UNetConfig:
+    """What the shapes show of the U-Net; the rest is as `infer_unet` has it."""
+
+    def count(prefix: str) -> int:
+        return len({name[len(prefix) :].partition(".")[0] for name in shapes if name.startswith(prefix)})
+
+    levels = range(count("down_blocks."))
+    widths = tuple(shapes[f"down_blocks.{level}.resnets.0.conv1.weight"][0] for level in levels)
+    linear = len(next(shape for name, shape in shapes.items() if name.endswith(".proj_in.weight"))) == 2
+    to_k = next(shape for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight"))
+    depth = [max(count(f"down_blocks.{level}.attentions.0.transformer_blocks."), 1) for level in levels]
+    return UNetConfig(
+        in_channels=shapes["conv_in.weight"][1],
+        block_out_channels=widths,
+        layers_per_block=count("down_blocks.0.resnets."),
+        attention_levels=tuple(f"down_blocks.{level}.attentions.0.norm.weight" in shapes for level in levels),
+        num_heads=tuple(max(width // 64, 1) if linear else 8 for width in widths),
+        cross_attention_dim=to_k[1],
+        use_linear_projection=linear,
+        norm_num_groups=math.gcd(32, *widths),
+        transformer_depth=(*depth[:-1], count("mid_block.attentions.0.transformer_blocks.")),
+        added_dim=shapes.get("add_embedding.linear_1.weight", (0, None))[1],
+    )

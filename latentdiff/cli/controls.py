@@ -1,0 +1,125 @@
+"""ControlNets on the command line: images and models in pairs; and `latentdiff control prepare`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from latentdiff.cli.output import check_image_file
+from latentdiff.errors import UsageError
+from latentdiff.request.options import PREPARATIONS
+
+if TYPE_CHECKING:
+    from latentdiff.control.model import Control
+
+_NUMBER = r"\d*\.?\d+"
+_MODEL = re.compile(rf"(?P<file>.+?)(?::(?P<scale>{_NUMBER}))?(?:@(?P<start>{_NUMBER})-(?P<end>{_NUMBER}))?")
+
+CONTROL = click.option(
+    "--control",
+    multiple=True,
+    metavar="[KIND=]FILE",
+    help="An image for --control-model to follow: a hint as it was trained on, or a photograph to make one of first, "
+    f"KIND={'|'.join(PREPARATIONS)}. Repeat both for several.",
+)
+CONTROL_MODEL = click.option(
+    "--control-model",
+    multiple=True,
+    metavar="FILE|FOLDER[:SCALE][@START-END]",
+    help="The ControlNet for each --control, how strongly it acts, and in which share of the steps.  [default: 1, 0-1]",
+)
+GUESS = click.option(
+    "--control-guess",
+    is_flag=True,
+    help="Let ControlNets act on the prompt alone, for images without one (guess mode).",
+)
+
+
+def control_options(command: Any) -> Any:
+    """The options of ControlNets; `take_controls` takes them out of the settings."""
+    return CONTROL(CONTROL_MODEL(GUESS(command)))
+
+
+def take_controls(settings: dict[str, Any]) -> list[Control]:
+    """The controls of a command; what named them is taken out of `settings`, and they are put into it.
+
+    Raises:
+        UsageError: not one model for each image.
+        LatentDiffError: a file is missing or something else.
+    """
+    images, models = settings.pop("control"), settings.pop("control_model")
+    guess = settings.pop("control_guess")
+    if len(images) != len(models):
+        raise UsageError(
+            f"expected a --control-model for each --control, found {len(models)} for {len(images)}; give both, in order"
+        )
+    if guess and not images:
+        raise UsageError("expected --control and --control-model with --control-guess, found neither")
+    if not images:
+        return []
+    from latentdiff.control.model import ControlNet
+
+    loaded: dict[str, ControlNet] = {}
+    controls = []
+    for image, text in zip(images, models, strict=True):
+        kind, file = parse_control(image)
+        place, options = parse_control_model(text)
+        if place not in loaded:
+            loaded[place] = ControlNet.load(place)
+        controls.append(loaded[place](file, guess=guess, prepare=kind, **options))
+    settings["controls"] = controls
+    return controls
+
+
+def parse_control(text: str) -> tuple[str | None, str]:
+    """ "canny=photo.png" -> ("canny", "photo.png"); without a kind, None and the file.
+
+    Raises:
+        UsageError: what looks like a kind is none.
+    """
+    kind, equals, file = text.partition("=")
+    if not equals or Path(text).exists():
+        return None, text
+    if kind not in PREPARATIONS:
+        raise UsageError(f"expected --control [KIND=]FILE with a KIND of {', '.join(PREPARATIONS)}, found {text!r}")
+    return kind, file
+
+
+def parse_control_model(text: str) -> tuple[str, dict[str, float]]:
+    """ "file:0.8@0.0-0.6" -> the file, and its scale, start and end as far as they are given."""
+    if Path(text).exists():
+        return text, {}
+    match = _MODEL.fullmatch(text)
+    if match is None:
+        return text, {}
+    numbers = {name: float(match[name]) for name in ("scale", "start", "end") if match[name] is not None}
+    return match["file"], numbers
+
+
+@click.group()
+def control() -> None:
+    """Prepare the images that ControlNets follow."""
+
+
+@control.command()
+@click.argument("kind", type=click.Choice(PREPARATIONS))
+@click.argument("image", type=click.Path(path_type=Path), metavar="IMAGE")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Where to write the hint.")
+@click.option("--low", type=int, metavar="N", help="Of canny and scribble: an edge goes on above this.  [default: 100]")
+@click.option("--high", type=int, metavar="N", help="Of canny and scribble: an edge begins above this.  [default: 200]")
+@click.option("--factor", type=int, metavar="N", help="Of tile: how much smaller the details are.  [default: 8]")
+def prepare(kind: str, image: Path, out: Path, **options: int | None) -> None:
+    """Make the hint of a ControlNet of IMAGE: edges (canny), strokes (scribble), or the image without details (tile)."""
+    check_image_file("--out", out)
+    from latentdiff.control.preparation import prepared
+    from latentdiff.image import open_image, save_image
+
+    given = {name: value for name, value in options.items() if value is not None}
+    foreign = given.keys() - ({"factor"} if kind == "tile" else {"low", "high"})
+    if foreign:
+        raise UsageError(f"{kind} takes no --{sorted(foreign)[0]}; leave it out")
+    save_image(prepared(open_image(image), kind, **given), out, metadata=False)
+    click.echo(out)

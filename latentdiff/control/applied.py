@@ -1,0 +1,84 @@
+"""Controls on a model: whether they fit it, their networks in memory, and what they are on one walk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from latentdiff.checkpoints.control import empty_control, whole_weights
+from latentdiff.control.hints import hint_tensor
+from latentdiff.control.model import Control, ControlNet
+from latentdiff.diffusion.schedule import Level
+from latentdiff.engines.fast_forms import use_fast_forms
+from latentdiff.errors import CheckpointError
+from latentdiff.memory.parts import Part
+from latentdiff.memory.residence import Residence
+from latentdiff.networks.config import UNetConfig
+from latentdiff.networks.controlnet import AppliedControl, matched, window_of
+
+
+def control_parts(controls: Sequence[Control], residence: Residence, dtype: torch.dtype) -> list[Part]:
+    """The networks of the controls beside a model, which need not be in memory yet; each is made once.
+
+    Raises:
+        CheckpointError: one was made for another model.
+    """
+    unet = residence.module("unet").config
+    for control in controls:
+        _check_fits(control.model, unet, residence.module("vae").config.downscale)
+    return [_part(control.model, residence, dtype) for control in controls]
+
+
+@torch.no_grad()
+def applied_controls(
+    controls: Sequence[Control], residence: Residence, dtype: torch.dtype, shape: Sequence[int], levels: Sequence[Level]
+) -> list[AppliedControl]:
+    """What acts on one walk over `levels` of latents (..., h, w).
+
+    Raises:
+        CheckpointError: a control was made for another model.
+        UsageError: its image is of other proportions than what is made.
+    """
+    factor = residence.module("vae").config.downscale
+    height, width = shape[-2] * factor, shape[-1] * factor
+    hints = [hint_tensor(control.image, control.mask, height, width, factor) for control in controls]
+    applied = []
+    for control, part, hint in zip(controls, control_parts(controls, residence, dtype), hints, strict=True):
+        network = part.ready()
+        window = window_of([level.t for level in levels[:-1]], control.start, control.end)
+        embedded = network.embed_hint(hint.to(part.device, dtype))
+        applied.append(AppliedControl(network, embedded, control.scale, control.guess, window))
+    return applied
+
+
+def _part(model: ControlNet, residence: Residence, dtype: torch.dtype) -> Part:
+    if model not in residence.beside:
+        weights, unet = model.weights, residence.parts["unet"]
+        config = matched(weights.config, unet.module.config) if weights.guessed else weights.config
+        base = unet.weights() if weights.is_difference else {}
+        network = empty_control(config).to(dtype)
+        residence.adopt(model, network, whole_weights(weights, base))
+        if residence.device.type == "cpu":
+            use_fast_forms(network)
+    part = residence.beside[model]
+    part.to(residence.device, dtype)
+    return part
+
+
+def _check_fits(model: ControlNet, unet: UNetConfig, factor: int) -> None:
+    own = model.weights.config
+    facts = {
+        "text width": (own.unet.cross_attention_dim, unet.cross_attention_dim),
+        "widths": (own.unet.block_out_channels, unet.block_out_channels),
+        "blocks in a level": (own.unet.layers_per_block, unet.layers_per_block),
+        "latent channels": (own.unet.in_channels, unet.out_channels),
+        "pooled text and sizes": (own.unet.added_dim, unet.added_dim),
+        "pixels for a latent": (own.downscale, factor),
+    }
+    for name, (found, expected) in facts.items():
+        if found != expected:
+            raise CheckpointError(
+                f"{model.weights.path.name} is a ControlNet for another model: {name} {found}, expected {expected}; take one "
+                "that was made for the family of this model"
+            )

@@ -1,0 +1,153 @@
+"""A ControlNet as its file has it, and a control: a ControlNet with an image to follow, and how strongly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+from PIL import Image
+
+from latentdiff.checkpoints.control import ControlWeights, read_control
+from latentdiff.checkpoints.hashing import place_hash
+from latentdiff.control.preparation import prepared
+from latentdiff.errors import UsageError
+from latentdiff.recipe import RecordedControl
+from latentdiff.request.calls import public
+from latentdiff.request.domains import Choice, Place, Real, YesNo
+from latentdiff.request.options import PREPARATIONS
+from latentdiff.request.sources import ImageInput, open_source
+
+_SETTINGS = ("scale", "start", "end", "guess", "prepare")
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
+
+class ControlNet:
+    """A ControlNet of Stable Diffusion 1.x or 2.x, mapped from its file; its weights are read where it is used.
+
+    edges = ControlNet.load("control_v11p_sd15_canny.safetensors")
+    pipe("a house", controls=[edges("edges.png", scale=0.8, end=0.6)])
+    """
+
+    def __init__(self, weights: ControlWeights) -> None:
+        self.weights = weights
+
+    @classmethod
+    @public(source=Place(), pools=YesNo())
+    def load(cls, source: str | os.PathLike[str], *, pools: bool | None = None) -> Self:
+        """Map a ControlNet.
+
+        Args:
+            source: a diffusers folder, a hub id, or a file in the diffusers or the original layout; also one with
+                differences, which are added to the U-Net that it is used on.
+            pools: whether its outputs are averaged over the image, as those of the shuffle models are. None goes by its
+                configuration, or by "shuffle" in the name of a file.
+
+        Raises:
+            CheckpointError: nothing is there, or it is damaged, incomplete, or something else.
+            ConfigError: it is of another architecture.
+        """
+        return cls(read_control(source, pools=pools))
+
+    @public(scale=Real(0), start=Real(0, 1), end=Real(0, 1), guess=YesNo(), prepare=Choice(PREPARATIONS))
+    def __call__(
+        self,
+        image: ImageInput,
+        *,
+        scale: float = 1.0,
+        start: float = 0.0,
+        end: float = 1.0,
+        guess: bool = False,
+        mask: ImageInput | None = None,
+        prepare: str | None = None,
+    ) -> Control:
+        """A control by this network.
+
+        Args:
+            image: the hint, or what it is prepared from; of the proportions of the image that is made.
+            scale: how strongly it acts, 0 or more.
+            start, end: the share of the steps in which it acts, 0 to 1.
+            guess: act on the prompt alone and less above the middle, so that the hint says what an empty prompt does not.
+            mask: of the image's size, white where an inpainting ControlNet is to paint.
+            prepare: make the hint of the image first: "canny", ...; see `latentdiff.control.preparation`.
+
+        Raises:
+            UsageError: a value outside its domain, or `start` is not before `end`.
+            DataError: a file is missing or no image.
+            MissingDependencyError: what prepares the hint is not installed.
+        """
+        if start >= end:
+            raise UsageError(f"expected the start of a control before its end, found {start} and {end}")
+        source, hidden = open_source(image), None if mask is None else open_source(mask)
+        return Control(
+            model=self,
+            image=prepared(source.image, prepare) if prepare else source.image,
+            mask=None if hidden is None else hidden.image,
+            entries={"image": source.entry} | ({} if hidden is None else {"mask": hidden.entry}),
+            scale=scale,
+            start=start,
+            end=end,
+            guess=guess,
+            prepare=prepare,
+        )
+
+    @cached_property
+    def entry(self) -> dict[str, str]:
+        """What recipes say of it: {"file": name, "sha256": of its weights}."""
+        return {"file": self.weights.path.name, "sha256": place_hash(self.weights.path)}
+
+    def __repr__(self) -> str:
+        """Its file and what it was made for."""
+        return f"<ControlNet {self.weights.path.name}, text width {self.weights.config.unet.cross_attention_dim}>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """A ControlNet with its hint; see `ControlNet.__call__`.
+
+    entries: what recipes say of the image and the mask.
+    """
+
+    is_control: ClassVar[bool] = True  # what the domain of the option `controls` asks
+    model: ControlNet
+    image: Image.Image
+    mask: Image.Image | None
+    entries: dict[str, dict[str, str]]
+    scale: float
+    start: float
+    end: float
+    guess: bool
+    prepare: str | None
+
+    def describe(self) -> RecordedControl:
+        """What a recipe holds of it."""
+        return RecordedControl(
+            model=self.model.entry, **self.entries, **{name: getattr(self, name) for name in _SETTINGS}
+        )
+
+    def cropped(self, box: Box, size: tuple[int, int], to: tuple[int, int]) -> Control:
+        """The same for a part of what is made, `box` of an image of `size`, that is made at the size `to`."""
+        scaled = [side * own / whole for side, own, whole in zip(box, self.image.size * 2, size * 2, strict=True)]
+
+        def cut(image: Image.Image, how: Image.Resampling) -> Image.Image:
+            return image.resize(to, how, box=tuple(scaled))
+
+        mask = None if self.mask is None else cut(self.mask, Image.Resampling.NEAREST)
+        return replace(self, image=cut(self.image.convert("RGB"), Image.Resampling.LANCZOS), mask=mask)
+
+
+def controls_again(recorded: Sequence[RecordedControl], place_of: Callable[[str], os.PathLike[str]]) -> list[Control]:
+    """The controls of a recipe once more.
+
+    Args:
+        place_of: a role, see `recipe.Recipe.roles` -> the file or folder.
+    """
+    controls = []
+    for number, entry in enumerate(recorded, 1):
+        network = ControlNet.load(place_of(f"control_model{number}"))
+        mask = None if entry.mask is None else place_of(f"control_mask{number}")
+        settings: dict[str, Any] = {name: getattr(entry, name) for name in _SETTINGS}
+        controls.append(network(place_of(f"control_image{number}"), mask=mask, **settings))
+    return controls

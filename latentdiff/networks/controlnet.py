@@ -1,0 +1,259 @@
+"""ControlNet (Zhang et al. 2023): a second way down, which sees a hint and is added to the skips of the U-Net.
+
+The hint is an image in pixels: edges, depths, poses. Parameter names are those of diffusers' ControlNetModel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentdiff.device import in_float32
+from latentdiff.errors import ConfigError
+from latentdiff.networks.config import UNetConfig
+from latentdiff.networks.layers.transformer import Context, ProjectedContext
+from latentdiff.networks.unet import UNetEncoder
+
+_ORDERS = ("rgb", "bgr")
+_OWN = {
+    "conditioning_channels": 3,
+    "conditioning_embedding_out_channels": (16, 32, 96, 256),
+    "controlnet_conditioning_channel_order": "rgb",
+    "global_pool_conditions": False,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetConfig:
+    """The way down of a U-Net, and what reads the hint.
+
+    hint_widths: the hint passes through these; each after the first halves its sides.
+    order: of the hint's channels, "rgb" or "bgr".
+    pools: the outputs are averaged over the image, as those of the shuffle models are.
+    """
+
+    unet: UNetConfig
+    hint_widths: tuple[int, ...] = (16, 32, 96, 256)
+    order: str = "rgb"
+    pools: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.hint_widths) <= 8 or not all(type(w) is int and 0 < w <= 4096 for w in self.hint_widths):
+            raise ConfigError(f"a ControlNet's hint needs 1 to 8 widths up to 4096, found {str(self.hint_widths)[:60]}")
+        if self.order not in _ORDERS:
+            raise ConfigError(f"a ControlNet's hint has channels rgb or bgr, found {str(self.order)[:40]!r}")
+        if not isinstance(self.pools, bool):
+            raise ConfigError(f"global_pool_conditions must be true or false, found {str(self.pools)[:40]!r}")
+
+    @property
+    def downscale(self) -> int:
+        """Pixels of the hint per latent along one side."""
+        return 2 ** (len(self.hint_widths) - 1)
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> Self:
+        """Read a ControlNetModel's `config.json`.
+
+        Raises:
+            ConfigError: it describes another architecture.
+        """
+        own = {name: config.get(name, default) for name, default in _OWN.items()}
+        rest = {name: value for name, value in config.items() if name not in _OWN}
+        if own["conditioning_channels"] != 3:
+            raise ConfigError(f"a ControlNet's hint has 3 channels, found {str(own['conditioning_channels'])[:40]}")
+        if "down_block_types" in rest:
+            mirrored = [str(name).replace("Down", "Up") for name in reversed(rest["down_block_types"])]
+            rest["up_block_types"] = mirrored
+        return cls(
+            unet=UNetConfig.from_diffusers(rest),
+            hint_widths=tuple(own["conditioning_embedding_out_channels"]),
+            order=own["controlnet_conditioning_channel_order"],
+            pools=own["global_pool_conditions"],
+        )
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The `config.json` from which diffusers builds the same ControlNet."""
+        config = self.unet.to_diffusers()
+        for name in ("out_channels", "sample_size", "up_block_types", "center_input_sample"):
+            config.pop(name)
+        return config | {
+            "_class_name": "ControlNetModel",
+            "conditioning_channels": 3,
+            "conditioning_embedding_out_channels": list(self.hint_widths),
+            "controlnet_conditioning_channel_order": self.order,
+            "global_pool_conditions": self.pools,
+        }
+
+
+class _HintEmbedding(nn.Module):
+    """Convolutions from the hint in pixels to the width of the U-Net at the size of the latents."""
+
+    def __init__(self, widths: Sequence[int], out: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList()
+        for width, below in zip(widths, widths[1:], strict=False):
+            self.blocks.append(nn.Conv2d(width, width, 3, padding=1))
+            self.blocks.append(nn.Conv2d(width, below, 3, padding=1, stride=2))
+        self.conv_out = nn.Conv2d(widths[-1], out, 3, padding=1)
+
+    def forward(self, hint: Tensor) -> Tensor:
+        for conv in (self.conv_in, *self.blocks):
+            hint = F.silu(conv(hint))
+        return self.conv_out(hint)
+
+
+class ControlNetwork(UNetEncoder):
+    """Noisy latents, timestep, text and hint -> what is added to the skips and the middle of a U-Net."""
+
+    def __init__(self, config: ControlNetConfig) -> None:
+        super().__init__(config.unet)
+        self.control = config
+        widths, layers = config.unet.block_out_channels, config.unet.layers_per_block
+        self.controlnet_cond_embedding = _HintEmbedding(config.hint_widths, widths[0])
+        skips = [widths[0]]
+        for level, width in enumerate(widths):
+            skips += [width] * (layers + (level < len(widths) - 1))
+        self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(width, width, 1) for width in skips)
+        self.controlnet_mid_block = nn.Conv2d(widths[-1], widths[-1], 1)
+
+    def embed_hint(self, hint: Tensor) -> Tensor:
+        """A hint (N, 3, H, W), RGB from 0 to 1, -1 where it is masked -> (N, C, h, w), once for all steps."""
+        return self.controlnet_cond_embedding(hint.flip(1) if self.control.order == "bgr" else hint)
+
+    def forward(self, x: Tensor, t: Tensor | float, context: Context, hint: Tensor) -> list[Tensor]:
+        """The residuals of the skips from the first to the last, and of the middle.
+
+        Args:
+            x, t, context: as `UNet.forward` takes them; x without the channels of an inpainting model.
+            hint: what `embed_hint` gave.
+        """
+        time, context = self.embedded(x, t, context)
+        x, skips = self.encode(self.conv_in(x) + hint, time, context)
+        convs = (*self.controlnet_down_blocks, self.controlnet_mid_block)
+        found = [conv(output) for conv, output in zip(convs, (*skips, x), strict=True)]
+        return [one.mean((2, 3), keepdim=True) for one in found] if self.control.pools else found
+
+
+@dataclass(frozen=True)
+class AppliedControl:
+    """A control on one walk.
+
+    hint: (1, C, h, w), embedded.
+    scale: of all that is added; with `guesses`, of the middle, and less of what lies above.
+    guesses: acts on what is followed alone, so that the hint says what the prompt does not (guess mode).
+    window: the timesteps low < t <= high at which it acts.
+    """
+
+    network: ControlNetwork
+    hint: Tensor
+    scale: float
+    guesses: bool
+    window: tuple[float, float]
+
+    def on(self, text: Context, count: int, *, avoided: bool) -> ControlRows:
+        """On `count` rows of a batch with this text; `avoided` are those of the negative prompt."""
+        acts = not (avoided and (self.guesses or self.network.control.pools))
+        return ControlRows(self, self.network.project_context(text), torch.full((count,), acts))
+
+
+@dataclass(frozen=True)
+class ControlRows:
+    """A control, the text as it sees it, and on which rows (N,) it acts."""
+
+    control: AppliedControl
+    projected: ProjectedContext
+    acts: Tensor
+
+    @classmethod
+    def cat(cls, parts: Sequence[ControlRows]) -> ControlRows:
+        """Join along the batch."""
+        projected = ProjectedContext.cat([part.projected for part in parts])
+        return cls(parts[0].control, projected, torch.cat([part.acts for part in parts]))
+
+    def residuals(self, x: Tensor, t: float, text: Context, dtype: torch.dtype) -> list[Tensor] | None:
+        """What is added at the rows of x (N, C, h, w), in `dtype`; None if nothing is.
+
+        Args:
+            text: for another dtype than that of the network, in which the projections are of no use.
+        """
+        control, network = self.control, self.control.network
+        low, high = control.window
+        if not control.scale or not low < t <= high or not self.acts.any():
+            return None
+        own = next(network.parameters()).dtype
+        context: Context = self.projected if own == dtype else text
+        rows = self.acts.nonzero().flatten().to(x.device)
+        is_whole = len(rows) == len(x)
+        with nullcontext() if own == dtype else in_float32(network):
+            some = x if is_whole else x[rows]
+            context = context if is_whole else _rows_of(context, rows)
+            found = network(some.to(dtype), t, context, control.hint.to(dtype))
+        scaled = [factor * one for factor, one in zip(self._factors(len(found)), found, strict=True)]
+        if is_whole:
+            return scaled
+        return [one.new_zeros(len(x), *one.shape[1:]).index_copy(0, rows, one) for one in scaled]
+
+    def _factors(self, count: int) -> list[float]:
+        if not self.control.guesses or self.control.network.control.pools:
+            return [self.control.scale] * count
+        return [self.control.scale * factor for factor in torch.logspace(-1, 0, count).tolist()]
+
+
+def summed_residuals(
+    controls: Sequence[ControlRows], x: Tensor, t: float, text: Context, dtype: torch.dtype
+) -> list[Tensor] | None:
+    """What all controls add together; None if nothing is added at this timestep."""
+    total: list[Tensor] | None = None
+    for rows in controls:
+        own = rows.residuals(x, t, text, dtype)
+        if own is not None:
+            total = own if total is None else [a + b for a, b in zip(total, own, strict=True)]
+    return total
+
+
+def window_of(timesteps: Sequence[float], start: float, end: float) -> tuple[float, float]:
+    """The timesteps low < t <= high of the share `start` to `end` of a walk; as diffusers counts, a step acts that lies
+    wholly within.
+
+    Args:
+        timesteps: that are visited, in any order; repeated ones count once.
+    """
+    visited = sorted(set(timesteps), reverse=True)
+    count = len(visited)
+    inside = [i for i in range(count) if not (i / count < start or (i + 1) / count > end)]
+    if not inside:
+        return float("inf"), float("inf")
+    first, last = inside[0], inside[-1]
+    return (
+        visited[last + 1] if last + 1 < count else -1.0,
+        float("inf") if first == 0 else visited[first],
+    )
+
+
+def matched(config: ControlNetConfig, unet: UNetConfig) -> ControlNetConfig:
+    """With what leaves no trace in a file's tensors, as the number of heads, taken from the U-Net that it was made for."""
+    own = replace(
+        config.unet,
+        num_heads=unet.num_heads,
+        norm_num_groups=unet.norm_num_groups,
+        upcast_attention=unet.upcast_attention,
+        size_dim=unet.size_dim,
+    )
+    return replace(config, unet=own)
+
+
+def _rows_of(context: Context, rows: Tensor) -> Context:
+    if isinstance(context, Tensor):
+        return context[rows]
+    if not isinstance(context, ProjectedContext):
+        return type(context)(context.text[rows], context.sizes[rows])
+    some = ProjectedContext({layer: (k[rows], v[rows]) for layer, (k, v) in context.items()})
+    some.added = None if context.added is None else context.added[rows]
+    return some

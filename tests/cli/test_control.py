@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from latentdiff.cli.controls import parse_control_model
+from latentdiff.image import open_image
+from latentdiff.recipe import read_recipe
+from tests.control.nets import hint, saved
+from tests.tasks.pictures import apart, mask, picture
+
+
+@pytest.fixture
+def net(workplace) -> str:
+    hint().save("hint.png")
+    return saved(workplace).name
+
+
+def test_generate_and_reproduce(command, sd1, net):
+    options = ["--model", sd1, "--steps", 3, "--seed", 1]
+    done = command(
+        "generate", "cat", *options, "--control", "hint.png", "--control-model", f"{net}:0.8@0.0-0.7", "--out", "a.png"
+    )
+    assert done.code == 0, done.err
+    (recorded,) = read_recipe(open_image("a.png").info).controls
+    assert (recorded.scale, recorded.end, recorded.image["file"], recorded.model["file"]) == (0.8, 0.7, "hint.png", net)
+    done = command("reproduce", "a.png", "--model", sd1)
+    assert done.out == "identical: every pixel is the same\n", done.err
+    done = command("generate", "cat", *options, "--out", "plain.png")
+    assert apart(open_image("a.png"), open_image("plain.png")) > 2
+    hint(9).save("hint.png")
+    done = command("reproduce", "a.png", "--model", sd1)
+    assert done.code == 1 and "control_image1" in done.errors[0] and "SHA-256 differs" in done.errors[0]
+
+
+def test_two_prepared_first_and_in_other_tasks(command, sd1, net):
+    picture().save("photo.png")
+    mask((8, 8, 40, 40)).save("mask.png")
+    two = [
+        "--control",
+        "tile=photo.png",
+        "--control-model",
+        net,
+        "--control",
+        "hint.png",
+        "--control-model",
+        f"{net}:0.5",
+    ]
+    same = ["--model", sd1, "--steps", 3, "--seed", 1, *two]
+    for name, arguments in {
+        "edited": ["edit", "photo.png", "cat", "--strength", 0.7],
+        "painted": ["inpaint", "photo.png", "cat", "--mask", "mask.png"],
+        "guessed": ["generate", "", "--control-guess"],
+    }.items():
+        done = command(*arguments, *same, "--out", f"{name}.png")
+        assert done.code == 0, done.err
+        assert [one.prepare for one in read_recipe(open_image(f"{name}.png").info).controls] == ["tile", None]
+        assert command("reproduce", f"{name}.png", "--model", sd1).code == 0
+
+
+def test_existing_images_are_known_by_their_controls(command, sd1, net):
+    same = ["generate", "cat", "--model", sd1, "--steps", 2, "--seed", 1]
+    control = ["--control", "hint.png", "--control-model", net]
+    assert command(*same).code == 0
+    assert "cat-1-2.png" in command(*same, *control, "--skip-existing").out.replace("_", "-")
+    assert "is there already" in command(*same, *control, "--skip-existing").err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--control", "hint.png"], "a --control-model for each --control, found 0 for 1"),
+        (["--control-guess"], "--control and --control-model with --control-guess"),
+        (["--control", "magic=hint.png", "--control-model", "NET"], "KIND of canny, scribble, tile"),
+        (["--control", "hint.png", "--control-model", "NET", "--width", 128], "in the proportions of what is made"),
+        (["--control", "hint.png", "--control-model", "NET", "--cache-interval", 2], "leave cache_interval at 1"),
+        (["--control", "hint.png", "--control-model", "SD1"], "expected"),
+        (["--control", "none.png", "--control-model", "NET"], "no picture at none.png"),
+    ],
+)
+def test_bad_input_is_one_line(command, sd1, net, arguments, message):
+    places = {"NET": net, "SD1": sd1}
+    done = command("generate", "cat", "--model", sd1, "--steps", 2, "--seed", 1, *(places.get(a, a) for a in arguments))
+    assert done.code != 0 and len(done.errors) == 1 and message in done.errors[0], done.err
+
+
+def test_models_with_numbers(workplace):
+    assert parse_control_model("a.safetensors") == ("a.safetensors", {})
+    assert parse_control_model("a.b:0.8") == ("a.b", {"scale": 0.8})
+    assert parse_control_model("x/a:1@0.1-.6") == ("x/a", {"scale": 1.0, "start": 0.1, "end": 0.6})
+    assert parse_control_model("a@0-0.5") == ("a", {"start": 0.0, "end": 0.5})
+    assert parse_control_model("C:/x/a.safetensors") == ("C:/x/a.safetensors", {})
+    (workplace / "odd:0.5").touch()
+    assert parse_control_model("odd:0.5") == ("odd:0.5", {})
+
+
+def test_prepare(command, workplace):
+    picture().save("photo.png")
+    done = command("control", "prepare", "tile", "photo.png", "--out", "tile.png")
+    assert (done.code, done.out) == (0, "tile.png\n") and Image.open("tile.png").size == (64, 64)
+    assert command("control", "prepare", "tile", "photo.png", "--low", 3, "--out", "b.png").errors == [
+        "error: tile takes no --low; leave it out"
+    ]
+    assert command("control", "prepare", "canny", "none.png", "--out", "c.png").code != 0
+    assert not (workplace / "c.png").exists()

@@ -1,0 +1,36 @@
+"""Tiny ControlNets of diffusers for the tiny models, with nothing left at zero."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from diffusers import ControlNetModel
+from PIL import Image
+
+from tests import peers, tiny
+from tests.tasks.pictures import picture
+
+
+@cache
+def theirs(family: str = "sd1", seed: int = 5, pools: bool = False) -> ControlNetModel:
+    """A ControlNet beside the tiny model's U-Net, all of its weights with noise: its convolutions begin at zero."""
+    config = peers.theirs(family).unet.config
+    names = ("down_block_types", "block_out_channels", "attention_head_dim", "cross_attention_dim", "norm_num_groups")
+    same = {name: config[name] for name in (*names, "layers_per_block", "use_linear_projection")}
+    torch.manual_seed(seed)
+    return tiny.randomize(ControlNetModel(**same, global_pool_conditions=pools), seed)
+
+
+def saved(folder: Path, family: str = "sd1", seed: int = 5, pools: bool = False, **options) -> Path:
+    """The same as a folder in the diffusers layout."""
+    place = folder / f"{family}-{seed}-{pools}"
+    if not place.exists():
+        theirs(family, seed, pools).save_pretrained(place, **options)
+    return place
+
+
+def hint(seed: int = 1, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    """A colourful image to follow."""
+    return picture(*size, seed)
