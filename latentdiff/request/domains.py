@@ -171,7 +171,7 @@ class Controls:
     def __call__(self, name: str, value: Any) -> tuple[Any, ...]:
         controls = tuple(cast(Sequence[Any], value)) if isinstance(value, list | tuple) else (value,)
         if not all(getattr(control, "is_control", False) for control in controls):
-            raise refusal(name, "a list of what a ControlNet makes of images: controls=[edges(image)]", value)
+            raise refusal(name, "a list of what a ControlNet makes of images: controls=[edges(image)]", cast(object, value))
         return controls
 
 
