@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from latentdiff import device as devices
@@ -17,6 +20,8 @@ from latentdiff.device import (
     precision_of,
 )
 from latentdiff.errors import LatentDiffError, NotFiniteError, UsageError
+from latentdiff.pipeline import Pipeline
+from tests import peers
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 LARGE, SMALL = 860_000_000, 10_000_000
@@ -130,6 +135,18 @@ def test_overflow_is_computed_again_with_a_warning():
 def test_nan_is_an_error(dtype):
     with pytest.raises(NotFiniteError, match="the toy gives NaN or infinity at step 3 in float32"):
         finite_or_float32("the toy", nn.Linear(1, 1).to(dtype), lambda _: torch.tensor(float("nan")), where="at step 3")
+
+
+def test_a_weight_that_is_nan_is_named(tmp_path):
+    """In a file, through the pipeline: the message names part and weight, and nothing is drawn."""
+    shutil.copytree(peers.folder("sd1"), tmp_path / "damaged")
+    file = tmp_path / "damaged/unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["mid_block.resnets.0.conv1.weight"][3, 2, 1, 1] = torch.nan
+    save_file(tensors, file)
+    pipe = Pipeline.load(tmp_path / "damaged", device="cpu", precision="fp32")
+    with pytest.raises(NotFiniteError, match=r"the U-Net .* its weight mid_block.resnets.0.conv1.weight holds them"):
+        pipe("a cat", steps=1, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from latentdiff.checkpoints.files import read_tensors
 from latentdiff.errors import CheckpointError, ConfigError
 from latentdiff.evaluation.network import STRIDE, JudgeConfig, JudgeNetwork, JudgeOutput
 from latentdiff.files import atomic_path
 from latentdiff.image import to_tensor
+from latentdiff.reading.json import read_object
+from latentdiff.reading.plain import exists
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 BATCH = 64
@@ -68,15 +70,13 @@ class Judge:
             CheckpointError: there is none, or it is damaged.
         """
         folder = Path(folder)
+        if missing := [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not exists(folder / name)]:
+            raise CheckpointError(f"expected the judge in {folder}, found no {missing[0]}")
         try:
-            config = JudgeConfig.from_json(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
-            weights = load_file(folder / WEIGHTS_NAME)
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"expected the judge in {folder}, found no {Path(error.filename or '').name}"
-            ) from error
-        except (ValueError, SafetensorError, ConfigError) as error:
+            config = JudgeConfig.from_json(read_object(folder / CONFIG_NAME))
+        except (ValueError, TypeError, ConfigError) as error:
             raise CheckpointError(f"the judge in {folder} is damaged: {error}") from error
+        weights = read_tensors(folder / WEIGHTS_NAME).tensors
         network = JudgeNetwork(config)
         try:
             network.load_state_dict({name: value.float() for name, value in weights.items()})

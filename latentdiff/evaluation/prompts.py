@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import DataError
+from latentdiff.reading.json import parse_json
+from latentdiff.reading.plain import read_text
 
 # GenEval's six tasks (Ghosh et al. 2023) in its order, and what they are called in tables.
 TASKS = {
@@ -113,13 +114,14 @@ def read_prompts(path: Path | None = None, *, limit: int | None = None) -> list[
     Raises:
         DataError: a line is not in GenEval's schema.
     """
-    text = (path or files("latentdiff.evaluation") / "prompts.jsonl").read_text(encoding="utf-8")
+    own = files("latentdiff.evaluation") / "prompts.jsonl"
+    text = own.read_text(encoding="utf-8") if path is None else read_text(path, DataError)
     prompts: list[EvaluationPrompt] = []
     taken: Counter[str] = Counter()
     for number, line in enumerate(text.splitlines()):
         try:
-            prompt = EvaluationPrompt.from_json(json.loads(line), number)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            prompt = EvaluationPrompt.from_json(parse_json(line, "it", DataError), number)
+        except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
             name = path or "prompts.jsonl"
             raise DataError(
                 f"{name} line {number + 1}: expected a prompt in GenEval's schema, found {line[:60]!r}"

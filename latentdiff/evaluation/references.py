@@ -3,7 +3,6 @@ captions."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,8 @@ from latentdiff.evaluation.prompts import TASK_OF_KIND, EvaluationPrompt, prompt
 from latentdiff.evaluation.protocol import Result, check_words, judged
 from latentdiff.image import decibels, open_image, to_pil, to_tensor
 from latentdiff.pipeline import Pipeline
+from latentdiff.reading.json import parse_object
+from latentdiff.reading.plain import read_text
 
 BATCH = 16
 
@@ -52,13 +53,13 @@ def read_scenes(folder: Path) -> RealScenes:
     if not metadata.is_file():
         raise DataError(f"expected scenes in {folder}, found no metadata.jsonl; make them with tools/make_scenes.py")
     images, prompts = [], []
-    for number, text in enumerate(metadata.read_text(encoding="utf-8").splitlines()):
+    for number, text in enumerate(read_text(metadata, DataError).splitlines()):
+        line = parse_object(text, f"{metadata} line {number + 1}", DataError, remedy="mend that line")
         try:
-            line = json.loads(text)
             if line["scene"]["kind"] not in TASK_OF_KIND:
                 continue
             prompt, name = prompt_of_scene(line["scene"], line["text"]), line["file_name"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{metadata} line {number + 1}: expected a scene, found {text[:60]!r}") from error
         prompts.append(replace(prompt, number=number))
         images.append(open_image(folder / name))

@@ -12,10 +12,12 @@ from latentdiff.errors import CheckpointError, LatentDiffError
 from latentdiff.reading.plain import LONGEST_TEXT, read_text
 
 DEEPEST = 64  # levels; the files of published models have 5
-_LONG_NUMBER = re.compile(r"[0-9]{19}")
+_AS_NOUGHTS = bytes.maketrans(b"123456789", b"0" * 9)
+_LONG_NUMBER = b"0" * 19
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _TOO_LARGE = "it holds a number beyond 64 bits"
 _LARGEST = 2**63
+_NESTED = (dict, list)
 
 
 def parse_json(
@@ -51,9 +53,10 @@ def parse_json(
     # Looking at every value takes longer than reading them: only where the text gives cause.
     if text.count("{") + text.count("[") > DEEPEST and _is_deep(value):
         refuse(f"it is nested more than {DEEPEST} levels deep")
-    if _LONG_NUMBER.search(text) and any(map(_is_huge, _leaves(value))):
+    if _LONG_NUMBER in text.encode(errors="replace").translate(_AS_NOUGHTS) and any(map(_is_huge, _leaves(value))):
         refuse(_TOO_LARGE)
-    if _SURROGATE.search(text) and any(isinstance(leaf, str) and not is_unicode(leaf) for leaf in _leaves(value)):
+    has_surrogates = ("\\ud" in text or "\\uD" in text) and _SURROGATE.search(text)
+    if has_surrogates and any(isinstance(leaf, str) and not is_unicode(leaf) for leaf in _leaves(value)):
         refuse("it holds half of a character, a lone surrogate")
     return value
 
@@ -119,7 +122,7 @@ def _is_huge(value: Any) -> bool:
 def _is_deep(value: Any) -> bool:
     level = [value]
     for _ in range(DEEPEST):
-        level = [part for whole in level for part in _parts(whole) if isinstance(part, (dict, list))]
+        level = [part for whole in level for part in _parts(whole) if type(part) in _NESTED]
         if not level:
             return False
     return True

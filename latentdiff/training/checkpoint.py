@@ -28,8 +28,11 @@ from torch import Tensor
 
 from latentdiff.checkpoints.writing import write_safetensors
 from latentdiff.errors import CheckpointError, DataError
+from latentdiff.reading.json import read_object
+from latentdiff.reading.safetensors import read_header
 
 _MANIFEST = "manifest.json"
+_REMEDY = "delete that checkpoint, and the run goes on from the one before it"
 
 
 @dataclass(frozen=True)
@@ -97,14 +100,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     if fault := _fault(path):
         raise CheckpointError(f"the checkpoint {path} is not whole: {fault}")
-    state = json.loads((path / "state.json").read_text())
-    return Checkpoint(
-        step=state["step"],
-        weights=load_file(path / "weights.safetensors"),
-        ema=load_file(path / "ema.safetensors"),
-        optimizer=load_file(path / "optimizer.safetensors"),
-        state=state,
-    )
+    state = read_object(path / "state.json", remedy=_REMEDY)
+    if type(state.get("step")) is not int or state["step"] < 0:
+        raise CheckpointError(f"{path / 'state.json'} needs a step of 0 or more; {_REMEDY}")
+    tensors = {name: _tensors(path / f"{name}.safetensors") for name in ("weights", "ema", "optimizer")}
+    return Checkpoint(step=state["step"], state=state, **tensors)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    read_header(path)  # which says what is wrong with it
+    return load_file(path)  # a copy: the file may be removed while it is in use
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -133,11 +138,11 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
 
 def _fault(path: Path) -> str | None:
     try:
-        sizes = json.loads((path / _MANIFEST).read_text())["sizes"]
+        sizes = read_object(path / _MANIFEST)["sizes"]
         for name, size in sizes.items():
             if (found := (path / name).stat().st_size) != size:
                 return f"{name} has {found} bytes, expected {size}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointError) as error:
         return f"no usable {_MANIFEST} or a file is missing ({type(error).__name__})"
     return None
 

@@ -13,6 +13,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 
 from latentdiff.errors import ConfigError
+from latentdiff.reading.yaml import parse_yaml
+from latentdiff.reading.yaml import read_yaml as read_yaml_value
 from latentdiff.training.data import DataSource
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -42,7 +44,7 @@ def _entry(value: Any) -> Any:
         return value
     text = str(value)
     if text.startswith("{"):
-        return yaml.safe_load(text)
+        return parse_yaml(text, "an entry of the data")
     path, colon, repeats = text.rpartition(":")
     if colon and repeats.isdecimal() and not Path(text).exists():
         return {"path": path, "repeats": int(repeats)}
@@ -185,12 +187,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, no YAML, or something else than a mapping.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the training configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml_value(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values, found {type(values).__name__}")
     return numbers(values)

@@ -16,7 +16,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from latentdiff.errors import CheckpointError
 from latentdiff.files import atomic_path
+from latentdiff.reading.json import parse_json
+from latentdiff.reading.safetensors import read_header
 
 _TYPES = {"F16": np.float16, "F32": np.float32}
 
@@ -57,14 +60,10 @@ def row_key(*parts: object) -> str:
 def _read_shard(path: Path) -> dict[str, tuple[np.ndarray, int]]:
     """Where the rows of a shard lie by key, mapped from the file; a damaged one counts as missing."""
     try:
-        with open(path, "rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_size))
-        about, keys = header["rows"], json.loads(header["__metadata__"]["keys"])
-        rows = np.memmap(
-            path, _TYPES[about["dtype"]], "r", 8 + header_size + about["data_offsets"][0], tuple(about["shape"])
-        )
-    except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError):
+        header = read_header(path)
+        about, keys = header.entries["rows"], parse_json(header.metadata["keys"], str(path))
+        rows = np.memmap(path, _TYPES[about.dtype], "r", about.start, about.shape)
+    except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError, CheckpointError):
         return {}
     shard = rows.view(np.ndarray)
     return {key: (shard, place) for place, key in enumerate(keys)} if len(keys) == len(shard) else {}

@@ -133,7 +133,7 @@ def test_missing(tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_damaged(folder, name):
     (folder / name).write_bytes((folder / name).read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="the judge in .* is damaged"):
+    with pytest.raises(CheckpointError, match=f"{name} is (not valid JSON|truncated)"):
         Judge.load(folder)
 
 

@@ -101,3 +101,21 @@ def test_no_space(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="free some space"):
         save_checkpoint(tmp_path, made(2), keep=1)
     assert names(tmp_path) == ["step-00000001"]
+
+
+DAMAGE = {
+    "a deep state": ("state.json", lambda content: b"[" * len(content)),
+    "a step that is none": ("state.json", lambda content: content.replace(b'"step": 2', b'"step":-2')),
+    "a header that lies": ("weights.safetensors", lambda content: content.replace(b"F32", b"F64")),
+    "a manifest that is a list": ("manifest.json", lambda content: b"[]"),
+    "a manifest without an end": ("manifest.json", lambda content: b'{"sizes": ' + b"[" * 5000),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_that_leaves_the_size_ends_in_one_line(tmp_path, damage):
+    path = save_checkpoint(tmp_path, made(2), keep=2)
+    name, change = DAMAGE[damage]
+    (path / name).write_bytes(change((path / name).read_bytes()))
+    with pytest.raises(CheckpointError, match=name.split(".")[0]):
+        load_checkpoint(path)

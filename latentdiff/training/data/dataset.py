@@ -17,11 +17,15 @@ from tqdm import tqdm
 
 from latentdiff.errors import DataError, UsageError
 from latentdiff.files import atomic_path, is_hub_id
+from latentdiff.reading.json import parse_json
+from latentdiff.reading.plain import read_text
 from latentdiff.training.data import huggingface
 from latentdiff.training.data.entries import Entry, Listing, Unusable
 from latentdiff.training.data.folders import METADATA, list_folder
 from latentdiff.training.data.images import BACKGROUND, SUFFIXES, image_size, read_image
 from latentdiff.training.data.shards import find_shards, list_shards
+
+LONGEST_INDEX = 2**30  # bytes; 100 for each of ten million images
 
 Result = TypeVar("Result")
 
@@ -254,14 +258,17 @@ def _measure(data: Dataset, verify: bool, index: Path | None) -> None:
 
 
 def _read_index(file: Path, data: Dataset) -> list[_Measured | Unusable] | None:
-    """What was measured of each image, or what is wrong with it; None where there is no such file."""
+    """What was measured of each image, or what is wrong with it; None where there is no such file, or a damaged one."""
     if not file.is_file():
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return [
-        Unusable(entry.name, item) if isinstance(item, str) else (item[0], item[1], item[2])
-        for entry, item in zip(data.entries, found, strict=True)
-    ]
+    try:
+        found = parse_json(read_text(file, DataError, LONGEST_INDEX), str(file), DataError)
+        return [
+            Unusable(entry.name, item) if isinstance(item, str) else (int(item[0]), int(item[1]), str(item[2]))
+            for entry, item in zip(data.entries, found, strict=True)
+        ]
+    except (DataError, ValueError, TypeError, LookupError):
+        return None
 
 
 def problem(entry: Entry, error: DataError | OSError) -> Unusable:

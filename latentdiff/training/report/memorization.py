@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from latentdiff.errors import DataError
 from latentdiff.files import atomic_path
 from latentdiff.image import open_image, save_png
+from latentdiff.reading.json import read_object
 
 SPACE = "32x32 pixels, less the mean colour and scaled to length 1; mirrored copies too"
 FOLDER = "copying"  # in the run folder
@@ -109,7 +111,7 @@ def read_copy_check(run: Path) -> CopyCheck | None:
     path = run / FOLDER / "copying.json"
     if not path.is_file():
         return None
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_object(path, DataError, remedy="delete it")
     return CopyCheck(**{**values, "nearest": tuple(Nearest(**one) for one in values["nearest"])})
 
 

@@ -17,12 +17,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
 from latentdiff.errors import DataError
 from latentdiff.files import atomic_path
 from latentdiff.image import open_image
+from latentdiff.reading.json import parse_json
+from latentdiff.reading.plain import read_text
+from latentdiff.reading.yaml import read_yaml
 from latentdiff.recipe import read_recipe
 from latentdiff.training.report.charts import HINT, Points, can_draw, line_chart, number, smoothed
 from latentdiff.training.report.log import LOG, RunLog
@@ -87,12 +89,12 @@ def _stage(folder: Path, settings: Mapping[str, Any], run: Path) -> dict[str, An
         "left_out": left_out,
         "best_step": log.best[0] if log.best else None,
         "copying": _copying(folder, check),
-        "data": list(_rows(json.loads(data.read_text(encoding="utf-8")))) if data.is_file() else [],
+        "data": list(_rows(parse_json(read_text(data, DataError), str(data), DataError))) if data.is_file() else [],
     }
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+    return (read_yaml(path) or {}) if path.is_file() else {}
 
 
 def _lead(settings: Mapping[str, Any]) -> str:

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, PlainSerializer, PositiveInt, ValidationError, model_validator
 
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.errors import ConfigError
 from latentdiff.networks.config import UNetConfig, VAEConfig
+from latentdiff.reading.yaml import parse_yaml
 from latentdiff.training.config import (
     Count,
     DenoisingSection,
@@ -249,7 +249,4 @@ def _override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ConfigError(f"{override!r}: {section} is a value, not a section")
-    try:
-        values[name] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: {text!r} is not a YAML value") from error
+    values[name] = parse_yaml(text, f"the value of {override[:60]!r}")

@@ -22,6 +22,7 @@ from latentdiff.networks.text_encoder import TextEncoder
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
 from latentdiff.prompts.tokenizer import Tokenizer
+from latentdiff.reading.json import read_object
 from latentdiff.training.data.randomness import torch_seed
 from latentdiff.training.stages.config import TextEncoderSection
 
@@ -148,6 +149,6 @@ def load_vae(folder: Path) -> VAE:
     config = folder / "config.json"
     if not config.is_file():
         raise CheckpointError(f"expected a trained VAE in {folder}, found none; run the stage vae first")
-    vae = VAE(VAEConfig.from_diffusers(json.loads(config.read_text())))
+    vae = VAE(VAEConfig.from_diffusers(read_object(config)))
     vae.load_state_dict(read_tensors(folder / "diffusion_pytorch_model.safetensors").tensors)
     return vae

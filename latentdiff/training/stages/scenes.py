@@ -7,6 +7,7 @@ from typing import Any
 
 from latentdiff.errors import DataError
 from latentdiff.reading.json import parse_object
+from latentdiff.reading.plain import read_text
 from latentdiff.training.data import Dataset
 
 METADATA = "metadata.jsonl"
@@ -45,6 +46,6 @@ def _scenes_beside(image: Path) -> dict[Path, Any]:
     if folder is None:
         return {}
     path = folder / METADATA
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = read_text(path, DataError).split("\n")
     rows = [parse_object(line, str(path), DataError, remedy="mend that line") for line in lines if line.strip()]
     return {folder / row["file_name"]: row.get("scene") for row in rows if isinstance(row.get("file_name"), str)}

@@ -62,7 +62,7 @@ def test_overrides(tmp_path):
         ("vae.perceptual_weight=1", "needs perceptual_network"),
         ("run.x=1", "run is a value, not a section"),
         ("nothing", "expected KEY=VALUE"),
-        ("run=[", "is not a YAML value"),
+        ("run=[", "is not valid YAML"),
     ],
 )
 def test_bad_values_are_named(tmp_path, override, message):
@@ -77,7 +77,7 @@ def test_bad_values_are_named(tmp_path, override, message):
     ("content", "message"),
     [
         (None, "cannot read"),
-        ("a: [", "is not YAML"),
+        ("a: [", "is not valid YAML"),
         ("- a", "must hold a mapping"),
         ("{}", "run: Field required .and 4 more"),
     ],
