@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -31,6 +32,9 @@ from latentdiff.prompts.notice import shortened
 from latentdiff.request.options import SAMPLING, Settings
 from latentdiff.request.titles import SAMPLER_TITLES
 
+if TYPE_CHECKING:
+    from latentdiff.pipeline import Pipeline
+
 
 @click.command()
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
@@ -51,9 +55,16 @@ from latentdiff.request.titles import SAMPLER_TITLES
 @PREVIEW
 @PREVIEW_EVERY
 @PREVIEW_DECODER
+@click.option("--refiner", metavar="MODEL", help="Let another model take the last steps, as the refiner of SDXL does.")
 @click.option(
-    "--sheet", type=ANY_PATH, metavar="FILE", help="Also write all pictures on one sheet with their prompts."
+    "--refiner-switch",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.8,
+    show_default=True,
+    metavar="X",
+    help="After which share of the noise schedule it does.",
 )
+@click.option("--sheet", type=ANY_PATH, metavar="FILE", help="Also write all pictures on one sheet with their prompts.")
 @click.option(
     "--wildcards",
     type=ANY_PATH,
@@ -77,6 +88,8 @@ def generate(
     preview: Path | None,
     preview_every: int,
     preview_decoder: Path | None,
+    refiner: str | None,
+    refiner_switch: float,
     wildcards: Path | None,
     explain: bool,
     **settings: Any,
@@ -113,7 +126,8 @@ def generate(
             first = ranks.agree(lambda: drawn_seed(seed))
             if preview and ranks.is_first:
                 settings["callback"] = preview_file(pipe, preview, preview_every, preview_decoder)
-            job = Job(pipe, settings, skip_existing=skip_existing, writing=writing, ranks=ranks)
+            second = _refining(pipe, refiner, refiner_switch) if refiner else {}
+            job = Job(pipe, settings, skip_existing=skip_existing, writing=writing, ranks=ranks, **second)
             if wildcards:
                 lines = _drawn(lines, wildcards, first, num_images)
             pictures = job.plan(out, lines, first, num_images)
@@ -121,6 +135,21 @@ def generate(
     if sheet and ranks.is_first:
         write_sheet(pictures, sheet, writing)
     return code
+
+
+def _refining(pipe: Pipeline, refiner: str, switch: float) -> dict[str, Any]:
+    """How a `Job` has the last steps taken by another model."""
+    from latentdiff.pipeline import Pipeline
+    from latentdiff.tasks import refining
+
+    low_memory = pipe.residence.low_memory
+    other = Pipeline.load(refiner, device=str(pipe.device), precision=pipe.precision.name, low_memory=low_memory)
+    pipe.residence.keep = other.residence.keep = False  # two models of this size
+    source = {"refiner": {"file": other.name, "sha256": other.model_hash}}
+    return {
+        "make": partial(refining.refine, pipe, other, switch=switch),
+        "facts": {"task": refining.TASK, "task_settings": {"switch": switch}, "sources": source},
+    }
 
 
 def _explain(prompts: Sequence[str], settings: dict[str, Any]) -> int:

@@ -3,8 +3,8 @@ processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ from latentdiff.prompts.syntax import read_prompt
 from latentdiff.request.options import KEPT, SAMPLING, checked
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from latentdiff.pipeline import Pipeline
 
 
@@ -42,6 +44,8 @@ class Job:
         skip_existing: do not make again what is there.
         writing: how the files are written.
         ranks: the processes that share the work. Each has the same plan.
+        make: what makes images of a prompt with `settings`; None is the pipeline.
+        facts: what recipes say besides.
     """
 
     pipe: Pipeline
@@ -49,6 +53,8 @@ class Job:
     skip_existing: bool = False
     writing: output.Writing = output.Writing()
     ranks: Ranks = Ranks()
+    make: Callable[..., list[Image.Image]] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def plan(self, out: Path, lines: Sequence[Line], first: int, count: int) -> list[WantedImage]:
         """All pictures, prompt by prompt, each once and each in a file of its own.
@@ -114,7 +120,7 @@ class Job:
             "num_images": len(missing),
             "progress": self.ranks.is_first,
         }
-        images = self.pipe(missing[0].prompt, **options, **{**self.settings, **dict(missing[0].own)})
+        images = (self.make or self.pipe)(missing[0].prompt, **options, **{**self.settings, **dict(missing[0].own)})
         for image, picture in zip(images, missing, strict=True):
             self.writing.save(image, picture.path)
             click.echo(picture.path)
@@ -137,7 +143,7 @@ class Job:
             "loras": [*self.pipe.adaptations(), *self.pipe.offered.describe(tags)],
             "controls": [control.describe() for control in settings.get("controls") or ()],
         }
-        return {**asked, **model, "prompt": prompt, "seed": seed}
+        return {**asked, **model, **self.facts, "prompt": prompt, "seed": seed}
 
 
 def write_sheet(pictures: Sequence[WantedImage], path: Path, writing: output.Writing) -> None:

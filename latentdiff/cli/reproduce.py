@@ -187,13 +187,14 @@ def _sources(recipe: Recipe, picture: Path, given: tuple[str, ...]) -> dict[str,
         name = Path(entry.get("file", "")).name  # never a path: the recipe may come from anywhere
         path = places.get(role, picture.parent / name)
         hint = f"say where it is with --source {role}=FILE"
-        is_model = role.startswith("control_model")
+        is_loaded = role == "refiner"  # as a model, which tells its own hash then
+        is_model = is_loaded or role.startswith("control_model")
         if not (path.exists() if is_model else path.is_file()):
             raise DataError(
                 f"the recipe starts from the {role} {name or '(without a name)'}, which is not at {path}; {hint}"
             )
         expected = entry.get("sha256", "")
-        if not (place_hash(path) == expected if is_model else is_the_one(path, expected)):
+        if not is_loaded and not (place_hash(path) == expected if is_model else is_the_one(path, expected)):
             raise DataError(f"{path} is not the {role} that the picture was made from: its SHA-256 differs; {hint}")
         found[role] = path
     return found

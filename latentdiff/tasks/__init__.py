@@ -9,12 +9,13 @@ from PIL import Image
 
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
-from latentdiff.tasks import editing, inpainting, interpolation, translation
+from latentdiff.tasks import editing, inpainting, interpolation, refining, translation
 from latentdiff.tasks.editing import image_to_image as image_to_image
 from latentdiff.tasks.inpainting import inpaint as inpaint
 from latentdiff.tasks.interpolation import interpolate as interpolate
 from latentdiff.tasks.inversion import Inversion as Inversion
 from latentdiff.tasks.inversion import invert as invert
+from latentdiff.tasks.refining import refine as refine
 from latentdiff.tasks.restoration import operators as operators
 from latentdiff.tasks.restoration import task as restoring
 from latentdiff.tasks.restoration.task import restore as restore
@@ -26,6 +27,7 @@ TASKS: dict[str, Callable[[Pipeline, Recipe, Mapping[str, Path]], Image.Image | 
     editing.TASK: editing.again,
     inpainting.TASK: inpainting.again,
     interpolation.TASK: interpolation.again,
+    refining.TASK: refining.again,
     restoring.TASK: restoring.again,
     translation.TASK: translation.again,
 }
