@@ -54,7 +54,7 @@ def make_app(settings: ServerSettings) -> FastAPI:
             await asyncio.to_thread(training.end, settings.grace)
             await asyncio.to_thread(engine.workers.stop, settings.grace)
 
-    app = FastAPI(title="latentdiff", version=__version__, lifespan=life, redirect_slashes=False)
+    app = FastAPI(title="latentdiff", version=__version__, lifespan=life, redirect_slashes=False, docs_url=None, redoc_url=None)
     app.state.engine = engine
     app.include_router(openai.router(engine))
     app.include_router(sdapi.router(engine))

@@ -64,7 +64,7 @@ class Guard:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 own = any(name == POLICY[0] for name, _ in message["headers"])
-                policy = () if own or path in ("/docs", "/redoc") else (POLICY,)
+                policy = () if own else (POLICY,)
                 message["headers"] = [*message["headers"], *HEADERS, *policy]
             await send(message)
 

@@ -174,6 +174,10 @@ def router(engine: Engine) -> APIRouter:
     routes = APIRouter(tags=["page"])
     studio = Studio(engine)
 
+    @routes.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return await page("docs.html")
+
     @routes.get("/", include_in_schema=False)
     @routes.get("/page/{name}", include_in_schema=False)
     async def page(name: str = "index.html") -> Response:

@@ -356,3 +356,12 @@ def test_a_run_shows_curves_and_samples_and_its_lora_draws(page, site):
     page.click("go")
     [image] = page.drawn()
     assert read_recipe(kept(site, image).info).loras[0]["file"] == "lora.safetensors"
+
+
+def test_the_page_of_the_interfaces(page):
+    page.browser.get(f"{page.site.url}/docs")
+    wait_for(lambda: page.all("main section"))
+    assert [each.get_attribute("id") for each in page.all("main section")] == ["OpenAI", "AUTOMATIC1111", "page", "state"]
+    page.script("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    text = page["OpenAI"].text
+    assert "POST /v1/images/generations" in text and "guidance_scale" in text and "How strongly to follow the prompt" in text
