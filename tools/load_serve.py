@@ -36,7 +36,10 @@ def server(*arguments: str) -> Iterator[tuple[str, psutil.Process]]:
     command = [sys.executable, "-m", "latentdiff", "serve", "--port", "0", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        url = process.stdout.readline().split()[3]
+        line = process.stdout.readline()
+        if not line:
+            sys.exit("the server did not start")
+        url = line.split()[3]
         while True:
             try:
                 urllib.request.urlopen(f"{url}ready")

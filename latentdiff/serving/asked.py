@@ -21,10 +21,10 @@ from latentdiff.serving.work import Draw
 
 # Options that the server decides, or that every interface has under names of its own.
 OTHERWISE = ("negative_prompt", "seed", "num_images", "width", "height", "batch_size", "callback", "progress")
-NAMES = tuple(name for name in OPTIONS if name not in OTHERWISE)
 
 
 def _kind(name: str) -> Any:
+    """The type of an option as JSON has it; None for what can only be given in Python."""
     match OPTIONS[name].domain:
         case Choice(names):
             return Literal[names]
@@ -40,7 +40,10 @@ def _kind(name: str) -> Any:
             return tuple[int, int]
         case Numbers():
             return list[float]
-    raise AssertionError(name)
+    return None
+
+
+NAMES = tuple(name for name in OPTIONS if name not in OTHERWISE and _kind(name))
 
 
 class Strict(BaseModel):

@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from latentdiff.request.options import OPTIONS
+from latentdiff.serving.asked import NAMES, OTHERWISE
 from latentdiff.serving.queue import Closed, Full, Queue
 from latentdiff.serving.settings import Limits
 from latentdiff.serving.work import Draw, Failed, Made, Piece, Preview, Step
@@ -122,3 +124,8 @@ def test_whoever_watches_late_hears_what_counts(queue):
 
     found = asyncio.run(asyncio.wait_for(watch(), 10))
     assert [type(event) for event in found] == [Made, Preview, Failed] and found[1].png == b"new"
+
+
+def test_every_option_that_a_command_has_is_a_field():
+    left = set(OPTIONS) - set(NAMES) - set(OTHERWISE)
+    assert left == {name for name, option in OPTIONS.items() if option.flags == ()} - set(OTHERWISE)
