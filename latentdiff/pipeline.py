@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, Literal, Unpack, cast, overload
 
 import torch
@@ -18,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.control.applied import applied_controls, control_parts
-from latentdiff.device import describe_device, explained_out_of_memory
+from latentdiff.device import explained_out_of_memory
 from latentdiff.diffusion.denoise import denoise
 from latentdiff.diffusion.guidance import Guidance
 from latentdiff.diffusion.latents import NoiseStream
@@ -28,25 +27,23 @@ from latentdiff.diffusion.schedule import Level
 from latentdiff.diffusion.thresholding import thresholded
 from latentdiff.engines.deepcache import UNCACHED, CacheSettings, DeepCache
 from latentdiff.errors import UsageError
-from latentdiff.image import to_pil
+from latentdiff.image import to_pil, to_tensor
 from latentdiff.memory.estimate import decoding_bytes, denoising_bytes
 from latentdiff.memory.sharing import one_use
 from latentdiff.networks.attention import attention_backend
 from latentdiff.networks.controlnet import AppliedControl
 from latentdiff.networks.functions import checked_model, decode_latents, encode_pictures
-from latentdiff.networks.kernels.choice import forms_in_use
 from latentdiff.networks.sizes import Told
 from latentdiff.networks.steering import prompted_denoiser
 from latentdiff.networks.text_embedding import EncodedPrompt, Given
 from latentdiff.networks.told_guidance import told_guidance
 from latentdiff.networks.vae import LatentDistribution
 from latentdiff.prompted import PromptedModel
-from latentdiff.prompts.syntax import read_prompt
-from latentdiff.recipe import Recipe, library_versions
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice, refusal
 from latentdiff.request.options import GenerateOptions, SamplingOptions
-from latentdiff.request.plan import Plan, Sampling, latent_shape
+from latentdiff.request.plan import Plan, Sampling, Start, latent_shape
+from latentdiff.request.second_pass import SecondPass, enlarged_latents, noised
 
 
 def _tensor(name: str, value: object) -> Tensor:
@@ -56,15 +53,6 @@ def _tensor(name: str, value: object) -> Tensor:
 
 
 Texts = Tensor | Sequence[EncodedPrompt]  # embeddings (N, L, C), or what each picture is told
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a batch of pictures begins, and what else its walk needs."""
-
-    x: Tensor  # (N, C, h, w), at the first level
-    after_step: Callable[[Tensor, Level], Tensor] | None = None  # see `denoise`
-    extra_channels: Tensor | None = None  # see `Pipeline.denoiser`
 
 
 class Pipeline(PromptedModel):
@@ -133,6 +121,7 @@ class Pipeline(PromptedModel):
             Cancelled: the callback returned False.
         """
         size = options.pop("height", None), options.pop("width", None)
+        second = SecondPass.taken_from(cast(dict[str, Any], options))
         sampling = Sampling(**cast(SamplingOptions, options))
         given = Given.of(prompt, sampling.negative_prompt, prompt_embeds, negative_prompt_embeds)
         plan = sampling.plan(given.prompts, self.schedule)
@@ -145,20 +134,40 @@ class Pipeline(PromptedModel):
 
         width = self.residence.module("unet").config.cross_attention_dim
         text = given.instead_of(self.encoded(plan), width) if given.is_given else None
+        larger = second and second.plan(plan, self.schedule)
         made = self.sample(plan, shape, start, text=text)
+        if second and larger:
+            made = self._second_pass(made, second, larger, text)
         if output == "latents":
             return made
-        images = to_pil(self.decode(made))
+        images, factor = to_pil(self.decode(made)), self.residence.module("vae").config.downscale
         for image, fields in zip(images, plan.recipe_fields(), strict=True):
             own = self.recipe(
                 **fields,
-                width=image.width,
-                height=image.height,
+                **(second.fields() if second else {}),
+                width=shape[2] * factor,
+                height=shape[1] * factor,
                 given_latents=latents is not None,
                 given_embeddings=given.is_given,
             )
             image.info.update(own.to_chunks())
         return images
+
+    def _second_pass(self, latents: Tensor, asked: SecondPass, plan: Plan, text: tuple[Texts, Texts] | None) -> Tensor:
+        """Latents (N, C, h, w) of a first pass enlarged, noised and walked down again."""
+        factor = self.residence.module("vae").config.downscale
+        size = asked.size(latents.shape[2] * factor, latents.shape[3] * factor, factor)
+        if asked.hires_upscaler == "lanczos":
+            pixels = size[1] * factor, size[0] * factor
+            images = [image.resize(pixels, Image.Resampling.LANCZOS) for image in to_pil(self.decode(latents))]
+            latents = torch.cat([self.encode_images(to_tensor([image])).mode() for image in images])
+        else:
+            latents = enlarged_latents(latents, asked.hires_upscaler, size)
+
+        def start(part: slice, noise: NoiseStream) -> Start:
+            return Start(noised(latents[part], noise(), plan.levels[0]))
+
+        return self.sample(plan, (latents.shape[1], *size), start, text=text)
 
     @one_use()
     @torch.no_grad()
@@ -318,24 +327,6 @@ class Pipeline(PromptedModel):
                 return denoise(x, level)
 
         return in_use
-
-    def recipe(self, **fields: Any) -> Recipe:
-        """A recipe with these fields, and what is to be said about the model and where it runs."""
-        tags = read_prompt(fields["prompt"], fields.get("prompt_syntax", "plain")).loras
-        return Recipe(
-            model=self.name,
-            model_hash=self.model_hash,
-            parts=self.elsewhere,
-            ema=self.ema,
-            prediction_type=self.schedule.config.prediction_type,
-            zero_terminal_snr=self.schedule.config.rescale_betas_zero_snr,
-            precision=self.precision.name,
-            backend=self.backend,
-            device=describe_device(self.device),
-            versions=library_versions() | ({"forms": forms} if (forms := forms_in_use()) else {}),
-            loras=[*self.adaptations(), *self.offered.describe(tags)],
-            **fields,
-        )
 
     def check_text_to_image(self) -> None:
         """Raise a UsageError if the model cannot do without a picture and a mask."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from latentdiff.device import describe_device
 from latentdiff.memory.sharing import one_use
 from latentdiff.model import LoadedModel
+from latentdiff.networks.kernels.choice import forms_in_use
 from latentdiff.networks.sizes import SizeOptions, Told
 from latentdiff.networks.text_embedding import PLAIN, EncodedPrompt, PromptEncoder, Reading
 from latentdiff.prompts.account import Account, account
+from latentdiff.prompts.syntax import read_prompt
+from latentdiff.recipe import Recipe, library_versions
 from latentdiff.request.plan import Plan
 
 
@@ -70,3 +75,21 @@ class PromptedModel(LoadedModel):
     def prompt_encoder(self, reading: Reading = PLAIN) -> PromptEncoder:
         """What embeds prompts, and remembers them."""
         return PromptEncoder(self.tokenizer, self.text_encoder, self.device, reading)
+
+    def recipe(self, **fields: Any) -> Recipe:
+        """A recipe with these fields, and what is to be said about the model and where it runs."""
+        tags = read_prompt(fields["prompt"], fields.get("prompt_syntax", "plain")).loras
+        return Recipe(
+            model=self.name,
+            model_hash=self.model_hash,
+            parts=self.elsewhere,
+            ema=self.ema,
+            prediction_type=self.schedule.config.prediction_type,
+            zero_terminal_snr=self.schedule.config.rescale_betas_zero_snr,
+            precision=self.precision.name,
+            backend=self.backend,
+            device=describe_device(self.device),
+            versions=library_versions() | ({"forms": forms} if (forms := forms_in_use()) else {}),
+            loras=[*self.adaptations(), *self.offered.describe(tags)],
+            **fields,
+        )

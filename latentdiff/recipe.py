@@ -11,15 +11,14 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from latentdiff import __version__, foreign
 from latentdiff.errors import DataError
 from latentdiff.foreign.account import Account, Field, NamedLoRA
-from latentdiff.request.infotext import joined, split
-from latentdiff.request.options import KEPT, Kept
-from latentdiff.request.titles import read_method, written_method
+from latentdiff.request.infotext import joined, read_value, split, written_value
+from latentdiff.request.options import KEPT, SAMPLING, SECOND_PASS
+from latentdiff.request.titles import read_method, read_pass, written_method, written_pass
 
 JSON_CHUNK = "latentdiff"
 TEXT_CHUNK = "parameters"
@@ -81,7 +80,7 @@ class RecordedControl:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(_Asked):
-    """How one image was made: the prompt, what `Kept` names of the options, and the fields here. Sizes are in pixels.
+    """How one image was made: the prompt, what `Kept` names of the options, and the fields here. Sizes: pixels, before `hires`.
 
     task: "generate", or what was done to which images.
     task_settings: JSON values, what that task needs besides the other fields to be done again.
@@ -117,7 +116,11 @@ class Recipe(_Asked):
 
     def sampling(self) -> dict[str, Any]:
         """The options of `SamplingOptions` that make this image."""
-        return {name: getattr(self, name) for name in KEPT}
+        return {name: getattr(self, name) for name in KEPT if name in SAMPLING}
+
+    def second_pass(self) -> dict[str, Any]:
+        """The options of `GenerateOptions` that are none of those, without the size."""
+        return {name: getattr(self, name) for name in SECOND_PASS}
 
     def roles(self) -> dict[str, dict[str, str]]:
         """What it was made from: the sources, and images, masks and models of controls, as "control_image1"."""
@@ -181,16 +184,16 @@ class Recipe(_Asked):
 
     def _settings(self) -> dict[str, str]:
         asked = {
-            kept.title: _written(value)
+            kept.title: written_value(value)
             for name, kept in KEPT.items()
             if kept.title and (value := getattr(self, name)) != kept.absent
         }
-        asked = written_method(self.sampling()) | asked
+        asked = written_method(self.sampling()) | written_pass(self.second_pass()) | asked
         model = {"Size": f"{self.width}x{self.height}", "Model hash": self.model_hash[:10], "Model": self.model}
         is_literal = self.prompt_syntax == "plain" and _LOOKS_LIKE_GRAMMAR.search(self.prompt + self.negative_prompt)
         done = {
             "Emphasis": "None" if is_literal else "",
-            "Denoising strength": str(self.task_settings.get("strength") or ""),
+            **({} if self.hires else {"Denoising strength": str(self.task_settings.get("strength") or "")}),
             "Task": self.task if self.task != "generate" else "",
             "Version": f"latentdiff {self.versions['latentdiff']}" if "latentdiff" in self.versions else "",
         }
@@ -209,11 +212,15 @@ class Recipe(_Asked):
         settings = said.settings
         try:
             width, height = settings["Size"].split("x")
-            asked: dict[str, Any] = read_method(settings) | {
-                name: _read(kept, settings[kept.title])
-                for name, kept in KEPT.items()
-                if kept.title and (kept.title in settings or kept.absent is ...)
-            }
+            asked: dict[str, Any] = (
+                read_method(settings)
+                | read_pass(settings)
+                | {
+                    name: read_value(kept.kind, settings[kept.title])
+                    for name, kept in KEPT.items()
+                    if kept.title and (kept.title in settings or kept.absent is ...)
+                }
+            )
             asked |= {"prompt": said.prompt, "negative_prompt": said.negative}
             return cls(
                 **asked,
@@ -328,20 +335,3 @@ def _account_of(recipe: Recipe) -> Account:
         | {role: part.get("file", "") for role, part in recipe.parts.items()},
         loras=tuple(NamedLoRA(str(entry.get("file")), str(entry.get("scale"))) for entry in recipe.loras),
     )
-
-
-def _written(value: Any) -> str:
-    """A value as the text of the web UIs has it."""
-    return " to ".join(map(str, cast(tuple[float, ...], value))) if isinstance(value, tuple) else str(value)
-
-
-def _read(kept: Kept, text: str) -> Any:
-    """What `_written` wrote.
-
-    Raises:
-        ValueError: it is not a value of this option.
-    """
-    kind = next(kind for kind in (get_args(kept.kind) or (kept.kind,)) if kind is not NoneType)
-    if get_origin(kind) is tuple:
-        return tuple(part(end) for part, end in zip(get_args(kind), text.split(" to "), strict=True))
-    return kind(text)

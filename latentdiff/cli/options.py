@@ -10,7 +10,7 @@ import click
 
 from latentdiff.cli.loras import ALLOW_PARTIAL, EMBEDDINGS, LORA_DIR, LORAS
 from latentdiff.files import IMAGE_FORMATS
-from latentdiff.request.domains import Interval, Numbers, Pair, Real, Seeds, Texts, Whole
+from latentdiff.request.domains import Factor, Interval, Numbers, Pair, Real, Seeds, Texts, Whole
 from latentdiff.request.options import (
     OPTIONS,
     AttentionName,
@@ -141,7 +141,7 @@ def flags_of(group: type, *, without: tuple[str, ...] = ()) -> Decorator:
 
 
 KINDS: dict[type, Any] = {
-    Whole: int, Seeds: int, Real: float, Interval: float, Pair: int, Numbers: str, Texts: str,
+    Whole: int, Seeds: int, Real: float, Factor: str, Interval: float, Pair: int, Numbers: str, Texts: str,
 }  # fmt: skip
 FIRST = ("negative_prompt", "num_images", "seed", "steps", "guidance_scale")
 HIDDEN = tuple(name for name, option in OPTIONS.items() if option.flags == ())
@@ -156,9 +156,7 @@ OUT = click.option(
     "A file that holds another picture is never overwritten: the new one gets a number.",
 )
 INVERT_MASK = click.option("--invert-mask", is_flag=True, help="Paint what the mask keeps, and keep what it paints.")
-PREVIEW = click.option(
-    "--preview", type=ANY_PATH, metavar="FILE", help="Write what is expected there, while at work."
-)
+PREVIEW = click.option("--preview", type=ANY_PATH, metavar="FILE", help="Write what is expected there, while at work.")
 PREVIEW_EVERY = click.option(
     "--preview-every",
     type=click.IntRange(1),

@@ -161,7 +161,8 @@ def _make(pipe: Pipeline, recipe: Recipe, sources: dict[str, Path]) -> Image.Ima
     if recipe.task == "generate":
         from latentdiff.tasks.sources import sampling_of
 
-        return pipe(recipe.prompt, width=recipe.width, height=recipe.height, **sampling_of(recipe, sources))[0]
+        size = {"width": recipe.width, "height": recipe.height}
+        return pipe(recipe.prompt, **size, **sampling_of(recipe, sources), **recipe.second_pass())[0]
     from latentdiff.tasks import TASKS
 
     if recipe.task not in TASKS:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 from latentdiff.errors import DataError
 from latentdiff.foreign.account import Account, Draft
+from latentdiff.foreign.hires import hires_handlers
 from latentdiff.request.infotext import InfoText
 from latentdiff.request.titles import AUTOMATIC, SCHEDULES, TITLES, WITHOUT_SCHEDULE, read_sampler
 
@@ -33,8 +34,11 @@ def read(text: InfoText, program: str = "AUTOMATIC1111 or Forge") -> Account:
     version = settings.get("Version", "")
     draft = Draft(f"{program} {version}".strip(), prompt_syntax="a1111", noise_start="sigma", told_timesteps="exact")
     _prompts(draft, text)
+    hires = hires_handlers(settings)
     for name, value in settings.items():
-        if name not in _TOGETHER:
+        if name in hires:
+            hires[name](draft, name, value)
+        elif name not in _TOGETHER:
             _handler(name)(draft, name, value)
         elif name == "Sampler":
             _method(draft, settings, _version(version))
@@ -212,7 +216,7 @@ def _told(why: str) -> Handler:
 
 
 _NOTHING = _told("changes nothing in the image")
-_HIRES = _without("there is no second, larger pass here; the command makes the first")
+_HIRES = _without("there is no second pass of such a size here; the command makes the first")
 _MASK = _without("inpainting here paints the mask at the image's own size, without such settings")
 _VARIATION = _without("there are no variation seeds here")
 _REFINER = _without("there is no second model for the last steps here")

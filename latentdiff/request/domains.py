@@ -58,6 +58,23 @@ class Real:
 
 
 @dataclass(frozen=True)
+class Factor:
+    """How many times larger: a number above 1 up to `most`, or a text such as "2x"."""
+
+    most: float
+    metavar: str = "2x"
+
+    def __call__(self, name: str, value: Any) -> float:
+        try:
+            number = float(value.strip().removesuffix("x")) if isinstance(value, str) else Real()(name, value)
+        except (ValueError, UsageError):
+            number = math.nan
+        if not 1.0 < number <= self.most:
+            raise refusal(name, f'how many times larger, above 1 to {self.most:g}, as in "2x"', value)
+        return number
+
+
+@dataclass(frozen=True)
 class Interval:
     """Two finite numbers, 0 <= low < high."""
 

@@ -14,6 +14,8 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import NoneType
+from typing import Any, cast, get_args, get_origin
 
 from latentdiff.errors import DataError
 from latentdiff.reading.json import is_unicode, parse_json
@@ -107,3 +109,20 @@ def _unquote(value: str) -> str:
         return str(parse_json(value, "a setting", DataError)) if value.startswith('"') else value.strip()
     except DataError:
         return value
+
+
+def written_value(value: Any) -> str:
+    """A value as the text of the web UIs has it."""
+    return " to ".join(map(str, cast(tuple[float, ...], value))) if isinstance(value, tuple) else str(value)
+
+
+def read_value(kind: Any, text: str) -> Any:
+    """What `written_value` wrote of a value of this type, which may be None.
+
+    Raises:
+        ValueError: it is not a value of this type.
+    """
+    kind = next(kind for kind in (get_args(kind) or (kind,)) if kind is not NoneType)
+    if get_origin(kind) is tuple:
+        return tuple(part(end) for part, end in zip(get_args(kind), text.split(" to "), strict=True))
+    return kind(text)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict, 
 from latentdiff.request.domains import (
     Choice,
     Controls,
+    Factor,
     Function,
     Interval,
     Numbers,
@@ -58,6 +59,10 @@ BlendName = Literal["linear", "constant", "exponential"]
 OperatorName = Literal["inpaint", "super-resolution", "deblur", "denoise", "colourise"]
 RestorationName = Literal["diffpir", "dps", "psld", "resample", "graikos"]
 BorderName = Literal["reflect", "periodic"]
+UpscalerName = Literal[
+    "latent", "latent-antialiased", "latent-bicubic", "latent-bicubic-antialiased", "latent-nearest", "latent-nearest-exact",
+    "lanczos",
+]  # fmt: skip
 PREPARATIONS = ("canny", "scribble", "tile")  # of hints for ControlNets
 
 SIDE = Whole(1, metavar="PIXELS")  # of an image
@@ -168,9 +173,7 @@ class SamplingOptions(SeededOptions, total=False):
         Option(Choice(get_args(SdeNoiseName)), unset="path", kept=Kept(str | None, None, None)),
     ]
     """Noise of dpmpp-2m-sde and dpmpp-3m-sde: from a path that does not depend on the steps, or drawn at each."""
-    noise_source: Annotated[
-        NoiseName | None, Option(Choice(get_args(NoiseName)), "cpu", kept=Kept(str, None, "cpu"))
-    ]
+    noise_source: Annotated[NoiseName | None, Option(Choice(get_args(NoiseName)), "cpu", kept=Kept(str, None, "cpu"))]
     """Who draws the noise: a CPU generator for each image, as here and as A1111's RNG "CPU"; an NVIDIA GPU, as A1111's
     "GPU" and "NV"; or ComfyUI, one generator for a batch."""
     noise_index: Annotated[int | None, Option(Whole(0), 0, kept=Kept(int, "Noise index", 0))]
@@ -239,6 +242,20 @@ class GenerateOptions(SamplingOptions, total=False):
     """Of the image in pixels, a multiple of the VAE's factor (8)."""
     height: Annotated[int | None, Option(SIDE, unset="that of the training")]
     """Of the image in pixels, a multiple of the VAE's factor (8)."""
+    hires: Annotated[
+        float | None, Option(Factor(8.0), unset="one pass", kept=Kept(float | None, "Hires upscale", None))
+    ]
+    """Make the image at its size, enlarge it so many times, and go over it once more there."""
+    hires_upscaler: Annotated[
+        UpscalerName | None, Option(Choice(get_args(UpscalerName)), "latent", kept=Kept(str, None, "latent"))
+    ]
+    """With hires: how it is enlarged, as latents or in pixels."""
+    hires_strength: Annotated[float | None, Option(Real(0.001, 1), 0.5, kept=Kept(float, None, 0.5))]
+    """With hires: how far the second pass goes from the enlarged image."""
+    hires_steps: Annotated[
+        int | None, Option(Whole(1), unset="as many as before", kept=Kept(int | None, "Hires steps", None))
+    ]
+    """With hires: steps of the second pass, all of which are taken."""
 
 
 def options_of(group: type[Any]) -> dict[str, Option]:
@@ -261,7 +278,8 @@ def texts() -> dict[str, str]:
 
 OPTIONS = options_of(GenerateOptions)
 SAMPLING = options_of(SamplingOptions)
-KEPT = {name: option.kept for name, option in SAMPLING.items() if option.kept is not None}
+KEPT = {name: option.kept for name, option in OPTIONS.items() if option.kept is not None}
+SECOND_PASS = tuple(name for name in KEPT if name not in SAMPLING)  # what is kept of generating alone
 FAST = {name: option.fast for name, option in SAMPLING.items() if option.fast is not None}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import Any
@@ -24,7 +24,7 @@ from latentdiff.networks.text_embedding import Reading
 from latentdiff.prompts.syntax import read_prompt
 from latentdiff.prompts.tags import LoRATag
 from latentdiff.prompts.tokenize import as_list
-from latentdiff.request.options import KEPT, OPTIONS, Settings
+from latentdiff.request.options import KEPT, OPTIONS, SAMPLING, Settings
 
 TOLD_GUIDANCE = 8.5  # customary for models that are told it (Luo et al. 2023)
 
@@ -177,6 +177,15 @@ class Sampling(Settings):
         return schedule.config.timestep_spacing if is_theirs and drawing.spacing else None
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a batch of pictures begins, and what else its walk needs."""
+
+    x: Tensor  # (N, C, h, w), at the first level
+    after_step: Callable[[Tensor, Level], Tensor] | None = None  # see `denoise`
+    extra_channels: Tensor | None = None  # see `Pipeline.denoiser`
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What is going to be done, checked, with one prompt, negative prompt and seed per picture."""
@@ -233,7 +242,7 @@ class Plan:
 
     def recipe_fields(self) -> Iterator[dict[str, Any]]:
         """For each picture, the fields of its recipe that the plan decides."""
-        kept = {name: getattr(self.options, name) for name in KEPT}
+        kept = {name: getattr(self.options, name) for name in KEPT if name in SAMPLING}
         controls = [control.describe() for control in self.options.controls or ()]
         same = {**kept, "spacing": self.spacing, "controls": controls}
         for prompt, negative, seed in zip(self.prompts, self.negatives, self.seeds, strict=True):

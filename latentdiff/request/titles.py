@@ -55,6 +55,15 @@ SCHEDULES = {
     "KL Optimal": "kl-optimal",
     "Align Your Steps": "ays-a1111",
 }
+UPSCALERS = {
+    "Latent": "latent",
+    "Latent (antialiased)": "latent-antialiased",
+    "Latent (bicubic)": "latent-bicubic",
+    "Latent (bicubic antialiased)": "latent-bicubic-antialiased",
+    "Latent (nearest)": "latent-nearest",
+    "Latent (nearest-exact)": "latent-nearest-exact",
+    "Lanczos": "lanczos",
+}
 AUTOMATIC = "Automatic"
 SAMPLER_TITLES = {named.sampler: title for title, named in TITLES.items()}
 SCHEDULE_TITLES = {spacing: title for title, spacing in reversed(SCHEDULES.items())}
@@ -131,3 +140,25 @@ def read_sampler(title: str, schedule: str | None = None) -> Named:
     if schedule not in SCHEDULES:
         raise DataError(f"the text names the schedule {schedule!r}; expected one of {', '.join(SCHEDULES)}")
     return Named(named.sampler, SCHEDULES[schedule], named.discard_penultimate)
+
+
+def written_pass(options: Mapping[str, Any]) -> dict[str, str]:
+    """How a second pass enlarges and how far it goes, in the words of the web UIs; nothing without one."""
+    if options["hires"] is None:
+        return {}
+    title = next(title for title, name in UPSCALERS.items() if name == options["hires_upscaler"])
+    return {"Hires upscaler": title, "Denoising strength": str(options["hires_strength"])}
+
+
+def read_pass(words: Mapping[str, str]) -> dict[str, Any]:
+    """What `written_pass` wrote.
+
+    Raises:
+        KeyError, ValueError: a word that is none of them.
+    """
+    if "Hires upscale" not in words:
+        return {}
+    return {
+        "hires_upscaler": UPSCALERS[words["Hires upscaler"]],
+        "hires_strength": float(words["Denoising strength"]),
+    }

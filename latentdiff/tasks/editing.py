@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Unpack
 
 from PIL import Image
 
 from latentdiff.diffusion.latents import NoiseStream
-from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.image import to_pil, to_tensor
 from latentdiff.memory.sharing import one_use
-from latentdiff.pipeline import Pipeline, Start
+from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Real
 from latentdiff.request.options import SIDE, SamplingOptions
-from latentdiff.request.plan import Plan, Sampling
+from latentdiff.request.plan import Plan, Sampling, Start
+from latentdiff.request.second_pass import first_way_down, last_steps
 from latentdiff.request.sources import ImageInput, extended, open_source
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert
@@ -120,25 +118,14 @@ def begin_at(plan: Plan, strength: float) -> Plan:
     """
     if not 0.0 <= strength <= 1.0:
         raise UsageError(f"expected a strength of 0 to 1, found {strength}")
-    falling = _first_way_down(plan.levels)
-    steps = len(falling) - 1
+    steps = len(first_way_down(plan.levels)) - 1
     taken = min(int(steps * strength), steps)
     if strength and not taken:
         raise UsageError(
             f"expected a strength of at least 1 / steps, found {strength} with {steps} steps, less than one step; "
             "raise one of the two"
         )
-    start = falling[steps - taken]
-    noisiest = plan.levels[start].alpha_cumprod
-    return replace(plan, levels=[level for level in plan.levels[start:] if level.alpha_cumprod >= noisiest])
-
-
-def _first_way_down(levels: Sequence[Level]) -> list[int]:
-    """The places of a walk's levels without the stretches that it walks again."""
-    if all(after.alpha_cumprod >= before.alpha_cumprod for before, after in pairwise(levels)):
-        return list(range(len(levels)))
-    lowest = [-math.inf, *accumulate((level.alpha_cumprod for level in levels), max)]
-    return [place for place, level in enumerate(levels) if level.alpha_cumprod > lowest[place]]
+    return replace(plan, levels=last_steps(plan.levels, taken))
 
 
 def with_recipes(

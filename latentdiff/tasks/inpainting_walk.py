@@ -19,8 +19,8 @@ from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.image import to_pil, to_tensor
 from latentdiff.networks.vae import LatentDistribution
-from latentdiff.pipeline import Pipeline, Start
-from latentdiff.request.plan import Plan
+from latentdiff.pipeline import Pipeline
+from latentdiff.request.plan import Plan, Start
 from latentdiff.request.sources import extended
 from latentdiff.tasks.inversion.artefact import Inversion
 from latentdiff.tasks.masks import latent_mask

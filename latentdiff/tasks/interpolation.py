@@ -15,12 +15,12 @@ from latentdiff.diffusion.latents import NoiseStream, start_noise
 from latentdiff.errors import UsageError
 from latentdiff.image import gif_of, to_pil
 from latentdiff.memory.sharing import one_use
-from latentdiff.pipeline import Pipeline, Start
+from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe, read_recipe
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Whole, YesNo
 from latentdiff.request.options import SIDE, SamplingOptions
-from latentdiff.request.plan import Sampling, latent_shape, seed_of_each
+from latentdiff.request.plan import Sampling, Start, latent_shape, seed_of_each
 from latentdiff.tasks.sources import sampling_of
 
 TASK = "interpolate"

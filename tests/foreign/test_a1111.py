@@ -113,7 +113,7 @@ def test_settings_that_are_honoured(settings: dict[str, str], options: dict[str,
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("Hires upscale", "2"), ("Hires steps", "10"), ("ControlNet 0", '"Module: canny, Weight: 1"'),
+        ("Hires upscale", "20"), ("Hires steps", "10"), ("ControlNet 0", '"Module: canny, Weight: 1"'),
         ("ADetailer model", "face_yolov8n.pt"), ("Variation seed", "3"), ("Variation seed strength", "0.2"),
         ("Refiner", "xl [1]"), ("Tiling", "True"), ("Face restoration", "CodeFormer"), ("Seed resize from", "512x512"),
         ("Emphasis", "No norm"), ("RNG", "XPU"), ("Token merging ratio", "0.5"), ("Some extension", "on"),
@@ -126,7 +126,7 @@ def test_what_is_not_here_is_refused_by_name_and_the_rest_is_made(name: str, val
 
 
 def test_the_strength_of_a_hires_pass_does_not_make_it_image_to_image() -> None:
-    found = account(short(**{"Denoising strength": "0.7", "Hires upscale": "2"}))
+    found = account(short(**{"Denoising strength": "0.7", "Hires upscale": "20"}))
     assert found.task == "generate" and {one.name for one in found.of("refused")} == {
         "Denoising strength",
         "Hires upscale",

@@ -19,12 +19,12 @@ from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import DataError, UsageError
 from latentdiff.image import to_pil, to_tensor
 from latentdiff.memory.sharing import one_use
-from latentdiff.pipeline import Pipeline, Start
+from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Real, YesNo
 from latentdiff.request.options import OPTIONS, RestorationName, SeededOptions, options_of
-from latentdiff.request.plan import Plan, Sampling
+from latentdiff.request.plan import Plan, Sampling, Start
 from latentdiff.request.sources import ImageInput, open_source
 from latentdiff.tasks.editing import with_recipes
 from latentdiff.tasks.restoration.methods import (
