@@ -107,7 +107,7 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with io.TextIOWrapper(open_file(table, DataError), encoding="utf-8-sig", newline="") as file:
             lines = bounded_lines(file, str(table))
-            rows = _json_rows(table, lines) if table.suffix == ".jsonl" else enumerate(csv.DictReader(lines), start=1)
+            rows = _json_rows(table, lines) if table.suffix == ".jsonl" else _csv_rows(table, lines)
             yield from rows
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {table}: {error}; save it as UTF-8") from error
@@ -121,6 +121,13 @@ def _json_rows(table: Path, lines: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         row = parse_json(line, place, DataError, remedy='expected {"file_name": ..., "text": ...}')
         if not isinstance(row, dict):
             raise DataError(f'{place}: expected {{"file_name": ..., "text": ...}}, found {line[:60]!r}')
+        yield number, row
+
+
+def _csv_rows(table: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, row in enumerate(csv.DictReader(lines), start=1):
+        if None in row:  # where the reader puts them; a caption with a comma would lose its end
+            raise DataError(f'{table} row {number} has more cells than there are columns; write "captions, with commas"')
         yield number, row
 
 

@@ -347,3 +347,12 @@ def test_a_limit_takes_the_first_images(tmp_path):
     whole, part = read_dataset([folder]), read_dataset([folder], limit=2)
     assert part.names == whole.names[:2] and len(part.sizes) == len(part.repeats) == 2
     assert part.fingerprint != whole.fingerprint
+
+
+def test_a_csv_caption_with_a_bare_comma_is_not_cut(tmp_path):
+    folder = rows_folder(tmp_path / "x", ROWS)
+    (folder / "metadata.csv").write_text("file_name,text\nb.png,a cat, asleep\nsub/a.png,a dog\n")
+    with pytest.raises(DataError, match="row 1 has more cells than there are columns"):
+        read_dataset([DataSource(str(folder))])
+    (folder / "metadata.csv").write_text('file_name,text\nb.png,"a cat, asleep"\nsub/a.png,a dog\n')
+    assert [entry.captions for entry in read_dataset([DataSource(str(folder))]).entries][0] == ("a cat, asleep",)
