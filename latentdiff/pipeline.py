@@ -30,6 +30,7 @@ from latentdiff.errors import UsageError
 from latentdiff.image import to_pil, to_tensor
 from latentdiff.memory.estimate import decoding_bytes, denoising_bytes
 from latentdiff.memory.sharing import one_use
+from latentdiff.model.prompted import PromptedModel
 from latentdiff.networks.attention import attention_backend
 from latentdiff.networks.controlnet import AppliedControl
 from latentdiff.networks.functions import checked_model, decode_latents, encode_pictures
@@ -38,7 +39,6 @@ from latentdiff.networks.steering import prompted_denoiser
 from latentdiff.networks.text_embedding import EncodedPrompt, Given
 from latentdiff.networks.told_guidance import told_guidance
 from latentdiff.networks.vae import LatentDistribution
-from latentdiff.prompted import PromptedModel
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice, refusal
 from latentdiff.request.options import GenerateOptions, SamplingOptions

@@ -20,7 +20,7 @@ from latentdiff.checkpoints.prediction import probe_prediction_type
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import CheckpointError, ConfigError, UsageError
-from latentdiff.model import LoadedModel
+from latentdiff.model.loaded import LoadedModel
 from tests import tiny
 from tests.checkpoints import compvis
 

@@ -64,13 +64,13 @@ def test_from_the_text_of_the_web_uis(command, picture, sd1):
 
 def test_embedded_model_is_found_by_its_hash(command, picture, sd1, monkeypatch):
     monkeypatch.setattr(Pipeline, "load", load)
-    monkeypatch.setattr("latentdiff.model.embedded_model", lambda: sd1)
+    monkeypatch.setattr("latentdiff.model.loaded.embedded_model", lambda: sd1)
     assert command("reproduce", picture).out == "identical: every pixel is the same\n"
 
 
 def test_another_model_is_asked_for(command, picture, monkeypatch):
     monkeypatch.setattr(Pipeline, "load", load)
-    monkeypatch.setattr("latentdiff.model.embedded_model", lambda: peers.folder("sd2"))
+    monkeypatch.setattr("latentdiff.model.loaded.embedded_model", lambda: peers.folder("sd2"))
     done = command("reproduce", picture)
     assert done.code == 1
     assert "made with the model 'sd1'" in done.errors[0] and "--model" in done.errors[0]

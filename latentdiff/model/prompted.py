@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latentdiff.device import describe_device
 from latentdiff.memory.sharing import one_use
-from latentdiff.model import LoadedModel
+from latentdiff.model.loaded import LoadedModel
 from latentdiff.networks.kernels.choice import forms_in_use
 from latentdiff.networks.sizes import SizeOptions, Told
 from latentdiff.networks.text_embedding import PLAIN, EncodedPrompt, PromptEncoder, Reading

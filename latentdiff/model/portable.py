@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,7 +36,7 @@ class PortableModel:
     loaded_from: dict[str, Any] | None  # arguments of `load`; None if it was made of parts
 
     @contextmanager
-    def in_use(self, *, alone: bool = False) -> Iterator[None]:
+    def in_use(self, *, alone: bool = False) -> Generator[None, None, None]:
         """Inside, no other thread changes the model; with `alone`, no other one uses it either. It may be nested.
 
         Raises:
@@ -48,7 +48,7 @@ class PortableModel:
             yield
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> Generator[None, None, None]:
         """Keep the model to this thread for several calls: `load_lora`, draw, `unload_lora`, say, which other threads
         then never see. Prompts that name LoRAs (`offer_loras`) need it not.
         """

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 import torch
 from torch import Tensor
 
-from latentdiff.adapted import AdaptedModel
 from latentdiff.adapters.lora.loaded import LoadedLoRAs
 from latentdiff.adapters.lora.offered import OfferedLoRAs
 from latentdiff.adapters.lora.strength import Strength
@@ -27,11 +26,12 @@ from latentdiff.engines.fast_forms import use_fast_forms
 from latentdiff.errors import UsageError
 from latentdiff.memory.residence import Residence
 from latentdiff.memory.sharing import Sharing, one_use
+from latentdiff.model.adapted import AdaptedModel
+from latentdiff.model.portable import PortableModel, absolute
 from latentdiff.networks.functions import Decoder, Network
 from latentdiff.networks.sizes import SizeOptions, Told, count_of_sizes
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
-from latentdiff.processes import PortableModel, absolute
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice, Place, YesNo
 from latentdiff.request.options import BackendName, PrecisionName, PredictionName
