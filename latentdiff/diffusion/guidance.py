@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff.diffusion.guidance_kinds import Combine, Projection, check_kind, nearest_negative, projected, renoised
 from latentdiff.diffusion.parameterization import Denoiser, Parameterization, Prediction
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
@@ -31,6 +32,8 @@ class Guidance:
         one.
     interval: the noise levels sigma_hat at which guidance acts, low < sigma_hat <= high. Outside, the prompt alone is
         followed.
+    kind: what is made of the two outputs; see `guidance_kinds`.
+    projection: the numbers of the kind apg.
 
     Raises:
         UsageError: a value outside its domain.
@@ -39,6 +42,8 @@ class Guidance:
     scale: float = 1.0
     rescale: float = 0.0
     interval: tuple[float, float] = (0.0, math.inf)
+    kind: str = "cfg"
+    projection: Projection = Projection()
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
@@ -48,14 +53,34 @@ class Guidance:
         low, high = self.interval
         if not 0.0 <= low < high:
             raise UsageError(f"guidance interval must be two noise levels, 0 <= low < high, found {low} and {high}")
+        check_kind(self.kind, self.scale, self.rescale)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the prompt alone is followed at all levels."""
+        return self.scale == 1.0 and self.kind != "cfg++"
 
     def acts_at(self, level: Level) -> bool:
         """Whether the unconditional half is needed at `level`."""
         low, high = self.interval
-        return self.scale != 1.0 and low < level.sigma_hat <= high
+        return not self.is_off and low < level.sigma_hat <= high
+
+    def combiner(self, parameterization: Parameterization) -> Combine:
+        """What is followed on one walk, of its kind."""
+        if self.kind == "cfg++":
+            return renoised(self.scale, parameterization)
+        if self.kind == "apg":
+            return projected(self.scale, parameterization, self.projection)
+
+        def combine(negative: Tensor, positive: Tensor, x: Tensor, level: Level) -> Prediction:
+            return parameterization(self.combine(negative, positive), x, level, guided=True)
+
+        return combine
 
     def combine(self, negative: Tensor, positive: Tensor) -> Tensor:
-        """The guided output from the two raw outputs, all (N, C, h, w)."""
+        """The guided output from the two raw outputs, all (N, C, h, w), of the kinds cfg and zero-star."""
+        if self.kind == "zero-star":
+            negative = nearest_negative(negative, positive)
         guided = negative + self.scale * (positive - negative)
         if self.rescale == 0.0:
             return guided
@@ -84,7 +109,8 @@ def guided_denoiser(
     Raises:
         UsageError: guidance was asked for without a negative context.
     """
-    if guidance.scale == 1.0:
+    combine = guidance.combiner(parameterization)
+    if guidance.is_off:
         both = None
     elif negative_context is None:
         raise UsageError(
@@ -94,12 +120,10 @@ def guided_denoiser(
         both = getattr(type(context), "cat", torch.cat)([negative_context, context])
 
     def denoise(x: Tensor, level: Level) -> Prediction:
-        guided = guidance.acts_at(level)
-        if guided:
-            raw = guidance.combine(*model(torch.cat([x, x]), level.t, both).to(x.dtype).chunk(2))
-        else:
-            raw = model(x, level.t, context).to(x.dtype)
-        return parameterization(raw, x, level, guided=guided)
+        if guidance.acts_at(level):
+            negative, positive = model(torch.cat([x, x]), level.t, both).to(x.dtype).chunk(2)
+            return combine(negative, positive, x, level)
+        return parameterization(model(x, level.t, context).to(x.dtype), x, level)
 
     return denoise
 
@@ -133,16 +157,18 @@ def composed_denoiser(
     Args:
         negative_context: of batch N.
     """
+    combine = guidance.combiner(parameterization)
     every = getattr(type(composition.context), "cat", torch.cat)([negative_context, composition.context])
 
     def denoise(x: Tensor, level: Level) -> Prediction:
-        guided = guidance.acts_at(level)
         images = torch.tensor(composition.images, device=x.device)  # (P,)
         weights = torch.tensor(composition.weights, device=x.device, dtype=x.dtype)[:, None, None, None]
         raw = model(torch.cat([x, x[images]]), level.t, every).to(x.dtype)
         negative, texts = raw[: len(x)], raw[len(x) :]
         followed = negative.index_add(0, images, weights * (texts - negative[images]))
-        return parameterization(guidance.combine(negative, followed) if guided else followed, x, level, guided=guided)
+        if guidance.acts_at(level):
+            return combine(negative, followed, x, level)
+        return parameterization(followed, x, level)
 
     return denoise
 

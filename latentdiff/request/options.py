@@ -58,6 +58,7 @@ TranslationName = Literal["features", "direct", "null-text", "negative-prompt", 
 BlendName = Literal["linear", "constant", "exponential"]
 OperatorName = Literal["inpaint", "super-resolution", "deblur", "denoise", "colourise"]
 RestorationName = Literal["diffpir", "dps", "psld", "resample", "graikos"]
+GuidanceName = Literal["cfg", "cfg++", "apg", "zero-star"]
 BorderName = Literal["reflect", "periodic"]
 UpscalerName = Literal[
     "latent", "latent-antialiased", "latent-bicubic", "latent-bicubic-antialiased", "latent-nearest", "latent-nearest-exact",
@@ -150,6 +151,17 @@ class SamplingOptions(SeededOptions, total=False):
     """Denoising steps, 1 to the number of timesteps of the training."""
     guidance_scale: Annotated[float | None, Option(Real(), 5.0, kept=Kept(float, "CFG scale"), flags=("--guidance",))]
     """How strongly to follow the prompt and avoid the negative one; 1 is no guidance (Ho & Salimans 2022)."""
+    guidance_kind: Annotated[
+        GuidanceName | None, Option(Choice(get_args(GuidanceName)), "cfg", kept=Kept(str, "Guidance kind", "cfg"))
+    ]
+    """What is made of the prompt and the negative one: classifier-free guidance; cfg++ with a scale of 0 to 1; apg, which
+    keeps colours at large scales; zero-star."""
+    apg_eta: Annotated[float | None, Option(Real(0, 1), 0.0, kept=Kept(float, "APG eta", 0.0))]
+    """With apg: share of the change that only raises contrast."""
+    apg_bound: Annotated[float | None, Option(Real(0), 15.0, kept=Kept(float, "APG bound", 15.0))]
+    """With apg: longest change of an image's latents before the scale; 0 is no bound."""
+    apg_momentum: Annotated[float | None, Option(Real(-1, 1), -0.5, kept=Kept(float, "APG momentum", -0.5))]
+    """With apg: share of the last change that is added."""
     sampler: Annotated[
         SamplerName | None,
         Option(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latentdiff.diffusion.drawing import Thresholding
 from latentdiff.diffusion.guidance import UNGUIDED, Guidance
+from latentdiff.diffusion.guidance_kinds import CFG_PP_SAMPLERS, Projection
 from latentdiff.diffusion.latents import NoiseRule
 from latentdiff.diffusion.samplers import SAMPLERS, Sampler, get_sampler
 from latentdiff.diffusion.schedule import Level, Schedule
@@ -96,8 +97,18 @@ class Sampling(Settings):
             UsageError: something is to be avoided there, or guidance shaped.
         """
         if not tells:
-            return make_guidance(self.guidance_scale, self.guidance_rescale, self.guidance_interval)
-        if self.guidance_rescale or self.guidance_interval or any(as_list(self.negative_prompt)):
+            if self.guidance_kind == "cfg++" and self.sampler not in CFG_PP_SAMPLERS:
+                raise UsageError(f"cfg++ goes with {', '.join(CFG_PP_SAMPLERS)}, found the sampler {self.sampler}")
+            guidance = make_guidance(
+                self.guidance_scale, self.guidance_rescale, self.guidance_interval, self.guidance_kind
+            )
+            return replace(guidance, projection=Projection(self.apg_eta, self.apg_bound, self.apg_momentum))
+        if (
+            self.guidance_rescale
+            or self.guidance_interval
+            or self.guidance_kind != "cfg"
+            or any(as_list(self.negative_prompt))
+        ):
             raise UsageError(
                 "this model is told the guidance scale and is not evaluated without the prompt; leave out negative "
                 "prompt, guidance rescale and guidance interval"
@@ -307,15 +318,15 @@ def latent_shape(
     return shape
 
 
-def make_guidance(scale: float, rescale: float, interval: tuple[float, float] | None) -> Guidance:
+def make_guidance(scale: float, rescale: float, interval: tuple[float, float] | None, kind: str = "cfg") -> Guidance:
     """The guidance; no interval is all noise levels.
 
     Raises:
         UsageError: a value outside its domain.
     """
     if interval is None:
-        return Guidance(scale=scale, rescale=rescale)
-    return Guidance(scale=scale, rescale=rescale, interval=interval)
+        return Guidance(scale=scale, rescale=rescale, kind=kind)
+    return Guidance(scale=scale, rescale=rescale, interval=interval, kind=kind)
 
 
 def batches(count: int, batch_size: int | None) -> list[slice]:
