@@ -119,3 +119,7 @@ class AdaptedModel:
             UsageError: there is no such folder, or nothing in it.
         """
         self.offered.add_folder(folder)
+
+    def adaptations(self) -> list[dict[str, Any]]:
+        """What recipes say of the LoRAs and words that are loaded."""
+        return [*self.loras.describe(), *self.embeddings.describe()]

@@ -27,8 +27,8 @@ from latentdiff.errors import UsageError
 from latentdiff.memory.residence import Residence
 from latentdiff.memory.sharing import Sharing, one_use
 from latentdiff.model.adapted import AdaptedModel
+from latentdiff.model.parts import ModelParts
 from latentdiff.model.portable import PortableModel, absolute
-from latentdiff.networks.functions import Decoder, Network
 from latentdiff.networks.sizes import SizeOptions, Told, count_of_sizes
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from latentdiff.networks.text_encoders import TextEncoders
 
 
-class LoadedModel(AdaptedModel, PortableModel):
+class LoadedModel(ModelParts, AdaptedModel, PortableModel):
     """Tokenizer, text encoder, U-Net, VAE and noise schedule, each usable alone.
 
     Args:
@@ -79,8 +79,6 @@ class LoadedModel(AdaptedModel, PortableModel):
         parts = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
         self.sharing = Sharing(lambda: self._changes_in_use)
         self.residence = Residence(parts, stored or {}, low_memory=low_memory, may_give_back=self.sharing.claim)
-        self._network: Network | None = None
-        self._decoder: Decoder | None = None
         is_told = unet.config.time_cond_proj_dim is not None
         drawing = replace(schedule_config.drawing, tells_guidance=is_told)
         self.schedule = Schedule(schedule_config.with_drawing(drawing))
@@ -277,10 +275,6 @@ class LoadedModel(AdaptedModel, PortableModel):
             raise UsageError("this model is not told sizes, crops or scores, which those of SDXL are; leave them out")
         return None
 
-    def adaptations(self) -> list[dict[str, Any]]:
-        """What recipes say of the LoRAs and words that are loaded."""
-        return [*self.loras.describe(), *self.embeddings.describe()]
-
     def __repr__(self) -> str:
         """What is loaded: model, size, precision, device, and what adapts it."""
         height, width = self.default_size
@@ -296,63 +290,3 @@ class LoadedModel(AdaptedModel, PortableModel):
             *(f"{entry['file']} x {Strength.of(entry['scale'])}" for entry in self.adaptations() if "scale" in entry),
         ]
         return f"<{type(self).__name__} {', '.join(facts)}>"
-
-    @property
-    def text_encoder(self) -> TextEncoder | TextEncoders:
-        """Token ids (N, L) -> embeddings (N, L, C); of SDXL with pooled text in a row more."""
-        return self.residence.ready("text_encoder")
-
-    @property
-    def unet(self) -> UNet:
-        """Noisy latents, timestep and text -> raw prediction."""
-        return self.residence.ready("unet")
-
-    @property
-    def vae(self) -> VAE:
-        """Pictures to latents and back."""
-        return self.residence.ready("vae")
-
-    @property
-    def network(self) -> Network:
-        """What computes the U-Net: itself, or what an engine made of it; see `latentdiff.engines`."""
-        return self._network or self.unet
-
-    @network.setter
-    def network(self, network: Network) -> None:
-        self._network = None if network is self.residence.module("unet") else network
-
-    @property
-    def decoder(self) -> Decoder:
-        """What computes `vae.decode`."""
-        return self._decoder or self.vae.decode
-
-    @decoder.setter
-    def decoder(self, decoder: Decoder) -> None:
-        self._decoder = None if decoder == self.residence.module("vae").decode else decoder
-
-    @property
-    def _changes_in_use(self) -> bool:
-        """Whether drawing puts something on the modules: an engine's forms, the guidance scale that a U-Net is told, or
-        what the residence does."""
-        has_engine = self._network is not None or self._decoder is not None
-        is_told = self.residence.module("unet").config.time_cond_proj_dim is not None
-        return has_engine or is_told or self.residence.changes_in_use
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the pictures that the model was trained on."""
-        side = self.residence.module("unet").config.sample_size * self.residence.module("vae").config.downscale
-        return side, side
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lies and latents are made."""
-        return self.residence.device
-
-    @property
-    def is_for_inpainting(self) -> bool:
-        """Whether the U-Net sees, after the latents, a mask and the latents of the picture under it."""
-        return (
-            self.residence.module("unet").config.in_channels
-            == 2 * self.residence.module("vae").config.latent_channels + 1
-        )
