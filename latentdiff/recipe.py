@@ -17,7 +17,7 @@ from latentdiff import __version__, foreign
 from latentdiff.errors import DataError
 from latentdiff.foreign.account import Account, Field, NamedLoRA
 from latentdiff.request.infotext import joined, read_value, split, written_value
-from latentdiff.request.options import KEPT, SAMPLING, SECOND_PASS
+from latentdiff.request.options import GENERATING, KEPT, SAMPLING
 from latentdiff.request.titles import read_method, read_pass, written_method, written_pass
 
 JSON_CHUNK = "latentdiff"
@@ -118,9 +118,9 @@ class Recipe(_Asked):
         """The options of `SamplingOptions` that make this image."""
         return {name: getattr(self, name) for name in KEPT if name in SAMPLING}
 
-    def second_pass(self) -> dict[str, Any]:
+    def generating(self) -> dict[str, Any]:
         """The options of `GenerateOptions` that are none of those, without the size."""
-        return {name: getattr(self, name) for name in SECOND_PASS}
+        return {name: getattr(self, name) for name in GENERATING}
 
     def roles(self) -> dict[str, dict[str, str]]:
         """What it was made from: the sources, and images, masks and models of controls, as "control_image1"."""
@@ -188,7 +188,7 @@ class Recipe(_Asked):
             for name, kept in KEPT.items()
             if kept.title and (value := getattr(self, name)) != kept.absent
         }
-        asked = written_method(self.sampling()) | written_pass(self.second_pass()) | asked
+        asked = written_method(self.sampling()) | written_pass(self.generating()) | asked
         model = {"Size": f"{self.width}x{self.height}", "Model hash": self.model_hash[:10], "Model": self.model}
         is_literal = self.prompt_syntax == "plain" and _LOOKS_LIKE_GRAMMAR.search(self.prompt + self.negative_prompt)
         done = {

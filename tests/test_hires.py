@@ -69,10 +69,10 @@ def test_recipe_and_the_image_again():
     images = pipe("cat", hires=2, hires_strength=0.3, num_images=2, **QUICK)
     recipe = read_recipe(images[1].info)
     assert images[1].size == (128, 128) and (recipe.width, recipe.height, recipe.hires) == (64, 64, 2.0)
-    again = pipe(recipe.prompt, width=64, height=64, **recipe.sampling(), **recipe.second_pass())[0]
+    again = pipe(recipe.prompt, width=64, height=64, **recipe.sampling(), **recipe.generating())[0]
     assert apart(images[1], again) <= 1  # though it was made in a batch
     read_back = Recipe.from_parameters(recipe.to_parameters())
-    assert read_back.second_pass() == recipe.second_pass()
+    assert read_back.generating() == recipe.generating()
     assert read_back.width == 64
     plain = read_recipe(pipe("cat", **QUICK)[0].info)
     assert "Hires" not in plain.to_parameters() and plain.hires is None

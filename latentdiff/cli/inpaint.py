@@ -64,6 +64,9 @@ from latentdiff.errors import UsageError
     metavar="N",
     help="Take each step N times, noised again in between: fits better into the picture, at N times the cost.",
 )
+@click.option(
+    "--soft", is_flag=True, help="Let grey say how far a place may go from the picture; --blur makes a mask grey at its edge."
+)
 @SAMPLING_OPTIONS
 @control_options
 @MODEL_OPTIONS

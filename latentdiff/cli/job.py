@@ -16,7 +16,7 @@ from latentdiff.cli.ranks import Ranks
 from latentdiff.errors import LatentDiffError, UsageError, printable
 from latentdiff.prompts.lines import Line
 from latentdiff.prompts.syntax import read_prompt
-from latentdiff.request.options import KEPT, OPTIONS, SAMPLING, SECOND_PASS, checked
+from latentdiff.request.options import GENERATING, KEPT, OPTIONS, SAMPLING, checked
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -133,7 +133,7 @@ class Job:
         settled = Sampling(**{name: value for name, value in settings.items() if name in SAMPLING})
         settled = settled.for_model(self.pipe.schedule)
         asked = {name: getattr(settled, name) for name in KEPT if name in SAMPLING}
-        given = {name: settings.get(name) for name in SECOND_PASS}
+        given = {name: settings.get(name) for name in GENERATING}
         asked |= {name: OPTIONS[name].default if value is None else value for name, value in given.items()}
         height, width = self.pipe.default_size
         asked |= {"height": settings.get("height") or height, "width": settings.get("width") or width}

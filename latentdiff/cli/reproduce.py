@@ -162,7 +162,7 @@ def _make(pipe: Pipeline, recipe: Recipe, sources: dict[str, Path]) -> Image.Ima
         from latentdiff.tasks.sources import sampling_of
 
         size = {"width": recipe.width, "height": recipe.height}
-        return pipe(recipe.prompt, **size, **sampling_of(recipe, sources), **recipe.second_pass())[0]
+        return pipe(recipe.prompt, **size, **sampling_of(recipe, sources), **recipe.generating())[0]
     from latentdiff.tasks import TASKS
 
     if recipe.task not in TASKS:

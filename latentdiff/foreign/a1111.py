@@ -200,7 +200,7 @@ def _tiling(draft: Draft, name: str, value: str) -> None:
     if value == "False":
         draft.honour(name, value)
     else:
-        draft.refuse(name, value, "images here do not tile")
+        draft.honour(name, value, seamless="xy")
 
 
 def _number(option: str, kind: type[int] | type[float] = float) -> Handler:

@@ -145,7 +145,7 @@ def one_use(*, alone: bool = False) -> Callable[[Function], Function]:
 
 
 def _changes_modules(arguments: Sequence[Any], named: Mapping[str, Any]) -> bool:
-    if named.get("cache_interval") not in (None, 1) or named.get("controls"):
+    if named.get("cache_interval") not in (None, 1) or named.get("controls") or named.get("seamless"):
         return True
     given = (*arguments, *named.values())
     texts = [text for value in given for text in (value if isinstance(value, (list, tuple)) else [value])]

@@ -59,6 +59,7 @@ BlendName = Literal["linear", "constant", "exponential"]
 OperatorName = Literal["inpaint", "super-resolution", "deblur", "denoise", "colourise"]
 RestorationName = Literal["diffpir", "dps", "psld", "resample", "graikos"]
 GuidanceName = Literal["cfg", "cfg++", "apg", "zero-star"]
+AxesName = Literal["x", "y", "xy"]
 BorderName = Literal["reflect", "periodic"]
 UpscalerName = Literal[
     "latent", "latent-antialiased", "latent-bicubic", "latent-bicubic-antialiased", "latent-nearest", "latent-nearest-exact",
@@ -268,6 +269,10 @@ class GenerateOptions(SamplingOptions, total=False):
         int | None, Option(Whole(1), unset="as many as before", kept=Kept(int | None, "Hires steps", None))
     ]
     """With hires: steps of the second pass, all of which are taken."""
+    seamless: Annotated[
+        AxesName | None, Option(Choice(get_args(AxesName)), unset="no", kept=Kept(str | None, None, None))
+    ]
+    """Edges continue at the other side along these axes, so that the image tiles."""
 
 
 def options_of(group: type[Any]) -> dict[str, Option]:
@@ -291,7 +296,8 @@ def texts() -> dict[str, str]:
 OPTIONS = options_of(GenerateOptions)
 SAMPLING = options_of(SamplingOptions)
 KEPT = {name: option.kept for name, option in OPTIONS.items() if option.kept is not None}
-SECOND_PASS = tuple(name for name in KEPT if name not in SAMPLING)  # what is kept of generating alone
+GENERATING = tuple(name for name in KEPT if name not in SAMPLING)  # what is kept of generating alone
+SECOND_PASS = tuple(name for name in GENERATING if name.startswith("hires"))
 FAST = {name: option.fast for name, option in SAMPLING.items() if option.fast is not None}
 
 

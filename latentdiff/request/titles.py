@@ -143,11 +143,12 @@ def read_sampler(title: str, schedule: str | None = None) -> Named:
 
 
 def written_pass(options: Mapping[str, Any]) -> dict[str, str]:
-    """How a second pass enlarges and how far it goes, in the words of the web UIs; nothing without one."""
+    """How a second pass enlarges and how far it goes, and that edges continue, in the words of the web UIs."""
+    tiling = {"Tiling": "True", "Seamless": options["seamless"]} if options["seamless"] else {}
     if options["hires"] is None:
-        return {}
+        return tiling
     title = next(title for title, name in UPSCALERS.items() if name == options["hires_upscaler"])
-    return {"Hires upscaler": title, "Denoising strength": str(options["hires_strength"])}
+    return tiling | {"Hires upscaler": title, "Denoising strength": str(options["hires_strength"])}
 
 
 def read_pass(words: Mapping[str, str]) -> dict[str, Any]:
@@ -156,9 +157,10 @@ def read_pass(words: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         KeyError, ValueError: a word that is none of them.
     """
+    seamless = {"seamless": words["Seamless"]} if "Seamless" in words else {}
     if "Hires upscale" not in words:
-        return {}
-    return {
+        return seamless
+    return seamless | {
         "hires_upscaler": UPSCALERS[words["Hires upscaler"]],
         "hires_strength": float(words["Denoising strength"]),
     }

@@ -32,6 +32,7 @@ from latentdiff.tasks.inpainting_walk import painted, repeated
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert
 from latentdiff.tasks.masks import Box, composed, filled, prepared_mask, read_mask, surroundings
+from latentdiff.tasks.soft_inpainting import ramped
 from latentdiff.tasks.sources import file_of, sampling_of, warn_if_large
 from latentdiff.tasks.transparency import Margins, finished
 
@@ -56,6 +57,7 @@ class InpaintSettings:
     padding: int = 32
     extend: Margins = (0, 0, 0, 0)
     repeats: int = 1
+    soft: bool = False
     remove: bool = False
     invert_mask: bool = False
     inversion: dict[str, Any] | None = None
@@ -71,6 +73,7 @@ class InpaintSettings:
     only_masked=YesNo(),
     padding=Whole(0),
     repeats=Whole(1),
+    soft=YesNo(),
 )
 @one_use()
 def inpaint(
@@ -89,6 +92,7 @@ def inpaint(
     padding: int | None = None,
     extend: Margins = (0, 0, 0, 0),
     repeats: int = 1,
+    soft: bool = False,
     **options: Unpack[SamplingOptions],
 ) -> list[Image.Image]:
     """Paint what the prompt says into the masked part of a picture.
@@ -122,6 +126,8 @@ def inpaint(
         extend: outpainting: pixels to add on the left, top, right and bottom, and to paint.
         repeats: how often each step is taken, with the noise put back in between, so that the painted part fits the
             kept one better (Lugmayr et al. 2022, section 4.2). The cost grows with it.
+        soft: grey says how far a place may go from the picture, as a strength of its own: it is held until that share of
+            the steps is left (Levin & Fried 2023). Not with an inversion, nor with a model for inpainting.
         options: see `SamplingOptions`: negative_prompt, steps, guidance_scale, sampler, seed, num_images, ...
 
     Returns:
@@ -147,7 +153,12 @@ def inpaint(
         padding=round(min(pipe.default_size) / PADDING_SHARE) if padding is None else padding,
         extend=extend,
         repeats=repeats,
+        soft=soft,
     )
+    if soft and (inversion is not None or pipe.is_for_inpainting):
+        raise UsageError(
+            "expected no inversion and no model for inpainting with soft, which holds the picture in place between the steps"
+        )
     source = open_source(image)
     sources = {"image": source.entry}
     found = None
@@ -170,7 +181,8 @@ def inpaint(
         images = _paint_cutout(pipe, picture, area, plan, settings)
     else:
         warn_if_large(pipe, picture, "paint only the masked part (only_masked, --only-masked)")
-        done = painted(pipe, picture, area, plan, from_noise=strength == 1.0, inversion=found)
+        done = painted(pipe, picture, area, plan, from_noise=strength == 1.0, inversion=found, soft=soft)
+        area = ramped(area) if soft else area
         images = [composed(picture, one, area) for one in done]
     images = [finished(image, colours, area, extend) for image in images]
     return with_recipes(pipe, images, plan, TASK, asdict(settings), sources)
@@ -256,7 +268,9 @@ def _paint_cutout(
         controls = tuple(control.cropped(box, picture.size, size) for control in plan.options.controls)
         plan = replace(plan, options=replace(plan.options, controls=controls))
     results = []
-    for one in painted(pipe, cutout, area, plan, from_noise=settings.strength == 1.0):
+    done = painted(pipe, cutout, area, plan, from_noise=settings.strength == 1.0, soft=settings.soft)
+    mask = ramped(mask) if settings.soft else mask
+    for one in done:
         part = one.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.LANCZOS)
         result = picture.copy()
         result.paste(composed(picture.crop(box), part, mask.crop(box)), box)

@@ -23,7 +23,8 @@ from latentdiff.pipeline import Pipeline
 from latentdiff.request.plan import Plan, Start
 from latentdiff.request.sources import extended
 from latentdiff.tasks.inversion.artefact import Inversion
-from latentdiff.tasks.masks import latent_mask
+from latentdiff.tasks.masks import latent_mask, mean_mask
+from latentdiff.tasks.soft_inpainting import starts_softly
 
 # How far, in units of their spread, the latents of a picture may be from those that were inverted: for other
 # precisions.
@@ -53,6 +54,7 @@ def painted(
     *,
     from_noise: bool,
     inversion: Inversion | None = None,
+    soft: bool = False,
 ) -> list[Image.Image]:
     """The pictures of a plan as the VAE decodes them, kept parts too.
 
@@ -60,11 +62,14 @@ def painted(
         mask: of the picture's size, white where to paint.
         from_noise: paint from pure noise, else from the picture at the first level.
         inversion: where to begin in place of both; see `inpaint`.
+        soft: grey is how far a place may go; see `soft_inpainting`.
     """
     factor = pipe.vae.config.downscale
     encoded = pipe.encode_images(to_tensor([extended(picture, factor)]))
     cells = latent_mask(mask, factor).to(pipe.device)  # (1, 1, h, w)
-    if inversion is not None:
+    if soft:
+        start = starts_softly(mean_mask(mask, factor).to(pipe.device), encoded, plan)
+    elif inversion is not None:
         start = starts_on_trajectory(inversion, cells, encoded, plan)
     elif pipe.is_for_inpainting:
         start = _starts_with_extra_channels(pipe, picture, mask, cells, encoded, plan, from_noise=from_noise)

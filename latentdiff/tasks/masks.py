@@ -104,6 +104,12 @@ def latent_mask(mask: Image.Image, factor: int) -> Tensor:
     return F.max_pool2d(F.pad(values, (0, right, 0, bottom)), factor)
 
 
+def mean_mask(mask: Image.Image, factor: int) -> Tensor:
+    """The mask for latents, (1, 1, h, w) in [0, 1]: each cell takes the mean of its pixels, of those that lie inside."""
+    values = torch.from_numpy(np.array(mask, dtype=np.float32) / 255.0)[None, None]  # (1, 1, H, W)
+    return F.avg_pool2d(values, factor, ceil_mode=True, count_include_pad=False)
+
+
 def composed(picture: Image.Image, painted: Image.Image, mask: Image.Image) -> Image.Image:
     """`painted` where the mask is white and `picture` where it is black, to the last bit; the weighted mean in
     between."""
