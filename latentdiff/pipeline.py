@@ -34,7 +34,6 @@ from latentdiff.model.prompted import PromptedModel
 from latentdiff.networks.attention import attention_backend
 from latentdiff.networks.controlnet import AppliedControl
 from latentdiff.networks.functions import checked_model, decode_latents, encode_pictures
-from latentdiff.networks.seamless import seamless
 from latentdiff.networks.sizes import Told
 from latentdiff.networks.steering import prompted_denoiser
 from latentdiff.networks.text_embedding import EncodedPrompt, Given
@@ -137,7 +136,7 @@ class Pipeline(PromptedModel):
         width = self.residence.module("unet").config.cross_attention_dim
         text = given.instead_of(self.encoded(plan), width) if given.is_given else None
         larger = second and second.plan(plan, self.schedule)
-        with self._going_around(axes, plan):
+        with self.going_around(axes, plan):
             made = self.sample(plan, shape, start, text=text)
             if second and larger:
                 made = self._second_pass(made, second, larger, text)
@@ -156,14 +155,6 @@ class Pipeline(PromptedModel):
             )
             image.info.update(own.to_chunks())
         return images
-
-    def _going_around(self, axes: str | None, plan: Plan) -> AbstractContextManager[None]:
-        """See `seamless`; of the networks of a plan."""
-        if axes and (self.backend != "torch" or self.precision.name == "int8" or self.residence.low_memory):
-            raise UsageError("seamless needs the back end torch, another precision than int8, and no low memory")
-        beside = control_parts(plan.options.controls or (), self.residence, self.precision.unet) if axes else []
-        networks = (self.residence.module("unet"), self.residence.module("vae"), *(part.module for part in beside))
-        return seamless(axes, networks)
 
     def _second_pass(self, latents: Tensor, asked: SecondPass, plan: Plan, text: tuple[Texts, Texts] | None) -> Tensor:
         """Latents (N, C, h, w) of a first pass enlarged, noised and walked down again."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from latentdiff.control.applied import control_parts
 from latentdiff.device import describe_device
+from latentdiff.errors import UsageError
 from latentdiff.memory.sharing import one_use
 from latentdiff.model.loaded import LoadedModel
 from latentdiff.networks.kernels.choice import forms_in_use
+from latentdiff.networks.seamless import seamless
 from latentdiff.networks.sizes import SizeOptions, Told
 from latentdiff.networks.text_embedding import PLAIN, EncodedPrompt, PromptEncoder, Reading
 from latentdiff.prompts.account import Account, account
@@ -93,3 +97,11 @@ class PromptedModel(LoadedModel):
             loras=[*self.adaptations(), *self.offered.describe(tags)],
             **fields,
         )
+
+    def going_around(self, axes: str | None, plan: Plan) -> AbstractContextManager[None]:
+        """See `seamless`; of the networks of a plan."""
+        if axes and (self.backend != "torch" or self.precision.name == "int8" or self.residence.low_memory):
+            raise UsageError("seamless needs the back end torch, another precision than int8, and no low memory")
+        beside = control_parts(plan.options.controls or (), self.residence, self.precision.unet) if axes else []
+        networks = (self.residence.module("unet"), self.residence.module("vae"), *(part.module for part in beside))
+        return seamless(axes, networks)

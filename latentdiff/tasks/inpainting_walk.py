@@ -68,7 +68,7 @@ def painted(
     encoded = pipe.encode_images(to_tensor([extended(picture, factor)]))
     cells = latent_mask(mask, factor).to(pipe.device)  # (1, 1, h, w)
     if soft:
-        start = starts_softly(mean_mask(mask, factor).to(pipe.device), encoded, plan)
+        start = starts_softly(mean_mask(mask, factor).to(pipe.device), encoded, plan, from_noise=from_noise)
     elif inversion is not None:
         start = starts_on_trajectory(inversion, cells, encoded, plan)
     elif pipe.is_for_inpainting:

@@ -21,27 +21,31 @@ from latentdiff.request.second_pass import noised
 RAMP = 4  # of the result's edge in pixels: from this share of white on, nothing of the image is mixed in
 
 
-def starts_softly(cells: Tensor, encoded: LatentDistribution, plan: Plan) -> Callable[[slice, NoiseStream], Start]:
+def starts_softly(
+    cells: Tensor, encoded: LatentDistribution, plan: Plan, *, from_noise: bool
+) -> Callable[[slice, NoiseStream], Start]:
     """From the image noised, and held there where and as long as the mask says.
 
     Args:
         cells: (1, 1, h, w), 0 to 1, the mask for latents.
+        from_noise: what is free at once begins in pure noise, else in the image noised.
     """
-    noises = sorted({level.alpha_cumprod for level in plan.levels})
-    steps = len(noises) - 1
+    signals = sorted({level.alpha_cumprod for level in plan.levels[:-1]})  # from which steps begin
+    steps = len(signals)
 
     def start(part: slice, noise: NoiseStream) -> Start:
         latents = encoded.sample(noise())  # (N, C, h, w); the order of draws is that of image to image
         eps = noise()
 
-        def hold(x: Tensor, level: Level) -> Tensor:
-            left = max(steps - noises.index(level.alpha_cumprod), 1)
-            is_free = (cells * steps >= left - 1e-4).to(x.dtype)
+        def hold(x: Tensor, level: Level, *, taken: int = 1) -> Tensor:
+            place = steps if level.is_clean else signals.index(level.alpha_cumprod)
+            is_free = (cells * steps >= steps - place + taken - 1e-4).to(x.dtype)  # in the step that leads to here
             known = latents if level.is_clean else noised(latents, eps, level)
             return is_free * x + (1.0 - is_free) * known
 
         first = plan.levels[0]
-        return Start(hold(plan.start_scale * eps, first), after_step=hold)
+        x = plan.start_scale * eps if from_noise else noised(latents, eps, first)
+        return Start(hold(x, first, taken=0), after_step=hold)
 
     return start
 

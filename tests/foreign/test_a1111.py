@@ -115,7 +115,7 @@ def test_settings_that_are_honoured(settings: dict[str, str], options: dict[str,
     [
         ("Hires upscale", "20"), ("Hires steps", "10"), ("ControlNet 0", '"Module: canny, Weight: 1"'),
         ("ADetailer model", "face_yolov8n.pt"), ("Variation seed", "3"), ("Variation seed strength", "0.2"),
-        ("Refiner", "xl [1]"), ("Tiling", "True"), ("Face restoration", "CodeFormer"), ("Seed resize from", "512x512"),
+        ("Refiner", "xl [1]"), ("Face restoration", "CodeFormer"), ("Seed resize from", "512x512"),
         ("Emphasis", "No norm"), ("RNG", "XPU"), ("Token merging ratio", "0.5"), ("Some extension", "on"),
     ],
 )  # fmt: skip
