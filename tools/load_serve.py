@@ -3,8 +3,8 @@
     python tools/load_serve.py --requests 200 --clients 20
 
 None may be lost, each image has to be the one that its request gives alone, and memory has to stay flat. Throughput is
-a ratio of two servers that are measured one after the other in one run: one worker on all cores, asked for one image at
-a time, and a worker for each core under all clients.
+a ratio of two servers that are measured in turns: one worker on all cores, asked for one image at a time, and a worker
+for each core under all clients.
 """
 
 from __future__ import annotations
@@ -72,38 +72,41 @@ def memory(process: psutil.Process) -> float:
     return sum(each.memory_info().rss for each in (process, *process.children(recursive=True))) / 1e6
 
 
-def run(
-    arguments: list[str], bodies: list[dict[str, object]], clients: int
-) -> tuple[list[np.ndarray], float, list[float]]:
-    """Images, images per second, and the memory after each quarter of the requests."""
-    with server(*arguments) as (url, process), ThreadPoolExecutor(clients) as pool:
-        list(pool.map(lambda fields: asked(url, fields), bodies[: 2 * clients]))  # warm
-        images, seconds, used = [], 0.0, []
-        for part in np.array_split(np.arange(len(bodies)), 4):
-            began = time.monotonic()
-            images += pool.map(lambda at: asked(url, bodies[at]), part)
-            seconds += time.monotonic() - began
-            used.append(memory(process))
-    return images, len(bodies) / seconds, used
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--alone", type=int, default=200, help="of them, how many are asked for one by one too")
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=5)
     chosen = parser.parse_args()
     bodies = [body(number, chosen.steps) for number in range(chosen.requests)]
-    alone, slow, _ = run(["--device", "cpu"], bodies, 1)
-    print(f"one by one: {slow:.2f} images/s", flush=True)
-    together, fast, used = run(["--device", "cpu"] * chosen.workers, bodies, chosen.clients)
-    apart = [np.abs(one - other).max() for one, other in zip(alone, together, strict=True)]
+    alone, together, seconds, used = [], [], [0.0, 0.0], []
+    with (
+        server("--device", "cpu") as (one, _),
+        server(*["--device", "cpu"] * chosen.workers) as (many, process),
+        ThreadPoolExecutor(chosen.clients) as pool,
+    ):
+        list(map(lambda fields: asked(one, fields), bodies[:2]))  # warm
+        list(pool.map(lambda fields: asked(many, fields), bodies[: 2 * chosen.clients]))
+        for part in np.array_split(np.arange(len(bodies)), chosen.rounds):  # in turns, as others may use the machine
+            began = time.monotonic()
+            alone += [(at, asked(one, bodies[at])) for at in part[: -(-chosen.alone // chosen.rounds)]]
+            between = time.monotonic()
+            together += pool.map(lambda at: asked(many, bodies[at]), part)
+            seconds[0] += between - began
+            seconds[1] += time.monotonic() - between
+            used.append(memory(process))
+    slow, fast = len(alone) / seconds[0], len(together) / seconds[1]
+    apart = [np.abs(image - together[at]).max() for at, image in alone]
+    counts = [sum(a == 0 for a in apart), sum(a == 1 for a in apart), sum(a > 1 for a in apart)]
+    print(f"one by one: {slow:.2f} images/s")
     print(f"{chosen.clients} clients, {chosen.workers} workers: {fast:.2f} images/s, {fast / slow:.2f} times as many")
-    print(f"lost: {len(bodies) - len(together)}; pixels that differ by more than 1 of 255: {sum(a > 1 for a in apart)} images,")
-    print(f"  by 1: {sum(a == 1 for a in apart)} images, equal: {sum(a == 0 for a in apart)} images")
-    print(f"memory after each quarter: {', '.join(f'{each:.0f}' for each in used)} MB")
-    return int(any(a > 1 for a in apart))
+    print(f"lost: {len(bodies) - len(together)} of {len(bodies)}")
+    print(f"of {len(apart)} images, {counts[0]} are equal, {counts[1]} off by 1 of 255, {counts[2]} by more")
+    print(f"memory after each round: {', '.join(f'{each:.0f}' for each in used)} MB")
+    return int(counts[2] > 0 or len(together) < len(bodies))
 
 
 if __name__ == "__main__":
