@@ -18,6 +18,7 @@ from latentdiff.training.data.images import SUFFIXES
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDECARS = (".txt", ".caption")
 FILE_NAME = "file_name"
+UNREAD = (".heic", ".heif", ".jxl", ".svg", ".psd", ".raw", ".cr2", ".nef", ".dng", ".arw")  # images in formats not read
 HELD_OUT = ("validation", "valid", "val", "test", "dev")
 
 
@@ -40,10 +41,15 @@ def list_folder(folder: Path, column: str | None) -> Listing:
         raise DataError(f"no images in {folder}: looked for {_looked_for()}; found {_there(paths)}")
     listing = _from_metadata(folder, metadata, images, column) if metadata else _from_sidecars(folder, images, paths)
     if not any(entry.captions for entry in listing.entries):
+        if listing.problems:
+            raise DataError(f"no image of {folder} can be used; the first: {listing.problems[0].reason}")
         raise DataError(
             f"no captions in {folder}: looked for {', '.join(METADATA)}, and for {' and '.join(SIDECARS)} files named"
             f" as the images; found {_there(paths)}{_guess(paths, images)}"
         )
+    unread = Counter(path.suffix.lower() for path in paths if path.suffix.lower() in UNREAD)
+    if unread:
+        listing.notes.append(f"{_counted(unread)} files are left out: convert them to one of {', '.join(sorted(SUFFIXES))}")
     if folder != whole:
         listing.notes.append(f"took train/ and left {', '.join(f'{name}/' for name in others)}")
     return listing
@@ -81,19 +87,23 @@ def _from_metadata(folder: Path, metadata: list[Path], images: list[Path], colum
 
 
 def _from_sidecars(folder: Path, images: list[Path], paths: list[Path]) -> Listing:
-    there = set(paths)
+    sidecars = {path.with_suffix(path.suffix.lower()): path for path in paths if path.suffix.lower() in SIDECARS}
     used: Counter[str] = Counter()
     listing = Listing("", [])
     for image in images:
-        texts = [image.with_suffix(suffix) for suffix in SIDECARS if image.with_suffix(suffix) in there]
-        captions = as_captions(_read_text(texts[0]), str(texts[0])) if texts else ()
+        texts = [place for suffix in SIDECARS if (place := image.with_suffix(suffix)) in sidecars]
         used.update(path.suffix for path in texts[:1])
         if len(texts) > 1:
             listing.notes.append(f"{image.name} has a .txt and a .caption file; the .txt is taken")
+        try:
+            captions = as_captions(_read_text(sidecars[texts[0]]), str(texts[0])) if texts else ()
+        except DataError as error:  # of one caption, which the others have no part in
+            listing.problems.append(Unusable(_name(image, folder), str(error)))
+            continue
         listing.entries.append(Entry(_name(image, folder), captions, FileOrigin(image)))
     listing.layout = f"{' and '.join(sorted(used)) or 'no'} files beside the images"
     stems = {image.with_suffix("") for image in images}
-    alone = [path for path in paths if path.suffix in SIDECARS and path.with_suffix("") not in stems]
+    alone = [path for path in sidecars.values() if path.with_suffix("") not in stems]
     if alone:
         listing.notes.append(f"{len(alone)} captions have no image, the first is {alone[0].name}")
     return listing
@@ -167,7 +177,11 @@ def _there(paths: list[Path]) -> str:
     kinds = Counter(
         path.name if path.name.startswith("metadata") else path.suffix.lower() or path.name for path in paths
     )
-    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6)) or "nothing"
+    return _counted(kinds) or "nothing"
+
+
+def _counted(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6))
 
 
 def _guess(paths: list[Path], images: list[Path]) -> str:

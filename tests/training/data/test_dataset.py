@@ -286,6 +286,30 @@ def test_headers_alone_do_not_show_what_is_cut_off(tmp_path):
         data.load(1)
 
 
+def test_one_bad_caption_costs_one_image_and_all_are_named(tmp_path):
+    for index in range(4):
+        picture(index).save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_bytes("grün".encode("latin-1" if index in (1, 3) else "utf-8"))
+    data = read_dataset([tmp_path])
+    assert data.names == ("0.png", "2.png")
+    assert [(problem.name, "not UTF-8" in problem.reason) for problem in data.problems] == [("1.png", True), ("3.png", True)]
+    for index in (0, 2):
+        os.remove(tmp_path / f"{index}.png")
+    with pytest.raises(DataError, match=r"no image of .* can be used; the first: .*1\.txt is not UTF-8"):
+        read_dataset([tmp_path])
+
+
+def test_endings_count_in_any_case_and_unread_images_are_named(tmp_path):
+    picture().save(tmp_path / "a.PNG")
+    (tmp_path / "a.TXT").write_text("a caption")
+    (tmp_path / "b.HEIC").write_bytes(b"?")
+    (tmp_path / "c.Txt").write_text("alone")
+    data = read_dataset([tmp_path])
+    assert data.names == ("a.PNG",) and data.captions == (("a caption",),)
+    assert any("1 .heic files are left out: convert them to one of .bmp" in note for note in data.notes)
+    assert any("1 captions have no image, the first is c.Txt" in note for note in data.notes)
+
+
 def test_several_sources(tmp_path):
     sources = [
         DataSource(jsonl_folder(tmp_path / "a", 1), repeats=3),
