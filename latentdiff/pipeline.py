@@ -134,7 +134,8 @@ class Pipeline(PromptedModel):
             return Start(plan.start_scale * (x if latents is None else latents[part].to(x)))
 
         width = self.residence.module("unet").config.cross_attention_dim
-        text = given.instead_of(self.encoded(plan), width) if given.is_given else None
+        chunk = self.text_encoder.context_length if given.is_given and self.told_count else None
+        text = given.instead_of(self.encoded(plan), width, chunk) if given.is_given else None
         larger = second and second.plan(plan, self.schedule)
         with self.going_around(axes, plan):
             made = self.sample(plan, shape, start, text=text)

@@ -157,3 +157,22 @@ def test_what_an_engine_takes_is_the_context(pipe: Pipeline) -> None:
 def test_bare_text_is_refused_where_sizes_are_told(pipe: Pipeline) -> None:
     with pytest.raises(UsageError, match="told sizes beside the text"):
         pipe.unet(start(), 500.0, pipe.encode([PROMPT]))
+
+
+def test_embeddings_of_diffusers_are_taken_with_their_pooled_text(
+    pipe: Pipeline, peer: StableDiffusionXLPipeline
+) -> None:
+    from latentdiff.networks.pooled import with_pooled
+
+    tokens, avoided, pooled, avoided_pooled = peer.encode_prompt(PROMPT, negative_prompt="dog")
+    (expected,) = pipe(PROMPT, negative_prompt="dog", steps=2, seed=1)
+    given = {
+        "prompt_embeds": with_pooled(tokens, pooled),
+        "negative_prompt_embeds": with_pooled(avoided, avoided_pooled),
+    }
+    (image,) = pipe(steps=2, seed=1, **given)
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1
+    with pytest.raises(UsageError, match="pooled text in a row more"):
+        pipe(steps=2, prompt_embeds=tokens)
+    with pytest.raises(UsageError, match="with_pooled"):
+        pipe(PROMPT, pooled_prompt_embeds=pooled)

@@ -23,6 +23,7 @@ from latentdiff.networks.text_encoders import FIRST, TextEncoders, encoders_of
 
 _UNNAMED = ("*", "emb_params", "string_to_param.*")  # what files that do not hold the word call the vectors
 _SDXL = ("clip_l", "clip_g")
+_WORD = "latentdiff.word"  # in the metadata of such a file
 _LONGEST = 75  # vectors: as many tokens as a prompt holds
 
 
@@ -126,9 +127,11 @@ class NewWord(nn.Module):
             LatentDiffError: the file cannot be written.
         """
         tensors = {self.word: self.vector.detach().cpu()}
-        if self.second is not None:  # a file of two has no place for the word but its name
+        about = {"format": "pt", **(metadata or {})}
+        if self.second is not None:  # the names of the tensors are taken: for other programs, the file's is the word
             tensors = dict(zip(_SDXL, (each.detach().cpu() for each in self.of_encoders), strict=True))
-        save_tensors(tensors, Path(path), {"format": "pt", **(metadata or {})})
+            about[_WORD] = self.word
+        save_tensors(tensors, Path(path), about)
 
 
 class LoadedEmbeddings:
@@ -246,7 +249,8 @@ def read_words(path: Path, vectors: Mapping[str, Tensor], text_encoder: TextEnco
     if of_both:
         if len({len(torch.atleast_2d(vector)) for vector in ordered}) > 1:
             raise CheckpointError(f"expected as many vectors for each text encoder in {path}")
-        return [NewWord(path.stem, *ordered)]
+        stated = read_tensors(path).metadata.get(_WORD, "").strip()
+        return [NewWord(stated or path.stem, *ordered)]
     return [NewWord(path.stem if name in _UNNAMED else name, vector) for name, vector in vectors.items()]
 
 

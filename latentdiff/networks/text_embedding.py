@@ -103,13 +103,22 @@ class Given:
         """Whether there are any."""
         return self.positive is not None or self.negative is not None
 
-    def instead_of(self, texts: EncodedTexts, width: int) -> EncodedTexts:
+    def instead_of(self, texts: EncodedTexts, width: int, pooled_after: int | None = None) -> EncodedTexts:
         """The texts of the pictures, with the given ones in their place.
+
+        Args:
+            pooled_after: length of a chunk, where the model wants pooled text in a row behind the chunks.
 
         Raises:
             UsageError: embeddings of another shape.
         """
         positive, negative = texts
+        for name, given in (("prompt_embeds", self.positive), ("negative_prompt_embeds", self.negative)):
+            if pooled_after and given is not None and given.ndim == 3 and given.shape[1] % pooled_after != 1:
+                raise UsageError(
+                    f"expected {name} with the pooled text in a row more than {pooled_after} or a multiple of it, as `encode` "
+                    f"and `latentdiff.networks.pooled.with_pooled` make them, found {given.shape[1]} rows"
+                )
         return (
             _in_place(positive, "prompt_embeds", self.positive, width),
             _in_place(negative, "negative_prompt_embeds", self.negative, width),
