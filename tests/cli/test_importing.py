@@ -104,14 +104,14 @@ def test_loras_of_other_programs_are_found_by_their_names(command, sd1):
 
 
 def test_json_for_programs(command):
-    image_with("a.png", parameters=f"{TEXTS['plain']}, Hires upscale: 2")
+    image_with("a.png", parameters=f"{TEXTS['plain']}, ADetailer model: face.pt")
     image_with("i.png", invokeai_metadata=json.dumps(VERSION_3))
     image_with("c.png", prompt=json.dumps(changed()))
     image_with("none.png", other="x")
     done = command("import", "a.png", "i.png", "c.png", "none.png", "--json")
     first, invoke, comfy, none = json.loads(done.out)
     assert done.code == 1 and "carries no recipe" in none["error"] and none["image"] == "none.png"
-    assert [one["name"] for one in first["fields"] if one["verdict"] == "refused"] == ["Hires upscale"]
+    assert [one["name"] for one in first["fields"] if one["verdict"] == "refused"] == ["ADetailer model"]
     assert first["options"]["seed"] == 5 and first["command"].startswith("latentdiff generate 'a fox' ")
     assert comfy["program"] == "ComfyUI" and "--noise-source comfy" in comfy["command"]
     assert "--lora sty.safetensors:0.75" in invoke["command"] and "--vae sd-vae-ft-mse" in invoke["command"]
