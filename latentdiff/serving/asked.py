@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 
 from latentdiff.errors import DataError, UsageError
 from latentdiff.reading.pictures import opened
-from latentdiff.request.domains import Choice, Interval, Numbers, Pair, Real, Whole, YesNo
+from latentdiff.request.domains import Choice, Factor, Interval, Numbers, Pair, Real, Whole, YesNo
 from latentdiff.request.options import MOST_IMAGES, OPTIONS, checked, texts
 from latentdiff.serving.catalogue import Catalogue
 from latentdiff.serving.errors import Refused
@@ -30,7 +30,7 @@ def _kind(name: str) -> Any:
             return Literal[names]
         case Whole():
             return int
-        case Real():
+        case Real() | Factor():
             return float
         case YesNo():
             return bool
@@ -80,8 +80,13 @@ def seeds_from(seed: int | None, count: int) -> list[int]:
     return [first + place for place in range(count)]
 
 
-def check(draw: Draw, count: int, catalogue: Catalogue, limits: Limits) -> Draw:
+def check(
+    draw: Draw, count: int, catalogue: Catalogue, limits: Limits, own: tuple[int, int] = (1024, 1024)
+) -> Draw:
     """The draw with the LoRAs that its prompt names, if it is within the limits.
+
+    Args:
+        own: width and height of the model's training, where none are asked for.
 
     Raises:
         Refused: it is not.
@@ -90,8 +95,11 @@ def check(draw: Draw, count: int, catalogue: Catalogue, limits: Limits) -> Draw:
     _at_most("n", count, limits.images, "images")
     options = draw.options
     levels = max(options.get("steps") or 1, *(len(options.get(name) or ()) for name in ("sigmas", "timesteps")))
-    _at_most("steps", levels * draw.task.get("repeats", 1), limits.steps, "steps")
+    second = options.get("hires_steps") or levels if options.get("hires") else 0
+    _at_most("steps", levels * draw.task.get("repeats", 1) + second, limits.steps, "steps")
     width, height = _size(draw, limits)
+    if factor := options.get("hires"):
+        width, height = (round((side or usual) * factor) for side, usual in zip((width, height), own, strict=True))
     _at_most("size", max(width, height), limits.side, "pixels a side")
     _at_most("size", width * height, limits.pixels, "pixels")
     if count < 1:

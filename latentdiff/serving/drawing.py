@@ -15,7 +15,9 @@ from latentdiff.errors import UsageError
 from latentdiff.image import as_rgb, save_image
 from latentdiff.pipeline import Pipeline
 from latentdiff.reading.pictures import opened
+from latentdiff.request.options import SAMPLING
 from latentdiff.request.plan import Sampling
+from latentdiff.request.second_pass import SecondPass
 from latentdiff.serving.work import Draw, Piece
 from latentdiff.tasks.editing import begin_at, image_to_image
 from latentdiff.tasks.inpainting import inpaint
@@ -63,13 +65,14 @@ def drawn(pipe: Pipeline, pieces: Sequence[Piece], callback: Callable[[int, floa
 
 
 def walk_length(pipe: Pipeline, draw: Draw) -> int:
-    """How many steps the images of a request take."""
-    options = {**_options(pipe, draw), "num_images": 1}
-    plan = Sampling(**options).plan(draw.prompt, pipe.schedule)
+    """How many steps the images of a request take, in all passes."""
+    options = _options(pipe, draw)
+    second = SecondPass.taken_from(options)
+    plan = Sampling(**{name: value for name, value in options.items() if name in SAMPLING}).plan("", pipe.schedule)
     strength = draw.task.get("strength")
-    if draw.image is None or strength is None:
-        return plan.steps
-    return begin_at(plan, strength).steps * draw.task.get("repeats", 1)
+    if draw.image is None:
+        return plan.steps + (second.plan(plan, pipe.schedule).steps if second else 0)
+    return (plan if strength is None else begin_at(plan, strength)).steps * draw.task.get("repeats", 1)
 
 
 def as_file(image: Image.Image, suffix: str, quality: int) -> bytes:

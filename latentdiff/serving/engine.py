@@ -45,7 +45,8 @@ class Engine:
         Raises:
             Refused: it is beyond the limits, or cannot be taken on now.
         """
-        draw = check(draw, len(seeds), self.catalogue, self.limits)
+        facts = self.facts(draw.model)
+        draw = check(draw, len(seeds), self.catalogue, self.limits, *([facts.size] if facts else []))
         if self.fault:
             raise Refused(503, self.fault, code="worker_unavailable")
         try:

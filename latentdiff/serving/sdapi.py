@@ -20,12 +20,12 @@ from latentdiff.reading.texts import texts_of
 from latentdiff.recipe import TEXT_CHUNK
 from latentdiff.request.infotext import split
 from latentdiff.request.options import checked
-from latentdiff.request.titles import AUTOMATIC, SAMPLER_TITLES, SCHEDULES, read_sampler
+from latentdiff.request.titles import AUTOMATIC, SAMPLER_TITLES, SCHEDULES, UPSCALERS, read_sampler
 from latentdiff.serving.asked import decoded, seeds_from
 from latentdiff.serving.engine import Engine
 from latentdiff.serving.errors import Refused, of_failure
 from latentdiff.serving.queue import Job
-from latentdiff.serving.sdapi_bodies import Asked, ImageBody, Img2Img
+from latentdiff.serving.sdapi_bodies import Asked, ImageBody, Img2Img, Txt2Img
 from latentdiff.serving.sdapi_lists import lists, name_of, title_of
 from latentdiff.serving.work import Draw, Made
 
@@ -50,9 +50,9 @@ def router(engine: Engine) -> APIRouter:
     state = State(engine)
 
     @routes.post("/txt2img")
-    async def txt2img(asked: Asked, request: Request) -> dict[str, Any]:
-        """Images of a prompt."""
-        return await _answer(state, asked, _draw(state, asked), request)
+    async def txt2img(asked: Txt2Img, request: Request) -> dict[str, Any]:
+        """Images of a prompt, in one pass or in two."""
+        return await _answer(state, asked, _from_prompt(state, asked), request)
 
     @routes.post("/img2img")
     async def img2img(asked: Img2Img, request: Request) -> dict[str, Any]:
@@ -138,6 +138,24 @@ def _draw(state: State, asked: Asked) -> Draw:
     )
 
 
+def _from_prompt(state: State, asked: Txt2Img) -> Draw:
+    draw = _draw(state, asked)
+    own: dict[str, Any] = {"seamless": "xy"} if asked.tiling else {}
+    if asked.enable_hr:
+        same = {"hr_sampler_name": asked.sampler_name, "hr_scheduler": asked.scheduler, "hr_prompt": asked.prompt}
+        same |= {"hr_negative_prompt": asked.negative_prompt, "hr_checkpoint_name": None}
+        same |= {"hr_resize_x": 0, "hr_resize_y": 0}
+        if other := [name for name, first in same.items() if getattr(asked, name) not in (None, "", 0, first)]:
+            raise Refused(422, f"{', '.join(other)}: the second pass is like the first here; leave it out")
+        upscaler = asked.hr_upscaler or "Latent"
+        if upscaler not in UPSCALERS:
+            raise Refused(422, f"expected a hr_upscaler of {', '.join(UPSCALERS)}, found {upscaler}")
+        own |= {"hires": asked.hr_scale, "hires_upscaler": UPSCALERS[upscaler]}
+        own |= {"hires_steps": asked.hr_second_pass_steps or None, "hires_strength": asked.denoising_strength or 0.75}
+    own = checked({name: value for name, value in own.items() if value is not None})
+    return replace(draw, options={**draw.options, **own})
+
+
 def _from_image(state: State, asked: Img2Img) -> Draw:
     if not asked.init_images:
         raise Refused(404, "Init image not found")
@@ -170,9 +188,9 @@ def _refuse_what_is_not_here(asked: Asked) -> None:
     for name in filter(None, scripts):
         raise Refused(422, f"Script '{name}' not found")
     wanted = {
-        "enable_hr": asked.enable_hr,
+        "enable_hr": asked.enable_hr and not isinstance(asked, Txt2Img),
         "restore_faces": asked.restore_faces,
-        "tiling": asked.tiling,
+        "tiling": asked.tiling and not isinstance(asked, Txt2Img),
         "subseed_strength": asked.subseed_strength,
         "styles": asked.styles,
         "refiner_checkpoint": asked.refiner_checkpoint,

@@ -42,6 +42,22 @@ class Asked(BaseModel):
     refiner_checkpoint: str | None = None
 
 
+class Txt2Img(Asked):
+    """The body of txt2img; the fields of a second, larger pass count with `enable_hr` alone."""
+
+    denoising_strength: float | None = None
+    hr_scale: float = Field(2.0, gt=1, le=8)
+    hr_upscaler: str | None = None
+    hr_second_pass_steps: int = Field(0, ge=0)
+    hr_resize_x: int = 0
+    hr_resize_y: int = 0
+    hr_checkpoint_name: str | None = None
+    hr_sampler_name: str | None = None
+    hr_scheduler: str | None = None
+    hr_prompt: str = ""
+    hr_negative_prompt: str = ""
+
+
 class Img2Img(Asked):
     """The body of img2img."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from latentdiff.request.titles import AUTOMATIC, SCHEDULES, TITLES
+from latentdiff.request.titles import AUTOMATIC, SCHEDULES, TITLES, UPSCALERS
 from latentdiff.serving.engine import Engine
 
 
@@ -54,13 +54,15 @@ def lists(engine: Engine) -> dict[str, Any]:
         unknown = {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None, "shape": 0, "vectors": 0}
         return {"loaded": dict.fromkeys(catalogue.embeddings, unknown), "skipped": {}}
 
-    nothing = ("upscalers", "latent-upscale-modes", "sd-vae", "hypernetworks", "face-restorers", "prompt-styles")
+    nothing = ("sd-vae", "hypernetworks", "face-restorers", "prompt-styles")
     return {
         "sd-models": sd_models,
         "samplers": samplers,
         "schedulers": schedulers,
         "loras": loras,
         "embeddings": embeddings,
+        "upscalers": lambda: [{"name": name, "scale": 4} for name, own in UPSCALERS.items() if own == "lanczos"],
+        "latent-upscale-modes": lambda: [{"name": name} for name, own in UPSCALERS.items() if own != "lanczos"],
         "scripts": lambda: {"txt2img": [], "img2img": []},
         "script-info": lambda: [],
         "cmd-flags": lambda: {},

@@ -57,6 +57,17 @@ def test_an_image_is_changed(client, scene):
     assert np.abs(pixels(answer.image) - pixels(own)).max() <= 1
 
 
+def test_a_second_pass_and_tiles(client):
+    options = {"prompt": "a cat", "seed": 3, "width": 48, "height": 48, "sampler_name": "DDIM", "eta": 0.0}
+    answer = client.txt2img(**options, enable_hr=True, hr_scale=2, hr_second_pass_steps=2, denoising_strength=0.5, tiling=True)
+    own = peers.ours("sd1")(
+        "a cat", seed=3, width=48, height=48, sampler="ddim", spacing="leading", eta=0.0, steps=3, guidance_scale=7.0,
+        hires=2.0, hires_steps=2, hires_strength=0.5, seamless="xy",
+    )[0]  # fmt: skip
+    assert answer.image.size == (96, 96)
+    assert np.abs(pixels(answer.image) - pixels(own)).max() <= 1
+
+
 @pytest.mark.parametrize("invert", [0, 1])
 def test_a_mask_is_painted_where_it_is_white(client, scene, invert):
     source = Image.open(scene).convert("RGB").resize((64, 64))
@@ -106,7 +117,7 @@ def test_lists(client):
     assert {"Euler a", "DPM++ 2M", "DDIM"} <= {sampler["name"] for sampler in client.get_samplers()}
     assert {"automatic", "karras", "sgm_uniform"} <= {each["name"] for each in client.get_schedulers()}
     assert client.get_loras() == [] and client.get_scripts() == {"txt2img": [], "img2img": []}
-    assert client.get_embeddings()["loaded"] == {} and client.get_upscalers() == []
+    assert client.get_embeddings()["loaded"] == {}
 
 
 @pytest.mark.slow
@@ -134,7 +145,10 @@ def test_another_model_is_chosen(client):
         ("txt2img", {"sampler_name": "Nothing"}, 404, "Sampler not found"),
         ("txt2img", {"override_settings": {"sd_model_checkpoint": "nothing"}}, 404, "Model not found"),
         ("txt2img", {"override_settings": {"sd_vae": "x"}}, 422, "sd_vae"),
-        ("txt2img", {"enable_hr": True}, 422, "enable_hr"),
+        ("txt2img", {"enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+"}, 422, "hr_upscaler"),
+        ("txt2img", {"enable_hr": True, "hr_prompt": "a dog"}, 422, "hr_prompt"),
+        ("txt2img", {"enable_hr": True, "hr_scale": 4, "steps": 3}, 400, "at most 128 pixels"),
+        ("txt2img", {"restore_faces": True}, 422, "restore_faces"),
         ("txt2img", {"script_name": "x/y/z plot"}, 422, "Script 'x/y/z plot' not found"),
         ("txt2img", {"alwayson_scripts": {"ControlNet": {"args": [{"image": "x"}]}}}, 422, "Script 'ControlNet' not found"),
         ("txt2img", {"width": 4096}, 400, "at most 128 pixels"),
