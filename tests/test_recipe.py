@@ -136,6 +136,10 @@ def test_parameters_read_what_they_write(recipe):
     ):  # fmt: skip
         assert getattr(again, name) == getattr(recipe, name), name
     assert again.spacing == recipe.spacing
+    assert again.cache_interval == recipe.cache_interval
+    if recipe.cache_interval > 1:
+        assert (again.cache_branch, again.cache_centre) == (recipe.cache_branch, recipe.cache_centre)
+    assert again.model_hash == recipe.model_hash[:10]
 
 
 def test_recipes_without_the_newer_fields_are_read():
