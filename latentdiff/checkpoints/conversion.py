@@ -20,6 +20,7 @@ from latentdiff.checkpoints.raw import RawModel
 from latentdiff.checkpoints.schedules import ZERO_TERMINAL_SNR, stored_schedule
 from latentdiff.diffusion.config import PREDICTION_TYPES
 from latentdiff.errors import CheckpointError, UsageError
+from latentdiff.networks.text_encoders import SECOND
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -67,6 +68,10 @@ def read_model(source: str | os.PathLike[str], choices: Choices = Choices()) -> 
         raise CheckpointError(f"{path} is a folder, which holds one set of weights; load it without ema")
     else:
         raw = read_folder(path)
+    if "text_encoder" in given and SECOND in raw.tensors:
+        raise UsageError(
+            f"{path} is Stable Diffusion XL, whose text encoders cannot be replaced; leave out --text-encoder"
+        )
     raw = with_parts(raw, given)
     if choices.prediction_type:
         raw.configs["scheduler"]["prediction_type"] = choices.prediction_type

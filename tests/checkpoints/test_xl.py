@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from latentdiff.checkpoints.components import convert, inspect, load_components, save_folder
 from latentdiff.checkpoints.conversion import read_model
-from latentdiff.errors import CheckpointError
+from latentdiff.errors import CheckpointError, UsageError
 from tests import tiny
 from tests.checkpoints import compvis
 
@@ -171,3 +171,13 @@ def test_an_unet_alone_takes_the_rest_from_a_base(tmp_path: Path) -> None:
     found = load_components(tmp_path / "unet.safetensors", base=tmp_path / "model.safetensors")
     assert torch.equal(found.unet.conv_in.weight, unet["model.diffusion_model.input_blocks.0.0.weight"])
     assert found.text_encoder.pooled_width == 20
+
+
+def test_another_text_encoder_is_refused_and_another_vae_taken(tmp_path: Path) -> None:
+    source = tiny.xl_folder(tmp_path)
+    with pytest.raises(UsageError, match="cannot be replaced"):
+        load_components(source, text_encoder=source)
+    other = tiny.xl_vae(seed=9)
+    other.save_pretrained(tmp_path / "vae")
+    found = load_components(source, vae=tmp_path / "vae")
+    assert torch.equal(found.vae.quant_conv.weight, other.quant_conv.weight)
