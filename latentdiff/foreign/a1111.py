@@ -280,7 +280,7 @@ SETTINGS: dict[str, Handler] = {
 _BEGINNINGS: dict[str, Handler] = {
     "Hires ": _HIRES,
     "First pass size": _HIRES,
-    "ControlNet": _without("there is no ControlNet here"),
+    "ControlNet": _without("its image and its model are not in the text; name them with --control and --control-model"),
     "ADetailer": _without("there is no second pass over faces here"),
     "FreeU": _without("there is no FreeU here"),
     "freeu": _without("there is no FreeU here"),
