@@ -10,6 +10,7 @@ from latentdiff import Pipeline, image_to_image, inpaint
 from latentdiff.diffusion.drawing import CLASSES, SPACING_FLAGS
 from latentdiff.request.calls import OTHERWISE, SAME
 from latentdiff.request.options import OPTIONS
+from latentdiff.tasks import refine
 from tools import docs_hook
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -30,7 +31,7 @@ def test_every_name_that_is_taken_or_refused_is_in_the_table():
 
 
 def test_names_of_ours_exist():
-    calls = (Pipeline.__call__, Pipeline.load, Pipeline.load_lora, image_to_image, inpaint)
+    calls = (Pipeline.__call__, Pipeline.load, Pipeline.load_lora, image_to_image, inpaint, refine)
     known = {name for call in calls for name in inspect.signature(call).parameters}
     rows = [row for row in ROWS if len(row) == 3 and row[2].startswith(("taken", "refused", "the same"))]
     for row in rows:

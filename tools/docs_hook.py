@@ -11,6 +11,7 @@ from latentdiff.request.options import (
     Option,
     SamplingOptions,
     SeededOptions,
+    SizedOptions,
     WalkOptions,
     options_of,
     texts,
@@ -21,7 +22,8 @@ GROUPS = {
     WalkOptions: "Taken by everything that follows a prompt: also by `translate` and `restore`.",
     SeededOptions: "Taken by everything that draws noise: also by `restore`.",
     SamplingOptions: "Taken by the pipeline, `image_to_image`, `inpaint` and `interpolate`.",
-    GenerateOptions: "Taken by the pipeline and, as options of their own, by tasks that make images of a chosen size.",
+    SizedOptions: "Taken by the pipeline and, as options of their own, by tasks that make images of a chosen size.",
+    GenerateOptions: "Taken by the pipeline alone.",
 }
 
 

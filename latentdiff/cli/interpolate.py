@@ -17,7 +17,7 @@ from latentdiff.cli.options import (
 from latentdiff.cli.output import Writing, check_count, check_writable
 from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
-from latentdiff.request.options import GenerateOptions
+from latentdiff.request.options import SizedOptions
 
 
 @click.command()
@@ -37,7 +37,7 @@ from latentdiff.request.options import GenerateOptions
     metavar="FOLDER|FILE.gif",
     help="A new or empty folder for frame-000.png, ..., or an animation, in 256 colours a frame.",
 )
-@flags_of(GenerateOptions, without=("num_images",))
+@flags_of(SizedOptions, without=("num_images",))
 @MODEL_OPTIONS
 @WRITING
 def interpolate(prompts: tuple[str, ...], fps: float, out: Path, seed: int | None, **settings: Any) -> None:

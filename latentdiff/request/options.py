@@ -248,13 +248,18 @@ class SamplingOptions(SeededOptions, total=False):
     """With a cache interval: compute the deep layers most often around this step, from 0."""
 
 
-class GenerateOptions(SamplingOptions, total=False):
+class SizedOptions(SamplingOptions, total=False):
     """What making images of prompts alone takes."""
 
     width: Annotated[int | None, Option(SIDE, unset="that of the training")]
     """Of the image in pixels, a multiple of the VAE's factor (8)."""
     height: Annotated[int | None, Option(SIDE, unset="that of the training")]
     """Of the image in pixels, a multiple of the VAE's factor (8)."""
+
+
+class GenerateOptions(SizedOptions, total=False):
+    """What `generate` takes besides."""
+
     hires: Annotated[
         float | None, Option(Factor(8.0), unset="one pass", kept=Kept(float | None, "Hires upscale", None))
     ]

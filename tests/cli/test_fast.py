@@ -85,7 +85,7 @@ def test_a_preview_is_written_and_changes_nothing(generate, tmp_path, tiny):
 
 def test_a_decoder_without_previews_is_refused(generate):
     done = generate("--preview-decoder", "tiny.safetensors")
-    assert done.code == 2 and "--preview FILE.png" in done.err
+    assert done.code == 2 and "expected --preview FILE with" in done.err
 
 
 def test_help_says_what_fast_takes():
