@@ -241,7 +241,11 @@ def test_the_default_blocks_are_the_paper_s_on_stable_diffusion():
 )
 def test_smaller_networks_have_default_blocks_that_exist(levels, attention_levels, features, attentions):
     config = replace(
-        CONFIG, block_out_channels=(8,) * levels, num_heads=(2,) * levels, attention_levels=attention_levels
+        CONFIG,
+        block_out_channels=(8,) * levels,
+        num_heads=(2,) * levels,
+        attention_levels=attention_levels,
+        transformer_depth=(1,),
     )
     spec = default_spec(config)
     assert (spec.feature_blocks, spec.attn_blocks) == ((features,), attentions)
