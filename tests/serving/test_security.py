@@ -213,6 +213,13 @@ def test_sizes_beyond_the_limits(guarded, opened, width, height):
     assert answer.status_code == 400 and "pixels" in answer.json()["detail"]
 
 
+def test_a_second_pass_counts_with_its_size_and_steps(guarded, opened):
+    for fields, unit in (({"width": 512, "hires": 4}, "pixels"), ({"hires": "8x"}, "pixels"), ({"hires_steps": 500}, "steps")):
+        body = {"prompt": "a cat", "steps": 2, "hires": 1.5, **fields}
+        answer = opened.post(f"{guarded.url}/api/draw", json=body)
+        assert answer.status_code in (400, 422) and (unit in answer.text or "hires" in answer.text)
+
+
 def test_a_side_that_follows_from_the_other_is_limited(guarded, opened):
     file = io.BytesIO()
     Image.new("RGB", (4, 4000)).save(file, "PNG")
