@@ -110,6 +110,7 @@ def generate(
     take_controls(settings)
     if explain:
         return _explain([line.prompt for line in lines], settings)
+    output.check_apart({"--out": out, "--sheet": sheet, "--preview": preview})
     output.check_writable(out)
     for option, place in (("--sheet", sheet), ("--preview", preview)):
         if place:

@@ -80,6 +80,20 @@ def check_image_file(option: str, path: Path) -> None:
     check_writable(path)
 
 
+def check_apart(places: Mapping[str, Path | None]) -> None:
+    """Make sure that no two options, by their names, write the same image file.
+
+    Raises:
+        UsageError: two do.
+    """
+    seen: dict[Path, str] = {}
+    for option, place in places.items():
+        if place and is_file(place):
+            other = seen.setdefault(place.resolve(), option)
+            if other != option:
+                raise UsageError(f"{other} and {option} both name {place}; give each a file of its own")
+
+
 def check_writable(path: Path) -> None:
     """Make sure, before any work is done and without leaving a trace, that `path`, an image file or a folder, can be
     written.
@@ -160,6 +174,7 @@ def check_results(out: Path, compare: Path | None, count: int) -> None:
         UsageError: it will not, or a file of that name is there already.
     """
     check_count(out, count)
+    check_apart({"--out": out, "--compare": compare})
     if compare:
         check_image_file("--compare", compare)
     check_writable(out)

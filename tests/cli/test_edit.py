@@ -122,6 +122,7 @@ def test_hostile_recipes(command, sd1, sources, changes, code, message):
         (("edit", "photo.png", "cat", "--out", "photo.png"), 2, "photo.png is there already"),
         (("edit", "photo.png", "cat", "-n", 2, "--out", "a.png"), 2, "expected a folder for 2 pictures"),
         (("edit", "photo.png", "cat", "--compare", "row"), 2, "expected --compare FILE with an ending"),
+        (("edit", "photo.png", "cat", "--out", "a.png", "--compare", "./a.png"), 2, "--out and --compare both name a.png"),
         (("edit", "photo.png", "cat", "--strength", 3), 2, "strength to be a finite number of 0 to 1"),
         (("inpaint", "photo.png", "cat"), 2, "expected a mask, or margins"),
         (("inpaint", "photo.png", "cat", "--mask", "none.png"), 1, "no picture at none.png"),

@@ -226,6 +226,8 @@ def test_long_prompt_says_what_is_dropped(generate):
         (["cat", "--seed", -1], "--seed to be a whole number of 0 to 2**64 - 1, found -1"),
         (["cat", "--device", "tpu"], "expected the device auto, cpu, cuda"),
         (["cat", "--frobnicate"], "No such option"),
+        (["cat", "--out", "a.png", "--sheet", "a.png"], "--out and --sheet both name a.png"),
+        (["cat", "--sheet", "a.png", "--preview", "a.png"], "--sheet and --preview both name a.png"),
         ([], "expected a prompt"),
         (["--prompts", "none.txt"], "none.txt"),
         (["cat", "dog", "--out", "a.png"], "expected a folder for 2 pictures, found --out a.png"),
