@@ -58,7 +58,7 @@ def read(said: dict[str, Any]) -> Account:
     """The account of its JSON."""
     draft = Draft(str(said.get("version", "Fooocus"))[:64], prompt_syntax="comfy", noise_source="comfy",
                   noise_start="unit", told_timesteps="whole")  # fmt: skip
-    draft.refuse("(model)", "Stable Diffusion XL", "the models here are those of Stable Diffusion 1.x and 2.x")
+    draft.refuse("(model)", "Stable Diffusion XL", "Fooocus changes it on the way, by sharpness and ADM guidance")
     _prompts(draft, said)
     for name, value in said.items():
         _field(draft, name, value, said)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from latentdiff.errors import UsageError
@@ -30,6 +30,8 @@ def as_list(prompt: str | Sequence[str]) -> list[str]:
     Raises:
         UsageError: there is no prompt, or one is not valid text.
     """
+    if not isinstance(prompt, Iterable):
+        raise UsageError(f"expected a prompt or a list of prompts, found {type(prompt).__name__}: {prompt!r}")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise UsageError("expected a prompt or a list of prompts, found an empty list")

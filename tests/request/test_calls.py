@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from PIL import Image
 
 from latentdiff.errors import UsageError
 from latentdiff.recipe import read_recipe
@@ -76,6 +77,8 @@ def test_missing_and_surplus_arguments(pipe):
         (lambda pipe: translate(pipe, "none.png", "a", method="x"), "method to be one of features"),
         (lambda pipe: invert(pipe, "none.png", method="x"), "method to be one of fixed-point"),
         (lambda pipe: invert(pipe, "none.png", iterations=-1), "iterations to be a whole number of 0 or more"),
+        (lambda pipe: pipe(5), "expected a prompt or a list of prompts, found int: 5"),
+        (lambda pipe: image_to_image(pipe, Image.new("RGB", (8, 8)), 5), "a list of prompts, found int: 5"),
         (lambda pipe: pipe("a", output="np"), "output to be one of images, latents, found 'np'"),
         (lambda pipe: pipe("a", latents="noise"), "latents to be a tensor"),
     ],
