@@ -29,7 +29,7 @@ from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
 from latentdiff.prompts.lines import Line, read_lines
 from latentdiff.prompts.notice import shortened
-from latentdiff.request.options import SAMPLING, Settings
+from latentdiff.request.options import OPTIONS, SAMPLING, GenerateOptions, Settings, SizedOptions, options_of
 from latentdiff.request.titles import SAMPLER_TITLES
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def generate(
             first = ranks.agree(lambda: drawn_seed(seed))
             if preview and ranks.is_first:
                 settings["callback"] = preview_file(pipe, preview, preview_every, preview_decoder)
-            second = _refining(pipe, refiner, refiner_switch) if refiner else {}
+            second = _refining(pipe, refiner, refiner_switch, settings) if refiner else {}
             job = Job(pipe, settings, skip_existing=skip_existing, writing=writing, ranks=ranks, **second)
             if wildcards:
                 lines = _drawn(lines, wildcards, first, num_images)
@@ -138,8 +138,11 @@ def generate(
     return code
 
 
-def _refining(pipe: Pipeline, refiner: str, switch: float) -> dict[str, Any]:
+def _refining(pipe: Pipeline, refiner: str, switch: float, settings: dict[str, Any]) -> dict[str, Any]:
     """How a `Job` has the last steps taken by another model."""
+    for name in options_of(GenerateOptions).keys() - options_of(SizedOptions).keys():
+        if settings.pop(name, None) not in (None, OPTIONS[name].default):
+            raise UsageError(f"--refiner does not go with --{name.replace('_', '-')}; leave one of them out")
     from latentdiff.pipeline import Pipeline
     from latentdiff.tasks import refining
 

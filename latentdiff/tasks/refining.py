@@ -17,7 +17,7 @@ from latentdiff.pipeline import Pipeline, Start
 from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Real
-from latentdiff.request.options import GenerateOptions, SamplingOptions
+from latentdiff.request.options import SamplingOptions, SizedOptions
 from latentdiff.request.plan import Plan, Sampling, latent_shape
 from latentdiff.tasks.editing import with_recipes
 
@@ -33,7 +33,7 @@ class RefineSettings:
     switch: float
 
 
-@public(GenerateOptions, switch=Real(0, 1))
+@public(SizedOptions, switch=Real(0, 1))
 @torch.no_grad()
 def refine(
     pipe: Pipeline,
@@ -41,7 +41,7 @@ def refine(
     prompt: str | Sequence[str],
     *,
     switch: float = SWITCH,
-    **options: Unpack[GenerateOptions],
+    **options: Unpack[SizedOptions],
 ) -> list[Image.Image]:
     """Make images of what the prompt says, the last steps by another model.
 
@@ -51,7 +51,7 @@ def refine(
         pipe: walks the first steps.
         refiner: walks the others and decodes; a model of the same latents.
         switch: 0 to 1, the share of the noise schedule after which it takes over; diffusers' `denoising_end`.
-        options: see `GenerateOptions`.
+        options: see `SizedOptions`.
 
     Raises:
         UsageError: an option outside its domain, the models do not fit, or one of them has no step.
