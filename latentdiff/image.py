@@ -106,7 +106,16 @@ def _options(name: str, quality: int) -> dict[str, Any]:
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str], *, metadata: bool = True) -> None:
-    """Write a PNG whole or not at all, with the texts in `image.info` (the recipe) unless `metadata` is off."""
+    """Write a PNG whole or not at all, with the texts in `image.info` (the recipe) unless `metadata` is off.
+
+    Raises:
+        UsageError: it is no image, or the name says another format.
+        LatentDiffError: the file cannot be written.
+    """
+    if not isinstance(image, Image.Image):  # pyright: ignore[reportUnnecessaryIsInstance] - of callers without types
+        raise UsageError(f"expected an image of PIL, found {type(image).__name__}")
+    if image_format(path) not in (None, "PNG"):
+        raise UsageError(f"cannot write {os.fspath(path)} as PNG: end the name in .png, or take save_image")
     chunks = PngImagePlugin.PngInfo()
     for name, text in texts_of(image).items() if metadata else ():
         chunks.add_text(name, text)  # as iTXt where Latin-1 does not suffice

@@ -276,3 +276,11 @@ def test_a_palette_keeps_its_transparency(tmp_path):
     for name in ("a.png", "a.webp"):
         save_image(image, tmp_path / name, quality=100)
         assert open_image(tmp_path / name).convert("RGBA").getchannel("A").tobytes() == b"\xff\0"
+
+
+def test_save_png_writes_images_as_png(tmp_path):
+    with pytest.raises(UsageError, match="expected an image of PIL, found str"):
+        save_png("x", tmp_path / "y.png")
+    with pytest.raises(UsageError, match="y.jpg as PNG: end the name in .png, or take save_image"):
+        save_png(Image.new("RGB", (2, 2)), tmp_path / "y.jpg")
+    assert not list(tmp_path.iterdir())
