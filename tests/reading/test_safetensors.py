@@ -85,12 +85,10 @@ def test_headers_that_contradict_themselves(tmp_path, header, words):
 
 
 def test_many_names_are_read_fast(tmp_path):
-    """In a few times of what reading the JSON takes; it was 17 seconds."""
+    """In about a second of the processor; once it took 17."""
     from latentdiff.reading.safetensors import read_header
 
     path = written(tmp_path / "a.safetensors", {f"layer.{i}.weight": entry((0,), (0, 0)) for i in range(50_000)}, b"")
     start = time.process_time()
-    json.loads(path.read_bytes()[8:])
-    middle = time.process_time()
     assert len(read_header(path).entries) == 50_000
-    assert time.process_time() - middle < 15 * (middle - start) + 0.1
+    assert time.process_time() - start < 8
