@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from latentdiff.request.option_texts import texts
 from latentdiff.request.options import (
     GenerateOptions,
     Option,
@@ -14,7 +15,6 @@ from latentdiff.request.options import (
     SizedOptions,
     WalkOptions,
     options_of,
-    texts,
 )
 
 MARK = "<!-- tables -->"

@@ -11,6 +11,7 @@ import click
 from latentdiff.cli.loras import ALLOW_PARTIAL, EMBEDDINGS, LORA_DIR, LORAS
 from latentdiff.files import IMAGE_FORMATS
 from latentdiff.request.domains import Factor, Interval, Numbers, Pair, Real, Seeds, Texts, Whole
+from latentdiff.request.option_texts import texts
 from latentdiff.request.options import (
     OPTIONS,
     AttentionName,
@@ -20,7 +21,6 @@ from latentdiff.request.options import (
     PredictionName,
     SamplingOptions,
     options_of,
-    texts,
 )
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]

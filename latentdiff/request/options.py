@@ -7,12 +7,8 @@ the same as not given. Loads no heavy library, as the command line's help has to
 """
 
 # Annotations are evaluated here: the metadata in them is read.
-import ast
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict, Unpack, get_args
 
 from latentdiff.request.domains import (
@@ -283,19 +279,6 @@ class GenerateOptions(SizedOptions, total=False):
 def options_of(group: type[Any]) -> dict[str, Option]:
     """The options of one of the groups above, by name."""
     return {name: kind.__metadata__[0] for name, kind in group.__annotations__.items()}
-
-
-@cache
-def texts() -> dict[str, str]:
-    """What stands under each option in this file, on one line."""
-    classes = [node for node in ast.parse(Path(__file__).read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
-    return {
-        key.target.id: " ".join(text.value.value.split())
-        for group in classes
-        for key, text in pairwise(group.body)
-        if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name)
-        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
-    }
 
 
 OPTIONS = options_of(GenerateOptions)

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, create_model
 from latentdiff.errors import DataError, UsageError
 from latentdiff.reading.pictures import opened
 from latentdiff.request.domains import Choice, Factor, Interval, Numbers, Pair, Real, Whole, YesNo
-from latentdiff.request.options import MOST_IMAGES, OPTIONS, checked, texts
+from latentdiff.request.option_texts import texts
+from latentdiff.request.options import MOST_IMAGES, OPTIONS, checked
 from latentdiff.serving.catalogue import Catalogue
 from latentdiff.serving.errors import Refused
 from latentdiff.serving.settings import Limits

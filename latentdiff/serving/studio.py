@@ -20,7 +20,8 @@ from latentdiff.reading.pictures import opened
 from latentdiff.reading.texts import texts_of
 from latentdiff.recipe import TEXT_CHUNK, read_account
 from latentdiff.request.domains import Choice, Real, Whole
-from latentdiff.request.options import OPTIONS, texts
+from latentdiff.request.option_texts import texts
+from latentdiff.request.options import OPTIONS
 from latentdiff.serving.asked import NAMES, OptionFields, decoded, options_in, seeds_from
 from latentdiff.serving.command import TASK, command_line
 from latentdiff.serving.engine import Engine

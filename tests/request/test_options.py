@@ -14,6 +14,7 @@ from latentdiff.cli import cli
 from latentdiff.errors import UsageError
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
+from latentdiff.request.option_texts import texts
 from latentdiff.request.options import (
     KEPT,
     OPTIONS,
@@ -24,7 +25,6 @@ from latentdiff.request.options import (
     WalkOptions,
     checked,
     options_of,
-    texts,
 )
 from latentdiff.tasks import image_to_image, inpaint, interpolate, restore, translate
 
