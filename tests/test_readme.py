@@ -53,7 +53,7 @@ def test_command_lines_parse(arguments: list[str], monkeypatch: pytest.MonkeyPat
     name, *rest = arguments
     command = cli.get_command(click.Context(cli), name)
     assert command is not None, f"latentdiff has no command {name}"
-    command.make_context(name, rest, parent=click.Context(cli, info_name="latentdiff"))
+    command.make_context(name, rest, parent=click.Context(cli, info_name="latentdiff", **cli.context_settings))
 
 
 @pytest.mark.parametrize("arguments", commands("make"), ids=" ".join)
