@@ -77,7 +77,8 @@ def test_commands_have_a_flag_for_every_option(command):
 
 
 def test_help_shows_defaults():
-    text = cli.commands["generate"].get_help(click.Context(cli.commands["generate"], **{**cli.context_settings, "max_content_width": 10_000}))
+    wide = {**cli.context_settings, "max_content_width": 10_000}
+    text = cli.commands["generate"].get_help(click.Context(cli.commands["generate"], **wide))
     for line in (
         "--steps N .*[default: 25]",
         "--guidance X .*[default: 5.0]",
