@@ -75,7 +75,8 @@ def test_a_thing_is_drawn_in_its_box_with_its_shadow_around(rng):
     assert np.abs(inside - ground).sum(-1).max() > fluent_scenes.MIN_CONTRAST
     rows, columns = np.ogrid[:SIZE, :SIZE]
     far = (rows < top - 10) | (rows > bottom + 12) | (columns < left - 10) | (columns > right + 12)
-    assert np.ptp(picture[far].astype(int), axis=0).max() <= 60  # nothing but the light gradient
+    if far.any():  # the largest things leave no place that is far
+        assert np.ptp(picture[far].astype(int), axis=0).max() <= 60  # nothing but the light gradient
 
 
 @settings(max_examples=40, deadline=None)
