@@ -123,7 +123,8 @@ def _conv(layer: nn.Conv2d, x: Tensor) -> Tensor | None:
 def widened_convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution in float32, rounded to the format of its weights at the end."""
     bias = None if layer.bias is None else layer.bias.float()
-    return layer._conv_forward(x.float(), layer.weight.float(), bias).to(x.dtype)
+    stride, padding, dilation = layer.stride, layer.padding, layer.dilation
+    return F.conv2d(x.float(), layer.weight.float(), bias, stride, padding, dilation, layer.groups).to(x.dtype)
 
 
 def pointwise(layer: nn.Conv2d, x: Tensor) -> Tensor:
