@@ -1,4 +1,4 @@
-# make demo   install what is needed into .venv, draw four pictures, and name commands to try next
+# make demo   install what is needed into .venv, draw four images, and name commands to try next
 # make serve  install the server too and start it: a page for the browser, and interfaces for other programs
 # make test   install what the tests need and run them
 # make lint   check style and types of the code
@@ -20,11 +20,11 @@ help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 demo: $(VENV)/installed
-	@$(VENV)/bin/latentdiff generate "$$PROMPT" --seed "$$SEED" -n 4 --out pictures/ --sheet pictures/demo.png
-	@printf '%s\n' "All four on one sheet: pictures/demo.png. Try next:" \
+	@$(VENV)/bin/latentdiff generate "$$PROMPT" --seed "$$SEED" -n 4 --out images/ --sheet images/demo.png
+	@printf '%s\n' "All four on one sheet: images/demo.png. Try next:" \
 	  '  $(VENV)/bin/latentdiff words' \
 	  '  $(VENV)/bin/latentdiff generate "a hat above a frog on a yellow background" --fast' \
-	  '  $(VENV)/bin/latentdiff edit pictures/a-panda-to-the-left-of-a-cactus-on-a-pink-background-4.png "a cat to the left of a cactus on a pink background"'
+	  '  $(VENV)/bin/latentdiff edit images/a-panda-to-the-left-of-a-cactus-on-a-pink-background-4.png "a cat to the left of a cactus on a pink background"'
 
 serve: $(VENV)/installed-serve
 	@$(VENV)/bin/latentdiff serve $(SERVE_ARGS)

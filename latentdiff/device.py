@@ -34,7 +34,7 @@ class Precision:
 FORMATS = {
     "fp32": Precision("fp32", torch.float32, torch.float32, torch.float32),
     "bf16": Precision("bf16", torch.bfloat16, torch.bfloat16, torch.bfloat16),
-    # The activations of SD's VAE do not fit into float16: the field's black pictures come from there.
+    # The activations of SD's VAE do not fit into float16: the field's black images come from there.
     "fp16": Precision("fp16", torch.float16, torch.float16, torch.float32),
     # Of the modules, whose products `latentdiff.engines.int8` then rounds to 8 bits.
     "int8": Precision("int8", torch.bfloat16, torch.bfloat16, torch.bfloat16),
@@ -61,7 +61,7 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device, parameters: int) -> Precision:
-    """The precision called `name`; "auto" takes the fastest one that keeps the picture.
+    """The precision called `name`; "auto" takes the fastest one that keeps the image.
 
     That is bf16 on a CUDA device that computes in it and fp16 on an older one, fp16 on mps, and on a CPU bf16 if
     it has instructions for it (AVX-512 BF16 or AMX) and the U-Net is large enough to gain from them, else fp32.
@@ -174,7 +174,7 @@ def explained_out_of_memory() -> Generator[None, None, None]:
         if not is_out_of_memory(error):
             raise
         raise LatentDiffError(
-            "not enough memory for this picture; try --batch-size 1, a smaller --width and --height, "
+            "not enough memory for this image; try --batch-size 1, a smaller --width and --height, "
             "--precision bf16, or --attention sliced"
         ) from error
 

@@ -53,7 +53,7 @@ class CheckpointError(LatentDiffError):
 
 
 class DataError(LatentDiffError):
-    """A data set cannot be used: nothing found, captions missing, pictures unreadable."""
+    """A data set cannot be used: nothing found, captions missing, images unreadable."""
 
 
 class NotFiniteError(LatentDiffError):

@@ -154,7 +154,7 @@ def is_transparent(image: Image.Image) -> bool:
 
 
 def gif_of(frames: Sequence[Image.Image], fps: float, comment: str = "") -> bytes:
-    """An endless GIF of pictures of one size, in 256 colours each; times are rounded to 1/100 s."""
+    """An endless GIF of images of one size, in 256 colours each; times are rounded to 1/100 s."""
     file = io.BytesIO()
     duration = round(1000 / fps)
     frames[0].save(
@@ -167,7 +167,7 @@ def frames_of(animation: bytes | str | os.PathLike[str]) -> list[Image.Image]:
     """The frames of an animation, its bytes or a file, in RGB; of equal neighbours the encoder may have made one.
 
     Raises:
-        DataError: there is no such file, or it is damaged or no picture.
+        DataError: there is no such file, or it is damaged or no image.
     """
     name = "the animation" if isinstance(animation, bytes) else os.fspath(animation)
     with opened(animation, name) as image:
@@ -184,7 +184,7 @@ def open_image(path: str | os.PathLike[str], *, still: bool = False) -> Image.Im
         still: one image is wanted: say so if it is an animation, or has pages, of which the first is taken.
 
     Raises:
-        DataError: there is no such file, or it is damaged or no picture.
+        DataError: there is no such file, or it is damaged or no image.
     """
     with opened(path, os.fspath(path)) as image:
         count = getattr(image, "n_frames", 1) if still and image.format != "MPO" else 1
@@ -196,7 +196,7 @@ def open_image(path: str | os.PathLike[str], *, still: bool = False) -> Image.Im
 
 
 def side_by_side(pictures: Mapping[str, Image.Image]) -> Image.Image:
-    """Pictures in one row, each above its name; smaller ones stand at the top left of a white area of the largest
+    """Images in one row, each above its name; smaller ones stand at the top left of a white area of the largest
     size."""
     size = max(image.width for image in pictures.values()), max(image.height for image in pictures.values())
     cells: list[Image.Image] = []
@@ -208,7 +208,7 @@ def side_by_side(pictures: Mapping[str, Image.Image]) -> Image.Image:
 
 
 def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 4) -> Image.Image:
-    """Lay pictures of one size out in rows, each above its caption; captions wrap and are cut after three lines."""
+    """Lay images of one size out in rows, each above its caption; captions wrap and are cut after three lines."""
     font = ImageFont.load_default(CAPTION_SIZE)
     width, height = images[0].size
     cell_width, cell_height = width + CAPTION_SIZE, height + 5 * CAPTION_SIZE

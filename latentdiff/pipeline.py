@@ -1,4 +1,4 @@
-"""Text to image: the way from a prompt to a picture on one page.
+"""Text to image: the way from a prompt to an image on one page.
 
     prompt -> tokens -> embeddings ┐
     seed   -> start noise ---------┴-> denoise loop (schedule, sampler, guidance, U-Net) -> VAE -> image
@@ -52,7 +52,7 @@ def _tensor(name: str, value: object) -> Tensor:
     return value
 
 
-Texts = Tensor | Sequence[EncodedPrompt]  # embeddings (N, L, C), or what each picture is told
+Texts = Tensor | Sequence[EncodedPrompt]  # embeddings (N, L, C), or what each image is told
 
 
 class Pipeline(PromptedModel):
@@ -184,11 +184,11 @@ class Pipeline(PromptedModel):
         *,
         text: tuple[Texts, Texts] | None = None,
     ) -> Tensor:
-        """Walk the pictures of a plan, batch by batch, from where `start` puts them down to clean latents (N, C, h, w).
+        """Walk the images of a plan, batch by batch, from where `start` puts them down to clean latents (N, C, h, w).
 
         Args:
-            shape: (C, h, w), of the noise of one picture.
-            start: (pictures of the batch, their noise) -> where they begin, at the first level of the plan.
+            shape: (C, h, w), of the noise of one image.
+            start: (images of the batch, their noise) -> where they begin, at the first level of the plan.
             text: what to follow and to avoid, in place of the plan's prompts; see `denoiser`.
 
         Raises:
@@ -216,7 +216,7 @@ class Pipeline(PromptedModel):
         start: Callable[[slice, NoiseStream], Start],
         text: tuple[Texts, Texts] | None,
     ) -> Tensor:
-        """`sample` of pictures whose prompts name the same LoRAs, which are attached."""
+        """`sample` of images whose prompts name the same LoRAs, which are attached."""
         rows = max(map(plan.rows, plan.batches))
         sizes = self.told_of_latents(shape, plan.sizes)
         controls, dtype = plan.options.controls or (), self.precision.unet
@@ -273,7 +273,7 @@ class Pipeline(PromptedModel):
     @torch.no_grad()
     @explained_out_of_memory()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents (N, C, h, w) to pictures (N, 3, H, W), about in [-1, 1], float32, one at a time."""
+        """Decode latents (N, C, h, w) to images (N, 3, H, W), about in [-1, 1], float32, one at a time."""
         workload = self.residence.workload(1, *latents.shape[-2:])
         self.residence.make_room("vae", decoding_bytes(workload))
         return decode_latents(self.decoder, self.vae, latents, self.device, tiled=workload.is_tiled)
@@ -282,7 +282,7 @@ class Pipeline(PromptedModel):
     @torch.no_grad()
     @explained_out_of_memory()
     def encode_images(self, images: Tensor) -> LatentDistribution:
-        """Latents of pictures (N, 3, H, W) in [-1, 1], float32; H and W are multiples of the VAE's factor."""
+        """Latents of images (N, 3, H, W) in [-1, 1], float32; H and W are multiples of the VAE's factor."""
         return encode_pictures(self.vae, images, self.device)
 
     def denoiser(
@@ -333,12 +333,12 @@ class Pipeline(PromptedModel):
         return in_use
 
     def check_text_to_image(self) -> None:
-        """Raise a UsageError if the model cannot do without a picture and a mask."""
+        """Raise a UsageError if the model cannot do without an image and a mask."""
         if self.is_for_inpainting:
             latent, found = self.vae.config.latent_channels, self.unet.config.in_channels
             raise UsageError(
                 f"expected a text-to-image model with {latent} U-Net input channels, found {found}: this model is for "
-                "inpainting and needs a picture and a mask"
+                "inpainting and needs an image and a mask"
             )
 
 

@@ -1,4 +1,4 @@
-"""The recipe of a picture: everything needed to make it again, carried in two text chunks of its PNG file.
+"""The recipe of an image: everything needed to make it again, carried in two text chunks of its PNG file.
 
 `latentdiff` holds the whole recipe as JSON; `parameters` holds what the web UIs of the field read, in their format. A
 GIF has one text, its comment, which holds the JSON.
@@ -143,14 +143,14 @@ class Recipe(_Asked):
         unknown = self.task_settings.keys() - {field.name for field in dataclasses.fields(cast(Any, kind))}
         if unknown:
             raise DataError(
-                f"the picture's recipe has settings that the task {self.task!r} does not know: {sorted(unknown)}"
+                f"the image's recipe has settings that the task {self.task!r} does not know: {sorted(unknown)}"
             )
         try:
             return TypeAdapter(kind).validate_json(json.dumps(self.task_settings), strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, ("task_settings", *first["loc"])))
-        raise DataError(f"the picture's recipe is not valid at {place}: {first['msg']}")
+        raise DataError(f"the image's recipe is not valid at {place}: {first['msg']}")
 
     def to_chunks(self) -> dict[str, str]:
         """The two text chunks by name, for `PIL.Image.Image.info`."""
@@ -175,8 +175,8 @@ class Recipe(_Asked):
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"])) or "JSON"
         if place == "schema":
-            raise DataError("the picture's recipe was written by a newer latentdiff; update latentdiff to read it")
-        raise DataError(f"the picture's recipe is not valid at {place}: {first['msg']}")
+            raise DataError("the image's recipe was written by a newer latentdiff; update latentdiff to read it")
+        raise DataError(f"the image's recipe is not valid at {place}: {first['msg']}")
 
     def to_parameters(self) -> str:
         """The recipe in the format of the web UIs: prompt, negative prompt, and one line of settings."""
@@ -231,11 +231,11 @@ class Recipe(_Asked):
                 model_hash=settings.get("Model hash", ""),
             )
         except (KeyError, ValueError) as error:
-            raise DataError(f"the picture's parameters text lacks or has an unknown value of: {error}") from error
+            raise DataError(f"the image's parameters text lacks or has an unknown value of: {error}") from error
 
 
 def library_versions() -> dict[str, str]:
-    """The versions of what decides the pixels of a picture."""
+    """The versions of what decides the pixels of an image."""
     import tokenizers
     import torch
 
@@ -280,9 +280,9 @@ def _foreign_account(info: Mapping[Any, Any]) -> Account:
     texts = {name: text for name, text in info.items() if isinstance(name, str) and isinstance(text, str)}
     found = foreign.read_account(texts)
     if found is None and TEXT_CHUNK in texts:
-        raise DataError("the picture's parameters text lacks or has an unknown value of: all settings")
+        raise DataError("the image's parameters text lacks or has an unknown value of: all settings")
     if found is None:
-        raise DataError("the picture carries no recipe: it was made with --no-metadata, edited, or made elsewhere")
+        raise DataError("the image carries no recipe: it was made with --no-metadata, edited, or made elsewhere")
     return found
 
 
@@ -294,10 +294,10 @@ def _recipe_of(account: Account) -> Recipe:
     """
     if account.lacking:
         reasons = "; ".join(account.lacking)
-        raise DataError(f"the picture's parameters text lacks or has an unknown value of: {reasons}")
+        raise DataError(f"the image's parameters text lacks or has an unknown value of: {reasons}")
     if account.task != "generate":
         raise DataError(
-            "the picture was made from another one, which its text does not hold; latentdiff import shows the command"
+            "the image was made from another one, which its text does not hold; latentdiff import shows the command"
         )
     absent = {name: kept.absent for name, kept in KEPT.items() if kept.absent is not ...}
     options = {name: value for name, value in account.options.items() if value is not None or name in absent}
@@ -314,7 +314,7 @@ def _recipe_of(account: Account) -> Recipe:
             **{name: value for name, value in account.model_options.items() if name != "vae"},
         )
     except TypeError as error:
-        raise DataError(f"the picture's parameters text lacks or has an unknown value of: {error}") from error
+        raise DataError(f"the image's parameters text lacks or has an unknown value of: {error}") from error
 
 
 def _account_of(recipe: Recipe) -> Account:

@@ -38,7 +38,7 @@ def font() -> Path:
 
 
 def drawn(split: str, kind: str, rng: Random, size: int = 96):
-    """A plan of the split and the kind, its picture and its boxes."""
+    """A plan of the split and the kind, its image and its boxes."""
     while True:
         plan = scene_language.draw_plan(rng, split, kind)
         if (found := make_scenes.compose(plan, rng, size, font())) is not None:
@@ -46,6 +46,6 @@ def drawn(split: str, kind: str, rng: Random, size: int = 96):
 
 
 def asked_and_shown(kind: str, rng: Random, split: str = "test") -> tuple[EvaluationPrompt, Image.Image]:
-    """A prompt and a picture that shows what it asks for."""
+    """A prompt and an image that shows what it asks for."""
     plan, picture, _ = drawn(split, kind, rng)
     return prompt_of_scene(plan.as_json(), scene_language.prompt(plan)), picture

@@ -1,4 +1,4 @@
-"""The embedded model as people use it: it draws, says what it is, and gives the same picture in diffusers."""
+"""The embedded model as people use it: it draws, says what it is, and gives the same image in diffusers."""
 
 from __future__ import annotations
 

@@ -11,13 +11,13 @@ from latentdiff.files import atomic_path
 
 
 def test_the_file_appears_whole_and_alone(tmp_path) -> None:
-    target = tmp_path / "new" / "picture.png"
+    target = tmp_path / "new" / "image.png"
     with atomic_path(target) as temporary:
         assert temporary.suffix == ".png" and temporary.parent == target.parent
         temporary.write_bytes(b"data")
         assert not target.exists()
     assert target.read_bytes() == b"data"
-    assert os.listdir(target.parent) == ["picture.png"]
+    assert os.listdir(target.parent) == ["image.png"]
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path) -> None:

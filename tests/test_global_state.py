@@ -1,4 +1,4 @@
-"""What a program has set in torch for itself changes no picture."""
+"""What a program has set in torch for itself changes no image."""
 
 from __future__ import annotations
 

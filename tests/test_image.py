@@ -106,12 +106,12 @@ BOMB = chunk(b"zTXt", b"parameters\0\0" + zlib.compress(b"a" * 70_000_000))
 def test_hostile_files_are_data_errors(tmp_path, content):
     path = tmp_path / "a.png"
     path.write_bytes(content)
-    with pytest.raises(DataError, match="cannot read .*a.png as a picture"):
+    with pytest.raises(DataError, match="cannot read .*a.png as an image"):
         open_image(path)
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(DataError, match="no picture at"):
+    with pytest.raises(DataError, match="no image at"):
         open_image(tmp_path / "none.png")
     with pytest.raises(DataError, match="cannot read"):
         open_image(tmp_path)

@@ -43,7 +43,7 @@ def test_wrong_usage_is_light():
 
 
 def test_a_picture_needs_little_beside_torch(tmp_path):
-    """The first picture comes so much sooner."""
+    """The first image comes so much sooner."""
     arguments = ["generate", "a cat", "--seed", "0", "--steps", "1", "--out", str(tmp_path), "--device", "cpu"]
     loaded = loaded_after(f"from latentdiff.cli import run; assert run({arguments}) == 0")
     assert loaded == {"torch", "numpy", "PIL", "tqdm"}, "see with: python -X importtime -m latentdiff generate ..."

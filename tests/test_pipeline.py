@@ -31,7 +31,7 @@ from latentdiff.recipe import Recipe, read_recipe
 from tests import peers
 from tests.diffusion.samplers.test_parity_of_solvers import PEERS
 
-SHAPE = (4, 8, 8)  # of one picture's latents
+SHAPE = (4, 8, 8)  # of one image's latents
 BATCH_NOISE = 2e-5  # how far a batch may move a latent, in standard deviations (measured: 5e-6)
 
 SCHEDULERS = {
@@ -65,7 +65,7 @@ def arrays(images) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images]).astype(int)  # (N, H, W, 3)
 
 
-# --- The same pictures as diffusers ---------------------------------------------------------------
+# --- The same images as diffusers ---------------------------------------------------------------
 
 
 def in_diffusers(family: str, sampler: str, eta: float, spacing: str, seeds: list[int], **options) -> np.ndarray:
@@ -90,7 +90,7 @@ def test_same_picture_as_diffusers(shared_of, family, sampler, eta, steps):
         "a photo of the cat", negative_prompt="red fox", steps=steps, guidance_scale=5.0, num_images=2,
         sampler=sampler, eta=eta, spacing=spacing, seed=7, progress=False,
     )  # fmt: skip
-    assert expected.std() > 20  # a picture, not a plain area
+    assert expected.std() > 20  # an image, not a plain area
     assert np.abs(arrays(images) - expected).max() <= 1
 
 
@@ -317,7 +317,7 @@ def test_callback_sees_step_timestep_and_predicted_x0(shared):
     )  # fmt: skip
     assert [(step, t) for step, t, _ in seen] == [(0, 999), (1, 666), (2, 332)]
     assert seen[0][2].shape == (1, *SHAPE)
-    # At the end the prediction is the picture, but for the little noise that SD's schedule ends with.
+    # At the end the prediction is the image, but for the little noise that SD's schedule ends with.
     assert (seen[-1][2] - latents).abs().max() < 0.2
     assert (seen[0][2] - latents).abs().max() > 0.2
 
@@ -361,7 +361,7 @@ def test_progress_bar_counts_all_steps(shared, monkeypatch):
     assert bars[0].options["disable"] is None and bars[1].options["disable"] is True
 
 
-# --- Never a black picture ------------------------------------------------------------------------
+# --- Never a black image ------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Grammar, long prompts and clip skip in whole pictures, beside diffusers fed with the embeddings that result."""
+"""Grammar, long prompts and clip skip in whole images, beside diffusers fed with the embeddings that result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The way of a prompt stays short enough to be read: how many files of ours a picture passes."""
+"""The way of a prompt stays short enough to be read: how many files of ours an image passes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_picture_enters_few_files():
         if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
             entered.add(frame.f_code.co_filename.removeprefix(PACKAGE))
 
-    pipe("a", steps=2, progress=False)  # what is imported or chosen at the first picture does not count
+    pipe("a", steps=2, progress=False)  # what is imported or chosen at the first image does not count
     sys.setprofile(enter)
     try:
         pipe("a", steps=2, progress=False)

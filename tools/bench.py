@@ -7,17 +7,17 @@
     python tools/bench.py --tiny                             everything on a tiny shape, to see that it runs
 
 What is measured:
-    step       one guided denoising step (both halves, DDIM) of a 512x512 picture, in every precision
-    decode     the VAE decoder, latents to a 512x512 picture
+    step       one guided denoising step (both halves, DDIM) of a 512x512 image, in every precision
+    decode     the VAE decoder, latents to a 512x512 image
     int8       the step in 8 bits against bfloat16
     openvino   step and decoder against the same modules in OpenVINO, apart because of their memory
-    picture    whole pictures in 50 steps; on a GPU also a batch of 16, and the time to compile
-    fast       a whole picture with `--fast`, against diffusers' default: 50 steps of PNDM in float32
-    agreement  how far bf16 and int8 pictures of 20 steps are from float32 ones, in dB
-    memory     peak memory of a program that loads a model and makes a 512x512 picture in two steps
+    image      whole images in 50 steps; on a GPU also a batch of 16, and the time to compile
+    fast       a whole image with `--fast`, against diffusers' default: 50 steps of PNDM in float32
+    agreement  how far bf16 and int8 images of 20 steps are from float32 ones, in dB
+    memory     peak memory of a program that loads a model and makes a 512x512 image in two steps
     cold       a program from its start to its first PNG, with the embedded model
     forms      each fast form of the CPU against torch's, under three instruction sets; a table of its own
-    growth     time and memory against picture size, batch and steps; with --plots as pictures
+    growth     time and memory against image size, batch and steps; with --plots as images
 
 Contenders are processes of their own that wait for their turn; the table shows medians. Weights are random, which
 changes neither time nor memory. "Difference" is the largest one to the output of the first contender, relative to its

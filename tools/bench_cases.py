@@ -24,7 +24,7 @@ class Settings:
     threads: int
     repeat: int
     peers: tuple[str, ...]
-    size: int  # of pictures, in pixels
+    size: int  # of images, in pixels
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -105,14 +105,14 @@ def openvino(settings: Settings) -> list[Result]:
     return results
 
 
-def picture(settings: Settings) -> list[Result]:
+def image(settings: Settings) -> list[Result]:
     precision = settings.precisions[-1]
     results = []
     for batch in (1,) if settings.device == "cpu" else (1, 16):
         found = race(
-            "picture",
+            "image",
             f"{precision}, batch {batch}",
-            settings.contenders("picture", precision, batch=batch),
+            settings.contenders("image", precision, batch=batch),
             settings.repeat,
         )
         for result in found:
@@ -130,7 +130,7 @@ def fast(settings: Settings) -> list[Result]:
 
 
 def agreement(settings: Settings) -> list[Result]:
-    exact = Spec(case="picture", library="latentdiff", model=str(settings.embedded), device=settings.device, steps=20)
+    exact = Spec(case="image", library="latentdiff", model=str(settings.embedded), device=settings.device, steps=20)
     exact = replace(exact, size=native_size(settings.embedded), batch=8)
     short = {precision: replace(exact, precision=precision) for precision in ("fp32", "bf16", "int8")}
     return race("agreement", "20 steps, embedded model", short, 1, decibels)
@@ -149,7 +149,7 @@ pipe(prompt, num_inference_steps=int(steps), guidance_scale=7.5, height=int(size
 
 
 def programs(folder: Path, out: Path, precision: str, steps: int, size: int) -> dict[str, list[str]]:
-    """The command lines of both libraries that make the same picture."""
+    """The command lines of both libraries that make the same image."""
     numbers = [str(steps), str(size)]
     mine = [sys.executable, "-m", "latentdiff", "generate", PROMPT, "--model", str(folder), "--seed", "0"]
     mine += ["--sampler", "ddim", "--guidance", str(GUIDANCE), "--steps", numbers[0], "--precision", precision]
@@ -180,7 +180,7 @@ def growth(settings: Settings) -> list[Result]:
     for point in points:
         results += _grown("step", settings, point | {"steps": STEPS})
     for steps in (1, 2, 4, 8):
-        results += _grown("picture", settings, {"size": unit // 2, "batch": 1, "steps": steps})
+        results += _grown("image", settings, {"size": unit // 2, "batch": 1, "steps": steps})
     return results
 
 
@@ -198,7 +198,7 @@ def _grown(case: str, settings: Settings, point: dict[str, int]) -> list[Result]
 
 
 def native_size(folder: Path) -> int:
-    """Pixels of one side of the pictures that the model in `folder` was trained on."""
+    """Pixels of one side of the images that the model in `folder` was trained on."""
     return json.loads((folder / "vae" / "config.json").read_text())["sample_size"]
 
 
@@ -207,7 +207,7 @@ CASES: dict[str, Callable[[Settings], list[Result]]] = {
     "decode": decode,
     "int8": int8,
     "openvino": openvino,
-    "picture": picture,
+    "image": image,
     "fast": fast,
     "agreement": agreement,
     "memory": memory,

@@ -11,7 +11,7 @@ Contenders, each a program of its own, in turns, another one first in every roun
     loader latentdiff bare    the same work: no caches
     latentdiff cached  latents and text embeddings cached (the time to fill the caches is shown apart)
 All train the U-Net alone with AdamW in float32 (or --precision bf16), the same loss, without averaged weights,
-validation and samples, on the same pictures. Rates are images per second after the warm-up steps, medians over the
+validation and samples, on the same images. Rates are images per second after the warm-up steps, medians over the
 rounds, on the clock and, for machines where others work too, per second of processor time; peak memory is that of the
 whole program, from its start until the model is saved.
 """
@@ -269,7 +269,7 @@ def run_contender(name: str, out: Path, args: argparse.Namespace) -> dict[str, f
 
 
 def make_pictures(folder: Path, count: int, resolution: int) -> None:
-    """Smooth random pictures with captions."""
+    """Smooth random images with captions."""
     import numpy as np
     from PIL import Image
 

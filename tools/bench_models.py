@@ -26,7 +26,7 @@ class Shape:
     text_layers: int
     vocabulary: int
     groups: int
-    latent_size: int  # latent height and width; a picture is 8 times that
+    latent_size: int  # latent height and width; an image is 8 times that
 
 
 SHAPES = {

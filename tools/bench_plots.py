@@ -1,4 +1,4 @@
-"""Pictures of the case growth of `bench.py` (needs matplotlib)."""
+"""Images of the case growth of `bench.py` (needs matplotlib)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLOTS: dict[str, tuple[str, Callable[[dict[str, float]], bool]]] = {
     "growth-batch": ("batch", lambda at: bool(at["is_step"])),
     "growth-steps": ("steps", lambda at: not at["is_step"]),
 }
-LABELS = {"size": "height and width in pixels", "batch": "pictures at once", "steps": "denoising steps"}
+LABELS = {"size": "height and width in pixels", "batch": "images at once", "steps": "denoising steps"}
 
 
 def plot_growth(results: Sequence[Result], folder: Path) -> None:

@@ -110,7 +110,7 @@ def relative(reference: Any, output: Any) -> str:
 
 
 def decibels(reference: Any, output: Any) -> str:
-    """The signal-to-noise ratio of pictures with values 0 to 255, for each picture; the worst and the mean."""
+    """The signal-to-noise ratio of images with values 0 to 255, for each image; the worst and the mean."""
     errors = (output - reference).square().flatten(1).mean(dim=1).clamp(min=1e-9)
     ratios = 10 * (255**2 / errors).log10()
     return f"{float(ratios.mean()):.1f} dB (worst {float(ratios.min()):.1f})"

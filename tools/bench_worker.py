@@ -34,13 +34,13 @@ Run = Callable[[], Any]
 class Spec:
     """What a contender is and what it does."""
 
-    case: str  # "step", "decode", "picture" or "fast"
+    case: str  # "step", "decode", "image" or "fast"
     library: str  # "latentdiff", "diffusers" or "openvino"
     model: str  # folder in the diffusers layout
     precision: str = "fp32"
     variant: str = ""  # diffusers: "channels_last" or "compile"; latentdiff: a back end
     device: str = "cpu"
-    size: int = 512  # of the picture, in pixels
+    size: int = 512  # of the image, in pixels
     batch: int = 1
     steps: int = STEPS
 
@@ -52,7 +52,7 @@ def ours(spec: Spec) -> Run:
     options = {"backend": spec.variant} if spec.variant else {}
     pipe = Pipeline.load(spec.model, device=spec.device, precision=spec.precision, **options)
     sides = {"height": spec.size, "width": spec.size}
-    if spec.case == "picture":
+    if spec.case == "image":
         seeds = list(range(spec.batch))
         return lambda: pipe(
             PROMPT, num_images=spec.batch, batch_size=spec.batch, seed=seeds, steps=spec.steps,
@@ -76,7 +76,7 @@ def ours(spec: Spec) -> Run:
 
 
 def diffusers(spec: Spec) -> Run:
-    """diffusers' StableDiffusionPipeline, with its default PNDM sampler where whole pictures race the fast preset."""
+    """diffusers' StableDiffusionPipeline, with its default PNDM sampler where whole images race the fast preset."""
     import torch
     from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 
@@ -91,7 +91,7 @@ def diffusers(spec: Spec) -> Run:
     if spec.variant == "compile":
         pipe.unet = torch.compile(pipe.unet, mode="reduce-overhead", fullgraph=True)
         pipe.vae.decode = torch.compile(pipe.vae.decode, mode="reduce-overhead", fullgraph=True)
-    if spec.case in ("picture", "fast"):
+    if spec.case in ("image", "fast"):
         return lambda: pipe(
             PROMPT, num_images_per_prompt=spec.batch, num_inference_steps=spec.steps, guidance_scale=GUIDANCE,
             height=spec.size, width=spec.size, generator=[torch.Generator().manual_seed(i) for i in range(spec.batch)],
@@ -204,7 +204,7 @@ def main() -> None:
 
 
 def save(output: Any, path: str) -> None:
-    """Write a tensor, or pictures as one with values 0 to 255, in float32."""
+    """Write a tensor, or images as one with values 0 to 255, in float32."""
     import numpy as np
     import torch
 

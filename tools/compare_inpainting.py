@@ -1,4 +1,4 @@
-"""How often inpainting takes a thing out of a scene, or puts another in its place, by the judge: a table and pictures.
+"""How often inpainting takes a thing out of a scene, or puts another in its place, by the judge: a table and images.
 
     python tools/make_scenes.py data/scenes-test --count 2000 --split test --seed 1
     python tools/compare_inpainting.py data/scenes-test --count 60 --sheet docs/editing-inpainting.png
@@ -146,7 +146,7 @@ WAYS = [
         lambda case: "",
         {"remove": True, "strength": 0.0},
     ),
-    Way("out: the whole picture named", is_out, lambda case: case.prompt(case.kept), {}),
+    Way("out: the whole image named", is_out, lambda case: case.prompt(case.kept), {}),
     Way(
         "in: --only-masked, the thing named",
         is_in,
@@ -155,7 +155,7 @@ WAYS = [
         shown=True,
     ),
     Way("in: the thing named", is_in, lambda case: case.prompt(case.new), {}),
-    Way("in: the whole picture named", is_in, lambda case: case.prompt(case.new, case.kept), {}),
+    Way("in: the whole image named", is_in, lambda case: case.prompt(case.new, case.kept), {}),
 ]
 
 
@@ -167,7 +167,7 @@ WAYS = [
 @click.option("--steps", type=click.IntRange(1), default=25, show_default=True)
 @click.option("--guidance", type=float, default=5.0, show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--sheet", type=click.Path(path_type=Path), help="Write pictures of the first scenes.")
+@click.option("--sheet", type=click.Path(path_type=Path), help="Write images of the first scenes.")
 def main(
     scenes: Path,
     model: str | None,

@@ -1,9 +1,9 @@
-"""How well each inversion leads back to its picture, and how well each way of editing keeps its layout: two tables.
+"""How well each inversion leads back to its image, and how well each way of editing keeps its layout: two tables.
 
     python tools/make_scenes.py data/scenes-test --count 2000 --split test --seed 1
     python tools/compare_inversion.py data/scenes-test --count 16 --sheet docs/editing-inversion.png
 
-The error of a reconstruction is measured on the latents, against those of the picture, and in dB against the picture,
+The error of a reconstruction is measured on the latents, against those of the image, and in dB against the image,
 with the VAE's own floor beside it. An edit changes the colour of a scene's object or background; the judge of
 `latentdiff evaluate` says whether it did.
 """
@@ -44,9 +44,9 @@ EDIT_STRENGTH = 0.8  # of the last two, which are image_to_image
 
 @dataclass
 class Row:
-    """The values of one way over all pictures."""
+    """The values of one way over all images."""
 
-    latents: list[float] = field(default_factory=list)  # RMS, in standard deviations of the picture's latents
+    latents: list[float] = field(default_factory=list)  # RMS, in standard deviations of the image's latents
     decibels: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
@@ -115,7 +115,7 @@ class Ways:
 def reconstructions(
     pipe: Pipeline, cases: list[EditCase], steps: int, guidance: float, only: str
 ) -> tuple[dict[str, Row], list[float]]:
-    """All ways with `only` in their names on all pictures, and the VAE's floor in dB."""
+    """All ways with `only` in their names on all images, and the VAE's floor in dB."""
     rows: dict[str, Row] = {}
     floor = []
     for case in tqdm(cases, desc="reconstructing", leave=False):
@@ -147,7 +147,7 @@ def print_reconstructions(pipe: Pipeline, cases: list[EditCase], steps: int, gui
 def edits(
     pipe: Pipeline, cases: list[EditCase], steps: int, guidance: float, methods: list[str]
 ) -> dict[str, tuple[list[Image.Image], list[float]]]:
-    """The pictures and the seconds, inversion included, of every method."""
+    """The images and the seconds, inversion included, of every method."""
     made: dict[str, tuple[list[Image.Image], list[float]]] = {method: ([], []) for method in methods}
     for case in tqdm(cases, desc="editing", leave=False):
         for method in methods:
@@ -159,7 +159,7 @@ def edits(
 
 
 def edited(pipe: Pipeline, case: EditCase, method: str, steps: int, guidance: float) -> Image.Image:
-    """The picture that one method makes."""
+    """The image that one method makes."""
     same = {"steps": steps, "progress": False}
     if not method.startswith("edit"):
         options = {} if method == "edict" else {"guidance_scale": guidance}  # its inversion has its own
@@ -180,7 +180,7 @@ def edited(pipe: Pipeline, case: EditCase, method: str, steps: int, guidance: fl
 @click.option("--steps", type=int, default=50, show_default=True)
 @click.option("--guidance", type=float, default=5.0, show_default=True)
 @click.option("--only", default="", help="Reconstructions and edits whose names hold these words.")
-@click.option("--sheet", type=click.Path(path_type=Path), help="Write pictures of the first scenes.")
+@click.option("--sheet", type=click.Path(path_type=Path), help="Write images of the first scenes.")
 def main(
     scenes: Path, model: str | None, device: str, count: int, steps: int, guidance: float, only: str, sheet: Path | None
 ) -> None:
@@ -199,7 +199,7 @@ def main(
         )
     start = time.perf_counter()
     pipe(cases[0].target.text, steps=steps, guidance_scale=guidance, progress=False)
-    click.echo(f"\nplain guided generation of one picture in {steps} steps: {time.perf_counter() - start:.1f} seconds")
+    click.echo(f"\nplain guided generation of one image in {steps} steps: {time.perf_counter() - start:.1f} seconds")
     if sheet:
         save_png(_sheet(cases[:6], {method: images[:6] for method, (images, _) in made.items()}), sheet)
 

@@ -1,4 +1,4 @@
-"""How well damaged scenes are restored, beside the classical way and the floor that the VAE sets: a table and pictures.
+"""How well damaged scenes are restored, beside the classical way and the floor that the VAE sets: a table and images.
 
     pip install scikit-image
     python tools/make_scenes.py data/scenes-test --count 2000 --split test --seed 1
@@ -47,9 +47,9 @@ from latentdiff.tasks.restoration.operators import (
 )
 from latentdiff.tasks.restoration.task import Restoration
 
-# (operator, measurement (1, c, h, w), truth, for those that may choose their best) -> a picture (1, 3, H, W).
+# (operator, measurement (1, c, h, w), truth, for those that may choose their best) -> an image (1, 3, H, W).
 Classical = Callable[[Operator, Tensor, Tensor], Tensor]
-MARGIN = 16  # pixels by which pictures are mirrored before they are filtered in the Fourier domain
+MARGIN = 16  # pixels by which images are mirrored before they are filtered in the Fourier domain
 ON_SHEET = 3  # scenes
 
 
@@ -61,7 +61,7 @@ class Case:
     make: Callable[[int, int, int], Operator]  # (height, width, number of the scene)
     classical_name: str
     classical: Classical
-    goal: str = ""  # "classical": no more than 0.2 dB below it; "input": 1 dB above the damaged picture
+    goal: str = ""  # "classical": no more than 0.2 dB below it; "input": 1 dB above the damaged image
 
 
 @dataclass
@@ -82,7 +82,7 @@ def holes(height: int, width: int, number: int) -> Tensor:
 
 
 def box(height: int, width: int, number: int) -> Tensor:
-    """A square of a quarter of the picture, at a place that depends on the scene."""
+    """A square of a quarter of the image, at a place that depends on the scene."""
     missing = torch.zeros(height, width, dtype=torch.bool)
     top, left = (np.random.default_rng(number).integers(0, [height // 2 + 1, width // 2 + 1])).tolist()
     missing[top : top + height // 2, left : left + width // 2] = True
@@ -199,7 +199,7 @@ class Damaged:
         return cls(operator, y + operator.noise_std * noise, truth)
 
     def shown(self) -> Tensor:
-        """The measurement as a picture (1, 3, H, W): repeated pixels where it is smaller, mid-grey where it is
+        """The measurement as an image (1, 3, H, W): repeated pixels where it is smaller, mid-grey where it is
         missing."""
         factor = self.truth.shape[-1] // self.y.shape[-1]
         return self.y.expand(-1, 3, -1, -1).repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2)
@@ -347,7 +347,7 @@ def read_scenes(folder: Path, count: int) -> tuple[list[Image.Image], list[str]]
 @click.option("--methods", type=int, default=0, show_default=True, help="Also compare all methods, on so many scenes.")
 @click.option("--time", "rounds", type=int, default=0, help="Only measure what a sample costs, in so many rounds.")
 @click.option("--quick", is_flag=True, help="2 scenes, 2 samples and 10 steps.")
-@click.option("--sheet", type=click.Path(path_type=Path), help="Write pictures of the first scenes.")
+@click.option("--sheet", type=click.Path(path_type=Path), help="Write images of the first scenes.")
 def main(
     scenes: Path, model: str | None, device: str, count: int, samples: int, steps: int, only: str | None, captions: bool,
     methods: int, rounds: int, quick: bool, sheet: Path | None,
@@ -385,7 +385,7 @@ def main(
         click.echo(f"| {case.name} | {quality} | {end} |")
     start = time.perf_counter()
     pipe("a cat", steps=steps, progress=False)
-    click.echo(f"\nplain guided generation of one picture in {steps} steps: {time.perf_counter() - start:.1f} seconds")
+    click.echo(f"\nplain guided generation of one image in {steps} steps: {time.perf_counter() - start:.1f} seconds")
     if sheet:
         save_png(drawn, sheet)
     if methods or quick:

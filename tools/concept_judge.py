@@ -2,7 +2,7 @@
 
 It is the judge of `latentdiff evaluate`, further trained on renders alone: of the known world, of the new thing, of
 things that neither knows (so that strange is not enough to be called new), of the new thing with its quarters in a
-wrong order (so that its colours are not enough), and of sepia pictures. It never sees a generated picture.
+wrong order (so that its colours are not enough), and of sepia images. It never sees a generated image.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from latentdiff.evaluation.judge import Judge, save_judge
 from latentdiff.evaluation.network import JudgeConfig, JudgeNetwork
 
 OTHER = "something else"
-SEPIA = "sepia"  # stands among the backgrounds: it is what the whole picture looks like
+SEPIA = "sepia"  # stands among the backgrounds: it is what the whole image looks like
 
 # Things that nobody knows: the judge learns some as "something else", and is tested with the others.
 STRANGE = ("☕", "🏺", "🛵", "⚓", "🎻", "🥾", "🪑", "🍐", "🧦", "🪴", "🦜", "🧸", "🛶", "🔭", "🧲", "🎺")
@@ -88,7 +88,7 @@ def train(network: JudgeNetwork, count: int, steps: int, font: Path) -> JudgeNet
 
 
 def endless_scenes(config: JudgeConfig, rng: Random, font: Path) -> Iterator[Scene]:
-    """In turn: the known world, the new thing, strange things, sepia pictures; and on tinted paper others, which are
+    """In turn: the known world, the new thing, strange things, sepia images; and on tinted paper others, which are
     none."""
     in_style = style_plans_of_all(rng)
     while True:
@@ -104,7 +104,7 @@ def endless_scenes(config: JudgeConfig, rng: Random, font: Path) -> Iterator[Sce
 
 
 def style_plans_of_all(rng: Random) -> Iterator[Plan]:
-    """The judge has to know the held-out things in sepia, too, or it would fail right pictures of them."""
+    """The judge has to know the held-out things in sepia, too, or it would fail right images of them."""
     pairs = zip(style_plans(rng, "train"), style_plans(rng, "test"), strict=False)
     return (plan for pair in pairs for plan in pair)
 
@@ -147,6 +147,6 @@ def _jumbled(scene: Scene, config: JudgeConfig, rng: Random) -> Scene:
 
 def strange_pictures(count: int, font: Path) -> list[Image.Image]:
     """Scenes of things that the judge was never shown, in which it must not see the new thing."""
-    rng = Random("strange pictures")
+    rng = Random("strange images")
     plans = (_with(rng.choice(STRANGE_TEST), rng) for _ in range(10 * count))
     return [picture for _, (_, picture, _) in zip(range(count), drawn(plans, rng, font, None), strict=False)]

@@ -92,7 +92,7 @@ def _asked(plan: Plan) -> EvaluationPrompt:
 
 
 def text_score(judge: Judge, images: Sequence[Image.Image], cases: Sequence[EditCase]) -> list[bool]:
-    """Whether each picture shows what its case asks for: the thing, its colour if one is asked for, and the
+    """Whether each image shows what its case asks for: the thing, its colour if one is asked for, and the
     background."""
     verdicts = judge(list(images))
     return [
@@ -102,9 +102,9 @@ def text_score(judge: Judge, images: Sequence[Image.Image], cases: Sequence[Edit
 
 
 def structure_distance(a: Image.Image, b: Image.Image) -> float:
-    """How differently two pictures of one size are laid out, 0 for the same; colours do not count.
+    """How differently two images of one size are laid out, 0 for the same; colours do not count.
 
-    Each picture is described by how alike its own patches are to one another, in the orientations of their edges; the
+    Each image is described by how alike its own patches are to one another, in the orientations of their edges; the
     distance is the mean squared difference of these likenesses, in the form of the DINO self-similarity metric of
     Tumanyan et al. 2022.
     """
@@ -124,7 +124,7 @@ def _self_similarity(image: Image.Image) -> np.ndarray:
 
 
 def colour_likeness(a: Image.Image, b: Image.Image) -> float:
-    """The part of the colour histogram that two pictures share, 0 to 1: how much of the source's look leaks into an
+    """The part of the colour histogram that two images share, 0 to 1: how much of the source's look leaks into an
     edit."""
     return float(np.minimum(_histogram(a), _histogram(b)).sum())
 
@@ -138,7 +138,7 @@ def _histogram(image: Image.Image) -> np.ndarray:
 def calibration(images: Sequence[Image.Image]) -> dict[str, float]:
     """The structure distance of changes whose size is known, as shares of that of a random pair of scenes.
 
-    To be trusted, it has to be 0 for the same picture, below 0.2 for other colours, and above 0.7 for another place.
+    To be trusted, it has to be 0 for the same image, below 0.2 for other colours, and above 0.7 for another place.
     """
     pairs = list(zip(images, [*images[1:], images[0]], strict=True))
     random = float(np.mean([structure_distance(a, b) for a, b in pairs]))

@@ -21,7 +21,7 @@ PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 ARCHIVE = "lobehub-fluent-emoji-3d-1.1.0.tgz"
 
 MARGIN = 2  # pixels between a thing and the border of its cell, so that things never touch
-_BLUR, _DOWN, _RIGHT, _DARK = 3.0, 3, 1, 0.38  # of the soft shadow, for a picture of 128 pixels
+_BLUR, _DOWN, _RIGHT, _DARK = 3.0, 3, 1, 0.38  # of the soft shadow, for an image of 128 pixels
 _PAD = 8  # pixels around a cell that its shadow may reach
 
 _VARIATION = "-fe0f"  # the code point that asks for the coloured form; some file names have it

@@ -76,7 +76,7 @@ OBJECT_COLOURS = {
     "blue": (38, 92, 230), "purple": (138, 52, 186), "pink": (250, 120, 182), "brown": (126, 76, 38),
 }  # fmt: skip
 
-# Sides of the square cells that things are drawn in, as shares of the picture's side: of a thing alone, by the word that says
+# Sides of the square cells that things are drawn in, as shares of the image's side: of a thing alone, by the word that says
 # its size; each of several has the smallest. Few sizes, so that a small model sees each of them often.
 SIZES = {"small": 7 / 16, None: 11 / 16, "big": 14 / 16}
 
@@ -92,7 +92,7 @@ KINDS = {
     "mixed": 0.05,
 }  # fmt: skip
 
-_PREFIXES = ("", "", "", "", "a photo of ", "a photo of ", "a picture of ", "an image of ", "there {is} ")
+_PREFIXES = ("", "", "", "", "a photo of ", "a photo of ", "a picture of ", "a picture of ", "there {is} ")
 _SUFFIXES = (
     " on {a} background",
     " on {a} background",

@@ -57,7 +57,7 @@ _STARS = 22
 
 
 def ground(background: str, rng: Random, size: int) -> np.ndarray:
-    """An empty picture (size, size, 3) float32 in 0-255: a colour, a little lighter above than below, or a place."""
+    """An empty image (size, size, 3) float32 in 0-255: a colour, a little lighter above than below, or a place."""
     rows = np.linspace(0.0, 1.0, size, dtype=np.float32)[:, None, None]
     if background in BACKGROUNDS:
         base = np.float32([value + rng.randint(-4, 4) for value in BACKGROUNDS[background]])
@@ -131,7 +131,7 @@ def relation_holds(relation: str, a: Box, b: Box) -> bool:
 
 
 def plan_of_scene(index: int, *, split: str, seed: int, size: int, glyphs: Glyphs) -> tuple[np.ndarray, dict[str, Any]]:
-    """Scene number `index`: its picture (size, size, 3) uint8, and its line of the metadata without the file's name."""
+    """Scene number `index`: its image (size, size, 3) uint8, and its line of the metadata without the file's name."""
     rng = Random(f"{seed}/{split}/{index}")
     while True:
         plan = draw_plan(rng, split)

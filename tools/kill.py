@@ -118,7 +118,7 @@ def cases(model: Path) -> dict[str, Case]:
     ]  # fmt: skip
     make = [
         *python, "generate", "--prompts", "prompts.txt", "--model", str(model), "--seed", "1", "--steps", "2",
-        "--out", "pictures", "--skip-existing", "--device", "cpu",
+        "--out", "images", "--skip-existing", "--device", "cpu",
     ]  # fmt: skip
     change = [*python, "convert", str(model), "model.safetensors"]
     train = [*python, "train", "train.yaml", "--out", "run"]
@@ -131,7 +131,7 @@ def cases(model: Path) -> dict[str, Case]:
         "finetune": Case(tune, resumed, lambda folder: files(folder, "run/lora.safetensors")),
         "train": Case(train, lambda folder: train, lambda folder: files(folder, "run/**/*model.safetensors")),
         "convert": Case(change, lambda folder: change, lambda folder: files(folder, "model.safetensors")),
-        "generate": Case(make, lambda folder: make, lambda folder: files(folder, "pictures/[!.]*")),
+        "generate": Case(make, lambda folder: make, lambda folder: files(folder, "images/[!.]*")),
     }
 
 

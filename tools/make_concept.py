@@ -1,10 +1,10 @@
-"""Write a small data set for fine-tuning: 24 captioned pictures of something that the embedded model does not know.
+"""Write a small data set for fine-tuning: 24 captioned images of something that the embedded model does not know.
 
     python tools/make_concept.py object data/teapot     # a new thing, "a teapot on a pink background"
     python tools/make_concept.py style data/sepia       # a new style, "a cat in sepia style"
-    python tools/make_concept.py object data/fresh --test-seed 1  # the same training pictures, other held-out prompts
+    python tools/make_concept.py object data/fresh --test-seed 1  # the same training images, other held-out prompts
 
-The folder gets `train/` (what to fine-tune on), `test/` (real pictures of what was held out) and `prompts.jsonl`
+The folder gets `train/` (what to fine-tune on), `test/` (real images of what was held out) and `prompts.jsonl`
 (held-out prompts), which `score_concept.py` scores. Held out are, for the object, three backgrounds and a third of its
 companions, and for the style, a third of the things drawn in it.
 """
@@ -69,14 +69,14 @@ def style_plans(rng: Random, split: str) -> Iterator[Plan]:
 def drawn(
     plans: Iterable[Plan], rng: Random, font: Path, finish: Callable[[Image.Image], Image.Image] | None
 ) -> Iterator[Drawn]:
-    """Pictures of those plans that can be drawn with clear contrast; `finish` is the style."""
+    """Images of those plans that can be drawn with clear contrast; `finish` is the style."""
     for plan in plans:
         if (scene := compose(plan, rng, SIZE, font)) is not None:
             yield plan, finish(scene[0]) if finish else scene[0], scene[1]
 
 
 def in_sepia(picture: Image.Image) -> Image.Image:
-    """The picture in shades of one brown on tan paper, whatever its plain background was."""
+    """The image in shades of one brown on tan paper, whatever its plain background was."""
     values = np.asarray(picture.convert("RGB"), dtype=np.float64)  # (h, w, 3)
     luminance = values @ (0.299, 0.587, 0.114) / 255.0  # (h, w)
     mask = np.clip(np.abs(values - values[0, 0]).max(-1) / 40.0, 0.0, 1.0)[..., None]  # the corner is never covered
@@ -85,7 +85,7 @@ def in_sepia(picture: Image.Image) -> Image.Image:
 
 
 def style_caption(plan: Plan) -> str:
-    """A sentence for a picture in the style; its background is the paper, which nobody mentions."""
+    """A sentence for an image in the style; its background is the paper, which nobody mentions."""
     return f"{prompt(plan).removeprefix('a photo of ').rsplit(' on ', 1)[0]} in {STYLE} style"
 
 
@@ -135,7 +135,7 @@ def _prompt_line(kind: str, plan: Plan, rng: Random) -> dict[str, Any]:
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
-    "--test-seed", type=int, help="Another seed for the held-out pictures and prompts.  [default: that of --seed]"
+    "--test-seed", type=int, help="Another seed for the held-out images and prompts.  [default: that of --seed]"
 )
 @click.option(
     "--font", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Path of NotoColorEmoji.ttf."

@@ -141,7 +141,7 @@ def _fit(image: Image.Image, side: float) -> Image.Image:
 
 
 def _place(count: int, side: int, relation: str | None, rng: Random, size: int) -> list[tuple[int, int]] | None:
-    """Left top corners of cells that lie inside the picture, apart, and in the relation, by rejection."""
+    """Left top corners of cells that lie inside the image, apart, and in the relation, by rejection."""
     for _ in range(400):
         corners = [tuple(GRID * rng.randint(0, (size - side) // GRID) for _ in "xy") for _ in range(count)]
         apart = all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= side for a, b in combinations(corners, 2))

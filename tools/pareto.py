@@ -6,8 +6,8 @@ from.
     python tools/pareto.py --out runs/pareto --table docs/pareto.md --plot docs/pareto.png    what has been measured so
     far
 
-Each candidate makes the same pictures, from the same prompts and seeds, as the exact one: DDIM, 50 steps, guidance 5.
-Of each picture it is kept whether the judge of `latentdiff evaluate` finds in it what the prompt says, and how far it
+Each candidate makes the same images, from the same prompts and seeds, as the exact one: DDIM, 50 steps, guidance 5.
+Of each image it is kept whether the judge of `latentdiff evaluate` finds in it what the prompt says, and how far it
 is from the exact one. Work is counted, not timed: multiplications of the U-Net at the shape of Stable Diffusion 1.5, as
 a share of 50 guided steps. What has been made is in `--out`, so a run goes on where another one stopped; several may
 run with different --part.
@@ -130,21 +130,21 @@ def share_between(branch: int) -> float:
     return counts[1] / counts[0]
 
 
-# Pictures and verdicts
+# Images and verdicts
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one candidate, by picture: prompt and seed -> right or wrong, and the mean square error to the exact
-    picture."""
+    """Of one candidate, by image: prompt and seed -> right or wrong, and the mean square error to the exact
+    image."""
 
     right: dict[str, bool]
     error: dict[str, float]
-    seconds: float  # of the processor, per picture
+    seconds: float  # of the processor, per image
 
 
 class Bench:
-    """Makes, judges and compares pictures of prompts; exact ones are kept in memory."""
+    """Makes, judges and compares images of prompts; exact ones are kept in memory."""
 
     def __init__(self, prompts: Sequence[EvaluationPrompt], seeds: range) -> None:
         self.pipe = Pipeline.load(device="cpu")
@@ -155,7 +155,7 @@ class Bench:
         return [str(seed) for _, seed in self.jobs]  # a seed belongs to one prompt
 
     def make(self, options: Options, pictures: Path) -> tuple[list[bool], np.ndarray, float]:
-        """Verdicts, pictures (N, H, W, 3) and seconds per picture; what is in the file `pictures` is not made again."""
+        """Verdicts, images (N, H, W, 3) and seconds per image; what is in the file `pictures` is not made again."""
         began = time.process_time()
         made = []
         for start in range(0, len(self.jobs), BATCH):
@@ -202,7 +202,7 @@ def read(name: str, out: Path) -> Measured | None:
 
 
 def psnr(errors: Any) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio in dB; 100 for equal pictures."""
+    """Mean over images of the peak signal-to-noise ratio in dB; 100 for equal images."""
     return float(np.mean([decibels(max(error, 1e-10), peak=1.0) for error in errors]))
 
 
@@ -216,11 +216,11 @@ class Row:
     work: float
     seconds: float
     right: float
-    change: float  # of the share of right pictures, against the exact ones of the same prompts and seeds
+    change: float  # of the share of right images, against the exact ones of the same prompts and seeds
     low: float
     high: float
     decibels: float
-    errors: dict[str, float]  # mean square error of each picture
+    errors: dict[str, float]  # mean square error of each image
 
 
 def rows(out: Path) -> list[Row]:
@@ -256,7 +256,7 @@ def rows(out: Path) -> list[Row]:
 
 
 def on_front(row: Row, others: Sequence[Row]) -> bool:
-    """Whether no other costs at most as much and is at least as near to the exact pictures, of those that both made."""
+    """Whether no other costs at most as much and is at least as near to the exact images, of those that both made."""
     return not any(other is not row and other.work <= row.work and is_as_near(other, row) for other in others)
 
 
@@ -268,7 +268,7 @@ def is_as_near(row: Row, other: Row) -> bool:
 def table(found: Sequence[Row]) -> str:
     """Markdown; candidates on the front are in bold."""
     lines = [
-        "| candidate | U-Net work | core seconds | right | against exact (95 %) | PSNR to exact | pictures |",
+        "| candidate | U-Net work | core seconds | right | against exact (95 %) | PSNR to exact | images |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in found:
@@ -299,8 +299,8 @@ def plot(found: Sequence[Row], path: Path) -> None:
     for row in (row for row in shown if row.name == name_of(FAST)):
         for axes, value in ((distance, row.decibels), (truth, row.change)):
             axes.annotate("--fast", (row.work, value), textcoords="offset points", xytext=(-14, 10))
-    distance.set(xlabel=WORK_LABEL, ylabel="PSNR to the exact picture, dB", xlim=(0, None))
-    truth.set(xlabel=WORK_LABEL, ylabel="change of right pictures (95 %)", xlim=(0, None))
+    distance.set(xlabel=WORK_LABEL, ylabel="PSNR to the exact image, dB", xlim=(0, None))
+    truth.set(xlabel=WORK_LABEL, ylabel="change of right images (95 %)", xlim=(0, None))
     truth.axhline(0.0, color="grey", linewidth=0.8)
     distance.legend(fontsize=7)
     figure.savefig(path, dpi=110)
@@ -320,12 +320,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/pareto"), help="for what is measured")
     parser.add_argument("--limit", type=int, default=8, help="prompts of each of the six tasks")
-    parser.add_argument("--seeds", type=int, default=1, help="pictures of each prompt")
-    parser.add_argument("--first-seed", type=int, default=0, help="to add pictures to those that there are")
+    parser.add_argument("--seeds", type=int, default=1, help="images of each prompt")
+    parser.add_argument("--first-seed", type=int, default=0, help="to add images to those that there are")
     parser.add_argument("--only", help="names of candidates, with commas between")
     parser.add_argument("--part", default="1/1", help="i/n: only every n-th prompt")
     parser.add_argument("--table", type=Path, help="write the table of what has been measured, and measure nothing")
-    parser.add_argument("--plot", type=Path, help="the same as a picture")
+    parser.add_argument("--plot", type=Path, help="the same as an image")
     arguments = parser.parse_args()
     if not arguments.table and not arguments.plot:
         names = arguments.only.split(",") if arguments.only else list(CANDIDATES)

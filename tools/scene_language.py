@@ -52,7 +52,7 @@ OBJECT_COLOURS = {
     "blue": (38, 92, 230), "purple": (138, 52, 186), "pink": (250, 120, 182), "brown": (126, 76, 38),
 }  # fmt: skip
 
-# Sides of the square cells that objects are drawn in, as shares of the picture's side: of an object alone, by the word
+# Sides of the square cells that objects are drawn in, as shares of the image's side: of an object alone, by the word
 # that says its size, and of each of several objects, by their number.
 SIZES = {"small": (5 / 12,), None: (7 / 12, 8 / 12), "big": (10 / 12,)}
 SIZES_BY_COUNT = {2: (5 / 12, 6 / 12), 3: (5 / 12,), 4: (5 / 12,)}
@@ -68,7 +68,7 @@ KINDS = {
     "single": 0.20, "two": 0.16, "counting": 0.20, "colour": 0.13, "position": 0.13, "attribution": 0.12, "mixed": 0.06,
 }  # fmt: skip
 
-_PREFIXES = ("", "", "", "", "a photo of ", "a photo of ", "a picture of ", "an image of ", "there {is} ")
+_PREFIXES = ("", "", "", "", "a photo of ", "a photo of ", "a picture of ", "a picture of ", "there {is} ")
 _SUFFIXES = (
     " on {a} background",
     " on {a} background",

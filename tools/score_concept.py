@@ -3,9 +3,9 @@
     python tools/score_concept.py data/teapot --lora runs/teapot/lora.safetensors
     python tools/score_concept.py data/sepia --model runs/sepia/model
 
-Pictures of the held-out prompts, before and after, are shown to a judge that knows the new thing and the new style
-(`concept_judge.py`: trained on renders only, it shares no weights with the model). Beside the share of right pictures
-stand the judge's own score on real held-out pictures, on their reconstructions by the VAE, and how often it sees the
+Images of the held-out prompts, before and after, are shown to a judge that knows the new thing and the new style
+(`concept_judge.py`: trained on renders only, it shares no weights with the model). Beside the share of right images
+stand the judge's own score on real held-out images, on their reconstructions by the VAE, and how often it sees the
 new where it is not. Then both models take `latentdiff evaluate`'s old tasks.
 """
 
@@ -36,7 +36,7 @@ from latentdiff.files import atomic_path
 from latentdiff.image import contact_sheet, open_image, save_png, to_pil, to_tensor
 from latentdiff.pipeline import Pipeline
 
-_SHOWN = 8  # pictures of each sheet
+_SHOWN = 8  # images of each sheet
 _KNOWN = 200  # scenes of the known world in which the new must not be seen
 
 Rule = Callable[[Verdict], bool]
@@ -62,12 +62,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def share(judge: Judge, pictures: Sequence[Image.Image], rule: Rule) -> Score:
-    """Share of the pictures for which the rule holds, with its 95 % interval."""
+    """Share of the images for which the rule holds, with its 95 % interval."""
     return Score.of(rule(seen) for seen in judge(pictures))
 
 
 def pictures_of(pipe: Pipeline, prompts: Sequence[str], seeds: int, steps: int, guidance: float) -> list[Image.Image]:
-    """Pictures of each prompt in turn; picture j of prompt i has seed 1000 i + j."""
+    """Images of each prompt in turn; image j of prompt i has seed 1000 i + j."""
     made: list[Image.Image] = []
     for number, prompt in enumerate(tqdm(prompts, unit="prompt", leave=False)):
         own = [SEEDS_APART * number + offset for offset in range(seeds)]
@@ -76,11 +76,11 @@ def pictures_of(pipe: Pipeline, prompts: Sequence[str], seeds: int, steps: int, 
 
 
 def references(judge: Judge, pipe: Pipeline, data: Path, rule: Rule, font: Path) -> dict[str, Score]:
-    """What the judge says of real pictures: with the new thing or style, and without it."""
+    """What the judge says of real images: with the new thing or style, and without it."""
     real = [open_image(data / "test" / line["file_name"]) for line in read_lines(data / "test" / "metadata.jsonl")]
     back = [to_pil(pipe.decode(pipe.encode_images(to_tensor([picture])).mode()))[0] for picture in real]
     return {
-        "real held-out pictures": share(judge, real, rule),
+        "real held-out images": share(judge, real, rule),
         "reconstructions by the VAE": share(judge, back, rule),
         "seen in scenes of strange things": share(judge, strange_pictures(_KNOWN, font), rule),
     }
@@ -93,7 +93,7 @@ def old_tasks(pipe: Pipeline, per_task: int, seeds: int, steps: int, guidance: f
 
 
 def sheet_of(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:
-    """A few pictures, evenly chosen, above their prompts."""
+    """A few images, evenly chosen, above their prompts."""
     shown = np.linspace(0, len(prompts) - 1, min(_SHOWN, len(prompts))).astype(int)
     return contact_sheet([pictures[index] for index in shown], [prompts[index] for index in shown])
 
@@ -112,14 +112,14 @@ def table(scores: dict[str, Score]) -> str:
 @click.option("--base", help="Model before fine-tuning.  [default: the embedded model]")
 @click.option("--judge", "judge_folder", type=click.Path(path_type=Path), default=Path("data/concept-judge"), show_default=True,
               help="Folder of the judge; it is trained there if there is none.")  # fmt: skip
-@click.option("--seeds", type=click.IntRange(1), default=4, show_default=True, help="Pictures of each prompt.")
+@click.option("--seeds", type=click.IntRange(1), default=4, show_default=True, help="Images of each prompt.")
 @click.option("--steps", type=click.IntRange(1), default=25, show_default=True)
 @click.option("--guidance", type=float, default=5.0, show_default=True)
 @click.option(
     "--old-prompts", type=click.IntRange(0), default=50, show_default=True, help="Of each old task; 0 leaves them out."
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for scores and sheets of pictures."
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for scores and sheets of images."
 )
 def main(
     data: Path, lora: str | None, model: str | None, base: str | None, judge_folder: Path, seeds: int, steps: int,

@@ -2,7 +2,7 @@
 
     python tools/teach_relations.py runs/embedded
 
-The words of a relation change a picture's loss only where noise hides the layout, and only once both the text encoder
+The words of a relation change an image's loss only where noise hides the layout, and only once both the text encoder
 and the U-Net know them: neither learns them before the other. This gives the text encoder the first step. From its
 embeddings of captions with two nouns, linear layers that are thrown away afterwards must tell which relation the second
 noun stands in (at that noun's token), and which noun and relation the words between have joined (at the last of them).

@@ -4,10 +4,10 @@
     python tools/make_scenes.py data/scenes-held-out --count 30000 --split test --seed 2
     python tools/train_judge.py data/scenes data/scenes-held-out weights/judge --steps 4500 --seed 0
 
-The judge sees scenes only, never a generated picture and never the weights of a generative model. Unlike the model, it
-has to know the combinations that are held out, or it would fail right pictures of them; so it is trained on scenes of
+The judge sees scenes only, never a generated image and never the weights of a generative model. Unlike the model, it
+has to know the combinations that are held out, or it would fail right images of them; so it is trained on scenes of
 both splits, and tested on others. Blur, noise, JPEG, shifts, colour jitter and erased objects make it indifferent to
-the softness of generated pictures. It takes half an hour on one core.
+the softness of generated images. It takes half an hour on one core.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SMALLEST_VISIBLE_SHARE = 0.7  # of an object that a shift pushes over the edge a
 
 @dataclass
 class Scene:
-    """One picture (H, W, 3) uint8 with its objects; `boxes` (K, 4) are left, top, right, bottom in pixels."""
+    """One image (H, W, 3) uint8 with its objects; `boxes` (K, 4) are left, top, right, bottom in pixels."""
 
     pixels: np.ndarray
     background: int
@@ -56,10 +56,10 @@ class Scene:
 
 
 def read_scenes(folder: Path, config: JudgeConfig) -> list[Scene]:
-    """Decode every picture of a folder made by make_scenes.py.
+    """Decode every image of a folder made by make_scenes.py.
 
     Raises:
-        DataError: there is no such folder, or its pictures are of another size.
+        DataError: there is no such folder, or its images are of another size.
     """
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
@@ -153,7 +153,7 @@ class Targets:
     """What the network should say about a batch; P positive cells, at an object's centre and around it."""
 
     heat: Tensor  # (N, h, w) 1 where a centre is near, falling off around
-    cells: tuple[Tensor, Tensor, Tensor]  # picture, row, column (P,)
+    cells: tuple[Tensor, Tensor, Tensor]  # image, row, column (P,)
     weight: Tensor  # (P,)
     noun: Tensor  # (P,)
     colour: Tensor  # (P,)

@@ -175,12 +175,12 @@ def family_name(family: Family, *, linear: bool, extra_channels: int, width: int
     """A name for people: linear projections are the mark of SD 2.x; other sizes than the published are told apart.
 
     Args:
-        extra_channels: of the U-Net's input, more than the latents have: a mask and a picture, a picture, a depth map.
+        extra_channels: of the U-Net's input, more than the latents have: a mask and an image, an image, a depth map.
     """
     number, published = ("2.x", (320, 1024)) if linear else ("1.x", (320, 768))
     if family is not SD:
         number, published = family.name, family.published
-    task = {5: " inpainting", 4: " conditioned on a picture", 1: " conditioned on depth"}.get(extra_channels, "")
+    task = {5: " inpainting", 4: " conditioned on an image", 1: " conditioned on depth"}.get(extra_channels, "")
     size = "" if (width, context) == published else ", a size of its own"
     return f"Stable Diffusion {number}{task}{size}"
 

@@ -96,7 +96,7 @@ class Report:
 
 
 def inspect(source: str | os.PathLike[str]) -> Report:
-    """Say what a model, an adapter, a picture or any other file is: family, size, types, prediction type, hash.
+    """Say what a model, an adapter, an image or any other file is: family, size, types, prediction type, hash.
 
     Damaged and foreign files are reported (`problem`), not raised.
 

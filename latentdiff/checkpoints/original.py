@@ -144,7 +144,7 @@ def read_original(path: Path, *, ema: bool = False, prediction_type: str | None 
         raw.configs["scheduler"]["prediction_type"] = found.name
         if found.guessed:
             raw.warnings.append(
-                f"guessed that {path.name} predicts {found.name}, from {found.source}; if pictures look wrong, give "
+                f"guessed that {path.name} predicts {found.name}, from {found.source}; if images look wrong, give "
                 "the other prediction_type"
             )
     if not stored:

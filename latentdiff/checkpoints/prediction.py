@@ -70,10 +70,10 @@ def probe_prediction_type(
     """Ask the network: at the last timestep its input is all but pure noise.
 
     A network that predicts noise then returns its input (slope 1 of output on input); one that predicts
-    v = alpha eps - sigma x0 returns the negative mean picture (slope near alpha, 0.07). The reading is decisive for
+    v = alpha eps - sigma x0 returns the negative mean image (slope near alpha, 0.07). The reading is decisive for
     trained networks and means nothing for random ones, so it counts as a guess.
 
-    SD 1.x as published predicts noise. It was retrained only if a second reading says so, too: of a grey picture under
+    SD 1.x as published predicts noise. It was retrained only if a second reading says so, too: of a grey image under
     little noise, where the slope on the noise is again alpha, there near 1, for v, and 1 for noise.
 
     Args:
@@ -102,7 +102,7 @@ def probe_prediction_type(
 
 @torch.no_grad()
 def _slope(unet: Callable[[Tensor, Tensor, Tensor], Tensor], channels: int, width: int, t: int, sigma: float) -> float:
-    """Of the output on noise, for a grey picture with this much of it."""
+    """Of the output on noise, for a grey image with this much of it."""
     noise = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     out = unet(sigma * noise, torch.tensor([t]), torch.zeros(1, 2, width, dtype=torch.float32)).float()
     seen = noise[:, : out.shape[1]]

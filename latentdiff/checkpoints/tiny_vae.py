@@ -80,7 +80,7 @@ def check_decoder_fits(decoder: TinyDecoder, vae: VAEConfig) -> None:
     found, expected = (decoder.latent_channels, FACTOR), (vae.latent_channels, vae.downscale)
     if found != expected:
         raise CheckpointError(
-            f"expected a tiny decoder for latents of {expected[0]} channels, {expected[1]} times smaller than the picture, "
+            f"expected a tiny decoder for latents of {expected[0]} channels, {expected[1]} times smaller than the image, "
             f"found one for {found[0]} channels, {found[1]} times smaller; leave it out to preview with the VAE"
         )
 
@@ -99,6 +99,6 @@ def _halves(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _half_of(tensors: Mapping[str, Tensor]) -> str:
-    """Encoders begin with a convolution of the picture; decoders have their first one behind the clamp."""
+    """Encoders begin with a convolution of the image; decoders have their first one behind the clamp."""
     first: Tensor = tensors.get("0.weight", torch.empty(0))
     return "encoder" if first.ndim == 4 else "decoder"

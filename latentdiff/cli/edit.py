@@ -1,4 +1,4 @@
-"""`latentdiff edit`: change a picture towards a prompt."""
+"""`latentdiff edit`: change an image towards a prompt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from latentdiff.cli.words import remark
 
 
 @click.command()
-@click.argument("picture", type=ANY_PATH, metavar="PICTURE|INVERSION")
+@click.argument("picture", type=ANY_PATH, metavar="IMAGE|INVERSION")
 @click.argument("prompt")
 @click.option(
     "--strength",
@@ -23,11 +23,11 @@ from latentdiff.cli.words import remark
     default=0.6,
     show_default=True,
     metavar="X",
-    help="0 to 1: how far to go from the picture.",
+    help="0 to 1: how far to go from the image.",
 )
-@click.option("--width", type=int, metavar="PIXELS", help="Bring the picture to this width first.  [default: its own]")
+@click.option("--width", type=int, metavar="PIXELS", help="Bring the image to this width first.  [default: its own]")
 @click.option(
-    "--height", type=int, metavar="PIXELS", help="Bring the picture to this height first.  [default: its own]"
+    "--height", type=int, metavar="PIXELS", help="Bring the image to this height first.  [default: its own]"
 )
 @SAMPLING_OPTIONS
 @control_options
@@ -36,9 +36,9 @@ from latentdiff.cli.words import remark
 def edit(
     picture: Path, prompt: str, out: Path, compare: Path | None, seed: int | None, **settings: Any
 ) -> None:
-    """Change PICTURE towards PROMPT (image to image): noise it as far as --strength says and denoise it.
+    """Change IMAGE towards PROMPT (image to image): noise it as far as --strength says and denoise it.
 
-    What `latentdiff invert` wrote serves as well as a picture, and keeps more of it: the walk begins from the picture's
+    What `latentdiff invert` wrote serves as well as an image, and keeps more of it: the walk begins from the image's
     own noise, so a seed changes nothing unless the sampler draws noise. It takes all steps of the inversion by default.
     """
     writing = Writing.taken_from(settings, out)

@@ -1,4 +1,4 @@
-"""`latentdiff evaluate`: how well the pictures show what the prompts say."""
+"""`latentdiff evaluate`: how well the images show what the prompts say."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from latentdiff.request.options import SamplerName
 @MODEL
 @LORAS
 @click.option(
-    "--out", type=ANY_PATH, default="evaluation", show_default=True, metavar="FOLDER", help="For scores and pictures."
+    "--out", type=ANY_PATH, default="evaluation", show_default=True, metavar="FOLDER", help="For scores and images."
 )
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Prompts of each task.  [default: all]")
 @click.option(
-    "--seeds", type=click.IntRange(1), default=4, show_default=True, metavar="N", help="Pictures of each prompt."
+    "--seeds", type=click.IntRange(1), default=4, show_default=True, metavar="N", help="Images of each prompt."
 )
 @click.option("--steps", type=int, default=25, show_default=True, metavar="N", help="Denoising steps, 1 to 1000.")
 @click.option("--guidance", type=float, default=5.0, show_default=True, metavar="X", help="1 is no guidance.")
@@ -47,7 +47,7 @@ def evaluate(
 ) -> None:
     """Score a model on GenEval's six tasks, on scenes.
 
-    Pictures of held-out prompts are judged by a classifier that shares no weights with the model: single object, two
+    Images of held-out prompts are judged by a classifier that shares no weights with the model: single object, two
     objects, counting, colours, position, colour attribution.
     """
     check_writable(out)

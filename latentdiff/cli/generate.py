@@ -1,4 +1,4 @@
-"""`latentdiff generate`: pictures of prompts."""
+"""`latentdiff generate`: images of prompts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     '--prompt "..." --steps 30.',
 )
 @OUT
-@click.option("--skip-existing", is_flag=True, help="Do not make pictures again that lie in the folder already.")
+@click.option("--skip-existing", is_flag=True, help="Do not make images again that lie in the folder already.")
 @GENERATE_OPTIONS
 @control_options
 @MODEL_OPTIONS
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     metavar="X",
     help="After which share of the noise schedule it does.",
 )
-@click.option("--sheet", type=ANY_PATH, metavar="FILE", help="Also write all pictures on one sheet with their prompts.")
+@click.option("--sheet", type=ANY_PATH, metavar="FILE", help="Also write all images on one sheet with their prompts.")
 @click.option(
     "--wildcards",
     type=ANY_PATH,
@@ -94,9 +94,9 @@ def generate(
     explain: bool,
     **settings: Any,
 ) -> int:
-    """Make pictures of one or more prompts and print where they lie.
+    """Make images of one or more prompts and print where they lie.
 
-    Started by accelerate launch or torchrun, the processes share the pictures, each on a GPU of its own where there are
+    Started by accelerate launch or torchrun, the processes share the images, each on a GPU of its own where there are
     some.
     """
     lines = [*map(Line, prompts), *_read_prompts(prompt_file)]
@@ -183,7 +183,7 @@ def _read_prompts(file: TextIO | None) -> list[Line]:
 
 
 def _drawn(lines: Sequence[Line], folder: Path, first: int, count: int) -> list[Line]:
-    """A line for each picture, its prompt drawn with the picture's seed."""
+    """A line for each image, its prompt drawn with the image's seed."""
     from latentdiff.prompts.wildcards import Wildcards
 
     wildcards, found = Wildcards(folder), []

@@ -1,4 +1,4 @@
-"""`latentdiff inpaint`: paint a part of a picture, or beyond its border."""
+"""`latentdiff inpaint`: paint a part of an image, or beyond its border."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from latentdiff.errors import UsageError
 @click.argument("picture", type=ANY_PATH)
 @click.argument("prompt", default="")
 @click.option(
-    "--mask", type=ANY_PATH, metavar="FILE", help="A picture of the same size, white, or transparent, where to paint."
+    "--mask", type=ANY_PATH, metavar="FILE", help="An image of the same size, white, or transparent, where to paint."
 )
 @INVERT_MASK
 @click.option(
     "--inversion",
     type=ANY_PATH,
     metavar="FILE",
-    help="What `latentdiff invert` made of PICTURE: paint from its noise, which keeps the layout of what was there.",
+    help="What `latentdiff invert` made of IMAGE: paint from its noise, which keeps the layout of what was there.",
 )
 @click.option("--remove", is_flag=True, help="Take away what the mask covers; PROMPT may say what is behind it.")
 @click.option(
@@ -62,10 +62,10 @@ from latentdiff.errors import UsageError
     default=1,
     show_default=True,
     metavar="N",
-    help="Take each step N times, noised again in between: fits better into the picture, at N times the cost.",
+    help="Take each step N times, noised again in between: fits better into the image, at N times the cost.",
 )
 @click.option(
-    "--soft", is_flag=True, help="Let grey say how far a place may go from the picture; --blur makes a mask grey at its edge."
+    "--soft", is_flag=True, help="Let grey say how far a place may go from the image; --blur makes a mask grey at its edge."
 )
 @SAMPLING_OPTIONS
 @control_options
@@ -80,7 +80,7 @@ def inpaint(
     seed: int | None,
     **settings: Any,
 ) -> None:
-    """Paint PROMPT where the mask of PICTURE is white; where it is black, no pixel changes, transparent ones neither.
+    """Paint PROMPT where the mask of IMAGE is white; where it is black, no pixel changes, transparent ones neither.
 
     To put a thing in, say what it stands on as well, and paint the masked part alone:
     --only-masked "a red balloon on a blue background".

@@ -22,7 +22,7 @@ from latentdiff.request.options import SizedOptions
 
 @click.command()
 @click.argument("prompts", nargs=-1, metavar="PROMPT PROMPT...")
-@click.option("--frames", type=click.IntRange(2), default=24, show_default=True, metavar="N", help="Pictures in all.")
+@click.option("--frames", type=click.IntRange(2), default=24, show_default=True, metavar="N", help="Images in all.")
 @click.option(
     "--fps", type=click.FloatRange(0.1, 50), default=12.0, show_default=True, metavar="X", help="Speed of a GIF."
 )
@@ -41,7 +41,7 @@ from latentdiff.request.options import SizedOptions
 @MODEL_OPTIONS
 @WRITING
 def interpolate(prompts: tuple[str, ...], fps: float, out: Path, seed: int | None, **settings: Any) -> None:
-    """Make a way of pictures from the first PROMPT over all others to the last, as frames or as a GIF."""
+    """Make a way of images from the first PROMPT over all others to the last, as frames or as a GIF."""
     if len(prompts) < 2:
         raise UsageError(f"expected two prompts or more to go between, found {len(prompts)}")
     writing = Writing.taken_from(settings, out)

@@ -1,4 +1,4 @@
-"""`latentdiff invert`: find the noise that sampling would make a picture of."""
+"""`latentdiff invert`: find the noise that sampling would make an image of."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from latentdiff.request.options import InversionName
 
 @click.command()
 @click.argument("picture", type=ANY_PATH)
-@click.option("--prompt", default="", metavar="TEXT", help="What the picture shows; edict and null-text need it.")
+@click.option("--prompt", default="", metavar="TEXT", help="What the image shows; edict and null-text need it.")
 @click.option(
     "--method",
     type=click.Choice(get_args(InversionName)),
@@ -43,19 +43,19 @@ from latentdiff.request.options import InversionName
 )
 @click.option("--mixing", type=float, metavar="X", help="0.5 to 1: edict's coupling.  [default: 0.93 at 50 steps]")
 @flag("spacing")
-@click.option("--width", type=int, metavar="PIXELS", help="Bring the picture to this width first.  [default: its own]")
+@click.option("--width", type=int, metavar="PIXELS", help="Bring the image to this width first.  [default: its own]")
 @click.option(
-    "--height", type=int, metavar="PIXELS", help="Bring the picture to this height first.  [default: its own]"
+    "--height", type=int, metavar="PIXELS", help="Bring the image to this height first.  [default: its own]"
 )
 @click.option("--no-check", is_flag=True, help="Do not sample back to measure the error: saves up to half of the time.")
 @click.option(
-    "--out", type=ANY_PATH, metavar="FILE", help="Where to write.  [default: PICTURE's name with .inversion, here]"
+    "--out", type=ANY_PATH, metavar="FILE", help="Where to write.  [default: IMAGE's name with .inversion, here]"
 )
 @MODEL_OPTIONS
 def invert(picture: Path, out: Path | None, no_check: bool, **settings: Any) -> None:
-    """Invert PICTURE: find the noise, and every step of the way, from which sampling leads back to it.
+    """Invert IMAGE: find the noise, and every step of the way, from which sampling leads back to it.
 
-    The file that is written serves `translate` and `edit` in place of the picture, and `inpaint --inversion` beside it.
+    The file that is written serves `translate` and `edit` in place of the image, and `inpaint --inversion` beside it.
     """
     out = out or Path(picture.stem + ".inversion")
     if out.exists():

@@ -1,4 +1,4 @@
-"""Many pictures with the same settings: where each of them belongs, and making them, alone or among several
+"""Many images with the same settings: where each of them belongs, and making them, alone or among several
 processes."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WantedImage:
-    """One picture that is wanted; `is_there` says whether it was made before."""
+    """One image that is wanted; `is_there` says whether it was made before."""
 
     prompt: str
     seed: int
@@ -37,10 +37,10 @@ class WantedImage:
 
 @dataclass(frozen=True)
 class Job:
-    """Pictures of several prompts.
+    """Images of several prompts.
 
     Attributes:
-        settings: options of `Pipeline.__call__` for all pictures.
+        settings: options of `Pipeline.__call__` for all images.
         skip_existing: do not make again what is there.
         writing: how the files are written.
         ranks: the processes that share the work. Each has the same plan.
@@ -57,12 +57,12 @@ class Job:
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def plan(self, out: Path, lines: Sequence[Line], first: int, count: int) -> list[WantedImage]:
-        """All pictures, prompt by prompt, each once and each in a file of its own.
+        """All images, prompt by prompt, each once and each in a file of its own.
 
         What other processes of the same job have written already does not change the plan.
 
         Args:
-            first, count: seed of the first picture and number of pictures of each prompt, where its line says no other.
+            first, count: seed of the first image and number of images of each prompt, where its line says no other.
         """
         pictures: dict[Path, WantedImage] = {}
         for line in dict.fromkeys(lines):
@@ -126,7 +126,7 @@ class Job:
             click.echo(picture.path)
 
     def _wanted(self, prompt: str, seed: int, own: Mapping[str, Any]) -> dict[str, Any]:
-        """What the recipe of a picture would say, as far as it decides what the picture shows."""
+        """What the recipe of an image would say, as far as it decides what the image shows."""
         from latentdiff.request.plan import Sampling
 
         settings = {**self.settings, **own}
@@ -149,7 +149,7 @@ class Job:
 
 
 def write_sheet(pictures: Sequence[WantedImage], path: Path, writing: output.Writing) -> None:
-    """Lay out those of the pictures that there are, with their prompts."""
+    """Lay out those of the images that there are, with their prompts."""
     from latentdiff.image import as_rgb, contact_sheet, open_image
 
     done = [(as_rgb(open_image(picture.path)), picture.prompt) for picture in pictures if picture.path.exists()]

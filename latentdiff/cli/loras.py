@@ -133,7 +133,7 @@ def loras_of(recipe: Recipe, folders: Iterable[Path]) -> list[ScaledFile]:
         ]
         return [(str(_find(file, sha256, tensors, folders)), strength) for file, sha256, tensors, strength in entries]
     except (KeyError, TypeError, ValueError, UsageError) as error:
-        raise DataError(f"the picture's recipe does not say which LoRAs it was made with: {error}") from error
+        raise DataError(f"the image's recipe does not say which LoRAs it was made with: {error}") from error
 
 
 def _find(file: str, sha256: str, tensors: str, folders: list[Path]) -> Path:
@@ -152,7 +152,7 @@ def _find(file: str, sha256: str, tensors: str, folders: list[Path]) -> Path:
             return path
     places, digits = ", ".join(map(str, folders)), sha256[:10] or tensors or "unknown"
     raise DataError(
-        f"the picture was made with the LoRA {name} (SHA-256 {digits}...), which is not in {places}; say which folder it is in "
+        f"the image was made with the LoRA {name} (SHA-256 {digits}...), which is not in {places}; say which folder it is in "
         "with --lora-dir"
     )
 

@@ -68,7 +68,7 @@ PRECISION = click.option(
     type=click.Choice(get_args(PrecisionName)),
     default="auto",
     show_default=True,
-    help="Number format; auto is the fastest one that keeps the picture, int8 is faster still on a CPU, most with "
+    help="Number format; auto is the fastest one that keeps the image, int8 is faster still on a CPU, most with "
     "--backend openvino, and approximate.",
 )
 BACKEND = click.option(
@@ -85,7 +85,7 @@ ATTENTION = click.option(
 LOW_MEMORY = click.option(
     "--low-memory",
     is_flag=True,
-    help="Pass the weights through memory block by block and decode large pictures in tiles: slower, the same picture.",
+    help="Pass the weights through memory block by block and decode large images in tiles: slower, the same image.",
 )
 MODEL_OPTIONS = together(
     MODEL,
@@ -149,11 +149,11 @@ HIDDEN = tuple(name for name, option in OPTIONS.items() if option.flags == ())
 OUT = click.option(
     "--out",
     type=ANY_PATH,
-    default="pictures",
+    default="images",
     show_default=True,
     metavar="FOLDER|FILE",
     help="Where to write; a FILE ends in .png, .jpg, .webp or .avif. In a folder the file is named after prompt and seed. "
-    "A file that holds another picture is never overwritten: the new one gets a number.",
+    "A file that holds another image is never overwritten: the new one gets a number.",
 )
 INVERT_MASK = click.option("--invert-mask", is_flag=True, help="Paint what the mask keeps, and keep what it paints.")
 PREVIEW = click.option("--preview", type=ANY_PATH, metavar="FILE", help="Write what is expected there, while at work.")

@@ -119,16 +119,16 @@ def check_writable(path: Path) -> None:
 def picture_path(
     out: Path, wanted: Mapping[str, Any], taken: Container[Path] = (), ending: str = ".png"
 ) -> tuple[Path, bool]:
-    """Where the picture with the recipe fields `wanted` belongs, and whether it is there already.
+    """Where the image with the recipe fields `wanted` belongs, and whether it is there already.
 
-    A file that holds another picture, or is `taken` for one, is left alone: in a folder, the name gets a number.
+    A file that holds another image, or is `taken` for one, is left alone: in a folder, the name gets a number.
 
     Raises:
-        UsageError: `out` is a file that holds another picture.
+        UsageError: `out` is a file that holds another image.
     """
     if is_file(out):
         if out.exists() and not _holds(out, wanted):
-            raise UsageError(f"{out} holds another picture; remove it or choose another name with --out")
+            raise UsageError(f"{out} holds another image; remove it or choose another name with --out")
         return out, out.exists()
     for path in (out / name for name in _names(wanted["prompt"], wanted["seed"], ending)):
         if path in taken:
@@ -214,11 +214,11 @@ def check_count(out: Path, count: int) -> None:
         UsageError: it is one file.
     """
     if is_file(out) and count > 1:
-        raise UsageError(f"expected a folder for {count} pictures, found --out {out}")
+        raise UsageError(f"expected a folder for {count} images, found --out {out}")
 
 
 def shown_source(pipe: Pipeline, picture: Path) -> Image.Image:
-    """The picture; of an inversion, what the VAE keeps of it."""
+    """The image; of an inversion, what the VAE keeps of it."""
     from latentdiff.image import as_rgb, open_image, to_pil
     from latentdiff.tasks.inversion import Inversion, is_inversion
 
@@ -236,7 +236,7 @@ def _names(prompt: str, seed: int, ending: str) -> Iterator[str]:
     slug = re.sub(r"\W+", "-", prompt.lower()).strip("-_").encode()[:LONGEST_SLUG].decode(errors="ignore")
     encoding = sys.getfilesystemencoding()
     slug = slug.encode(encoding, "ignore").decode(encoding)  # what names of files can hold here
-    stem = f"{slug.rstrip('-_') or 'picture'}-{seed}"
+    stem = f"{slug.rstrip('-_') or 'image'}-{seed}"
     yield f"{stem}{ending}"
     yield from (f"{stem}-{number}{ending}" for number in itertools.count(2))
 

@@ -1,4 +1,4 @@
-"""Pictures of what the model expects while it is still at work, by the VAE or by a tiny decoder that takes no time."""
+"""Images of what the model expects while it is still at work, by the VAE or by a tiny decoder that takes no time."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from latentdiff.diffusion.progress import Callback
     from latentdiff.pipeline import Pipeline
 
-    # Latents (N, C, h, w) -> pictures (N, 3, H, W), about in [-1, 1].
+    # Latents (N, C, h, w) -> images (N, 3, H, W), about in [-1, 1].
     Decode = Callable[[Tensor], Tensor]
 
 
 class PreviewFile:
-    """A callback for pipelines that writes the picture expected so far; several on one sheet.
+    """A callback for pipelines that writes the image expected so far; several on one sheet.
 
     Args:
         path: an image file, written anew each time.

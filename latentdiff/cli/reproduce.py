@@ -1,4 +1,4 @@
-"""`latentdiff reproduce`: make a picture again from its recipe, and say how well that went."""
+"""`latentdiff reproduce`: make an image again from its recipe, and say how well that went."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ SHORT = 8  # digits of the shortest hash of a model that web UIs wrote; today it
     "--source",
     multiple=True,
     metavar="ROLE=FILE",
-    help="Where a picture lies that the recipe starts from: image=photo.png. Repeat it for several.  [default: beside PICTURE]",
+    help="Where an image lies that the recipe starts from: image=photo.png. Repeat it for several.  [default: beside IMAGE]",
 )
 @DEVICE
 @click.option("--precision", type=click.Choice(get_args(PrecisionName)), help="Number format.  [default: the recipe's]")
-@click.option("--out", type=ANY_PATH, metavar="FILE", help="Write the new picture there.")
+@click.option("--out", type=ANY_PATH, metavar="FILE", help="Write the new image there.")
 @click.option(
     "--lora-dir",
     type=ANY_PATH,
     metavar="FOLDER",
-    help="Where the recipe's LoRAs lie.  [default: here or beside PICTURE]",
+    help="Where the recipe's LoRAs lie.  [default: here or beside IMAGE]",
 )
 def reproduce(
     picture: Path,
@@ -62,11 +62,11 @@ def reproduce(
     lora_dir: Path | None,
     **parts: str | None,
 ) -> int:
-    """Make PICTURE again from its recipe, report the pixel difference and why there is one. An animation is one, too.
+    """Make IMAGE again from its recipe, report the pixel difference and why there is one. An animation is one, too.
 
-    What an edited picture was made from is looked for beside it, and where --source says.
+    What an edited image was made from is looked for beside it, and where --source says.
 
-    The exit code is 0 if the pictures agree up to rounding (2 of 255 grey levels), or a lossy file up to what such files
+    The exit code is 0 if the images agree up to rounding (2 of 255 grey levels), or a lossy file up to what such files
     lose, else 1.
     """
     from latentdiff.image import frames_of, is_lossy, open_image
@@ -111,27 +111,27 @@ def _parts(recipe: Recipe, picture: Path, given: Mapping[str, str | None]) -> di
     """Where the parts lie that the recipe takes from elsewhere than the model, but for those that are `given`.
 
     Raises:
-        DataError: one is not here or beside the picture, or is another one.
+        DataError: one is not here or beside the image, or is another one.
     """
     from latentdiff.checkpoints.hashing import place_hash
 
     found = {}
     for role, entry in recipe.parts.items():
         if role not in given:
-            raise DataError(f"the picture's recipe takes a part {role!r} from elsewhere; expected {', '.join(given)}")
+            raise DataError(f"the image's recipe takes a part {role!r} from elsewhere; expected {', '.join(given)}")
         if given[role] is not None:
             continue
         name, option = Path(entry.get("file", "")).name, f"--{role.replace('_', '-')}"  # never a path, as of sources
         places = [path for folder in (picture.parent, Path()) if name and (path := folder / name).exists()]
         if not places:
             raise DataError(
-                f"the picture was made with the {role} {name or '(without a name)'}, which is not beside it or here; say where "
+                f"the image was made with the {role} {name or '(without a name)'}, which is not beside it or here; say where "
                 f"it is with {option}"
             )
         right = [path for path in places if place_hash(path) == entry.get("sha256")]
         if not right:
             raise DataError(
-                f"{places[0]} is not the {role} that the picture was made with: its SHA-256 differs; say where that is with "
+                f"{places[0]} is not the {role} that the image was made with: its SHA-256 differs; say where that is with "
                 f"{option}"
             )
         found[role] = str(right[0])
@@ -166,7 +166,7 @@ def _make(pipe: Pipeline, recipe: Recipe, sources: dict[str, Path]) -> Image.Ima
     from latentdiff.tasks import TASKS
 
     if recipe.task not in TASKS:
-        raise DataError(f"the picture was made by the task {recipe.task!r}; this latentdiff knows {', '.join(TASKS)}")
+        raise DataError(f"the image was made by the task {recipe.task!r}; this latentdiff knows {', '.join(TASKS)}")
     return TASKS[recipe.task](pipe, recipe, sources)
 
 
@@ -196,7 +196,7 @@ def _sources(recipe: Recipe, picture: Path, given: tuple[str, ...]) -> dict[str,
             )
         expected = entry.get("sha256", "")
         if not is_loaded and not (place_hash(path) == expected if is_model else is_the_one(path, expected)):
-            raise DataError(f"{path} is not the {role} that the picture was made from: its SHA-256 differs; {hint}")
+            raise DataError(f"{path} is not the {role} that the recipe names: its SHA-256 differs; {hint}")
         found[role] = path
     return found
 
@@ -226,7 +226,7 @@ def _load(
     )
     if model is None and not _same_hash(recipe, pipe):
         raise CheckpointError(
-            f"the picture was made with the model {recipe.model!r} (hash {recipe.model_hash[:10] or 'unknown'}), "
+            f"the image was made with the model {recipe.model!r} (hash {recipe.model_hash[:10] or 'unknown'}), "
             "which is not the one that comes with latentdiff; say where it is with --model"
         )
     return pipe
@@ -236,7 +236,7 @@ def _same_hash(recipe: Recipe, pipe: Pipeline) -> bool:
     """Whether `pipe` is the recipe's model; the text of the web UIs holds only the start of a hash."""
     if 0 < len(recipe.model_hash) < SHORT:
         raise DataError(
-            f"the picture's recipe has a model hash of {len(recipe.model_hash)} digits ({recipe.model_hash}), too few to tell "
+            f"the image's recipe has a model hash of {len(recipe.model_hash)} digits ({recipe.model_hash}), too few to tell "
             f"models apart; expected at least {SHORT}: name the model with --model"
         )
     return bool(recipe.model_hash) and pipe.model_hash.startswith(recipe.model_hash)
@@ -245,12 +245,12 @@ def _same_hash(recipe: Recipe, pipe: Pipeline) -> bool:
 def _report(
     original: Sequence[Image.Image], again: Sequence[Image.Image], recipe: Recipe, lossy: str | None = None
 ) -> int:
-    """Of one picture each, or of as many frames; `lossy` is the format of a file that does not hold what was made."""
+    """Of one image each, or of as many frames; `lossy` is the format of a file that does not hold what was made."""
     from latentdiff.image import as_stored
 
     sizes = original[0].size, again[0].size
     if sizes[0] != sizes[1]:
-        raise DataError(f"the picture has been resized: it is {sizes[0]}, its recipe says {sizes[1]}")
+        raise DataError(f"the image has been resized: it is {sizes[0]}, its recipe says {sizes[1]}")
     if len(original) != len(again):
         raise DataError(f"the animation has been edited: it has {len(original)} frames, made again {len(again)}")
     worst, mean, nearness = _difference(original, again)

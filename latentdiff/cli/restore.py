@@ -1,4 +1,4 @@
-"""`latentdiff restore`: repair a picture whose damage is known."""
+"""`latentdiff restore`: repair an image whose damage is known."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ OWNERS["border"] = OWNERS["kernel"]
 @click.command()
 @click.argument("picture", type=ANY_PATH)
 @click.option(
-    "--operator", "name", type=click.Choice(get_args(OperatorName)), required=True, help="What happened to the picture."
+    "--operator", "name", type=click.Choice(get_args(OperatorName)), required=True, help="What happened to the image."
 )
 @click.option(
-    "--mask", type=ANY_PATH, metavar="FILE", help="inpaint: white, or transparent, where the picture is missing."
+    "--mask", type=ANY_PATH, metavar="FILE", help="inpaint: white, or transparent, where the image is missing."
 )
 @INVERT_MASK
-@click.option("--factor", type=int, metavar="N", help="super-resolution: how many times larger to make the picture.")
+@click.option("--factor", type=int, metavar="N", help="super-resolution: how many times larger to make the image.")
 @click.option(
     "--kernel",
     metavar="K",
-    help="deblur: gaussian:STD, motion:LENGTH[:ANGLE] in pixels and degrees, or a file, .npy or a grey picture. "
+    help="deblur: gaussian:STD, motion:LENGTH[:ANGLE] in pixels and degrees, or a file, .npy or a grey image. "
     "super-resolution: bicubic (the default), box or gaussian.",
 )
 @click.option(
     "--border",
     type=click.Choice(get_args(BorderName)),
-    help="deblur, super-resolution: what lies beyond the picture's border.  [default: reflect]",
+    help="deblur, super-resolution: what lies beyond the image's border.  [default: reflect]",
 )
 @click.option(
     "--sigma",
@@ -57,9 +57,9 @@ OWNERS["border"] = OWNERS["kernel"]
     default=0.0,
     show_default=True,
     metavar="X",
-    help="Standard deviation of the picture's noise, where black is -1 and white 1; 0.1 is 13 of 255 grey levels.",
+    help="Standard deviation of the image's noise, where black is -1 and white 1; 0.1 is 13 of 255 grey levels.",
 )
-@click.option("--prompt", default="", metavar="TEXT", help="What the picture shows, if known.")
+@click.option("--prompt", default="", metavar="TEXT", help="What the image shows, if known.")
 @click.option("--method", type=click.Choice(get_args(RestorationName)), default="diffpir", show_default=True)
 @click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the method, such as zeta=1 of diffpir."
@@ -67,10 +67,10 @@ OWNERS["border"] = OWNERS["kernel"]
 @flag("steps", default="50 for diffpir; see the documentation")
 @flag("guidance_scale", default="3 with a prompt, 1 without")
 @click.option(
-    "-n", "samples", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Pictures to make."
+    "-n", "samples", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Images to make."
 )
 @flags_of(SeededOptions)
-@click.option("--mean", type=ANY_PATH, metavar="FILE", help="Also write the mean of the pictures.")
+@click.option("--mean", type=ANY_PATH, metavar="FILE", help="Also write the mean of the images.")
 @click.option("--uncertainty", type=ANY_PATH, metavar="FILE", help="Also write how far they differ at each pixel.")
 @MODEL_OPTIONS
 @RESULT_OPTIONS
@@ -91,9 +91,9 @@ def restore(
     compare: Path | None,
     **options: Any,
 ) -> None:
-    """Repair PICTURE, whose damage is known: pixels missing, too small, blurred, noisy or without colour.
+    """Repair IMAGE, whose damage is known: pixels missing, too small, blurred, noisy or without colour.
 
-    Prints how far each result misses the damaged picture once damaged again, which should be about --sigma.
+    Prints how far each result misses the damaged image once damaged again, which should be about --sigma.
     """
     given = {"mask": mask, "invert-mask": invert_mask or None, "factor": factor, "kernel": kernel, "border": border}
     _check_owners(name, given)
@@ -131,7 +131,7 @@ def make_operator(
     *,
     invert_mask: bool = False,
 ) -> Operator:
-    """The operator that the options name, for a damaged picture.
+    """The operator that the options name, for a damaged image.
 
     Raises:
         UsageError: an option is missing or outside its domain.
@@ -205,7 +205,7 @@ def _check_places(mean: Path | None, uncertainty: Path | None, samples: int) -> 
         if place is None:
             continue
         if samples == 1:
-            raise UsageError(f"{option} needs 2 or more pictures; ask for them with -n")
+            raise UsageError(f"{option} needs 2 or more images; ask for them with -n")
         check_image_file(option, place)
 
 

@@ -64,7 +64,7 @@ def _limits(context: click.Context, parameter: click.Parameter, texts: tuple[str
 @EMBEDDINGS
 @click.option("--data", type=ANY_PATH, metavar="FOLDER", help="Offer fine-tuning on the data sets that are its folders.")
 @click.option(
-    "--out", type=ANY_PATH, default="pictures", show_default=True, metavar="FOLDER", help="Where the page keeps images."
+    "--out", type=ANY_PATH, default="images", show_default=True, metavar="FOLDER", help="Where the page keeps images."
 )
 @click.option(
     "--device",

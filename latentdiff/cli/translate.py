@@ -1,4 +1,4 @@
-"""`latentdiff translate`: make a picture anew under another prompt, keeping its layout."""
+"""`latentdiff translate`: make an image anew under another prompt, keeping its layout."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
     from latentdiff.tasks.features import PnPSpec
 
-INVERSION_OPTIONS = ("spacing", "iterations", "width", "height")  # of pictures that are not inverted yet
+INVERSION_OPTIONS = ("spacing", "iterations", "width", "height")  # of images that are not inverted yet
 
 
 @click.command()
-@click.argument("picture", type=ANY_PATH, metavar="PICTURE|INVERSION")
+@click.argument("picture", type=ANY_PATH, metavar="IMAGE|INVERSION")
 @click.argument("prompt")
 @click.option(
     "--method",
     type=click.Choice(get_args(TranslationName)),
     default="features",
     show_default=True,
-    help="What holds the result to the picture; see below.",
+    help="What holds the result to the image; see below.",
 )
-@click.option("--source-prompt", default="", metavar="TEXT", help="What the picture shows.  [default: nothing said]")
+@click.option("--source-prompt", default="", metavar="TEXT", help="What the image shows.  [default: nothing said]")
 @flag("negative_prompt")
 @click.option(
     "--negative-schedule",
@@ -69,9 +69,9 @@ INVERSION_OPTIONS = ("spacing", "iterations", "width", "height")  # of pictures 
 )
 @click.option("--iterations", type=int, metavar="N", help="Corrections of each step of the inversion.  [default: 1]")
 @flag("spacing")
-@click.option("--width", type=int, metavar="PIXELS", help="Bring the picture to this width first.  [default: its own]")
+@click.option("--width", type=int, metavar="PIXELS", help="Bring the image to this width first.  [default: its own]")
 @click.option(
-    "--height", type=int, metavar="PIXELS", help="Bring the picture to this height first.  [default: its own]"
+    "--height", type=int, metavar="PIXELS", help="Bring the image to this height first.  [default: its own]"
 )
 @MODEL_OPTIONS
 @RESULT_OPTIONS
@@ -86,7 +86,7 @@ def translate(
     compare: Path | None,
     **settings: Any,
 ) -> None:
-    """Make PICTURE anew as PROMPT says, keeping its layout. What `latentdiff invert` wrote serves as well as a picture.
+    """Make IMAGE anew as PROMPT says, keeping its layout. What `latentdiff invert` wrote serves as well as an image.
 
     \b
     features         its features and self-attention in the making of the new one
@@ -95,7 +95,7 @@ def translate(
     negative-prompt  its noise, guided away from --source-prompt
     edict            its noise, inverted exactly
     ddim             its noise and nothing else
-    replay           everything: the picture itself, as far as model and inversion keep it
+    replay           everything: the image itself, as far as model and inversion keep it
     """
     writing = Writing.taken_from(settings, out)
     check_results(out, compare, 1)

@@ -1,4 +1,4 @@
-"""Noise: one stream per image, so that a picture depends on its seed and on nothing else.
+"""Noise: one stream per image, so that an image depends on its seed and on nothing else.
 
 All noise of an image, at the start and in stochastic steps, comes from one generator on the CPU that is seeded with
 the image's seed, and is drawn in float32 before it moves; solvers of the stochastic equation take theirs from a

@@ -16,7 +16,7 @@ Callback = Callable[[int, float, Tensor], Any]
 
 
 class Cancelled(LatentDiffError):
-    """The callback returned False; no picture was made."""
+    """The callback returned False; no image was made."""
 
 
 def report(step: DenoiseStep, callback: Callback | None) -> None:

@@ -21,7 +21,7 @@ def engines_for(
     Args:
         backend: "torch" for the modules themselves, "openvino" or "compile".
         precision: "int8" rounds the U-Net to 8 bits, not with "compile"; all others are what the modules have.
-        examples: gives what the U-Net sees while it makes pictures, for engines that need to know; called when they do.
+        examples: gives what the U-Net sees while it makes images, for engines that need to know; called when they do.
 
     Raises:
         UsageError: there is no such back end, or it cannot compute these modules.

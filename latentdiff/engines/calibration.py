@@ -1,4 +1,4 @@
-"""What a U-Net sees while it makes pictures: examples for engines that fit their number formats to them."""
+"""What a U-Net sees while it makes images: examples for engines that fit their number formats to them."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def calibration_examples(
     latent_channels: int,
     sizes: Told | None = None,
 ) -> list[Example]:
-    """The inputs (x (2, C, h, w), t, text) of every call while `unet` makes pictures of a few prompts with guidance.
+    """The inputs (x (2, C, h, w), t, text) of every call while `unet` makes images of a few prompts with guidance.
 
-    The pictures have the size of the training, which a U-Net that is told `sizes` is told, and always the same seeds.
+    The images have the size of the training, which a U-Net that is told `sizes` is told, and always the same seeds.
     """
     guidance = Guidance(scale=GUIDANCE_SCALE)
     sampler = get_sampler("ddim")

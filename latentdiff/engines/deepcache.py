@@ -72,7 +72,7 @@ class _Kept:
 
 
 class DeepCache:
-    """A network for one walk of a batch of pictures, called once a step, or at each step once for each length of text,
+    """A network for one walk of a batch of images, called once a step, or at each step once for each length of text,
     that computes less than the one it wraps.
 
     Features are kept with the text that they were computed for. Where guidance switches on or off, or the prompt

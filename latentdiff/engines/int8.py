@@ -47,7 +47,7 @@ class Int8Network:
     """A U-Net in 8 bits, except for the first and last timesteps; called as the U-Net is.
 
     The U-Net's weights stay as they are, and LoRAs and other taps act on it as ever. Scales belong to a whole batch:
-    its pictures are those made alone up to what rounding to 8 bits changes.
+    its images are those made alone up to what rounding to 8 bits changes.
 
     Raises:
         UsageError: the U-Net is not on a CPU that multiplies 8-bit numbers faster.

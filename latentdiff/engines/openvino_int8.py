@@ -1,7 +1,7 @@
 """The U-Net in 8 bits by OpenVINO, quantised by NNCF: an approximation, for speed.
 
 NNCF runs the model on examples and gives every tensor the range that it had there, so that nothing has to be measured
-while a picture is made. It also moves scale from activations with outliers to weights (SmoothQuant, Xiao et al. 2022).
+while an image is made. It also moves scale from activations with outliers to weights (SmoothQuant, Xiao et al. 2022).
 What is small or sensitive keeps its precision: the first and last convolution, the timestep, softmax and what it
 weighs; and so do the first and last steps, which the U-Net itself computes.
 """
@@ -39,7 +39,7 @@ class OpenVINOInt8Network(OpenVINONetwork):
     With a LoRA or another tap on the U-Net, the U-Net itself computes.
 
     Args:
-        examples: gives what the U-Net sees while it makes pictures. Called once for each set of weights: the result is
+        examples: gives what the U-Net sees while it makes images. Called once for each set of weights: the result is
             kept in the cache folder.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How well pictures show what the prompts say: GenEval's protocol (Ghosh et al. 2023) on scenes.
+"""How well images show what the prompts say: GenEval's protocol (Ghosh et al. 2023) on scenes.
 
 `score_prompts` scores anything that is called like a Pipeline; `evaluate` does all that `latentdiff evaluate` does.
 """

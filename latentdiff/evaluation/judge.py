@@ -1,4 +1,4 @@
-"""What a picture shows, according to the judge.
+"""What an image shows, according to the judge.
 
 The judge is trained on renders alone (`tools/train_judge.py`). It shares no weights with any generative model, so that
 no model is judged by its own mistakes.
@@ -37,7 +37,7 @@ class Seen:
 
     Args:
         colour: None where the object has its own colours.
-        box: left, top, right, bottom as shares of the picture's width and height.
+        box: left, top, right, bottom as shares of the image's width and height.
         score: how sure the judge is that this noun is there, 0 to 1.
     """
 
@@ -49,14 +49,14 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in one picture; objects from the surest to the least sure."""
+    """What the judge sees in one image; objects from the surest to the least sure."""
 
     objects: tuple[Seen, ...]
     background: str
 
 
 class Judge:
-    """Sees nouns, colours, boxes and the background in pictures."""
+    """Sees nouns, colours, boxes and the background in images."""
 
     def __init__(self, network: JudgeNetwork) -> None:
         self.network = network.eval()
@@ -86,7 +86,7 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        """Look at pictures of any size; each is resized to the judge's own."""
+        """Look at images of any size; each is resized to the judge's own."""
         verdicts = []
         for start in range(0, len(images), BATCH):
             resized = [self._fit(image) for image in images[start : start + BATCH]]

@@ -1,4 +1,4 @@
-"""What is asked of a model: prompts in GenEval's schema, each with what its picture has to show.
+"""What is asked of a model: prompts in GenEval's schema, each with what its image has to show.
 
 {"tag": "position", "include": [{"class": "key", "count": 1}, {"class": "fox", "count": 1, "position": ["left of", 0]}],
  "background": "pink", "prompt": "a photo of a fox to the left of a key on a pink background"}
@@ -59,7 +59,7 @@ class EvaluationPrompt:
 
     Args:
         exclude: pairs (noun, n): n or more of that noun are wrong.
-        number: its place in the whole list, from which the seeds of its pictures are made.
+        number: its place in the whole list, from which the seeds of its images are made.
     """
 
     task: str
@@ -133,7 +133,7 @@ def read_prompts(path: Path | None = None, *, limit: int | None = None) -> list[
 
 
 def prompt_of_scene(scene: Mapping[str, Any], text: str) -> EvaluationPrompt:
-    """What a picture must show to pass for a real scene, by the rules of its task.
+    """What an image must show to pass for a real scene, by the rules of its task.
 
     Args:
         scene: as tools/make_scenes.py writes it, with a kind from TASK_OF_KIND.

@@ -1,4 +1,4 @@
-"""GenEval's protocol on scenes: make pictures of prompts, let the judge look at them, count what is right.
+"""GenEval's protocol on scenes: make images of prompts, let the judge look at them, count what is right.
 
 Ghosh et al. 2023, "GenEval: An Object-Focused Framework for Evaluating Text-to-Image Alignment". Ours differs in the
 world (emoji scenes), in the judge (trained on renders of that world) and in one more score, the background's.
@@ -30,13 +30,13 @@ class TextToImage(Protocol):
     def __call__(self, prompt: Sequence[str], **options: Any) -> list[Image.Image]: ...
 
 
-# (prompt, its pictures in the order of their seeds), called as soon as they are made.
+# (prompt, its images in the order of their seeds), called as soon as they are made.
 OnPictures = Callable[[EvaluationPrompt, Sequence[Image.Image]], None]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One picture's judgement.
+    """One image's judgement.
 
     Args:
         reasons: why it is wrong; empty if it is right.
@@ -56,7 +56,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Score:
-    """A share of right pictures with its 95 % interval."""
+    """A share of right images with its 95 % interval."""
 
     value: float
     low: float
@@ -65,7 +65,7 @@ class Score:
 
     @classmethod
     def of(cls, verdicts: Iterable[bool]) -> Score:
-        """Wilson's interval, which takes the pictures of one prompt as independent."""
+        """Wilson's interval, which takes the images of one prompt as independent."""
         verdicts = list(verdicts)
         low, high = wilson_interval(sum(verdicts), len(verdicts))
         return cls(sum(verdicts) / len(verdicts), low, high, len(verdicts))
@@ -73,7 +73,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Result:
-    """Scores of one set of pictures; `tasks` holds those tasks that occurred."""
+    """Scores of one set of images; `tasks` holds those tasks that occurred."""
 
     tasks: dict[str, Score]
     mean: Score  # of the tasks; its interval is a bootstrap over prompts
@@ -128,12 +128,12 @@ def score_prompts(
 ) -> Result:
     """Score a model on prompts.
 
-    Picture j of prompt number i has seed 1000 i + j, so that a shorter list of prompts gives the same pictures.
+    Image j of prompt number i has seed 1000 i + j, so that a shorter list of prompts gives the same images.
 
     Args:
         judge: shares no weights with the model; None is the one that comes with latentdiff.
-        batch_size: pictures made at once; the scores do not depend on it.
-        on_pictures: given each prompt's pictures as soon as they are made.
+        batch_size: images made at once; the scores do not depend on it.
+        on_pictures: given each prompt's images as soon as they are made.
 
     Raises:
         DataError: no prompts, or prompts with words that the judge does not know.

@@ -27,7 +27,7 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class RealScenes:
-    """Pictures of one size that show exactly what their prompts ask for."""
+    """Images of one size that show exactly what their prompts ask for."""
 
     images: list[Image.Image]
     prompts: list[EvaluationPrompt]
@@ -40,7 +40,7 @@ class References:
     ceiling: Result  # real scenes with their own captions
     floor: Result  # real scenes with the caption of another scene of the same task
     reconstructions: Result  # what the model's VAE makes of the real scenes
-    psnr: float  # of the reconstructions, dB, mean over pictures
+    psnr: float  # of the reconstructions, dB, mean over images
 
 
 def read_scenes(folder: Path) -> RealScenes:
@@ -86,7 +86,7 @@ def score_references(pipeline: Pipeline, judge: Judge, scenes: RealScenes, *, pr
 
 
 def score(judge: Judge, images: Sequence[Image.Image], prompts: Sequence[EvaluationPrompt]) -> Result:
-    """Judge pictures that exist already, each against its own prompt."""
+    """Judge images that exist already, each against its own prompt."""
     return Result.of([judged(prompt, seen) for prompt, seen in zip(prompts, judge(images), strict=True)])
 
 
@@ -104,10 +104,10 @@ def shuffled(prompts: Sequence[EvaluationPrompt]) -> list[EvaluationPrompt]:
 
 @torch.no_grad()
 def reconstruct(pipeline: Pipeline, images: Sequence[Image.Image], *, progress: bool = True) -> list[Image.Image]:
-    """Encode (to the mode) and decode pictures with the model's VAE.
+    """Encode (to the mode) and decode images with the model's VAE.
 
     Raises:
-        DataError: the pictures differ in size, or their sides are no multiples of the VAE's factor.
+        DataError: the images differ in size, or their sides are no multiples of the VAE's factor.
     """
     width, height = images[0].size
     factor = pipeline.vae.config.downscale
@@ -123,6 +123,6 @@ def reconstruct(pipeline: Pipeline, images: Sequence[Image.Image], *, progress: 
 
 
 def psnr(image: Image.Image, copy: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB; 99 for equal pictures."""
+    """Peak signal-to-noise ratio in dB; 99 for equal images."""
     a, b = (np.asarray(one.convert("RGB"), dtype=np.float64) for one in (image, copy))
     return min(99.0, decibels(float(((a - b) ** 2).mean())))

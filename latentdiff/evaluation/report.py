@@ -38,7 +38,7 @@ class Report:
         prompts = len({one.number for one in self.result.outcomes})
         remarks = [
             "",
-            f"model {self.model or 'without a name'}: {prompts} prompts with {seeds} pictures each, 95 % intervals in brackets",
+            f"model {self.model or 'without a name'}: {prompts} prompts with {seeds} images each, 95 % intervals in brackets",
             "the judge was trained on renders only and shares no weights with the model",
         ]
         if self.references:

@@ -1,7 +1,7 @@
-"""GenEval's rules (Ghosh et al. 2023): whether what is seen in a picture fulfils a prompt.
+"""GenEval's rules (Ghosh et al. 2023): whether what is seen in an image fulfils a prompt.
 
 They are kept as they are. Of each required noun, the `count` surest objects are looked at. An object that nobody asked
-for does not fail a picture, nor does one too many of a noun, except in counting, where the number must be exact.
+for does not fail an image, nor does one too many of a noun, except in counting, where the number must be exact.
 Backgrounds are not part of GenEval and are scored apart.
 """
 
@@ -20,7 +20,7 @@ CLEAR = 0.5  # smallest part of the distance that must lie along an axis: within
 
 
 def failures(prompt: EvaluationPrompt, seen: Verdict) -> list[str]:
-    """Why a picture does not show what the prompt asks for; nothing if it does."""
+    """Why an image does not show what the prompt asks for; nothing if it does."""
     reasons: list[str] = []
     groups: list[list[Seen] | None] = []  # the objects that meet each requirement so far
     for need in prompt.include:

@@ -35,13 +35,13 @@ def evaluate(
     batch_size: int = 16,
     progress: bool = True,
 ) -> Report:
-    """Score a model; pictures and scores are written below `out`.
+    """Score a model; images and scores are written below `out`.
 
     Args:
         model: as `Pipeline.load` takes it; None is the embedded model.
         loras: files that adapt it, each with its scale.
         limit: prompts of each task; None is all.
-        seeds: pictures of each prompt.
+        seeds: images of each prompt.
         scenes: real scenes made by tools/make_scenes.py, for the judge's ceiling and floor and the VAE's scores; None
             leaves these out.
 
@@ -81,7 +81,7 @@ def evaluate(
 
 
 def save_pictures(out: Path, prompt: EvaluationPrompt, images: Sequence[Image.Image]) -> None:
-    """Write a prompt's pictures in GenEval's layout: 00000/metadata.jsonl and 00000/samples/0000.png, ..."""
+    """Write a prompt's images in GenEval's layout: 00000/metadata.jsonl and 00000/samples/0000.png, ..."""
     folder = out / f"{prompt.number:05d}"
     with atomic_path(folder / "metadata.jsonl") as temporary:
         temporary.write_text(json.dumps(prompt.to_json()) + "\n", encoding="utf-8")

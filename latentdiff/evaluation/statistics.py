@@ -32,7 +32,7 @@ def bootstrap_interval(groups: Sequence[Sequence[float]], *, seed: int = 0) -> t
     """95 % percentile interval of the mean of the groups' means (Efron 1979); the members of each group are drawn anew.
 
     Args:
-        groups: for each task, the share of right pictures of each prompt.
+        groups: for each task, the share of right images of each prompt.
     """
     rng = np.random.default_rng(seed)
     means = np.zeros(RESAMPLES)

@@ -27,7 +27,7 @@ def read_account(texts: Mapping[str, str]) -> Account | None:
     """
     for name in (INVOKE, OLD_INVOKE, COMFY, PARAMETERS):
         if len(texts.get(name, "")) > LONGEST:
-            raise DataError(f"expected at most {LONGEST:,} letters in the picture's text {name!r}, found more")
+            raise DataError(f"expected at most {LONGEST:,} letters in the image's text {name!r}, found more")
     if INVOKE in texts:
         return invokeai.read(_object(texts, INVOKE))
     if OLD_INVOKE in texts:
@@ -51,4 +51,4 @@ def _object(texts: Mapping[str, str], name: str) -> dict[str, object]:
 
 
 def _place(name: str) -> str:
-    return f"the picture's text {name!r}"
+    return f"the image's text {name!r}"

@@ -83,12 +83,12 @@ def _sampler(graph: Graph) -> tuple[Node, list[Node]]:
     if not found:
         other = ", ".join(sorted({node.kind for node in graph.nodes.values() if "ampler" in node.kind})[:5])
         raise DataError(
-            "expected a KSampler or KSamplerAdvanced in the picture's graph of ComfyUI, found "
+            "expected a KSampler or KSamplerAdvanced in the image's graph of ComfyUI, found "
             + (f"{other}, which latentdiff does not read" if other else "none")
         )
     if len(found) > 1:
         names = ", ".join(str(node) for node, _ in found.values())
-        raise DataError(f"the picture's graph of ComfyUI makes several images ({names}) and does not say which this is")
+        raise DataError(f"the image's graph of ComfyUI makes several images ({names}) and does not say which this is")
     return next(iter(found.values()))
 
 

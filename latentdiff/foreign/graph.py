@@ -39,12 +39,12 @@ class Graph:
 
     def __init__(self, content: Any) -> None:
         if not isinstance(content, dict) or not content or len(cast(dict[Any, Any], content)) > MOST_NODES:
-            raise DataError(f"expected a graph of 1 to {MOST_NODES:,} nodes in the picture's text of ComfyUI")
+            raise DataError(f"expected a graph of 1 to {MOST_NODES:,} nodes in the image's text of ComfyUI")
         self.nodes: dict[str, Node] = {}
         for key, entry in cast(dict[str, Any], content).items():
             kind, inputs = (entry.get(name) if isinstance(entry, dict) else None for name in ("class_type", "inputs"))
             if not isinstance(kind, str) or not isinstance(inputs, dict):
-                raise DataError(f"node {key!r} of the picture's graph of ComfyUI has no class_type or inputs")
+                raise DataError(f"node {key!r} of the image's graph of ComfyUI has no class_type or inputs")
             self.nodes[key] = Node(key, kind, cast(dict[str, Any], inputs))
         self.seen = set[str]()  # ids of the nodes that were asked for
 
@@ -101,7 +101,7 @@ class Graph:
         seen = set[str]()
         while node is not None:
             if node.id in seen:
-                raise DataError(f"the picture's graph of ComfyUI goes round in a circle at {node}")
+                raise DataError(f"the image's graph of ComfyUI goes round in a circle at {node}")
             seen.add(node.id)
             yield node
             before = node
@@ -113,7 +113,7 @@ class Graph:
             following = self.linked(node.inputs.get(_PRIMITIVES[node.kind]))
             if following is None or following.id in seen:
                 if following:
-                    raise DataError(f"the picture's graph of ComfyUI goes round in a circle at {node}")
+                    raise DataError(f"the image's graph of ComfyUI goes round in a circle at {node}")
                 return node
             seen.add(following.id)
             node = following

@@ -1,7 +1,7 @@
-"""How much memory a picture takes, how much there is, and doing with less of it.
+"""How much memory an image takes, how much there is, and doing with less of it.
 
 parts        networks whose weights are read when they are first used and can be given back
 streaming    a U-Net whose weights pass through memory block by block
 available    how much memory this process may still take
-estimate     how much a picture will take, known before anything is allocated
+estimate     how much an image will take, known before anything is allocated
 """

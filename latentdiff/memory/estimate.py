@@ -1,4 +1,4 @@
-"""How much memory a picture takes, from sizes alone, before anything is allocated.
+"""How much memory an image takes, from sizes alone, before anything is allocated.
 
 What is counted: the weights, and the activations of the moment at which most of them are alive. What a process has of
 its own before (interpreter, torch, a GPU's context) is not: it is there already when the question is asked.
@@ -13,10 +13,10 @@ from torch import nn
 from latentdiff.memory.streaming import block_bytes
 from latentdiff.networks.config import UNetConfig, VAEConfig
 
-TILE_OVERHEAD = 3  # float32 pictures of a tiled decode: the sum, its weights, and the tile
+TILE_OVERHEAD = 3  # float32 images of a tiled decode: the sum, its weights, and the tile
 _FEED_FORWARD = 18  # widths alive in a feed-forward: input, its norm, 8 inside, and 4 of the gate and 4 of the product
 _DECODER = (
-    3  # maps of the second level's width at the picture's size alive in a ResBlock: input, norm, two of half the width
+    3  # maps of the second level's width at the image's size alive in a ResBlock: input, norm, two of half the width
 )
 _SLACK = 64 * 2**20  # what an allocator keeps of memory that was freed, at most (glibc's `M_TRIM_THRESHOLD`)
 
@@ -41,11 +41,11 @@ class Workload:
     """What is going to be computed.
 
     Args:
-        rows: inputs that the U-Net sees at once: pictures of a batch, twice as many with guidance.
+        rows: inputs that the U-Net sees at once: images of a batch, twice as many with guidance.
         height, width: of the latents.
         unet_bytes, vae_bytes: of one number in each.
         quadratic: whether attention holds its whole matrix of weights.
-        low_memory: the U-Net's weights are streamed, and large pictures decoded in tiles.
+        low_memory: the U-Net's weights are streamed, and large images decoded in tiles.
         beside: bytes of the weights of ControlNets.
     """
 
@@ -63,7 +63,7 @@ class Workload:
 
     @property
     def is_tiled(self) -> bool:
-        """Whether the picture is decoded in tiles: it is larger than those of the training, and memory is to be
+        """Whether the image is decoded in tiles: it is larger than those of the training, and memory is to be
         saved."""
         tile = self.vae.sample_size // self.vae.downscale
         return self.low_memory and max(self.height, self.width) > tile
@@ -98,11 +98,11 @@ def denoising_bytes(workload: Workload) -> int:
 
 
 def decoding_bytes(workload: Workload) -> int:
-    """Activations of the decoder for one picture."""
+    """Activations of the decoder for one image."""
     factor, tile = workload.vae.downscale, max(1, workload.vae.sample_size // workload.vae.downscale)
     height, width = (min(side, tile) if workload.low_memory else side for side in (workload.height, workload.width))
     widths = workload.vae.block_out_channels
-    # At the size of the picture the decoder comes from the second level's width and goes to the first's.
+    # At the size of the image the decoder comes from the second level's width and goes to the first's.
     whole = _DECODER * widths[min(1, len(widths) - 1)] * height * width * factor**2 * workload.vae_bytes
     picture = TILE_OVERHEAD * workload.vae.out_channels * workload.height * workload.width * factor**2 * 4
     return whole + picture + _SLACK

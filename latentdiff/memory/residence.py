@@ -1,4 +1,4 @@
-"""The networks of a model together: which of them are in memory, and whether a picture will fit."""
+"""The networks of a model together: which of them are in memory, and whether an image will fit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLOSE = 0.9  # of what is free; estimates are not exact
 
 
 class MemoryWarning(UserWarning):
-    """A picture may not fit into memory."""
+    """An image may not fit into memory."""
 
 
 class Residence:
@@ -92,7 +92,7 @@ class Residence:
             part.to(device, getattr(precision, name))
 
     def expect_no_more(self) -> None:
-        """Say that the next picture is the last one: no part has to be kept for another."""
+        """Say that the next image is the last one: no part has to be kept for another."""
         if self.keep is None:
             self.keep = False
 
@@ -106,7 +106,7 @@ class Residence:
     def workload(
         self, rows: int, height: int, width: int, *, quadratic: bool = False, beside: Sequence[Part] = ()
     ) -> Workload:
-        """What it takes to make pictures of latents of this size; see `Workload`.
+        """What it takes to make images of latents of this size; see `Workload`.
 
         Args:
             beside: networks that are used with the U-Net.
@@ -134,7 +134,7 @@ class Residence:
         if free is None or (need := needed(workload, at_once=self.keep is True)) <= CLOSE * free:
             return
         found = (
-            f"about {in_gigabytes(need)} of memory for the model and this picture, and {in_gigabytes(free)} are free"
+            f"about {in_gigabytes(need)} of memory for the model and this image, and {in_gigabytes(free)} are free"
         )
         options = " or ".join(filter(None, [advice(workload, free), "a smaller --width and --height"]))
         if need > free + free_swap(self.device):

@@ -102,7 +102,7 @@ class AdaptedModel:
 
     @one_use(alone=True)
     def unload_lora(self, name: str | None = None) -> None:
-        """Take a LoRA or an embedding off again, or all of them: pictures are as before, bit for bit."""
+        """Take a LoRA or an embedding off again, or all of them: images are as before, bit for bit."""
         has_words = name is None or name in self.embeddings
         if has_words:
             self.embeddings.unload(name)

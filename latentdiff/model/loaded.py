@@ -131,8 +131,8 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
             device: "auto", "cpu", "cuda", "cuda:N" or "mps"; see `pick_device`.
             precision: "auto", "fp32", "bf16", "fp16" or "int8"; see `pick_precision`.
             backend: "torch", "openvino" or "compile"; see `use_backend`.
-            low_memory: keep only the part that is used, of the U-Net only two blocks at a time, and decode pictures
-                that are larger than those of the training in tiles. Slower; the picture is otherwise the same.
+            low_memory: keep only the part that is used, of the U-Net only two blocks at a time, and decode images
+                that are larger than those of the training in tiles. Slower; the image is otherwise the same.
             ema: take the averaged weights of a `.ckpt` that holds both.
             prediction_type: what the U-Net predicts, "epsilon", "v_prediction" or "sample", where the model
                 does not say or says it wrong.
@@ -240,12 +240,12 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
     def use_backend(self, name: BackendName) -> Self:
         """Compute the U-Net and the decoder by the back end `name` from now on; the modules stay as they are.
 
-        "torch" is the modules themselves. "openvino" and "compile" translate them at the first picture of each size;
-        the first is for CPUs, the second mostly for GPUs. Their pictures are those of the modules up to rounding. Where
+        "torch" is the modules themselves. "openvino" and "compile" translate them at the first image of each size;
+        the first is for CPUs, the second mostly for GPUs. Their images are those of the modules up to rounding. Where
         a LoRA or another tap is on a module, or gradients are needed, they leave it to the modules or say that they
         cannot.
 
-        With the precision "int8", "openvino" first makes a few pictures and fits its numbers to what the U-Net sees
+        With the precision "int8", "openvino" first makes a few images and fits its numbers to what the U-Net sees
         there. For Stable Diffusion that takes minutes and much memory, once: the result is kept in the cache folder.
 
         Raises:

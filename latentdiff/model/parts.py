@@ -35,7 +35,7 @@ class ModelParts:
 
     @property
     def vae(self) -> VAE:
-        """Pictures to latents and back."""
+        """Images to latents and back."""
         return self.residence.ready("vae")
 
     @property
@@ -66,7 +66,7 @@ class ModelParts:
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the pictures that the model was trained on."""
+        """Height and width in pixels of the images that the model was trained on."""
         side = self.residence.module("unet").config.sample_size * self.residence.module("vae").config.downscale
         return side, side
 
@@ -77,7 +77,7 @@ class ModelParts:
 
     @property
     def is_for_inpainting(self) -> bool:
-        """Whether the U-Net sees, after the latents, a mask and the latents of the picture under it."""
+        """Whether the U-Net sees, after the latents, a mask and the latents of the image under it."""
         return (
             self.residence.module("unet").config.in_channels
             == 2 * self.residence.module("vae").config.latent_channels + 1

@@ -29,7 +29,7 @@ class PromptedModel(LoadedModel):
 
     @torch.no_grad()
     def encoded(self, plan: Plan) -> tuple[list[EncodedPrompt], list[EncodedPrompt]]:
-        """The prompts and negative prompts of a plan, one of each per picture."""
+        """The prompts and negative prompts of a plan, one of each per image."""
         encoder = self.prompt_encoder(plan.reading)
         positive = {text: encoder.prompt(text, plan.steps) for text in dict.fromkeys(plan.prompts)}
         negative = {text: encoder.prompt(text, plan.steps, negative=True) for text in dict.fromkeys(plan.negatives)}

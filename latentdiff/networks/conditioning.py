@@ -88,7 +88,7 @@ class Conditioning:
 class Ragged:
     """Rows of one batch whose texts differ in length: each length goes through the network on its own.
 
-    Padding would be cheaper, but then a prompt's picture depended on its neighbours.
+    Padding would be cheaper, but then a prompt's image depended on its neighbours.
     """
 
     parts: tuple[tuple[Tensor, Conditioning], ...]  # the rows (n,) of each length

@@ -29,15 +29,15 @@ _AS_WIDE_AS_FLOAT32 = (torch.bfloat16, torch.float32)  # in their exponents
 
 
 class Decoder(Protocol):
-    """What `VAE.decode` is: latents to pictures."""
+    """What `VAE.decode` is: latents to images."""
 
     def __call__(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
-        """Latents (N, C, h, w) -> pictures (N, 3, H, W), about in [-1, 1]."""
+        """Latents (N, C, h, w) -> images (N, 3, H, W), about in [-1, 1]."""
         ...
 
 
 def encode_pictures(vae: VAE, images: Tensor, device: torch.device) -> LatentDistribution:
-    """The latents of pictures (N, 3, H, W) in [-1, 1], float32."""
+    """The latents of images (N, 3, H, W) in [-1, 1], float32."""
 
     def compute(image: Tensor, dtype: torch.dtype) -> Tensor:
         found = vae.encode(image.to(device, dtype))
@@ -50,7 +50,7 @@ def encode_pictures(vae: VAE, images: Tensor, device: torch.device) -> LatentDis
 
 
 def decode_latents(decoder: Decoder, vae: VAE, latents: Tensor, device: torch.device, *, tiled: bool = False) -> Tensor:
-    """The pictures (N, 3, H, W) of latents (N, C, h, w), about in [-1, 1], float32; in tiles where memory is short.
+    """The images (N, 3, H, W) of latents (N, C, h, w), about in [-1, 1], float32; in tiles where memory is short.
 
     Args:
         decoder: what computes `vae.decode`; that itself, or what an engine made of it.
@@ -72,7 +72,7 @@ def _decode_one(decoder: Decoder, vae: VAE, latent: Tensor, device: torch.device
         if tiled or not is_out_of_memory(error):
             raise
     # Outside of the block above: as long as the error is handled, it keeps everything alive that the decoder had made.
-    warnings.warn("not enough memory to decode the picture whole; decoding it in tiles", stacklevel=2)
+    warnings.warn("not enough memory to decode the image whole; decoding it in tiles", stacklevel=2)
     return finite_or_float32("the VAE's decoder", vae, partial(compute, tiled=True)).float()
 
 

@@ -38,11 +38,11 @@ def prompted_denoiser(
     sizes: Told | None = None,
     controls: Sequence[AppliedControl] = (),
 ) -> Denoiser:
-    """A denoiser for a batch of N pictures.
+    """A denoiser for a batch of N images.
 
     Args:
         model: what computes `unet`, see `functions.checked_model`.
-        positive, negative: what each of the pictures follows and avoids; negatives have one part.
+        positive, negative: what each of the images follows and avoids; negatives have one part.
         levels: what will be walked; stages count its steps.
         extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
         sizes: what U-Nets of SDXL are told beside the texts.

@@ -67,7 +67,7 @@ class EncodedPrompt:
         return len(self.parts) == 1 and self.parts[0].weight == 1.0
 
 
-EncodedTexts = tuple[list[EncodedPrompt], list[EncodedPrompt]]  # what each picture follows, and what it avoids
+EncodedTexts = tuple[list[EncodedPrompt], list[EncodedPrompt]]  # what each image follows, and what it avoids
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Given:
         return self.positive is not None or self.negative is not None
 
     def instead_of(self, texts: EncodedTexts, width: int, pooled_after: int | None = None) -> EncodedTexts:
-        """The texts of the pictures, with the given ones in their place.
+        """The texts of the images, with the given ones in their place.
 
         Args:
             pooled_after: length of a chunk, where the model wants pooled text in a row behind the chunks.

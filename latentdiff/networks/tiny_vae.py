@@ -1,4 +1,4 @@
-"""The tiny autoencoder of TAESD (Bohan 2023): latents as diffusion models take them to pictures and back, at hardly
+"""The tiny autoencoder of TAESD (Bohan 2023): latents as diffusion models take them to images and back, at hardly
 any cost, and a little blurred.
 
 Its latents have the unit variance that the VAE here gives; no factor is applied.

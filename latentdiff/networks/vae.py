@@ -1,4 +1,4 @@
-"""The KL autoencoder: pictures to latents and back (Kingma & Welling 2014; Rombach et al. 2022, section 3.1).
+"""The KL autoencoder: images to latents and back (Kingma & Welling 2014; Rombach et al. 2022, section 3.1).
 
 The scale factor that brings latents to unit variance is applied here and nowhere else: what `encode` returns and
 `decode` takes is what the U-Net sees. Parameter names are those of diffusers' AutoencoderKL.
@@ -44,7 +44,7 @@ class LatentDistribution:
 class VAE(nn.Module):
     """Encoder and decoder of latent diffusion.
 
-    Pictures are (N, 3, H, W) in [-1, 1] with H and W multiples of `config.downscale`; latents are
+    Images are (N, 3, H, W) in [-1, 1] with H and W multiples of `config.downscale`; latents are
     (N, latent_channels, H / downscale, W / downscale).
     """
 
@@ -70,7 +70,7 @@ class VAE(nn.Module):
         Args:
             latents: what `encode` gave or the denoise loop made.
             tiled: decode overlapping tiles of the training size and blend them. Memory then does not grow with the
-                picture; tiles differ a little from the whole because each is normalised by its own statistics.
+                image; tiles differ a little from the whole because each is normalised by its own statistics.
         """
         latents = latents / self.config.scaling_factor
         return self._decode_tiled(latents) if tiled else self._decode(latents)

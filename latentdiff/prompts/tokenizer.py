@@ -1,7 +1,7 @@
 """Text -> token ids: CLIP's byte-pair encoding (Radford et al. 2021), from a published model's `tokenizer/` folder.
 
 It gives the ids of transformers' CLIPTokenizer and is called as that is called, but starts without transformers, whose
-import takes longer than a picture.
+import takes longer than an image.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Words:
     Attributes:
         kinds: for each of `KINDS`, what there is of it, as it is written in a prompt.
         all: every word of the captions.
-        size: side of the training's pictures in pixels.
+        size: side of the training's images in pixels.
     """
 
     kinds: dict[str, tuple[str, ...]]
@@ -42,7 +42,7 @@ class Words:
 
         Args:
             prompts: what is asked for.
-            width, height: of the pictures in pixels, None for that of the training.
+            width, height: of the images in pixels, None for that of the training.
         """
         found = list(dict.fromkeys(word for prompt in prompts for word in split_words(prompt)))
         counted = {word for word in found if word.isdecimal() or word in _NUMBERS}

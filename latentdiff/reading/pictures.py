@@ -1,4 +1,4 @@
-"""Image files from anywhere, by Pillow: only formats that are pictures, of bounded size, and no exception but ours."""
+"""Image files from anywhere, by Pillow: only formats that are images, of bounded size, and no exception but ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from latentdiff.errors import DataError
 from latentdiff.reading.plain import MIB, open_file
 
-# Other readers of Pillow start programs (EPS), read what is no picture, or ask the network.
+# Other readers of Pillow start programs (EPS), read what is no image, or ask the network.
 FORMATS = (
     "PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "PPM", "TGA", "ICO", "JPEG2000", "PSD", "PCX",
 )  # fmt: skip
@@ -41,11 +41,11 @@ def opened(
         whole: False where the header alone is wanted: checksums are not compared then.
 
     Raises:
-        DataError: there is no such file, or it is damaged, no picture, or larger than Pillow's limit against
+        DataError: there is no such file, or it is damaged, no image, or larger than Pillow's limit against
             decompression bombs.
     """
     if not isinstance(source, bytes) and not Path(source).exists():
-        raise DataError(f"no picture at {name}")
+        raise DataError(f"no image at {name}")
     with io.BytesIO(source) if isinstance(source, bytes) else open_file(source, DataError) as file:
         try:
             if whole:
@@ -55,7 +55,7 @@ def opened(
         except DataError:
             raise
         except DAMAGED as error:
-            raise DataError(f"cannot read {name} as a picture: {_reason(file, formats, error)}") from error
+            raise DataError(f"cannot read {name} as an image: {_reason(file, formats, error)}") from error
 
 
 def _reason(file: BinaryIO, formats: Sequence[str], error: BaseException) -> str:

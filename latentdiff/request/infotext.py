@@ -47,7 +47,7 @@ def split(text: str) -> InfoText:
         DataError: the text holds lone surrogates.
     """
     if not is_unicode(text):
-        raise DataError("the picture's parameters text holds half of a character, a lone surrogate")
+        raise DataError("the image's parameters text holds half of a character, a lone surrogate")
     lines = text.strip().split("\n")
     last = len(lines) - 1
     settings = read_settings(lines[last])

@@ -1,4 +1,4 @@
-"""What a user asks the pipeline for, checked and spread out to one entry per picture."""
+"""What a user asks the pipeline for, checked and spread out to one entry per image."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ class Sampling(Settings):
 
 @dataclass(frozen=True)
 class Start:
-    """Where a batch of pictures begins, and what else its walk needs."""
+    """Where a batch of images begins, and what else its walk needs."""
 
     x: Tensor  # (N, C, h, w), at the first level
     after_step: Callable[[Tensor, Level], Tensor] | None = None  # see `denoise`
@@ -199,7 +199,7 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is going to be done, checked, with one prompt, negative prompt and seed per picture."""
+    """What is going to be done, checked, with one prompt, negative prompt and seed per image."""
 
     options: Sampling
     prompts: list[str]
@@ -219,7 +219,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """How many steps each picture takes."""
+        """How many steps each image takes."""
         return len(self.levels) - 1
 
     def rows(self, part: slice) -> int:
@@ -252,7 +252,7 @@ class Plan:
         return read_prompt(self.prompts[image], self.reading.syntax).loras
 
     def recipe_fields(self) -> Iterator[dict[str, Any]]:
-        """For each picture, the fields of its recipe that the plan decides."""
+        """For each image, the fields of its recipe that the plan decides."""
         kept = {name: getattr(self.options, name) for name in KEPT if name in SAMPLING}
         controls = [control.describe() for control in self.options.controls or ()]
         same = {**kept, "spacing": self.spacing, "controls": controls}
@@ -263,7 +263,7 @@ class Plan:
 def one_per_picture(
     prompt: str | Sequence[str], negative_prompt: str | Sequence[str], num_images: int
 ) -> tuple[list[str], list[str]]:
-    """Prompts and negative prompts, one of each per picture, all pictures of a prompt in a row.
+    """Prompts and negative prompts, one of each per image, all images of a prompt in a row.
 
     Raises:
         UsageError: there is no prompt, or the two do not pair up.
@@ -299,7 +299,7 @@ def latent_shape(
     latents: Tensor | None,
     count: int,
 ) -> tuple[int, int, int]:
-    """(C, h, w) of one picture's latents; sizes are (height, width) in pixels.
+    """(C, h, w) of one image's latents; sizes are (height, width) in pixels.
 
     What is asked for counts, else the size of the given `latents`, else that of the training.
 

@@ -20,7 +20,7 @@ ImageInput = Image.Image | str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Source:
-    """A picture as it came, and its entry in a recipe: {"file": name, "sha256": ...}."""
+    """An image as it came, and its entry in a recipe: {"file": name, "sha256": ...}."""
 
     image: Image.Image
     entry: dict[str, str]
@@ -47,10 +47,10 @@ class Source:
 
 
 def open_source(picture: ImageInput) -> Source:
-    """Read a picture from a file, or take one of Pillow; that one is known by the hash of its pixels and has no name.
+    """Read an image from a file, or take one of Pillow; that one is known by the hash of its pixels and has no name.
 
     Raises:
-        DataError: there is no such file, or it is no picture.
+        DataError: there is no such file, or it is no image.
     """
     if isinstance(picture, Image.Image):
         return Source(picture, {"file": "", "sha256": _hash_of_pixels(picture)})
@@ -59,16 +59,16 @@ def open_source(picture: ImageInput) -> Source:
 
 
 def is_the_one(path: Path, sha256: str) -> bool:
-    """Whether the file is the source of a recipe: the same file, or a picture of the same pixels.
+    """Whether the file is the source of a recipe: the same file, or an image of the same pixels.
 
     Raises:
-        DataError: it is neither that file nor a picture.
+        DataError: it is neither that file nor an image.
     """
     return file_hash(path) == sha256 or _hash_of_pixels(open_image(path)) == sha256
 
 
 def extended(picture: Image.Image, factor: int) -> Image.Image:
-    """The picture with its last column and row repeated until both sides are multiples of `factor`."""
+    """The image with its last column and row repeated until both sides are multiples of `factor`."""
     right, bottom = -picture.width % factor, -picture.height % factor
     if not right and not bottom:
         return picture

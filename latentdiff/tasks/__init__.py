@@ -1,4 +1,4 @@
-"""Editing and restoring pictures without training."""
+"""Editing and restoring images without training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from latentdiff.tasks.restoration import task as restoring
 from latentdiff.tasks.restoration.task import restore as restore
 from latentdiff.tasks.translation import translate as translate
 
-# (model, recipe, files of its sources by role) -> the picture once more, or the bytes of an animation; by the `task`
+# (model, recipe, files of its sources by role) -> the image once more, or the bytes of an animation; by the `task`
 # that recipes name.
 TASKS: dict[str, Callable[[Pipeline, Recipe, Mapping[str, Path]], Image.Image | bytes]] = {
     editing.TASK: editing.again,

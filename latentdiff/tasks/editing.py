@@ -1,4 +1,4 @@
-"""Image to image: noise a picture part of the way and denoise it under a prompt (SDEdit, Meng et al. 2022)."""
+"""Image to image: noise an image part of the way and denoise it under a prompt (SDEdit, Meng et al. 2022)."""
 
 from __future__ import annotations
 
@@ -54,31 +54,31 @@ def image_to_image(
     height: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> list[Image.Image]:
-    """Change a picture towards a prompt.
+    """Change an image towards a prompt.
 
-    The picture is noised to the level where the last `int(steps * strength)` steps begin, and those are taken, as in
+    The image is noised to the level where the last `int(steps * strength)` steps begin, and those are taken, as in
     diffusers' img2img; so the cost is `strength` times that of generating. With strength 0 it is given back as it is.
 
     An inversion begins on its own trajectory instead of from drawn noise: under the prompt that it was made with,
-    without guidance, the picture comes back; under another, more of the picture stays than noise would leave.
+    without guidance, the image comes back; under another, more of the image stays than noise would leave.
 
     Args:
-        image: any picture of Pillow, or a file; it is turned upright by its EXIF entry, brought to sRGB, and seen on white.
+        image: any image of Pillow, or a file; it is turned upright by its EXIF entry, brought to sRGB, and seen on white.
             Or its inversion, a file or an `Inversion`, made with the same model; the steps, by default all of its own,
             have to pass through its noise levels. Seeds then make a difference only to samplers that draw noise.
-        strength: 0 to 1, how far to go from the picture.
-        width: bring the picture to this width in pixels first; alone it keeps the proportions, None is its own size.
+        strength: 0 to 1, how far to go from the image.
+        width: bring the image to this width in pixels first; alone it keeps the proportions, None is its own size.
             Sides that are no multiples of the VAE's factor (8) are extended by their last pixels and cut again at the
             end.
         height: likewise.
         options: see `SamplingOptions`: negative_prompt, steps, guidance_scale, sampler, seed, num_images, ...
 
     Returns:
-        Pictures of that size with their recipe in `image.info`: RGB, or RGBA with the picture's own transparency.
+        Images of that size with their recipe in `image.info`: RGB, or RGBA with the image's own transparency.
 
     Raises:
         UsageError: an argument outside its domain, or steps that do not fit the inversion.
-        DataError: the file is missing or no picture.
+        DataError: the file is missing or no image.
         CheckpointError: the inversion was made with another model.
         NotFiniteError: the model gives NaN or infinity.
         Cancelled: the callback returned False.
@@ -98,7 +98,7 @@ def image_to_image(
 
 
 def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.Image:
-    """The picture of a recipe once more."""
+    """The image of a recipe once more."""
     settings = asdict(recipe.settings_as(EditSettings))
     inverting = settings.pop("inversion")
     source: ImageInput | Inversion = sources["inversion"] if "inversion" in sources else file_of(sources, "image")
@@ -136,7 +136,7 @@ def with_recipes(
     settings: dict[str, Any],
     sources: dict[str, dict[str, str]],
 ) -> list[Image.Image]:
-    """The pictures of a plan, each with its recipe in `image.info`, and nothing else there but its colour profile."""
+    """The images of a plan, each with its recipe in `image.info`, and nothing else there but its colour profile."""
     for image, fields in zip(images, plan.recipe_fields(), strict=True):
         size = {"width": image.width, "height": image.height}
         recipe = pipe.recipe(**fields, **size, task=task, task_settings=settings, sources=sources)
@@ -166,7 +166,7 @@ def _from_inversion(
     options: SamplingOptions,
 ) -> list[Image.Image]:
     if size != (None, None):
-        raise UsageError("expected no size with an inversion, which has its own; invert the picture with that size")
+        raise UsageError("expected no size with an inversion, which has its own; invert the image with that size")
     found.check_model(pipe.model_hash)
     plan = begin_at(Sampling(**following(options, found)).plan(prompt, pipe.schedule), strength)
     begin = found.at(plan.levels[0]).to(pipe.device)  # (1, C, h, w)

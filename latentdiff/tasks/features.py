@@ -1,4 +1,4 @@
-"""Plug-and-play diffusion features (Tumanyan et al. 2023): a picture's own features, put into the making of another
+"""Plug-and-play diffusion features (Tumanyan et al. 2023): an image's own features, put into the making of another
 one.
 
 While the target is denoised under its prompt, the source is denoised beside it, on the latents that its inversion

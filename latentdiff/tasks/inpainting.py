@@ -1,8 +1,8 @@
-"""Inpainting: paint the part of a picture that a mask shows, and leave the rest to the last bit.
+"""Inpainting: paint the part of an image that a mask shows, and leave the rest to the last bit.
 
 With an ordinary model, the known part of the latents is put back at every step, noised to its level (Avrahami et al.
 2023, "Blended Latent Diffusion"; Lugmayr et al. 2022, "RePaint", who also take each step several times over). A model
-for inpainting sees the mask and the picture without the masked part instead (Rombach et al. 2022, section 4.5).
+for inpainting sees the mask and the image without the masked part instead (Rombach et al. 2022, section 4.5).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TASK = "inpaint"
 # Where something is removed, the walk begins from its surroundings at this strength: from more noise than that, models
 # make something new of it.
 REMOVAL_STRENGTH = 0.5
-PADDING_SHARE = 16  # of the side of the training's pictures
+PADDING_SHARE = 16  # of the side of the training's images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,48 +95,48 @@ def inpaint(
     soft: bool = False,
     **options: Unpack[SamplingOptions],
 ) -> list[Image.Image]:
-    """Paint what the prompt says into the masked part of a picture.
+    """Paint what the prompt says into the masked part of an image.
 
-    Where the mask, once grown and blurred, is black, the result is the picture to the last bit, as transparent as it was;
+    Where the mask, once grown and blurred, is black, the result is the image to the last bit, as transparent as it was;
     where it is white, it is opaque. Grey mixes the two. A
-    mask that is white all over paints the whole picture anew. In latents, a cell with any pixel to be painted is
+    mask that is white all over paints the whole image anew. In latents, a cell with any pixel to be painted is
     painted.
 
     Args:
-        image: any picture of Pillow, or a file; it is turned upright by its EXIF entry, brought to sRGB, and seen on white.
+        image: any image of Pillow, or a file; it is turned upright by its EXIF entry, brought to sRGB, and seen on white.
             Sides that are no multiples of the VAE's factor (8) are extended by their last pixels and cut again at the
             end.
-        mask: of the picture's size, white where to paint, or transparent there; see `masks.read_mask`. None with
+        mask: of the image's size, white where to paint, or transparent there; see `masks.read_mask`. None with
             `extend` alone.
         prompt: what shall be there; with `only_masked` of the masked part alone.
-        inversion: of this picture: the masked part begins on its trajectory in place of from noise, and the rest stays
+        inversion: of this image: the masked part begins on its trajectory in place of from noise, and the rest stays
             on it, so that what is painted keeps the layout of what was there. The steps, by default all of its own,
             have to be among its noise levels. Not with `remove`, `only_masked` and `extend`, which paint on another
-            picture than its own.
+            image than its own.
         remove: take away what the mask covers: it is filled smoothly from around before anything else, and the model
             mends that. The prompt, which may be empty, says what is behind it.
         invert_mask: paint what the mask keeps, and keep what it paints.
         strength: 0 to 1; 1 paints from pure noise, less keeps something of what was there, or of the fill, 0 gives the
-            picture back as it is, or filled. None is 1, and 0.5 to remove.
+            image back as it is, or filled. None is 1, and 0.5 to remove.
         grow: pixels by which the mask is widened.
         blur: standard deviation in pixels of the blur that then softens its edge.
         only_masked: cut the masked part out with `padding` pixels around it, paint it at the size of the training's
-            pictures, and put it back. For details of large pictures, and for things as large as the mask. None as
-            padding is 1/16 of the side of the training's pictures: 32 for 512.
+            images, and put it back. For details of large images, and for things as large as the mask. None as
+            padding is 1/16 of the side of the training's images: 32 for 512.
         extend: outpainting: pixels to add on the left, top, right and bottom, and to paint.
         repeats: how often each step is taken, with the noise put back in between, so that the painted part fits the
             kept one better (Lugmayr et al. 2022, section 4.2). The cost grows with it.
-        soft: grey says how far a place may go from the picture, as a strength of its own: it is held until that share of
+        soft: grey says how far a place may go from the image, as a strength of its own: it is held until that share of
             the steps is left (Levin & Fried 2023). Not with an inversion, nor with a model for inpainting.
         options: see `SamplingOptions`: negative_prompt, steps, guidance_scale, sampler, seed, num_images, ...
 
     Returns:
-        Pictures with their recipe in `image.info`: RGB, or RGBA if the picture has transparent parts.
+        Images with their recipe in `image.info`: RGB, or RGBA if the image has transparent parts.
 
     Raises:
         UsageError: an argument outside its domain; a mask of another size or without anything to paint; an inversion of
-            another picture.
-        DataError: a file is missing or no picture.
+            another image.
+        DataError: a file is missing or no image.
         CheckpointError: the inversion was made with another model.
         NotFiniteError: the model gives NaN or infinity.
         Cancelled: the callback returned False.
@@ -157,7 +157,7 @@ def inpaint(
     )
     if soft and (inversion is not None or pipe.is_for_inpainting):
         raise UsageError(
-            "expected no inversion and no model for inpainting with soft, which holds the picture in place between the steps"
+            "expected no inversion and no model for inpainting with soft, which holds the image in place between the steps"
         )
     source = open_source(image)
     sources = {"image": source.entry}
@@ -189,7 +189,7 @@ def inpaint(
 
 
 def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.Image:
-    """The picture of a recipe once more."""
+    """The image of a recipe once more."""
     settings = asdict(recipe.settings_as(InpaintSettings))
     image = file_of(sources, "image")
     inversion, inverting = sources.get("inversion"), settings.pop("inversion")
@@ -205,11 +205,11 @@ def _given(
     """The inversion to paint from, and what the recipe says of it.
 
     Raises:
-        UsageError: it cannot be that of the picture painted on.
+        UsageError: it cannot be that of the image painted on.
     """
     if settings.remove or settings.only_masked or any(settings.extend):
         raise UsageError(
-            "expected no inversion with remove, only_masked or extend: they paint on another picture than its own"
+            "expected no inversion with remove, only_masked or extend: they paint on another image than its own"
         )
     given = given_inversion(inversion)
     if not isinstance(given, tuple):
@@ -224,9 +224,9 @@ def _given(
 def canvas(
     picture: Image.Image, mask: Image.Image | None, settings: InpaintSettings
 ) -> tuple[Image.Image, Image.Image]:
-    """The picture with its margins, and the mask of what is to be painted, of the same size.
+    """The image with its margins, and the mask of what is to be painted, of the same size.
 
-    The margins repeat the picture's border until they are painted, so that what is noised there resembles it.
+    The margins repeat the image's border until they are painted, so that what is noised there resembles it.
 
     Raises:
         UsageError: neither a mask nor margins, or a mask that does not fit.
@@ -237,7 +237,7 @@ def canvas(
     if settings.padding < 0:
         raise UsageError(f"expected a padding of 0 or more pixels, found {settings.padding}")
     if mask is None and not any(margins):
-        raise UsageError("expected a mask, or margins to extend the picture by; found neither")
+        raise UsageError("expected a mask, or margins to extend the image by; found neither")
     left, top, right, bottom = margins
     around = ((top, bottom), (left, right))
     if mask is None:
@@ -246,7 +246,7 @@ def canvas(
         inner = np.asarray(prepared_mask(mask, picture.size, grow=0, blur=0.0))
         if inner.min() == 255:
             warnings.warn(
-                "the mask is white all over, so the whole picture is painted anew; was it to be inverted (invert_mask, "
+                "the mask is white all over, so the whole image is painted anew; was it to be inverted (invert_mask, "
                 "--invert-mask)?",
                 stacklevel=2,
             )
@@ -280,7 +280,7 @@ def _paint_cutout(
 
 def _work_size(box: Box, pipe: Pipeline) -> tuple[int, int]:
     """Width and height, multiples of the VAE's factor, with the box's proportions and the area of the training's
-    pictures."""
+    images."""
     factor = pipe.vae.config.downscale
     height, width = pipe.default_size
     box_width, box_height = box[2] - box[0], box[3] - box[1]

@@ -26,7 +26,7 @@ from latentdiff.tasks.inversion.artefact import Inversion
 from latentdiff.tasks.masks import latent_mask, mean_mask
 from latentdiff.tasks.soft_inpainting import starts_softly
 
-# How far, in units of their spread, the latents of a picture may be from those that were inverted: for other
+# How far, in units of their spread, the latents of an image may be from those that were inverted: for other
 # precisions.
 SAME_PICTURE = 0.2
 
@@ -56,11 +56,11 @@ def painted(
     inversion: Inversion | None = None,
     soft: bool = False,
 ) -> list[Image.Image]:
-    """The pictures of a plan as the VAE decodes them, kept parts too.
+    """The images of a plan as the VAE decodes them, kept parts too.
 
     Args:
-        mask: of the picture's size, white where to paint.
-        from_noise: paint from pure noise, else from the picture at the first level.
+        mask: of the image's size, white where to paint.
+        from_noise: paint from pure noise, else from the image at the first level.
         inversion: where to begin in place of both; see `inpaint`.
         soft: grey is how far a place may go; see `soft_inpainting`.
     """
@@ -85,12 +85,12 @@ def starts_on_trajectory(
     """From the inversion's noise, with what is to be kept held on its trajectory.
 
     Raises:
-        UsageError: the inversion is of another picture, or holds no latents at a level of the plan.
+        UsageError: the inversion is of another image, or holds no latents at a level of the plan.
     """
     own, inverted = encoded.mode(), inversion.latents[-1:].to(cells.device)
     if own.shape != inverted.shape or (own - inverted).std() > SAME_PICTURE * own.std():
         raise UsageError(
-            "expected an inversion of this picture, found one of another; invert this picture at its own size"
+            "expected an inversion of this image, found one of another; invert this image at its own size"
         )
     known = {level: inversion.at(level).to(cells.device) for level in plan.levels}  # (1, C, h, w) each
 

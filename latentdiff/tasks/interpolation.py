@@ -1,4 +1,4 @@
-"""Interpolation: a way of pictures from one prompt to the next, through start noise and text embeddings."""
+"""Interpolation: a way of images from one prompt to the next, through start noise and text embeddings."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def interpolate(
     height: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> list[Image.Image]:
-    """Pictures on the way from the first prompt over all others to the last.
+    """Images on the way from the first prompt over all others to the last.
 
     The embeddings of neighbouring prompts are mixed linearly, and their start noise on the sphere, which keeps its
     norm. Each frame depends on its place alone, so frames agree whatever the batch size.
 
     Args:
         prompts: two or more; the first and the last frame are those of the first and the last prompt.
-        frames: pictures in all, 2 or more, at equal distances.
+        frames: images in all, 2 or more, at equal distances.
         same_noise: give all prompts the start noise of the first, so that only the text changes.
         width: in pixels, a multiple of the VAE's factor (8); None is that of the training.
         height: likewise.
@@ -80,7 +80,7 @@ def interpolate(
     sampling = Sampling(**options)
     if sampling.num_images != 1:
         raise UsageError(
-            f"expected num_images 1, found {sampling.num_images}: an interpolation makes one picture per frame"
+            f"expected num_images 1, found {sampling.num_images}: an interpolation makes one image per frame"
         )
     seeds = seed_of_each(sampling.seed, len(prompts))
     seeds = [seeds[0]] * len(seeds) if same_noise else seeds

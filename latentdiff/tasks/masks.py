@@ -1,4 +1,4 @@
-"""Masks of inpainting: grey pictures, white where to paint, black where to keep, grey in between."""
+"""Masks of inpainting: grey images, white where to paint, black where to keep, grey in between."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_mask(image: Image.Image, name: str = "the mask", *, invert: bool = Fals
     """A mask as programs write them, as L: white where to paint, black where to keep, grey in between.
 
     Grey images are taken as they are, those of the values 0 and 1 as black and white. Where parts are transparent and
-    the others are no mask of themselves (a picture, or black), it is the transparent parts that are painted, as in
+    the others are no mask of themselves (an image, or black), it is the transparent parts that are painted, as in
     OpenAI's interface.
 
     Args:
@@ -49,7 +49,7 @@ def read_mask(image: Image.Image, name: str = "the mask", *, invert: bool = Fals
     else:
         raise UsageError(
             f"{name} has colours: expected a grey image, white where to paint, or one with transparent parts there; "
-            "is it the picture?"
+            "is it the image?"
         )
     return Image.fromarray(255 - grey if invert else grey)
 
@@ -73,7 +73,7 @@ def prepared_mask(mask: Image.Image, size: tuple[int, int], *, grow: int, blur: 
         blur: standard deviation in pixels of the Gaussian that softens its edge.
 
     Raises:
-        UsageError: another size than that of the picture, nothing to paint, or a negative growth or blur.
+        UsageError: another size than that of the image, nothing to paint, or a negative growth or blur.
     """
     if grow < 0:
         raise UsageError(f"expected a mask growth of 0 or more pixels, found {grow}")
@@ -81,7 +81,7 @@ def prepared_mask(mask: Image.Image, size: tuple[int, int], *, grow: int, blur: 
         raise UsageError(f"expected a mask blur of 0 or more pixels, found {blur}")
     if mask.size != size:
         raise UsageError(
-            f"expected a mask of the picture's size, {size[0]} x {size[1]} pixels, found {mask.width} x {mask.height}"
+            f"expected a mask of the image's size, {size[0]} x {size[1]} pixels, found {mask.width} x {mask.height}"
         )
     if mask.getbbox() is None:
         raise UsageError(
@@ -97,7 +97,7 @@ def latent_mask(mask: Image.Image, factor: int) -> Tensor:
     """The mask for latents, (1, 1, h, w) in [0, 1]: each cell takes the largest value of its pixels.
 
     So a cell that holds any pixel to be painted is painted, and nothing of what is to go is left at the rim. Cells that
-    reach beyond the picture count what lies inside.
+    reach beyond the image count what lies inside.
     """
     values = torch.from_numpy(np.array(mask, dtype=np.float32) / 255.0)[None, None]  # (1, 1, H, W)
     right, bottom = -mask.width % factor, -mask.height % factor
@@ -119,7 +119,7 @@ def composed(picture: Image.Image, painted: Image.Image, mask: Image.Image) -> I
 
 
 def filled(picture: Image.Image, mask: Image.Image) -> Image.Image:
-    """The picture with every pixel of the mask that is not black replaced by a smooth mean of the kept ones around it.
+    """The image with every pixel of the mask that is not black replaced by a smooth mean of the kept ones around it.
 
     Pull and push (Gortler et al. 1996, section 3.5): means of the kept pixels over ever larger blocks, from which the
     finer ones take what they lack.
@@ -130,7 +130,7 @@ def filled(picture: Image.Image, mask: Image.Image) -> Image.Image:
     kept = torch.from_numpy(np.asarray(mask) == 0)[None, None].double()  # (1, 1, H, W)
     if not kept.any():
         raise UsageError(
-            "expected a mask that leaves something of the picture to fill the rest from, found one without any black"
+            "expected a mask that leaves something of the image to fill the rest from, found one without any black"
         )
     colours = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].double()  # (1, 3, H, W)
     smooth = pulled_and_pushed(colours * kept, kept)
@@ -152,7 +152,7 @@ def pulled_and_pushed(weighted: Tensor, weight: Tensor) -> Tensor:
 
 
 def surroundings(mask: Image.Image, padding: int) -> Box:
-    """The painted area with `padding` pixels around it, widened to a square as far as the picture allows."""
+    """The painted area with `padding` pixels around it, widened to a square as far as the image allows."""
     left, top, right, bottom = mask.getbbox()
     left, top = max(0, left - padding), max(0, top - padding)
     right, bottom = min(mask.width, right + padding), min(mask.height, bottom + padding)

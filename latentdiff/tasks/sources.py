@@ -1,4 +1,4 @@
-"""The pictures that a task starts from: their files, sizes and borders."""
+"""The images that a task starts from: their files, sizes and borders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from latentdiff.errors import DataError, UsageError
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
 
-# From this many times the area of the training's pictures on, a model's pictures fall apart into repetitions.
+# From this many times the area of the training's images on, a model's images fall apart into repetitions.
 MUCH_LARGER = 4
 
 
@@ -35,12 +35,12 @@ def file_of(sources: Mapping[str, Path], role: str) -> Path:
         DataError: the recipe does not name one.
     """
     if role not in sources:
-        raise DataError(f"the picture's recipe does not say what it was made from: it has no source {role!r}")
+        raise DataError(f"the image's recipe does not say what it was made from: it has no source {role!r}")
     return sources[role]
 
 
 def resized(picture: Image.Image, width: int | None, height: int | None) -> Image.Image:
-    """The picture at a size in pixels; one side alone keeps the proportions.
+    """The image at a size in pixels; one side alone keeps the proportions.
 
     Raises:
         UsageError: a side below 1.
@@ -56,11 +56,11 @@ def resized(picture: Image.Image, width: int | None, height: int | None) -> Imag
 
 
 def warn_if_large(pipe: Pipeline, picture: Image.Image, remedy: str) -> None:
-    """Say so if a picture is much larger than those that the model was trained on."""
+    """Say so if an image is much larger than those that the model was trained on."""
     height, width = pipe.default_size
     if picture.width * picture.height > MUCH_LARGER * width * height:
         warnings.warn(
-            f"the picture has {picture.width} x {picture.height} pixels and the model was trained on {width} x {height}; "
+            f"the image has {picture.width} x {picture.height} pixels and the model was trained on {width} x {height}; "
             f"{remedy}",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Translating a picture: from its inversion, sample under another prompt."""
+"""Translating an image: from its inversion, sample under another prompt."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert, null_text_denoiser, walk_down, with_null_text
 
 TASK = "translate"
-INVERSION_OF = {"edict": "edict"}  # how a method inverts a picture, where it is not by fixed point
+INVERSION_OF = {"edict": "edict"}  # how a method inverts an image, where it is not by fixed point
 INJECTING = ("features", "direct")
 
 
@@ -98,12 +98,12 @@ def translate(
     inversion: dict[str, Any] | None = None,
     **options: Unpack[WalkOptions],
 ) -> list[Image.Image]:
-    """Make the picture anew as each prompt says, keeping its layout.
+    """Make the image anew as each prompt says, keeping its layout.
 
     Args:
-        source: a picture (PIL image or path), or its inversion (path or `Inversion`).
-        prompt: one or several; each gives one picture.
-        method: what holds the result to the source. Cost in evaluations of one picture per step, inversion apart:
+        source: an image (PIL image or path), or its inversion (path or `Inversion`).
+        prompt: one or several; each gives one image.
+        method: what holds the result to the source. Cost in evaluations of one image per step, inversion apart:
             "features"         plug-and-play features: its decoder features and self-attention; 3
             "direct"           its self-attention only, held on the stored trajectory (direct inversion); 3
             "null-text"        the same noise, and null embeddings that make its own reconstruction exact; 2
@@ -114,13 +114,13 @@ def translate(
         negative_prompt: what to avoid.
         negative_blend: fade from the empty to the negative prompt; None guides away from the negative prompt
             throughout.
-        source_prompt: what the picture shows; that of an inversion is kept in it.
+        source_prompt: what the image shows; that of an inversion is kept in it.
         steps: None is 50, or those of the inversion; fewer thin its trajectory out.
         guidance_scale: None is 5, or what the inversion was made for ("null-text", "edict").
         spec: blocks and shares of "features" and "direct"; None is `default_spec`. "direct" takes no features.
         tau_f: 0 to 1, another share of the steps with features than that of the specification.
         tau_attn: likewise with self-attention.
-        inversion: further arguments of `invert`, where `source` is a picture.
+        inversion: further arguments of `invert`, where `source` is an image.
         options: see `WalkOptions`: guidance_rescale, guidance_interval, prompt_syntax, clip_skip,
             batch_size, callback, progress.
 
@@ -187,7 +187,7 @@ def translate(
 
 
 def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.Image:
-    """The picture of a recipe once more: from its inversion, or from the picture, inverted anew."""
+    """The image of a recipe once more: from its inversion, or from the image, inverted anew."""
     settings = recipe.settings_as(TranslateSettings)
     anew: dict[str, Any] = {}
     if "image" in sources:
@@ -300,7 +300,7 @@ def _inverted(
     found, role = given
     if options or prompt:
         raise UsageError(
-            "expected no settings of the inversion and no source prompt with a picture that is inverted already"
+            "expected no settings of the inversion and no source prompt with an image that is inverted already"
         )
     found.check_model(pipe.model_hash)
     if method == "edict" and found.partner is None:

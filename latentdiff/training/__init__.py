@@ -11,7 +11,7 @@ validation      held-out split, losses with fixed noise
 denoising       all of the above as a `Task`
 task, loop      the one training loop, and what it needs to know of a task
 checkpoint, ema, journal, lean, optimizer, prefetch, sharding, stop_signals    what the loop is made of
-sheets          sample pictures during training, by the public pipeline
+sheets          sample images during training, by the public pipeline
 report          log, curves, samples and copies on one page
 stages          from nothing: VAE, decoder, U-Net with text encoder
 finetuning      full, LoRA, textual inversion

@@ -157,11 +157,11 @@ class DenoisingSection(StageSection):
     v-prediction it hardly counts the noisiest timesteps, where layout and colours are decided: the embedded model
     forgets them with it."""
     high_noise_share: Fraction = 0.0
-    """Share of the timesteps drawn from the noisiest tenth alone, where a picture's layout is decided; others are
+    """Share of the timesteps drawn from the noisiest tenth alone, where an image's layout is decided; others are
     uniform."""
     noise_offset: NotNegative = 0.0
     """Strength of noise that is constant over a latent's channel; 0.05 helps with very dark and very bright
-    pictures."""
+    images."""
     text_encoder_lr: Positive | None = None
     """Learning rate of the text encoder where it differs from `lr`."""
     gradient_checkpointing: bool = False

@@ -30,7 +30,7 @@ class Stream(Protocol):
 
 
 class Sheets(Protocol):
-    """Draws sample pictures with the networks as they are."""
+    """Draws sample images with the networks as they are."""
 
     def write(self, step: int, weights: str) -> None: ...
 

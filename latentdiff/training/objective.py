@@ -52,7 +52,7 @@ class DiffusionObjective(nn.Module):
         return self.alpha[timesteps].view(shape), self.sigma[timesteps].view(shape)
 
 
-# The noisiest part of the range of timesteps. There a picture's layout is decided, and only there: a little later the
+# The noisiest part of the range of timesteps. There an image's layout is decided, and only there: a little later the
 # noisy latents themselves show it, so the words about it hardly change the loss.
 _HIGH_NOISE = 0.1
 

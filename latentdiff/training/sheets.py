@@ -1,4 +1,4 @@
-"""Sample pictures during training, made by the public pipeline with the model as it is at that moment."""
+"""Sample images during training, made by the public pipeline with the model as it is at that moment."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from latentdiff.training.config import DenoisingSection
 
 
 class SampleSheets:
-    """Pictures of fixed prompts with fixed seeds.
+    """Images of fixed prompts with fixed seeds.
 
     Args:
         parts: the model that is trained; the networks are used in place.
-        prompts: what to draw; none makes no pictures.
+        prompts: what to draw; none makes no images.
         settings: steps and guidance.
-        folder: of the stage; the pictures lie in `samples/` there.
-        seed: of the run; picture i has seed `seed + i`.
+        folder: of the stage; the images lie in `samples/` there.
+        seed: of the run; image i has seed `seed + i`.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class SampleSheets:
         self.written: list[Path] = []
 
     def write(self, step: int, weights: str) -> None:
-        """Write the pictures of a step; `weights` is "ema" or "raw"."""
+        """Write the images of a step; `weights` is "ema" or "raw"."""
         if not self._prompts:
             return
         settings, networks = self._settings, (self._parts.unet, self._parts.text_encoder, self._parts.vae)
@@ -62,15 +62,15 @@ class MakePictures(Protocol):
 
 
 def sample_folder(run: Path, step: int, weights: str) -> Path:
-    """Where the pictures of a step lie; `weights` is "ema" or "raw"."""
+    """Where the images of a step lie; `weights` is "ema" or "raw"."""
     return run / "samples" / f"step-{step:08d}" / weights
 
 
 def write_samples(make: MakePictures, prompts: Sequence[str], folder: Path, *, seed: int) -> list[Image.Image]:
-    """Make one picture of each prompt, write each with its recipe as `00.png`, `01.png` ..., and all of them as
+    """Make one image of each prompt, write each with its recipe as `00.png`, `01.png` ..., and all of them as
     `sheet.png`.
 
-    Picture i has seed `seed + i`; the same prompts and seed at every step show what the steps changed.
+    Image i has seed `seed + i`; the same prompts and seed at every step show what the steps changed.
     """
     pictures = make(prompts, seed=[seed + index for index in range(len(prompts))])
     for index, picture in enumerate(pictures):

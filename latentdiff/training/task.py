@@ -69,7 +69,7 @@ class Task(ABC):
 
     @abstractmethod
     def preview(self, folder: Path, step: int) -> None:
-        """Write a sheet of pictures; called with the averaged weights in place."""
+        """Write a sheet of images; called with the averaged weights in place."""
 
     def steps_to_keep(self) -> Collection[int]:
         """Steps whose checkpoints stay on disk although there are newer ones."""

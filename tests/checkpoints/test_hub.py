@@ -92,7 +92,7 @@ def test_what_is_neither_there_nor_an_id(cache: Path, name: str):
 
 
 def test_only_needed_files_are_downloaded(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """One format of the weights, shards and all; no safety checker, no pictures, no second precision."""
+    """One format of the weights, shards and all; no safety checker, no images, no second precision."""
     import huggingface_hub
     import huggingface_hub.constants
 

@@ -197,7 +197,7 @@ def test_a_guess_is_warned_of(tmp_path: Path, dtype: torch.dtype):
 
 
 def test_probe_tells_noise_from_velocity():
-    """Perfect networks for a data set of one grey picture, at the last timestep of Stable Diffusion."""
+    """Perfect networks for a data set of one grey image, at the last timestep of Stable Diffusion."""
     alpha, sigma, grey = 0.0683, 0.99767, 0.8
 
     def noise(x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
@@ -212,7 +212,7 @@ def test_probe_tells_noise_from_velocity():
 
 
 def test_probe_of_the_first_family_believes_only_two_readings():
-    """Perfect networks for grey pictures at any timestep; a random network is taken for what the family predicts."""
+    """Perfect networks for grey images at any timestep; a random network is taken for what the family predicts."""
 
     def alpha(t: torch.Tensor) -> float:
         return float(ALPHAS_CUMPROD[int(t)]) ** 0.5

@@ -75,7 +75,7 @@ def test_existing_images_are_known_by_their_controls(command, sd1, net):
         (["--control", "hint.png", "--control-model", "NET", "--width", 128], "in the proportions of what is made"),
         (["--control", "hint.png", "--control-model", "NET", "--cache-interval", 2], "leave cache_interval at 1"),
         (["--control", "hint.png", "--control-model", "SD1"], "expected"),
-        (["--control", "none.png", "--control-model", "NET"], "no picture at none.png"),
+        (["--control", "none.png", "--control-model", "NET"], "no image at none.png"),
     ],
 )
 def test_bad_input_is_one_line(command, sd1, net, arguments, message):

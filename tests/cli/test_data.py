@@ -17,7 +17,7 @@ SIZE = (80, 64)
 
 @pytest.fixture
 def folder(workplace):
-    """Five pictures, one in another shape."""
+    """Five images, one in another shape."""
     made = jsonl_folder(workplace / "pictures", 5, size=SIZE)
     picture(40, (64, 128)).save(made / "4.png")
     return made
@@ -77,7 +77,7 @@ def test_leakage(check, folder, workplace):
 
 
 def test_unreadable_fails_when_strict(check, folder):
-    (folder / "1.png").write_text("no picture")
+    (folder / "1.png").write_text("no image")
     assert check(folder).code == 0
     done = check(folder, "--strict")
     assert done.code == 1 and "training would fail: 1 images cannot be used, and --strict is set" in done.out

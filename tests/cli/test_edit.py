@@ -26,12 +26,12 @@ def sources(workplace):
 
 def test_edit_and_reproduce(command, sd1, sources, workplace):
     done = command("edit", "photo.png", "red fox", "--strength", 0.7, "--model", sd1, *QUICK, "--compare", "row.png")
-    assert (done.code, done.out) == (0, "pictures/red-fox-5.png\nrow.png\n")
-    made = open_image("pictures/red-fox-5.png")
+    assert (done.code, done.out) == (0, "images/red-fox-5.png\nrow.png\n")
+    made = open_image("images/red-fox-5.png")
     assert made.size == (24, 20) and read_recipe(made.info).task == "edit"
-    done = command("reproduce", "pictures/red-fox-5.png", "--model", sd1, "--source", "image=photo.png")
+    done = command("reproduce", "images/red-fox-5.png", "--model", sd1, "--source", "image=photo.png")
     assert (done.code, done.out) == (0, "identical: every pixel is the same\n")
-    assert files(workplace) == ["mask.png", "photo.png", "pictures/red-fox-5.png", "row.png"]
+    assert files(workplace) == ["images/red-fox-5.png", "mask.png", "photo.png", "row.png"]
 
 
 def test_the_row_shows_what_went_in_and_came_out(command, sd1, sources):
@@ -79,15 +79,15 @@ def test_several_pictures_and_free_names(command, sd1, sources, workplace):
     for _ in range(2):
         assert command("edit", "photo.png", "cat", "-n", 2, *QUICK, "--model", sd1, "--no-metadata").code == 0
     names = ["cat-5-2.png", "cat-5.png", "cat-6-2.png", "cat-6.png"]
-    assert files(workplace / "pictures") == names
-    assert not open_image("pictures/cat-5.png").info
+    assert files(workplace / "images") == names
+    assert not open_image("images/cat-5.png").info
 
 
 def test_a_changed_or_missing_source(command, sd1, sources):
     command("edit", "photo.png", "cat", *QUICK, "--model", sd1, "--out", "a.png")
     save_png(picture(24, 20, seed=1), "photo.png")
     done = command("reproduce", "a.png", "--model", sd1)
-    assert done.code == 1 and "photo.png is not the image that the picture was made from" in done.errors[0]
+    assert done.code == 1 and "photo.png is not the image that the recipe names" in done.errors[0]
     done = command("reproduce", "a.png", "--model", sd1, "--source", "image=none.png")
     assert done.code == 1 and "not at none.png; say where it is with --source image=FILE" in done.errors[0]
     done = command("reproduce", "a.png", "--model", sd1, "--source", "photo.png")
@@ -118,14 +118,14 @@ def test_hostile_recipes(command, sd1, sources, changes, code, message):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("edit", "none.png", "cat"), 1, "no picture at none.png"),
+        (("edit", "none.png", "cat"), 1, "no image at none.png"),
         (("edit", "photo.png", "cat", "--out", "photo.png"), 2, "photo.png is there already"),
-        (("edit", "photo.png", "cat", "-n", 2, "--out", "a.png"), 2, "expected a folder for 2 pictures"),
+        (("edit", "photo.png", "cat", "-n", 2, "--out", "a.png"), 2, "expected a folder for 2 images"),
         (("edit", "photo.png", "cat", "--compare", "row"), 2, "expected --compare FILE with an ending"),
         (("edit", "photo.png", "cat", "--out", "a.png", "--compare", "./a.png"), 2, "--out and --compare both name a.png"),
         (("edit", "photo.png", "cat", "--strength", 3), 2, "strength to be a finite number of 0 to 1"),
         (("inpaint", "photo.png", "cat"), 2, "expected a mask, or margins"),
-        (("inpaint", "photo.png", "cat", "--mask", "none.png"), 1, "no picture at none.png"),
+        (("inpaint", "photo.png", "cat", "--mask", "none.png"), 1, "no image at none.png"),
         (("inpaint", "photo.png", "cat", "--mask", "small.png"), 2, "24 x 20 pixels, found 2 x 2"),
         (("interpolate", "cat"), 2, "two prompts or more"),
         (("interpolate", "cat", "dog", "--frames", 1), 2, "--frames"),

@@ -1,4 +1,4 @@
-"""What makes pictures quicker, from the command line: the preset, the cache, and previews while at work."""
+"""What makes images quicker, from the command line: the preset, the cache, and previews while at work."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def test_what_is_given_wins_over_the_preset(generate):
 
 
 def test_a_fast_picture_that_is_there_is_found_again(generate):
-    options = ("--fast", "--steps", 2, "--out", "pictures", "--skip-existing")
+    options = ("--fast", "--steps", 2, "--out", "images", "--skip-existing")
     assert generate(*options).code == 0
     assert "is there already" in generate(*options).err
-    other = generate("--steps", 2, "--out", "pictures", "--skip-existing")
+    other = generate("--steps", 2, "--out", "images", "--skip-existing")
     assert "is there already" not in other.err
 
 

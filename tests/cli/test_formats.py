@@ -92,13 +92,13 @@ def test_tasks(make):
         (("generate", "cat", "--out", "cat.tiff"), "expected an ending of .png, .jpg, .jpeg, .webp, .avif, found .tiff"),
         (("generate", "cat", "--out", "cat.BMP"), "found .BMP"),
         (("generate", "cat", "--out", "cat.gif"), "found .gif"),
-        (("generate", "cat", "dog", "--out", "cat.jpg"), "expected a folder for 2 pictures"),
-        (("generate", "cat", "-n", 2, "--out", "cat.WEBP"), "expected a folder for 2 pictures"),
+        (("generate", "cat", "dog", "--out", "cat.jpg"), "expected a folder for 2 images"),
+        (("generate", "cat", "-n", 2, "--out", "cat.WEBP"), "expected a folder for 2 images"),
         (("generate", "cat", "--sheet", "sheet"), "expected --sheet FILE with an ending of .png"),
         (("generate", "cat", "--preview", "x.tif"), "found .tif"),
         (("generate", "cat", "--out", "cat.jpg", "--format", "webp"), "expected a folder with --format webp"),
         (("generate", "cat", "--out", "folder.jpg"), "it is a folder"),
-        (("interpolate", "a", "b", "--out", "a.webp"), "expected a folder for 24 pictures"),
+        (("interpolate", "a", "b", "--out", "a.webp"), "expected a folder for 24 images"),
         (("edit", "a.png", "cat", "--out", "x.tga"), "found .tga"),
         (("edit", "a.png", "cat", "--compare", "row.bmp"), "found .bmp"),
         (("edit", "a.png", "cat", "--out", "a.png"), "a.png is there already"),
@@ -136,4 +136,4 @@ def test_the_parts_of_a_recipe_are_found_again(command, make, sd1, workplace):
     assert done.code == 1 and "say where it is with --text-encoder" in done.errors[0]
     save_file(TinyVAE(TinyVAEConfig()).state_dict(), workplace / "made" / tiny.name)
     done = make("reproduce", "made/cat.png", *encoder)
-    assert done.code == 1 and "is not the vae that the picture was made with" in done.errors[0]
+    assert done.code == 1 and "is not the vae that the image was made with" in done.errors[0]

@@ -35,9 +35,9 @@ def pixels(path) -> np.ndarray:
 
 def test_one_picture(generate, workplace):
     done = generate("a photo of the cat", "--seed", 7)
-    assert (done.code, done.out, done.err) == (0, "pictures/a-photo-of-the-cat-7.png\n", "")
-    assert files(workplace) == ["pictures/a-photo-of-the-cat-7.png"]
-    assert open_image("pictures/a-photo-of-the-cat-7.png").size == (64, 64)
+    assert (done.code, done.out, done.err) == (0, "images/a-photo-of-the-cat-7.png\n", "")
+    assert files(workplace) == ["images/a-photo-of-the-cat-7.png"]
+    assert open_image("images/a-photo-of-the-cat-7.png").size == (64, 64)
 
 
 def test_same_as_in_python(generate):
@@ -77,7 +77,7 @@ def test_prediction_type_changes_the_picture(generate):
     for name, options in {"a": (), "b": ("--prediction-type", "sample")}.items():
         assert generate("cat", "--seed", 0, *options, "--out", f"{name}.png").code == 0
     assert not np.array_equal(pixels("a.png"), pixels("b.png"))
-    assert generate("cat", "--seed", 0, "--out", "b.png").code == 2  # which holds another picture
+    assert generate("cat", "--seed", 0, "--out", "b.png").code == 2  # which holds another image
 
 
 def test_pictures_of_several_prompts(generate, workplace):
@@ -88,61 +88,61 @@ def test_pictures_of_several_prompts(generate, workplace):
 
 @pytest.mark.parametrize(
     ("prompt", "name"),
-    [("", "picture-0"), ("!?", "picture-0"), ("../../etc/passwd", "etc-passwd-0"), ("Eine Füchsin, 狐!", "eine-füchsin-狐-0"),
+    [("", "image-0"), ("!?", "image-0"), ("../../etc/passwd", "etc-passwd-0"), ("Eine Füchsin, 狐!", "eine-füchsin-狐-0"),
      ("狐" * 300, "狐" * 33 + "-0"), ("a" * 300, "a" * 100 + "-0")],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore::latentdiff.prompts.notice.PromptWarning")
 def test_names_are_safe(generate, workplace, prompt, name):
     assert generate(prompt, "--seed", 0, "--steps", 1).code == 0
-    assert files(workplace) == [f"pictures/{name}.png"]
+    assert files(workplace) == [f"images/{name}.png"]
 
 
 def test_drawn_seed_is_printed(generate):
     done = generate("cat")
     (line,) = done.err.splitlines()
     seed = int(line.removeprefix("seed: "))
-    assert done.out == f"pictures/cat-{seed}.png\n"
+    assert done.out == f"images/cat-{seed}.png\n"
     assert read_recipe(open_image(done.out.strip()).info).seed == seed
 
 
 def test_another_picture_is_never_overwritten(generate, workplace):
     generate("cat", "--seed", 1)
-    before = pixels("pictures/cat-1.png")
-    assert generate("cat", "--seed", 1, "--guidance", 2).out == "pictures/cat-1-2.png\n"
-    assert generate("cat", "--seed", 1, "--guidance", 3).out == "pictures/cat-1-3.png\n"
-    assert generate("cat", "--seed", 1).out == "pictures/cat-1.png\n"  # the same picture
-    assert np.array_equal(pixels("pictures/cat-1.png"), before)
-    (workplace / "pictures/dog-1.png").write_text("not a picture")
-    assert generate("dog", "--seed", 1).out == "pictures/dog-1-2.png\n"
-    assert (workplace / "pictures/dog-1.png").read_text() == "not a picture"
+    before = pixels("images/cat-1.png")
+    assert generate("cat", "--seed", 1, "--guidance", 2).out == "images/cat-1-2.png\n"
+    assert generate("cat", "--seed", 1, "--guidance", 3).out == "images/cat-1-3.png\n"
+    assert generate("cat", "--seed", 1).out == "images/cat-1.png\n"  # the same image
+    assert np.array_equal(pixels("images/cat-1.png"), before)
+    (workplace / "images/dog-1.png").write_text("not an image")
+    assert generate("dog", "--seed", 1).out == "images/dog-1-2.png\n"
+    assert (workplace / "images/dog-1.png").read_text() == "not an image"
 
 
 def test_named_file_is_not_overwritten_by_another_picture(generate):
     generate("cat", "--seed", 1, "--out", "a.png")
     before = pixels("a.png")
     done = generate("dog", "--seed", 1, "--out", "a.png")
-    assert done.code == 2 and "a.png holds another picture" in done.err
+    assert done.code == 2 and "a.png holds another image" in done.err
     assert np.array_equal(pixels("a.png"), before)
     assert generate("cat", "--seed", 1, "--out", "a.png").code == 0
 
 
 def test_skip_existing(generate, workplace):
     generate("cat", "dog", "--seed", 1)
-    (workplace / "pictures/dog-1.png").unlink()
-    kept = (workplace / "pictures/cat-1.png").stat().st_mtime_ns
+    (workplace / "images/dog-1.png").unlink()
+    kept = (workplace / "images/cat-1.png").stat().st_mtime_ns
     done = generate("cat", "dog", "-n", 2, "--seed", 1, "--skip-existing")
-    assert done.out.split() == ["pictures/cat-2.png", "pictures/dog-1.png", "pictures/dog-2.png"]
-    assert done.err == "pictures/cat-1.png is there already\n"
-    assert (workplace / "pictures/cat-1.png").stat().st_mtime_ns == kept
-    # The picture that was made in a later call, alone, is the one that a whole batch would have held.
-    alone = pixels("pictures/cat-2.png")
+    assert done.out.split() == ["images/cat-2.png", "images/dog-1.png", "images/dog-2.png"]
+    assert done.err == "images/cat-1.png is there already\n"
+    assert (workplace / "images/cat-1.png").stat().st_mtime_ns == kept
+    # The image that was made in a later call, alone, is the one that a whole batch would have held.
+    alone = pixels("images/cat-2.png")
     generate("cat", "-n", 2, "--seed", 1, "--out", "batch")
     assert np.abs(pixels("batch/cat-2.png") - alone).max() <= 1
 
 
 def test_skip_existing_makes_what_has_other_settings(generate):
     generate("cat", "--seed", 1)
-    assert generate("cat", "--seed", 1, "--sampler", "ddpm", "--skip-existing").out == "pictures/cat-1-2.png\n"
+    assert generate("cat", "--seed", 1, "--sampler", "ddpm", "--skip-existing").out == "images/cat-1-2.png\n"
     assert generate("cat", "--seed", 1, "--sampler", "ddpm", "--skip-existing").out == ""
 
 
@@ -157,7 +157,7 @@ def test_sheet(generate):
     assert done.out.splitlines()[-1] == "sheet.png"
     sheet = open_image("sheet.png")
     assert sheet.size == (4 * (64 + 12), 2 * (64 + 60))
-    assert np.array_equal(np.asarray(sheet)[6:70, 6:70], pixels("pictures/cat-1.png"))
+    assert np.array_equal(np.asarray(sheet)[6:70, 6:70], pixels("images/cat-1.png"))
 
 
 # --- Prompt files ---------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def test_sheet(generate):
 def test_prompts_from_a_file(generate, workplace):
     (workplace / "prompts.txt").write_text("cat\n\n# a comment\n  red fox  \n", encoding="utf-8")
     done = generate("dog", "--prompts", "prompts.txt", "--seed", 3)
-    assert done.out.split() == ["pictures/dog-3.png", "pictures/cat-3.png", "pictures/red-fox-3.png"]
+    assert done.out.split() == ["images/dog-3.png", "images/cat-3.png", "images/red-fox-3.png"]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_one_failing_prompt_does_not_end_the_job(generate, monkeypatch):
     monkeypatch.setattr(Pipeline, "__call__", call)
     done = generate("cat", "dog", "fox", "--seed", 1)
     assert done.code == 1
-    assert done.out.split() == ["pictures/cat-1.png", "pictures/fox-1.png"]
+    assert done.out.split() == ["images/cat-1.png", "images/fox-1.png"]
     assert done.errors == ["error: 'dog': something odd", "error: 1 of 3 prompts failed"]
 
 
@@ -230,7 +230,7 @@ def test_long_prompt_says_what_is_dropped(generate):
         (["cat", "--sheet", "a.png", "--preview", "a.png"], "--sheet and --preview both name a.png"),
         ([], "expected a prompt"),
         (["--prompts", "none.txt"], "none.txt"),
-        (["cat", "dog", "--out", "a.png"], "expected a folder for 2 pictures, found --out a.png"),
+        (["cat", "dog", "--out", "a.png"], "expected a folder for 2 images, found --out a.png"),
         (["\udcff"], "valid Unicode"),
     ],
 )
@@ -267,7 +267,7 @@ def test_output_is_checked_before_anything_is_computed(command, workplace, monke
     monkeypatch.setattr("latentdiff.pipeline.Pipeline.load", lambda *_, **__: pytest.fail("the model was loaded"))
     (workplace / "file").write_text("x")
     for out, message in (
-        ("file/pictures", "file is not a folder"),
+        ("file/images", "file is not a folder"),
         ("/proc/nothing/here", "/proc"),
         ("folder.png", "it is a folder"),
     ):
@@ -320,9 +320,9 @@ def test_as_a_program(workplace, sd1):
         text=True,
         env=environment,
     )
-    assert (done.returncode, done.stdout) == (0, "pictures/cat-1.png\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "images/cat-1.png\n"), done.stderr
     assert "Traceback" not in done.stderr
-    recipe = json.loads(open_image("pictures/cat-1.png").info["latentdiff"])
+    recipe = json.loads(open_image("images/cat-1.png").info["latentdiff"])
     assert recipe["prompt"] == "cat"
     assert start_noise([recipe["seed"]], (4, 8, 8)).shape == (1, 4, 8, 8)
 

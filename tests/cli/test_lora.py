@@ -70,10 +70,10 @@ def test_loras_are_not_left_in_the_model(generate):
 
 
 def test_skip_existing_knows_loras(generate):
-    assert generate().out == "pictures/cat-3.png\n"
-    assert generate("--skip-existing", "--lora", "a.safetensors").out == "pictures/cat-3-2.png\n"
+    assert generate().out == "images/cat-3.png\n"
+    assert generate("--skip-existing", "--lora", "a.safetensors").out == "images/cat-3-2.png\n"
     assert generate("--skip-existing", "--lora", "a.safetensors").out == ""
-    assert generate("--skip-existing", "--lora", "a.safetensors:2").out == "pictures/cat-3-3.png\n"
+    assert generate("--skip-existing", "--lora", "a.safetensors:2").out == "images/cat-3-3.png\n"
 
 
 @pytest.mark.parametrize(

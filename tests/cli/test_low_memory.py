@@ -36,5 +36,5 @@ def test_generate_low_memory_makes_the_same_picture(tmp_path: Path, monkeypatch)
         pictures.append(Image.open(out).tobytes())
     assert pictures[0] == pictures[1]
     assert [isinstance(pipe.residence.parts["unet"], StreamedPart) for pipe in loaded] == [False, True]
-    # The program ends after its last picture, and keeps nothing for another one.
+    # The program ends after its last image, and keeps nothing for another one.
     assert all(not part.is_ready for name, part in loaded[0].residence.parts.items() if name != "vae")

@@ -30,7 +30,7 @@ def generate(command, sd1, folder):
 
 def test_explain_makes_nothing(generate, folder):
     done = generate("a (cat:1.5)", "[cat|dog]", "--negative", "red AND blue", "--explain")
-    assert done.code == 0 and not (folder / "pictures").exists()
+    assert done.code == 0 and not (folder / "images").exists()
     assert "2 tokens in 1 chunk of 75" in done.out and "   1.5  cat" in done.out
     assert "steps 1 to 1: " in done.out and "negative: 'red AND blue'" in done.out
     assert "has no meaning in the syntax a1111: 'AND'" in done.out

@@ -1,4 +1,4 @@
-"""Pictures shared by several processes, as launchers start them."""
+"""Images shared by several processes, as launchers start them."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def picture(command, sd1, workplace) -> Path:
 
 
 def edit(path: Path, **changes) -> None:
-    """Rewrite fields of a picture's JSON recipe."""
+    """Rewrite fields of an image's JSON recipe."""
     image = open_image(path)
     recipe = json.loads(image.info["latentdiff"])
     image.info["latentdiff"] = json.dumps(recipe | changes)
@@ -51,7 +51,7 @@ def test_identical(command, picture, sd1, workplace):
 
 def test_picture_of_a_batch(command, sd1):
     command("generate", "--model", sd1, "--steps", 3, "cat", "-n", 4, "--seed", 1)
-    done = command("reproduce", "pictures/cat-3.png", "--model", sd1)
+    done = command("reproduce", "images/cat-3.png", "--model", sd1)
     assert done.code == 0
 
 
@@ -136,4 +136,4 @@ def test_hostile_recipe(command, picture, sd1, changes):
 
 def test_no_picture(command):
     done = command("reproduce", "none.png")
-    assert done.code == 1 and "no picture at none.png" in done.errors[0]
+    assert done.code == 1 and "no image at none.png" in done.errors[0]

@@ -52,7 +52,7 @@ def test_several_pictures_with_mean_uncertainty_and_comparison(command, sd1, sou
     done = command(
         "restore", "photo.png", "--operator", "denoise", "--sigma", 0.2, *how, *extras, "--model", sd1, *QUICK
     )
-    names = ["pictures/red-fox-5.png", "pictures/red-fox-6.png", "row.png", "mean.png", "spread.png"]
+    names = ["images/red-fox-5.png", "images/red-fox-6.png", "row.png", "mean.png", "spread.png"]
     assert (done.code, done.out.split()) == (0, names)
     assert open_image("spread.png").mode == "L"
     done = command("reproduce", "mean.png", "--model", sd1)

@@ -205,5 +205,5 @@ def test_bad_arguments(net, options, message):
 
 
 def test_a_missing_image(net):
-    with pytest.raises(DataError, match="no picture"):
+    with pytest.raises(DataError, match="no image"):
         net("none.png")

@@ -1,4 +1,4 @@
-"""The examples for engines are what the U-Net sees when pictures are made."""
+"""The examples for engines are what the U-Net sees when images are made."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_scores_by_hand():
     result = score_prompts(Model(answer), [CAT, DOG, KEYS], judge=PixelJudge(), progress=False)
     assert result.tasks["single_object"].value == pytest.approx(2 / 8)
     assert result.tasks["counting"].value == 1.0
-    assert result.mean.value == pytest.approx((2 / 8 + 1) / 2)  # of tasks, not of pictures
+    assert result.mean.value == pytest.approx((2 / 8 + 1) / 2)  # of tasks, not of images
     assert result.mean.low < result.mean.value < result.mean.high
     assert result.background.value == pytest.approx(6 / 12)
     assert [one.reasons for one in result.outcomes if one.prompt == "a dog"] == [("expected 1 dog, saw 0",)] * 4

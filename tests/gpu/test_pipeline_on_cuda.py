@@ -1,4 +1,4 @@
-"""Whole pictures on a CUDA device: finite in half precision, and those of the CPU in float32."""
+"""Whole images on a CUDA device: finite in half precision, and those of the CPU in float32."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def pictures(folder: Path, device: str, precision: str, **options: Any) -> np.ndarray:
-    """Two pictures as (2, H, W, 3) floats in 0 to 255."""
+    """Two images as (2, H, W, 3) floats in 0 to 255."""
     pipe = Pipeline.load(folder, device=device, precision=precision)
     defaults = {"steps": 10, "guidance_scale": 5.0, "seed": 3, "num_images": 2, "height": 64, "width": 64}
     return np.stack([np.asarray(image, np.float32) for image in pipe("a red cat", **{**defaults, **options})])
@@ -46,7 +46,7 @@ def test_same_picture_as_on_the_cpu(folder: Path, sampler: str) -> None:
     """Noise is drawn on the CPU, so stochastic samplers agree as well."""
     on_cpu = pictures(folder, "cpu", "fp32", sampler=sampler)
     on_cuda = pictures(folder, "cuda", "fp32", sampler=sampler)
-    assert on_cpu.std() > 5, "a uniform picture would agree with anything"
+    assert on_cpu.std() > 5, "a uniform image would agree with anything"
     assert np.abs(on_cpu - on_cuda).max() <= 1
 
 

@@ -1,4 +1,4 @@
-"""The page in a real browser: Debian's Chromium without a window. Pictures of it for docs/serve.md come from here."""
+"""The page in a real browser: Debian's Chromium without a window. Images of it for docs/serve.md come from here."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def site(tmp_path_factory) -> Iterator[Running]:
             Path("data/squares").mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (96, 96), colour).save(f"data/squares/{colour}.png")
             Path(f"data/squares/{colour}.txt").write_text(f"a {colour} square")
-        places = {"out": Path("pictures"), "data": Path("data")}
+        places = {"out": Path("images"), "data": Path("data")}
         with running(worker=worker, devices=("cpu",), **places, limits=Limits(steps=100)) as found:
             wait_for(lambda: found.engine.workers.ready)
             yield found

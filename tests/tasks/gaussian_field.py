@@ -1,4 +1,4 @@
-"""A Gaussian prior over whole pictures, whose denoiser and posterior are known, and linear operators given as
+"""A Gaussian prior over whole images, whose denoiser and posterior are known, and linear operators given as
 matrices."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 class Matrix(Operator):
-    """y = A x for flattened pictures; the measurement is (rows, 1, 1)."""
+    """y = A x for flattened images; the measurement is (rows, 1, 1)."""
 
     def __init__(self, matrix: Tensor, *, noise_std: float = 0.0) -> None:
         super().__init__(noise_std=noise_std)
@@ -41,7 +41,7 @@ class Matrix(Operator):
 
 @dataclass(frozen=True)
 class Prior:
-    """N(mean, covariance) over flattened pictures of `SHAPE`."""
+    """N(mean, covariance) over flattened images of `SHAPE`."""
 
     mean: Tensor  # (d,)
     covariance: Tensor  # (d, d)

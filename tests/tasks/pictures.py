@@ -1,4 +1,4 @@
-"""Pictures and masks to work on, and diffusers' way of working on them."""
+"""Images and masks to work on, and diffusers' way of working on them."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def diffusers_pipeline(kind: str, family: str, sampler: str):
 
 
 def in_diffusers(kind: str, family: str, sampler: str, seeds: list[int], **options) -> np.ndarray:
-    """Pictures (N, H, W, 3) in grey levels, one per seed.
+    """Images (N, H, W, 3) in grey levels, one per seed.
 
-    Each is made alone: in a batch, the inpainting of diffusers draws the latents of the picture from the first
+    Each is made alone: in a batch, the inpainting of diffusers draws the latents of the image from the first
     generator only.
     """
     pipe = diffusers_pipeline(kind, family, sampler)

@@ -100,7 +100,7 @@ def test_bad_arguments(options, message):
 
 
 def test_missing_and_foreign_files(tmp_path):
-    with pytest.raises(DataError, match="no picture"):
+    with pytest.raises(DataError, match="no image"):
         image_to_image(shared("sd1"), tmp_path / "none.png", "cat", **QUICK)
     (tmp_path / "a.png").write_text("text")
     with pytest.raises(DataError, match="cannot read"):

@@ -45,7 +45,7 @@ def photo(tmp_path) -> Path:
 
 @cache
 def scene() -> tuple[Pipeline, Image.Image, Inversion]:
-    """The embedded model, a picture of its own, and how it was inverted: random weights lead too far astray to come
+    """The embedded model, an image of its own, and how it was inverted: random weights lead too far astray to come
     back."""
     pipe = Pipeline.load(device="cpu", precision="fp32")
     (own,) = pipe("a cat on a blue background", seed=3, steps=10, progress=False)
@@ -164,7 +164,7 @@ def test_an_inversion_of_what_is_not_painted_on_is_refused(options):
 
 @pytest.mark.parametrize("other", [picture(seed=0).transpose(0), picture(56, 64)])
 def test_an_inversion_of_another_picture_is_refused(other):
-    with pytest.raises(UsageError, match="an inversion of this picture"):
+    with pytest.raises(UsageError, match="an inversion of this image"):
         inpaint(shared("sd1"), other, mask((8, 8, 16, 16), *other.size), "cat", inversion=inverted(), progress=False)
 
 

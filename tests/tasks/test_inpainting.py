@@ -62,7 +62,7 @@ def test_same_picture_as_diffusers(family, sampler, strength):
 
 
 def test_masks_off_the_grid_paint_every_cell_that_they_touch():
-    """diffusers reads one pixel of each cell; given the cells that we paint, it makes the same picture."""
+    """diffusers reads one pixel of each cell; given the cells that we paint, it makes the same image."""
     thin = mask((13, 5, 14, 50))
     cells = (latent_mask(thin, 8)[0, 0].numpy() * 255).astype(np.uint8).repeat(8, 0).repeat(8, 1)
     assert cells[0:56, 8:16].all() and cells.sum() == 255 * 56 * 8
@@ -110,7 +110,7 @@ def test_full_mask_paints_everything():
     (image,) = inpaint(shared("sd1"), picture(), Image.new("L", (64, 64), 255), "cat", **QUICK)
     assert changed(image, picture()).mean() > 0.9
     (generated,) = shared("sd1")("cat", **QUICK)
-    assert apart(image, generated) > 1  # diffusers draws the start noise after the latents of the picture
+    assert apart(image, generated) > 1  # diffusers draws the start noise after the latents of the image
 
 
 def test_strength_zero_gives_the_picture_back():
@@ -121,7 +121,7 @@ def test_strength_zero_gives_the_picture_back():
 @pytest.mark.parametrize(
     ("hole", "options", "message"),
     [
-        (mask(BOX, 32, 64), {}, "picture's size, 64 x 64 pixels, found 32 x 64"),
+        (mask(BOX, 32, 64), {}, "image's size, 64 x 64 pixels, found 32 x 64"),
         (Image.new("L", (64, 64)), {}, "mask is empty"),
         (Image.new("RGBA", (64, 64), (255, 255, 255, 0)), {}, "opposite ways"),
         (None, {}, "expected a mask, or margins"),

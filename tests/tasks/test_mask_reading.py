@@ -54,7 +54,7 @@ MASKS = {
     "16 bits": opened(png_16((PAINT * 65535).astype(np.uint16))),
     "palette": palette(HOLE, 0, 0, 0, 255, 255, 255),
     "palette of 0 and 1": palette(HOLE, 0, 0, 0, 1, 1, 1),
-    "a picture with a hole": with_alpha(picture(32, 24), ~PAINT),
+    "an image with a hole": with_alpha(picture(32, 24), ~PAINT),
     "black with a hole": with_alpha(Image.new("RGB", (32, 24)), ~PAINT),
     "grey and alpha": with_alpha(Image.new("L", (32, 24)), ~PAINT),
 }
@@ -103,5 +103,5 @@ def test_masks_of_one_value():
         inpaint(pipe, picture(), Image.new("L", (64, 64)), "cat", **options)
     with pytest.raises(UsageError, match="only black"):
         inpaint(pipe, picture(), Image.new("L", (64, 64), 255), "cat", invert_mask=True, **options)
-    with pytest.warns(UserWarning, match="white all over, so the whole picture is painted anew"):
+    with pytest.warns(UserWarning, match="white all over, so the whole image is painted anew"):
         inpaint(pipe, picture(), Image.new("L", (64, 64)), "cat", invert_mask=True, **options)

@@ -29,7 +29,7 @@ def test_one_grey_all_over_is_image_to_image(value, strength):
     found = inpaint(shared("sd1"), picture(), grey(value), "cat", soft=True, **QUICK)[0]
     if strength == 1.0:  # painting begins in pure noise there
         expected = inpaint(shared("sd1"), picture(), grey(255), "cat", **QUICK)[0]
-    if value * 4 < 255:  # the picture's pixels are mixed in at the darkest places
+    if value * 4 < 255:  # the image's pixels are mixed in at the darkest places
         expected = Image.blend(picture(), expected, value * 4 / 255)
     assert apart(found, expected) <= 1
 

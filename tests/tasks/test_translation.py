@@ -1,4 +1,4 @@
-"""Inverting and translating pictures with whole tiny pipelines."""
+"""Inverting and translating images with whole tiny pipelines."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_the_command_asks_for_one_model(tmp_path):
 
 
 class Painter:
-    """A model that paints real pictures of what was held out, once it is fine-tuned, and plain ones before."""
+    """A model that paints real images of what was held out, once it is fine-tuned, and plain ones before."""
 
     def __init__(self, pictures):
         self.pictures, self.learned = pictures, None
@@ -200,7 +200,7 @@ def test_the_command_scores_before_and_after(folder, tmp_path, monkeypatch):
     assert result.exit_code == 0 and painters[1].learned == ("a.safetensors", 0.5) and painters[0].learned is None
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert {name: one["value"] for name, one in scores.items()} == {
-        "real held-out pictures": 1.0, "reconstructions by the VAE": 1.0, "seen in scenes of strange things": 1.0,
+        "real held-out images": 1.0, "reconstructions by the VAE": 1.0, "seen in scenes of strange things": 1.0,
         "held-out prompts, before": 0.0, "held-out prompts, after": 1.0,
     }  # fmt: skip
     assert scores["held-out prompts, after"]["pictures"] == 60

@@ -44,7 +44,7 @@ def few_nouns():
 
 
 def drawn(kind, rng):
-    """A plan of the kind with enough contrast, its picture and the boxes."""
+    """A plan of the kind with enough contrast, its image and the boxes."""
     while True:
         plan = fluent_language.draw_plan(rng, "train", kind)
         if (scene := fluent_scenes.compose(plan, rng, SIZE, glyphs)) is not None:

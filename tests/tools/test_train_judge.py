@@ -98,7 +98,7 @@ def test_boxes_follow_their_objects():
         dark = np.argwhere(seen.pixels.mean(2) < 100)
         kept += len(seen.boxes)
         if len(seen.boxes) == 0:
-            assert len(dark) == 0  # erased from the picture and from its targets
+            assert len(dark) == 0  # erased from the image and from its targets
             continue
         (top, left), (bottom, right) = dark.min(0), dark.max(0) + 1
         assert seen.boxes[0] == pytest.approx([left, top, right, bottom], abs=3)

@@ -36,7 +36,7 @@ class FastestAttention:
     """Attention by whichever candidate was fastest when a size first came by; `sdpa_attention` until one clearly beats
     it.
 
-    A choice holds as long as the program runs, so all pictures of a program are made by the same kernels. A candidate
+    A choice holds as long as the program runs, so all images of a program are made by the same kernels. A candidate
     that fails, is not installed or gives another result is left out. Nothing is tried while gradients are recorded,
     whose backward pass has other costs, or during the recording of a CUDA graph, which must not wait for the device.
 

@@ -1,4 +1,4 @@
-"""From a picture back to noise, in ways that sampling can come back from."""
+"""From an image back to noise, in ways that sampling can come back from."""
 
 from latentdiff.tasks.inversion.artefact import Inversion as Inversion
 from latentdiff.tasks.inversion.artefact import is_inversion as is_inversion

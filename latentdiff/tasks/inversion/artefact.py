@@ -1,4 +1,4 @@
-"""What an inversion leaves behind: a file that every editor takes in place of the picture."""
+"""What an inversion leaves behind: a file that every editor takes in place of the image."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Inversion:
-    """The way of one picture through the noise levels.
+    """The way of one image through the noise levels.
 
-    latents: (S + 1, C, h, w), float32: the trajectory, noisiest first; the last are those of the picture.
+    latents: (S + 1, C, h, w), float32: the trajectory, noisiest first; the last are those of the image.
     levels: of the latents, in the same order.
     embeddings: (1, L, C) of the prompt that was followed.
     nulls: (S, L, C), the null embedding of each step, where null-text inversion found them.
     partner: (C, h, w), the second one of EDICT's pair at the noisiest level.
-    size: (width, height) of the picture in pixels.
+    size: (width, height) of the image in pixels.
     settings: how it was made, as JSON values.
-    reconstruction_db, floor_db: PSNR against the picture of what sampling leads back to, and of what the VAE alone
+    reconstruction_db, floor_db: PSNR against the image of what sampling leads back to, and of what the VAE alone
         keeps.
-    source: {"file": name, "sha256": ...} of the picture.
+    source: {"file": name, "sha256": ...} of the image.
     """
 
     latents: Tensor
@@ -153,24 +153,24 @@ class Inversion:
             )
         if metadata.get("schema") != str(SCHEMA):
             raise DataError(f"{name} was written by a newer latentdiff; update latentdiff to read it")
-        # Two pictures that are equal are infinitely alike, in dB.
+        # Two images that are equal are infinitely alike, in dB.
         plain = parse_json(
             metadata.get("inversion", ""),
             f"the inversion of {name}",
             DataError,
-            remedy="invert the picture anew",
+            remedy="invert the image anew",
             finite=False,
         )
         try:
             found = cls(**_checked(plain, file.tensors))
             _check_whole(found)
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{name} is a damaged inversion: {error}; invert the picture anew") from error
+            raise DataError(f"{name} is a damaged inversion: {error}; invert the image anew") from error
         return found
 
 
 def is_inversion(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` holds an inversion, and not a picture."""
+    """Whether `path` holds an inversion, and not an image."""
     try:
         return read_header(Path(path)).metadata.get("format") == FORMAT
     except CheckpointError:
@@ -180,7 +180,7 @@ def is_inversion(path: str | os.PathLike[str]) -> bool:
 def given_inversion(source: ImageInput | Inversion) -> tuple[Inversion, dict[str, dict[str, str]]] | ImageInput:
     """The inversion that is given in place of an image, and what recipes say of where it came from; or the image.
 
-    One in memory is known by the picture that it was made of, from which it can be made again.
+    One in memory is known by the image that it was made of, from which it can be made again.
 
     Raises:
         DataError: it is damaged.
@@ -193,7 +193,7 @@ def given_inversion(source: ImageInput | Inversion) -> tuple[Inversion, dict[str
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of two pictures in [-1, 1], each (…, H, W); infinite if they are equal."""
+    """Peak signal-to-noise ratio in dB of two images in [-1, 1], each (…, H, W); infinite if they are equal."""
     return decibels((a.double() - b.double()).square().mean().item(), peak=2.0)
 
 

@@ -1,4 +1,4 @@
-"""Inverting a picture with a pipeline, and sampling back from what was found."""
+"""Inverting an image with a pipeline, and sampling back from what was found."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def invert(
     callback: Callback | None = None,
     progress: bool = True,
 ) -> Inversion:
-    """Find the noise that sampling would make the picture of, and every step of the way there.
+    """Find the noise that sampling would make the image of, and every step of the way there.
 
     Args:
         image: a PIL image, or the path of a file.
-        prompt: what the picture shows; "" is allowed. Null-text and EDICT need it to be of use.
+        prompt: what the image shows; "" is allowed. Null-text and EDICT need it to be of use.
         method: what follows up in noise. Cost in evaluations of the U-Net per step:
             "fixed-point"  DDIM with `iterations` corrections of each step (ReNoise); iterations + 1
             "ddim-high"    DDIM as diffusers does it; 1
@@ -89,16 +89,16 @@ def invert(
         guidance_scale: of "edict" (3) and "null-text" (5); the editing that follows has to use the same.
         mixing: p of "edict"; None is `mixing_for` the steps.
         spacing: as for generation; None is what the model says.
-        width: bring the picture to this width in pixels first, as in `image_to_image`.
+        width: bring the image to this width in pixels first, as in `image_to_image`.
         height: likewise.
-        measure: sample back and compare with the picture; as many evaluations as unguided sampling (EDICT: guided)
+        measure: sample back and compare with the image; as many evaluations as unguided sampling (EDICT: guided)
             takes.
         callback: as for generation.
         progress: as for generation.
 
     Raises:
         UsageError: an argument outside its domain.
-        DataError: the file is missing or no picture.
+        DataError: the file is missing or no image.
         NotFiniteError: the inversion diverges; try fewer iterations or more steps.
         Cancelled: the callback returned False.
     """
@@ -147,7 +147,7 @@ def invert(
 
 
 def _walk_up(pipe: Pipeline, inversion: Inversion, callback: Callback | None, bar: tqdm) -> Inversion:
-    """The trajectory of an inversion that holds only the picture's latents as yet."""
+    """The trajectory of an inversion that holds only the image's latents as yet."""
     x, levels = inversion.latents.to(pipe.device), inversion.levels
     coupled = inversion.method == "edict"
     if coupled:
@@ -162,7 +162,7 @@ def _walk_up(pipe: Pipeline, inversion: Inversion, callback: Callback | None, ba
     if astray:
         warnings.warn(
             f"the corrections grew in place of converging at {len(astray)} of {inversion.steps} steps, the first at timestep "
-            f"{astray[0].t:g}; the best of each was kept. More steps, or a prompt that says what the picture shows, may help",
+            f"{astray[0].t:g}; the best of each was kept. More steps, or a prompt that says what the image shows, may help",
             stacklevel=2,
         )
     std = inversion.noise_statistics()["std"]
@@ -196,7 +196,7 @@ def _coupling(inversion: Inversion) -> tuple[float, Quantity]:
 
 
 def _decoded(pipe: Pipeline, latents: Tensor, size: tuple[int, int]) -> Tensor:
-    """A picture (1, 3, H, W) without the border that made its sides fit the VAE."""
+    """An image (1, 3, H, W) without the border that made its sides fit the VAE."""
     width, height = size
     return pipe.decode(latents)[..., :height, :width].cpu()
 

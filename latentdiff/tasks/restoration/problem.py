@@ -25,13 +25,13 @@ NEAR_ENOUGH = 0.99  # of the noise
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """The way between pictures and what the denoiser sees, as differentiable functions of batches."""
+    """The way between images and what the denoiser sees, as differentiable functions of batches."""
 
     encode: Callable[[Tensor], Tensor]  # (N, 3, H, W) -> (N, C, h, w)
     decode: Callable[[Tensor], Tensor]  # (N, C, h, w) -> (N, 3, H, W)
 
 
-# For denoisers that see pictures themselves.
+# For denoisers that see images themselves.
 PIXELS = Autoencoder(encode=lambda x: x, decode=lambda z: z)
 
 
@@ -55,7 +55,7 @@ class InverseProblem:
         return max(self.operator.noise_std, LEAST_NOISE)
 
     def misfit(self, picture: Tensor) -> Tensor:
-        """|y - A x| of pictures (N, 3, H, W), not squared, each image's own, (N,); differentiable."""
+        """|y - A x| of images (N, 3, H, W), not squared, each image's own, (N,); differentiable."""
         return per_image_norm(self.measurement - self.operator.apply(picture))
 
     def residual(self, picture: Tensor) -> Tensor:
@@ -63,14 +63,14 @@ class InverseProblem:
         return residual(self.operator, self.measurement, picture)
 
     def first_guess(self) -> Tensor:
-        """The best linear estimate of a picture (N, 3, H, W) whose pixels have mean 0 and standard deviation 1/2
+        """The best linear estimate of an image (N, 3, H, W) whose pixels have mean 0 and standard deviation 1/2
         each."""
         operator, y = self.operator, self.measurement
         grey = y.new_zeros(y.shape[0], *operator.picture_shape(tuple(y.shape[1:])))
         return operator.prox(y, grey, 4.0 * self.noise_std**2)
 
     def moved(self, latents: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """The latents (N, C, h, w) of a picture that was changed, (N, 3, H, W) each.
+        """The latents (N, C, h, w) of an image that was changed, (N, 3, H, W) each.
 
         Only the change goes through the encoder, z + E(after) - E(before), so that what encoder and decoder lose does
         not add up over the steps.
@@ -117,12 +117,12 @@ def at_least_zero(**values: float) -> None:
 
 
 def within_noise(operator: Operator, y: Tensor, x: Tensor, noise_std: float) -> Tensor:
-    """The picture nearest to x, (N, 3, H, W), that misses the measurement by no more than its noise does.
+    """The image nearest to x, (N, 3, H, W), that misses the measurement by no more than its noise does.
 
-    This is the discrepancy principle (Morozov 1966): the pull of the proximal map is chosen, for each picture, so that
-    the root mean square of y - A x becomes `noise_std`. Pictures that explain the measurement that well already stay as
+    This is the discrepancy principle (Morozov 1966): the pull of the proximal map is chosen, for each image, so that
+    the root mean square of y - A x becomes `noise_std`. Images that explain the measurement that well already stay as
     they are. Where the operator copies pixels that were measured without noise, they are put back exactly, and what
-    they change is carried on to missing ones (`Operator.completed`). Costs at most 15 proximal maps a picture.
+    they change is carried on to missing ones (`Operator.completed`). Costs at most 15 proximal maps an image.
     """
     if operator.noise_std == 0.0 and operator.copies_pixels:
         return x + operator.completed(operator.project(y, x) - x)

@@ -1,4 +1,4 @@
-"""Restoring damaged pictures: the model as a prior, a known operator as what happened (see `operators` and
+"""Restoring damaged images: the model as a prior, a known operator as what happened (see `operators` and
 `restoration`)."""
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ SETTINGS: dict[str, dict[str, float]] = {
 GUIDANCE_WITH_PROMPT = 3.0
 # Rounding to 8 bits is noise of this standard deviation, in [-1, 1].
 EIGHT_BITS = 2.0 / 255.0 / 12.0**0.5
-SMALL = 256 * 256  # pixels; two such pictures at once are encoded faster than one after the other
-WHITE = 0.25  # the standard deviation, in [-1, 1], that is white in a picture of the uncertainty
+SMALL = 256 * 256  # pixels; two such images at once are encoded faster than one after the other
+WHITE = 0.25  # the standard deviation, in [-1, 1], that is white in an image of the uncertainty
 
 
 @dataclass(frozen=True)
 class Restoration:
-    """What `restore` found: samples from the pictures that the measurement allows.
+    """What `restore` found: samples from the images that the measurement allows.
 
     images: the samples, with their recipes in `image.info`.
     mean: of the samples; nearest to the truth in squares, and smoother than any of them. With its recipe.
@@ -73,7 +73,7 @@ class Restoration:
     noise_std: float
 
     def uncertainty_image(self) -> Image.Image:
-        """The uncertainty as a grey picture: black is certain, white a standard deviation of 0.25 or more.
+        """The uncertainty as a grey image: black is certain, white a standard deviation of 0.25 or more.
 
         Raises:
             UsageError: there is only one sample.
@@ -90,7 +90,7 @@ class RestoreSettings:
     operator: see `operators.describe`.
     settings: of the method, where they are not its defaults.
     keep_measurement: whether the end was brought within the noise of the measurement.
-    samples: the picture is the mean of that many, with this seed and the next ones; 0 is one sample itself.
+    samples: the image is the mean of that many, with this seed and the next ones; 0 is one sample itself.
     """
 
     operator: dict[str, Any]
@@ -124,34 +124,34 @@ def restore(
     keep_measurement: bool = True,
     **options: Unpack[SeededOptions],
 ) -> Restoration:
-    """Find pictures that the operator would have made into `image`, and that the model finds likely.
+    """Find images that the operator would have made into `image`, and that the model finds likely.
 
-    Pictures whose sides the VAE cannot make (no multiples of 8) are restored as part of a larger one. A picture of
+    Images whose sides the VAE cannot make (no multiples of 8) are restored as part of a larger one. An image of
     which everything is known comes back as it is, as far as noise allows; where nothing is known, the result is what
     the prompt generates.
 
     Args:
-        image: the damaged picture; or a measurement (1, c, h, w) in the operator's own range. A small one for
+        image: the damaged image; or a measurement (1, c, h, w) in the operator's own range. A small one for
             super-resolution, for inpainting one of full size whose missing pixels may hold anything, for colourising a
             grey one.
         operator: what happened to it; a member of `latentdiff.tasks.restoration.operators`, or a class or function of
             your own.
         method: "diffpir", "dps", "psld", "resample" or "graikos"; their classes in
             `latentdiff.tasks.restoration.methods` say what they cost.
-        prompt: what the picture shows, if known.
-        samples: how many pictures, each with a seed of its own.
+        prompt: what the image shows, if known.
+        samples: how many images, each with a seed of its own.
         noise_std: of the noise in `image`, in [-1, 1], in place of the operator's; 0 is none but that of 8 bits.
         steps: of the denoise loop; None is what suits the method.
         guidance_scale: None is 3 with a prompt and 1 without.
         settings: of the method, in place of its defaults.
-        keep_measurement: at the end, go to the nearest picture that explains the measurement to within its noise. So
+        keep_measurement: at the end, go to the nearest image that explains the measurement to within its noise. So
             what the VAE cannot draw comes back where it was measured.
         options: see `SeededOptions`: negative_prompt, seed, guidance_rescale, guidance_interval, batch_size, callback,
             progress; sampler and levels are the method's.
 
     Raises:
-        UsageError: an argument outside its domain, or an operator that does not fit the picture.
-        DataError: the file is missing or no picture.
+        UsageError: an argument outside its domain, or an operator that does not fit the image.
+        DataError: the file is missing or no image.
         NotFiniteError: the model gives NaN or infinity.
         Cancelled: the callback returned False.
     """
@@ -183,7 +183,7 @@ def restore(
 
 
 def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.Image:
-    """The picture of a recipe once more.
+    """The image of a recipe once more.
 
     Raises:
         DataError: it was made with an operator or a measurement that no file holds.
@@ -191,7 +191,7 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
     own = recipe.settings_as(RestoreSettings)
     operator = from_description(own.operator)
     if "image" not in sources:
-        raise DataError("the picture was restored from a measurement in memory, which a recipe does not hold")
+        raise DataError("the image was restored from a measurement in memory, which a recipe does not hold")
     kept = options_of(SeededOptions).keys() | {"steps", "guidance_scale"}
     options = {name: value for name, value in recipe.sampling().items() if name in kept}
     found = restore(
@@ -209,7 +209,7 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
 
 
 def autoencoder_of(pipe: Pipeline) -> Autoencoder:
-    """The pipeline's VAE as functions that gradients pass; one picture at a time, or two small ones; float32
+    """The pipeline's VAE as functions that gradients pass; one image at a time, or two small ones; float32
     outside."""
 
     def encode(pictures: Tensor) -> Tensor:
@@ -248,10 +248,10 @@ def _shape(measurement: Tensor) -> Shape:
 
 
 def _fitted(operator: Operator, measured: Tensor, pipe: Pipeline) -> Operator:
-    """The operator on a picture that the VAE can make.
+    """The operator on an image that the VAE can make.
 
     Raises:
-        UsageError: the operator does not fit the measurement, or the picture is too small.
+        UsageError: the operator does not fit the measurement, or the image is too small.
     """
     shape = operator.picture_shape(_shape(measured))
     expected = operator.measurement_shape(shape)
@@ -260,7 +260,7 @@ def _fitted(operator: Operator, measured: Tensor, pipe: Pipeline) -> Operator:
     factor = pipe.vae.config.downscale
     height, width = shape[1:]
     if min(height, width) < factor:
-        raise UsageError(f"expected a picture of at least {factor}x{factor} pixels to restore, found {width}x{height}")
+        raise UsageError(f"expected an image of at least {factor}x{factor} pixels to restore, found {width}x{height}")
     warn_if_large(pipe, Image.new("1", (width, height)), "restore a smaller part of it")
     whole = (-(-height // factor) * factor, -(-width // factor) * factor)
     return operator if whole == (height, width) else Inside(operator, (height, width), whole)
@@ -283,7 +283,7 @@ def _for_batch(problem: InverseProblem, count: int) -> InverseProblem:
 def _walk(
     pipe: Pipeline, plan: Plan, way: RestorationMethod, problem: InverseProblem, keep: bool
 ) -> tuple[Tensor, list[float]]:
-    """The pictures (N, 3, H, W) on the CPU, and how far each misses the measurement before it is clipped to [-1, 1]."""
+    """The images (N, 3, H, W) on the CPU, and how far each misses the measurement before it is clipped to [-1, 1]."""
     operator = problem.operator
     factor = pipe.vae.config.downscale
     height, width = operator.picture_shape(_shape(problem.measurement))[1:]

@@ -274,7 +274,7 @@ def _read_index(file: Path, data: Dataset) -> list[_Measured | Unusable] | None:
 def problem(entry: Entry, error: DataError | OSError) -> Unusable:
     """What is wrong with an image that could not be read."""
     said = getattr(error, "strerror", None) or str(error)
-    return Unusable(entry.name, said.removeprefix(f"cannot read {entry.name} as a picture: "))
+    return Unusable(entry.name, said.removeprefix(f"cannot read {entry.name} as an image: "))
 
 
 def each(work: Callable[[int], Result], count: int, label: str) -> list[Result]:

@@ -35,7 +35,7 @@ def line_chart(
     faint: Sequence[str] = (),
     mark: tuple[float, str] | None = None,
 ) -> str:
-    """An SVG picture of lines over the training steps, as a data: URL.
+    """An SVG image of lines over the training steps, as a data: URL.
 
     Args:
         series: name -> points (step, value) in order; values that are not finite are left out.

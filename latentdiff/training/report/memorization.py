@@ -1,6 +1,6 @@
 """Whether samples are copies: the nearest training image of each, and whether it is suspiciously near.
 
-Pictures are compared as 32x32 pixels, less their mean colour and scaled to length 1, so that brightness, tint,
+Images are compared as 32x32 pixels, less their mean colour and scaled to length 1, so that brightness, tint,
 contrast, compression and slight blur do not hide a copy; mirrored copies are looked for too. The distance of two such
 vectors runs from 0 to 2. What is suspicious depends on the data: training images have a usual distance to the nearest
 other one, and a sample that is nearer to a training image than half of that is flagged.
@@ -84,7 +84,7 @@ def check_copies(
         images: the indices to compare with; for very large data, a part such as `validation.fixed_part` gives.
 
     Raises:
-        DataError: a picture cannot be read.
+        DataError: an image cannot be read.
     """
     pictures = [open_image(path) for path in samples]
     found, usual = nearest_images(pictures, load, images)
@@ -157,11 +157,11 @@ def _chunks(load: Callable[[int], Image.Image], images: Sequence[int]) -> Iterat
 
 
 def features(picture: Image.Image) -> np.ndarray:
-    """The vector by which pictures are compared, (3 * 32 * 32,) float64; a picture of one colour gives zeros."""
+    """The vector by which images are compared, (3 * 32 * 32,) float64; an image of one colour gives zeros."""
     small = picture.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX)
     values = np.asarray(small, dtype=np.float64) / 255.0
     values = (
         values - values.mean((0, 1))
     ).ravel()  # each channel by itself, or the background's colour would count most
-    # Nearly uniform pictures must not have their noise blown up to full length.
+    # Nearly uniform images must not have their noise blown up to full length.
     return values / max(float(np.linalg.norm(values)), 1.0)

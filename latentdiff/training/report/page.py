@@ -33,10 +33,10 @@ from latentdiff.training.report.memorization import CopyCheck, read_copy_check
 NAME = "report.html"
 
 _PREVIEW = 1024  # pixels on the longer side of the sheet of a VAE
-_LARGEST = 256  # pixels on the longer side of embedded pictures
+_LARGEST = 256  # pixels on the longer side of embedded images
 _MOST_STEPS = 8  # columns of the table of samples
 _MOST_VALUES = 40  # of a list or mapping in a table
-_SMALL_FILE = 40_000  # bytes up to which a picture is embedded as it is
+_SMALL_FILE = 40_000  # bytes up to which an image is embedded as it is
 
 
 def write_report(run: Path) -> Path:
@@ -237,7 +237,7 @@ def _prompt(row: Sequence[Path | None]) -> str:
 
 
 def _embedded(path: Path, largest: int = _LARGEST) -> str:
-    """The picture as a data: URL; large ones are made smaller."""
+    """The image as a data: URL; large ones are made smaller."""
     picture = open_image(path)
     data, kind = path.read_bytes(), "png"
     if max(picture.size) > largest or len(data) > _SMALL_FILE:

@@ -181,7 +181,7 @@ class TrainingConfig(Section):
     """A run: model, data, stages."""
 
     run: Path
-    """Folder of the run: checkpoints, logs, caches, pictures, and the finished model in `model/`."""
+    """Folder of the run: checkpoints, logs, caches, images, and the finished model in `model/`."""
     seed: int = 0
     """Everything random in the run follows from it."""
     model: ModelSection
@@ -194,7 +194,7 @@ class TrainingConfig(Section):
     """Optional stage: the decoder goes on learning while the encoder, and so the latents, stay as they are."""
     text: TextStageSection | None = None
     """Optional stage: the text encoder learns from captions and the `scene` beside them in metadata.jsonl, without
-    pictures."""
+    images."""
     diffusion: DiffusionStageSection
     """U-Net and text encoder."""
     model_dtype: Literal["float32", "float16"] = "float32"

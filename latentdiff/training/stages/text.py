@@ -1,4 +1,4 @@
-"""Teaching the text encoder from captions alone, before the U-Net sees a picture.
+"""Teaching the text encoder from captions alone, before the U-Net sees an image.
 
 A U-Net learns colours and layouts long before it can use the words for things, because the text encoder does not tell these
 apart yet, and learns to only through the U-Net. Here linear heads on the embedding of the end mark must say what the caption's

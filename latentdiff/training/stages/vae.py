@@ -80,7 +80,7 @@ class VAETask(Task):
     def batch(self, step: int, rows: range) -> dict[str, np.ndarray]:
         crop = self._settings.crop
         indices = self._indices(step, rows)
-        # On the grid of the latents, where whole pictures are encoded too.
+        # On the grid of the latents, where whole images are encoded too.
         grid = self._vae.config.downscale
         places = (self._images.shape[1] - crop) // grid + 1
         corners = (uniform((self._seed, "crop", step), rows, (2,)) * places).astype(int) * grid

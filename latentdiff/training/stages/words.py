@@ -22,7 +22,7 @@ def words_of(captions: Iterable[str], scenes: Sequence[Mapping[str, Any]], size:
     Args:
         captions: what was trained on.
         scenes: each with `background`, `relation`, and `objects` with `noun`, `colour` and perhaps `size`.
-        size: side of the pictures in pixels.
+        size: side of the images in pixels.
     """
     words = frozenset(word for caption in captions for word in split_words(caption))
     things = [thing for scene in scenes for thing in scene["objects"]]

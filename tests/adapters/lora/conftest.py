@@ -35,7 +35,7 @@ def our_picture(pipe) -> np.ndarray:
 
 
 def their_picture(pipe) -> np.ndarray:
-    """The same picture by diffusers."""
+    """The same image by diffusers."""
     from diffusers import DDIMScheduler
 
     from latentdiff.diffusion.latents import start_noise

@@ -148,7 +148,7 @@ def test_the_other_methods_move_towards_the_posterior(method):
 
 
 def field(side: int = 32, *, seed: int = 0, count: int = 1):
-    """Pictures with a power-law spectrum and variance 1/4, and their exact denoiser and blur's MMSE estimate."""
+    """Images with a power-law spectrum and variance 1/4, and their exact denoiser and blur's MMSE estimate."""
     frequency = torch.fft.fftfreq(side, dtype=torch.float64)
     radius = (frequency[:, None] ** 2 + frequency**2).sqrt().clamp(min=1 / side)
     power = radius**-2.5

@@ -106,5 +106,5 @@ def test_extreme_sizes(size):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(DataError, match="no picture at x.png"):
+    with pytest.raises(DataError, match="no image at x.png"):
         read_image(tmp_path / "x.png", "x.png")

@@ -161,7 +161,7 @@ def test_samples(tmp_path):
     with pytest.raises(DataError, match=r"0.tar/x.y/b has no caption"):
         second.captions()
     assert second.captions(allow_missing=True) == ("",)
-    with pytest.raises(DataError, match=r"cannot read 0.tar/c as a picture: the file is empty"):
+    with pytest.raises(DataError, match=r"cannot read 0.tar/c as an image: the file is empty"):
         third.image()
     # The index sees the samples that the library sees.
     expected = [(sample.name.removeprefix("0.tar/"), set(sample.fields)) for sample in (first, second, third)]
@@ -187,7 +187,7 @@ def resident() -> int:
 def test_200_000_samples_in_flat_memory(tmp_path):
     """Images of 2 KB each, 400 MB in all, 4096 of them in the buffers: memory stays where it was after the first
     tenth."""
-    content = {"png": encoded(picture(0, (24, 24))), "txt": b"a small picture"}
+    content = {"png": encoded(picture(0, (24, 24))), "txt": b"a small image"}
     paths = tuple(
         shard(tmp_path / f"{number:03}.tar", {f"{number:03}-{i:04}": content for i in range(4000)})
         for number in range(50)

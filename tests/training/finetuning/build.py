@@ -23,7 +23,7 @@ __all__ = ["captioned_folder", "model_folder", "settings", "state_of"]
 
 @cache
 def model_folder(prediction_type: str = "v_prediction") -> Path:
-    """A model for 16x16 pictures with random weights; do not write to it."""
+    """A model for 16x16 images with random weights; do not write to it."""
     tmp = Path(_scratch().name) / prediction_type
     model = training_config(tmp).model
     tokenizer = tiny.tokenizer(tmp / "tokenizer", max_length=16)
@@ -39,7 +39,7 @@ def model_folder(prediction_type: str = "v_prediction") -> Path:
 
 
 def settings(tmp: Path, **changes: Any) -> FinetuneConfig:
-    """A short run in `tmp/run` on `tmp/data`, without pictures."""
+    """A short run in `tmp/run` on `tmp/data`, without images."""
     base = {
         "data": str(tmp / "data"), "model": str(model_folder()), "out": tmp / "run", "method": "lora", "rank": 2,
         "max_steps": 6, "batch_size": 4, "lr": 1e-2, "warmup_steps": 2, "decay": "constant", "sample_count": 0,

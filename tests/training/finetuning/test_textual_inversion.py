@@ -64,9 +64,9 @@ def test_resumed_equals_unbroken(tmp):
 def test_pictures_with_a_word_are_made_again_from_their_recipe(tmp, monkeypatch):
     monkeypatch.chdir(tmp)
     path = learn(tmp, max_steps=2)
-    command = f"generate <spot> --model {model_folder()} --lora {path} --steps 2 --seed 3 --out pictures --device cpu"
+    command = f"generate <spot> --model {model_folder()} --lora {path} --steps 2 --seed 3 --out images --device cpu"
     assert CliRunner().invoke(cli, command.split(), catch_exceptions=False).exit_code == 0
-    (picture,) = (tmp / "pictures").glob("*.png")
+    (picture,) = (tmp / "images").glob("*.png")
     from PIL import Image
 
     (entry,) = read_recipe(Image.open(picture).info).loras

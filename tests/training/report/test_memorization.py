@@ -11,7 +11,7 @@ from latentdiff.training.report.memorization import check_copies, nearest_images
 
 
 def picture(seed: int, size: int = 96) -> Image.Image:
-    """A smooth random picture."""
+    """A smooth random image."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
 
@@ -54,7 +54,7 @@ def test_new_pictures_are_not_flagged(tmp_path):
 
 
 def test_one_colour_for_another_thing_is_no_copy():
-    """Plain pictures, of which all features are noise, are near nothing."""
+    """Plain images, of which all features are noise, are near nothing."""
     plain = Image.new("RGB", (96, 96), (10, 200, 30))
     (found,), usual = nearest_images([plain], TRAINING.__getitem__, range(30))
     assert found[1] > 0.5 * usual

@@ -28,7 +28,7 @@ def pictures(count=6, size=RESOLUTION):
 
 def task(vae, images=None, *, decoder_only=False, **changes):
     images = pictures() if images is None else images
-    data = dataset(["a picture"] * len(images))
+    data = dataset(["an image"] * len(images))
     return VAETask(vae, section(**changes), data, images, images, seed=0, decoder_only=decoder_only)
 
 

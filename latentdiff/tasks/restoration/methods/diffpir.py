@@ -28,7 +28,7 @@ class DiffPIR(SamplingMethod):
             measurement
         off. zeta: 0 to 1, the share of fresh noise at each step: 0 repeats the predicted noise, 1 draws all anew. About
         0.3
-            spreads its samples most nearly as the posterior does; 1 gives smoother pictures.
+            spreads its samples most nearly as the posterior does; 1 gives smoother images.
         prior_std: how far a pixel strays from its mean at all. At noise levels far above it a prediction is better than
             its noise level says; `inf` is the paper's.
         begin: the noise level sigma_hat from which on the measurement counts. Far above the spread of the data the next

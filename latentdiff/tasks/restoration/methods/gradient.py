@@ -24,7 +24,7 @@ from latentdiff.tasks.restoration.operators import Nonlinear, Operator
 from latentdiff.tasks.restoration.operators.operator import per_image_norm
 from latentdiff.tasks.restoration.problem import InverseProblem, SamplingMethod, at_least_zero
 
-# What DPS was tuned on: pictures of 256x256 in 1000 steps.
+# What DPS was tuned on: images of 256x256 in 1000 steps.
 PAPER_ENTRIES, PAPER_STEPS = 256 * 256 * 3, 1000
 
 # (predicted clean latents (N, C, h, w)) -> what is to become small, of each image, (N,).
@@ -69,7 +69,7 @@ class DPS(SamplingMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class PSLD(DPS):
-    """Posterior sampling in the latent space: besides, the latents must be those of a picture that explains the
+    """Posterior sampling in the latent space: besides, the latents must be those of an image that explains the
     measurement.
 
     The gluing term is |z0 - E(x0 + A⁺(y - A x0))|, x0 = D(z0). Takes linear operators only.

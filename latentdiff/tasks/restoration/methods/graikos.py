@@ -18,7 +18,7 @@ from latentdiff.tasks.restoration.problem import InverseProblem, at_least_zero
 class Graikos:
     """Adam on |eps(alpha z + sigma e) - e|² + c |y - A D(z)|² over the latents z, with the noise level annealed.
 
-    It gives a mode of the posterior, not a sample: different seeds come to similar pictures, which are smoother than
+    It gives a mode of the posterior, not a sample: different seeds come to similar images, which are smoother than
     samples.
 
     Cost of N steps: N U-Net evaluations with gradients (without, if `jacobian` is off) and N decodings with gradients.

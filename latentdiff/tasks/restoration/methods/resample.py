@@ -23,7 +23,7 @@ class ReSample(SamplingMethod):
     """DDIM with the nudge of latent DPS at each step, and hard consistency every `every` steps of the last two thirds.
 
     An event first walks `lookahead` steps ahead for a better prediction. In the middle third it is brought within the
-    noise of the measurement as a picture, and the change encoded; in the last third the latents are optimised through
+    noise of the measurement as an image, and the change encoded; in the last third the latents are optimised through
     the decoder. Both stop at the noise level, since what follows fits noise. Then the solution is noised again
     (stochastic resampling, eq. 12 of the paper).
 
@@ -110,7 +110,7 @@ class ReSample(SamplingMethod):
 
 
 def _solve_in_pixels(problem: InverseProblem, z0: Tensor) -> Tensor:
-    """What the paper's gradient descent in pixels, stopped early, goes towards: the nearest picture within the
+    """What the paper's gradient descent in pixels, stopped early, goes towards: the nearest image within the
     noise."""
     picture = problem.autoencoder.decode(z0)
     return problem.moved(z0, picture, within_noise(problem.operator, problem.measurement, picture, problem.noise_std))

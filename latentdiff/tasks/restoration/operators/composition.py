@@ -1,4 +1,4 @@
-"""Operators made of others: one after the other, on a part of the picture, or a function of the user's own."""
+"""Operators made of others: one after the other, on a part of the image, or a function of the user's own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Composition(Operator):
     """y = A_k … A_2 A_1 x + n: blur, then loss of resolution, say. The proximal map is found by conjugate gradients.
 
     Args:
-        operators: in the order in which they happen to the picture.
+        operators: in the order in which they happen to the image.
 
     Raises:
         UsageError: none given, or one that is not linear.
@@ -70,15 +70,15 @@ class Composition(Operator):
 
 
 class Inside(Operator):
-    """An operator that acts on the upper left part of a larger picture, of whose rest nothing is known.
+    """An operator that acts on the upper left part of a larger image, of whose rest nothing is known.
 
-    This is how a picture is restored whose sides the VAE cannot make: its proximal map is that of the operator on the
+    This is how an image is restored whose sides the VAE cannot make: its proximal map is that of the operator on the
     part, and leaves the rest alone.
 
     Args:
         operator: what happened to the part.
         part: (height, width) of the part.
-        whole: (height, width) of the picture.
+        whole: (height, width) of the image.
     """
 
     def __init__(self, operator: Operator, part: tuple[int, int], whole: tuple[int, int]) -> None:
@@ -89,7 +89,7 @@ class Inside(Operator):
         self.border, self.copies_pixels = operator.border, operator.copies_pixels
 
     def crop(self, x: Tensor) -> Tensor:
-        """The part (N, C, *part) of pictures (N, C, *whole)."""
+        """The part (N, C, *part) of images (N, C, *whole)."""
         return x[..., : self.part[0], : self.part[1]]
 
     def apply(self, x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class Inside(Operator):
         """What the operator gives for the part."""
         if tuple(picture[1:]) != self.whole:
             raise UsageError(
-                f"expected a picture of {self.whole[1]}x{self.whole[0]} pixels, found {picture[2]}x{picture[1]}"
+                f"expected an image of {self.whole[1]}x{self.whole[0]} pixels, found {picture[2]}x{picture[1]}"
             )
         return self.operator.measurement_shape((picture[0], *self.part))
 
@@ -143,12 +143,12 @@ class Function(Operator):
     gradients.
 
     Args:
-        function: pictures (N, 3, H, W) -> measurements (N, c, h, w), differentiable, each image of the batch on its
+        function: images (N, 3, H, W) -> measurements (N, c, h, w), differentiable, each image of the batch on its
             own.
-        picture: (3, H, W), the shape of the pictures that it takes.
+        image: (3, H, W), the shape of the images that it takes.
 
     Raises:
-        UsageError: the function does not take such pictures, gives something else than a batch of measurements, or is
+        UsageError: the function does not take such images, gives something else than a batch of measurements, or is
             not linear (see `Nonlinear`).
     """
 
@@ -169,9 +169,9 @@ class Function(Operator):
         return self.function(x)
 
     def measurement_shape(self, picture: Shape) -> Shape:
-        """What the function gave for a picture of its shape."""
+        """What the function gave for an image of its shape."""
         if tuple(picture) != self.picture:
-            raise UsageError(f"expected a picture of the function's shape {self.picture}, found {tuple(picture)}")
+            raise UsageError(f"expected an image of the function's shape {self.picture}, found {tuple(picture)}")
         return self.measurement
 
     def picture_shape(self, measurement: Shape) -> Shape:
@@ -187,7 +187,7 @@ class Function(Operator):
             y = self.function(x.requires_grad_())
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise UsageError(
-                f"the operator's function does not take pictures of shape {self.picture}: {error}"
+                f"the operator's function does not take images of shape {self.picture}: {error}"
             ) from error
         if not isinstance(y, Tensor) or y.ndim != 4 or y.shape[0] != x.shape[0]:
             found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
@@ -207,14 +207,14 @@ class Function(Operator):
 class Nonlinear(Function):
     """A function of the user's own that is not linear: clipping, gamma, JPEG made smooth.
 
-    The proximal map is found by damped Gauss-Newton steps, picture by picture, from z; there may be several minima.
+    The proximal map is found by damped Gauss-Newton steps, image by image, from z; there may be several minima.
     `adjoint` is the transpose of the derivative at 0, and `pinv` is `prox` with next to no pull towards 0.
     """
 
     linear = False
 
     def pinv(self, y: Tensor) -> Tensor:
-        """A picture (N, 3, H, W) whose measurement comes near to y."""
+        """An image (N, 3, H, W) whose measurement comes near to y."""
         return self.prox(y, y.new_zeros(y.shape[0], *self.picture), 1e-6)
 
     def prox(self, y: Tensor, z: Tensor, rho: float) -> Tensor:

@@ -29,12 +29,12 @@ LEAST_AT_MIRRORS = 0.05
 class Convolution(Operator):
     """y[i] = sum over j of k[j] x[s i + c - j] + n, on each colour channel alone, c being the kernel's centre.
 
-    With the border "periodic" (the picture repeats) adjoint, pseudo-inverse and proximal map are exact and cost a few
-    FFTs; with "reflect" (the picture is mirrored about its outermost pixels) they are exact for kernels that are an
+    With the border "periodic" (the image repeats) adjoint, pseudo-inverse and proximal map are exact and cost a few
+    FFTs; with "reflect" (the image is mirrored about its outermost pixels) they are exact for kernels that are an
     outer product, such as a Gaussian, and computed by conjugate gradients for others and for sides above 1024 pixels.
 
     Args:
-        kernel: (kh, kw), as large as the picture at most.
+        kernel: (kh, kw), as large as the image at most.
         centre: the entry (row, column) of the kernel that lies on the pixel itself; by default (kh // 2, kw // 2), as
             in SciPy.
         factor: s, 1 to keep every pixel.
@@ -79,14 +79,14 @@ class Convolution(Operator):
         """1 / s of each side."""
         channels, height, width = picture
         if height % self.factor or width % self.factor:
-            raise UsageError(f"expected a picture whose sides are multiples of {self.factor}, found {width}x{height}")
+            raise UsageError(f"expected an image whose sides are multiples of {self.factor}, found {width}x{height}")
         left, right, top, bottom = self._padding()
         room = (height, width) if self.border == "periodic" else (height - 1, width - 1)
         needed = self.kernel.shape if self.border == "periodic" else (max(top, bottom), max(left, right))
         if needed[0] > room[0] or needed[1] > room[1]:
             kh, kw = self.kernel.shape
             raise UsageError(
-                f"the {kw}x{kh} kernel does not fit the picture of {width}x{height} pixels; take a smaller kernel"
+                f"the {kw}x{kh} kernel does not fit the image of {width}x{height} pixels; take a smaller kernel"
             )
         return channels, height // self.factor, width // self.factor
 
@@ -149,7 +149,7 @@ class Convolution(Operator):
         )
 
     def _separated(self, y: Tensor) -> tuple[Axis, Axis] | None:
-        """Both axes of pictures with measurements y (N, c, h, w), mirrored; None if they cannot be separated."""
+        """Both axes of images with measurements y (N, c, h, w), mirrored; None if they cannot be separated."""
         sides = self.picture_shape(tuple(y.shape[1:]))[1:]
         if self._lines is None or max(sides) > LONGEST:
             return None
@@ -173,7 +173,7 @@ class Convolution(Operator):
         return torch.fft.rfft2(grid) if half else torch.fft.fft2(grid)
 
     def _window(self, padded: Tensor) -> Tensor:
-        """The Fourier transform of the kernel as a window that begins at the first pixel of a mirrored picture."""
+        """The Fourier transform of the kernel as a window that begins at the first pixel of a mirrored image."""
         key = (padded.shape[-2:], padded.dtype, padded.device)
         if key not in self._windows:
             grid = padded.new_zeros(padded.shape[-2:])
@@ -198,7 +198,7 @@ class Convolution(Operator):
 
 
 class Deblur(Convolution):
-    """The picture was blurred with a known kernel; see `kernels` for Gaussian and motion blur.
+    """The image was blurred with a known kernel; see `kernels` for Gaussian and motion blur.
 
     Args:
         kernel: (kh, kw), divided by its sum.
@@ -213,10 +213,10 @@ class Deblur(Convolution):
 
 
 class SuperResolution(Convolution):
-    """The picture was made `factor` times smaller.
+    """The image was made `factor` times smaller.
 
     Args:
-        kernel: "box" (the mean of each block), "bicubic" (as Pillow and MATLAB make pictures smaller), or "gaussian"
+        kernel: "box" (the mean of each block), "bicubic" (as Pillow and MATLAB make images smaller), or "gaussian"
             (of standard deviation factor / 2).
 
     Raises:
@@ -227,7 +227,7 @@ class SuperResolution(Convolution):
         self, factor: int, *, kernel: str = "bicubic", border: str = "reflect", noise_std: float = 0.0
     ) -> None:
         if factor < 2:
-            raise UsageError(f"expected a factor of 2 or more to make pictures larger by, found {factor}")
+            raise UsageError(f"expected a factor of 2 or more to make images larger by, found {factor}")
         if kernel not in RESAMPLING_KERNELS:
             raise UsageError(f"expected the kernel {', '.join(RESAMPLING_KERNELS)}, found {kernel!r}")
         match kernel:

@@ -55,7 +55,7 @@ def from_description(values: dict[str, Any]) -> Operator:
     values = dict(values)
     name = values.pop("name", None)
     if name == OWN_FUNCTION:
-        raise DataError("the picture was restored with an operator of one's own, which a recipe does not hold")
+        raise DataError("the image was restored with an operator of one's own, which a recipe does not hold")
     try:
         match name:
             case "denoise":

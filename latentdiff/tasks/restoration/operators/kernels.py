@@ -1,4 +1,4 @@
-"""Blur kernels. All sum to 1, so that a plain picture stays what it is."""
+"""Blur kernels. All sum to 1, so that a plain image stays what it is."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def box_kernel(factor: int) -> Tensor:
 
 
 def cubic_kernel(factor: int) -> Tensor:
-    """Keys' cubic (1981, a = -1/2) stretched for a picture that gets `factor` times smaller, float64.
+    """Keys' cubic (1981, a = -1/2) stretched for an image that gets `factor` times smaller, float64.
 
     Of 4 factor entries, or one less where the factor is odd, so that the low pixel's centre is that of the kernel.
     """

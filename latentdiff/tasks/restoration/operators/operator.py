@@ -1,6 +1,6 @@
-"""What a degradation is: y = A x + n, with a picture x, a measurement y and noise n of known size.
+"""What a degradation is: y = A x + n, with an image x, a measurement y and noise n of known size.
 
-Pictures are (N, 3, H, W) in [-1, 1]. The noise level is a standard deviation in that range: 0.1 is 12.75 of 255 grey
+Images are (N, 3, H, W) in [-1, 1]. The noise level is a standard deviation in that range: 0.1 is 12.75 of 255 grey
 levels.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latentdiff.errors import UsageError
 
-Shape = tuple[int, int, int]  # (channels, height, width) of one picture or measurement
+Shape = tuple[int, int, int]  # (channels, height, width) of one image or measurement
 
 # Conjugate gradients end here: relative residual, and steps. The systems are (AᵀA + rho I), and rho bounds their
 # condition.
@@ -25,16 +25,16 @@ MAX_ITERATIONS = 100
 
 
 class Operator(ABC):
-    """A linear map A from pictures to measurements, with what restoration needs of it.
+    """A linear map A from images to measurements, with what restoration needs of it.
 
     A member says how it maps (`apply`) and between which shapes. Adjoint, pseudo-inverse and proximal map then follow
     by autograd and conjugate gradients; members with a closed form replace them.
 
     Attributes:
         noise_std: standard deviation of the noise n, in [-1, 1] units; 0 is an exact measurement.
-        border: what lies beyond the border of the picture: "periodic", "reflect", or None where no neighbours are
+        border: what lies beyond the border of the image: "periodic", "reflect", or None where no neighbours are
             touched.
-        copies_pixels: whether measurements are pixels of the picture themselves, so that they can be put back.
+        copies_pixels: whether measurements are pixels of the image themselves, so that they can be put back.
     """
 
     border: str | None = None
@@ -47,19 +47,19 @@ class Operator(ABC):
 
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
-        """A x: pictures (N, 3, H, W) -> measurements (N, c, h, w), differentiable in x."""
+        """A x: images (N, 3, H, W) -> measurements (N, c, h, w), differentiable in x."""
 
     @abstractmethod
     def measurement_shape(self, picture: Shape) -> Shape:
-        """The shape of a measurement of one picture.
+        """The shape of a measurement of one image.
 
         Raises:
-            UsageError: the operator does not fit a picture of that shape.
+            UsageError: the operator does not fit an image of that shape.
         """
 
     @abstractmethod
     def picture_shape(self, measurement: Shape) -> Shape:
-        """The shape of the picture that one measurement is of.
+        """The shape of the image that one measurement is of.
 
         Raises:
             UsageError: the operator does not give measurements of that shape.
@@ -72,14 +72,14 @@ class Operator(ABC):
         return pull(y)[0].detach()
 
     def pinv(self, y: Tensor) -> Tensor:
-        """A⁺ y: the shortest of all pictures (N, 3, H, W) whose measurements come nearest to y."""
+        """A⁺ y: the shortest of all images (N, 3, H, W) whose measurements come nearest to y."""
         start = y.new_zeros(y.shape[0], *self.picture_shape(y.shape[1:]))
         return conjugate_gradient(
             lambda x: self.adjoint(self.apply(x)), self.adjoint(y), start, iterations=10 * MAX_ITERATIONS
         )
 
     def project(self, y: Tensor, z: Tensor) -> Tensor:
-        """The picture nearest to z among those whose measurements come nearest to y: z + A⁺ (y - A z)."""
+        """The image nearest to z among those whose measurements come nearest to y: z + A⁺ (y - A z)."""
         return z + self.pinv(y - self.apply(z))
 
     def prox(self, y: Tensor, z: Tensor, rho: float) -> Tensor:
@@ -88,9 +88,9 @@ class Operator(ABC):
         return conjugate_gradient(lambda x: self.adjoint(self.apply(x)) + rho * x, right, z)
 
     def completed(self, change: Tensor) -> Tensor:
-        """What the measurement changed in pictures (N, 3, H, W), carried on to where it says nothing.
+        """What the measurement changed in images (N, 3, H, W), carried on to where it says nothing.
 
-        Where a picture is wrong, it is wrong in the neighbourhood as well. Most operators see all of it and leave the
+        Where an image is wrong, it is wrong in the neighbourhood as well. Most operators see all of it and leave the
         change as it is.
         """
         return change
@@ -100,7 +100,7 @@ class Operator(ABC):
         return torch.ones(self.measurement_shape(picture), dtype=torch.float32)
 
     def read(self, damaged: Tensor) -> Tensor:
-        """The measurement (N, c, h, w) that damaged pictures (N, 3, h, w) hold; for most operators they are the
+        """The measurement (N, c, h, w) that damaged images (N, 3, h, w) hold; for most operators they are the
         measurement."""
         return damaged
 
@@ -112,7 +112,7 @@ class Operator(ABC):
 
 
 def residual(operator: Operator, y: Tensor, x: Tensor) -> Tensor:
-    """How far pictures x miss the measurements y: the root mean square of y - A x over what was observed, (N,)."""
+    """How far images x miss the measurements y: the root mean square of y - A x over what was observed, (N,)."""
     count = operator.observed(tuple(x.shape[1:])).sum().clamp(min=1.0).item()
     return (per_image_norm(y - operator.apply(x)).square() / count).sqrt()
 

@@ -46,7 +46,7 @@ class Denoise(Operator):
 class Inpaint(Operator):
     """y = M x + M n: pixels are missing, at known places.
 
-    A measurement has the size of the picture and 0 where nothing is known.
+    A measurement has the size of the image and 0 where nothing is known.
 
     Args:
         missing: (H, W), more than 0.5 where the pixel is missing.
@@ -72,7 +72,7 @@ class Inpaint(Operator):
         if tuple(picture[1:]) != tuple(self.known.shape):
             height, width = self.known.shape
             raise UsageError(
-                f"expected a picture of the mask's {width}x{height} pixels, found {picture[2]}x{picture[1]}"
+                f"expected an image of the mask's {width}x{height} pixels, found {picture[2]}x{picture[1]}"
             )
         return picture
 
@@ -113,7 +113,7 @@ class Inpaint(Operator):
 
 
 class Colourise(Operator):
-    """y = 0.299 red + 0.587 green + 0.114 blue + n: a grey picture (N, 1, H, W) of a coloured one."""
+    """y = 0.299 red + 0.587 green + 0.114 blue + n: a grey image (N, 1, H, W) of a coloured one."""
 
     def apply(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -122,7 +122,7 @@ class Colourise(Operator):
     def measurement_shape(self, picture: Shape) -> Shape:
         """One channel of the same size."""
         if picture[0] != len(LUMINANCE):
-            raise UsageError(f"expected a picture of 3 channels to take the luminance of, found {picture[0]}")
+            raise UsageError(f"expected an image of 3 channels to take the luminance of, found {picture[0]}")
         return (1, *picture[1:])
 
     def picture_shape(self, measurement: Shape) -> Shape:
@@ -144,7 +144,7 @@ class Colourise(Operator):
         return z + self.adjoint(y - self.apply(z)) / (_SQUARES + rho)
 
     def read(self, damaged: Tensor) -> Tensor:
-        """The luminance of a grey picture that is stored as a coloured one."""
+        """The luminance of a grey image that is stored as a coloured one."""
         return self.apply(damaged)
 
     @staticmethod
