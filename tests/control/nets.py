@@ -18,7 +18,9 @@ def theirs(family: str = "sd1", seed: int = 5, pools: bool = False) -> ControlNe
     """A ControlNet beside the tiny model's U-Net, all of its weights with noise: its convolutions begin at zero."""
     config = peers.theirs(family).unet.config
     names = ("down_block_types", "block_out_channels", "attention_head_dim", "cross_attention_dim", "norm_num_groups")
-    same = {name: config[name] for name in (*names, "layers_per_block", "use_linear_projection")}
+    told = ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    same = {name: config[name] for name in (*names, *told, "layers_per_block", "use_linear_projection")}
+    same["transformer_layers_per_block"] = config["transformer_layers_per_block"]
     torch.manual_seed(seed)
     return tiny.randomize(ControlNetModel(**same, global_pool_conditions=pools), seed)
 

@@ -11,6 +11,9 @@ from diffusers import (
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
 )
 
 from latentdiff import ControlNet, image_to_image, inpaint
@@ -30,11 +33,19 @@ KINDS = {
     "edit": StableDiffusionControlNetImg2ImgPipeline,
     "inpaint": StableDiffusionControlNetInpaintPipeline,
 }
+XL_KINDS = {
+    "generate": StableDiffusionXLControlNetPipeline,
+    "edit": StableDiffusionXLControlNetImg2ImgPipeline,
+    "inpaint": StableDiffusionXLControlNetInpaintPipeline,
+}
 
 
 def in_diffusers(kind: str, family: str, nets: list, seed: int = 7, **options) -> np.ndarray:
     components = copy(peers.theirs(family).components)
-    pipe = KINDS[kind](**components, controlnet=nets if len(nets) > 1 else nets[0], requires_safety_checker=False)
+    is_xl = family.startswith("xl")
+    own = {"add_watermarker": False} if is_xl else {"requires_safety_checker": False}
+    kinds = XL_KINDS if is_xl else KINDS
+    pipe = kinds[kind](**components, controlnet=nets if len(nets) > 1 else nets[0], **own)
     pipe.set_progress_bar_config(disable=True)
     made = pipe(
         "a photo of the cat", generator=torch.Generator().manual_seed(seed), output_type="np", **{**STEPS, **options}
@@ -45,6 +56,9 @@ def in_diffusers(kind: str, family: str, nets: list, seed: int = 7, **options) -
 CASES = {
     "one": ("sd1", [{"scale": 0.8}], {"controlnet_conditioning_scale": 0.8}),
     "linear": ("sd2", [{}], {}),
+    "xl": ("xl", [{"scale": 0.8}], {"controlnet_conditioning_scale": 0.8}),
+    "xl, two": ("xl", [{"scale": 0.5}, {"scale": 1.3}], {"controlnet_conditioning_scale": [0.5, 1.3]}),
+    "xl, guess": ("xl", [{"guess": True}], {"guess_mode": True}),
     "two": ("sd1", [{"scale": 0.5}, {"scale": 1.3}], {"controlnet_conditioning_scale": [0.5, 1.3]}),
     "part": ("sd1", [{"start": 0.25, "end": 0.7}], {"control_guidance_start": 0.25, "control_guidance_end": 0.7}),
     "guess": ("sd1", [{"guess": True}], {"guess_mode": True}),
@@ -84,23 +98,24 @@ def test_pooled_outputs_are_those_of_diffusers(tmp_path):
     assert apart(peers.ours("sd1")("a photo of the cat", controls=[control], seed=7, **OURS)[0], expected) <= 1
 
 
-def test_image_to_image(tmp_path):
-    expected = in_diffusers("edit", "sd1", [theirs()], image=picture(), control_image=hint(), strength=0.75)
-    control = ControlNet.load(saved(tmp_path))(hint())
+@pytest.mark.parametrize("family", ["sd1", "xl"])
+def test_image_to_image(family, tmp_path):
+    expected = in_diffusers("edit", family, [theirs(family)], image=picture(), control_image=hint(), strength=0.75)
+    control = ControlNet.load(saved(tmp_path, family))(hint())
     (image,) = image_to_image(
-        peers.ours("sd1"), picture(), "a photo of the cat", strength=0.75, controls=[control], seed=7, **OURS
+        peers.ours(family), picture(), "a photo of the cat", strength=0.75, controls=[control], seed=7, **OURS
     )
     assert apart(image, expected) <= 1
 
 
-@pytest.mark.parametrize("family", ["sd1", "inpaint"])
-def test_inpainting(family, tmp_path):
+@pytest.mark.parametrize(("family", "of"), [("sd1", "sd1"), ("inpaint", "sd1"), ("xl", "xl"), ("xl-inpaint", "xl")])
+def test_inpainting(family, of, tmp_path):
     """With an inpainting model, the control sees the latents alone."""
     box = (16, 8, 48, 40)
     expected = in_diffusers(
-        "inpaint", family, [theirs("sd1")], image=picture(), mask_image=mask(box), control_image=hint(), strength=1.0
+        "inpaint", family, [theirs(of)], image=picture(), mask_image=mask(box), control_image=hint(), strength=1.0
     )
-    control = ControlNet.load(saved(tmp_path))(hint())
+    control = ControlNet.load(saved(tmp_path, of))(hint())
     (image,) = inpaint(
         peers.ours(family), picture(), mask(box), "a photo of the cat", controls=[control], seed=7, **OURS
     )
