@@ -74,6 +74,7 @@ class RecordedControl:
     end: float = 1.0
     guess: bool = False
     prepare: str | None = None
+    mode: str | None = None
 
     __pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 

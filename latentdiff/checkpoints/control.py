@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,16 @@ from latentdiff.checkpoints.prefixes import unwrapped
 from latentdiff.errors import CheckpointError
 from latentdiff.networks.config import UNetConfig
 from latentdiff.networks.controlnet import ControlNetConfig, ControlNetwork
+from latentdiff.networks.union import UnionNetwork
 from latentdiff.reading.json import read_object
+from latentdiff.request.options import CONTROL_MODES
 
 DIFFERENCE = "difference"
 _PREFIX = "control_model."
 _MARK, _ORIGINAL_MARK = "controlnet_cond_embedding.conv_in.weight", "input_hint_block.0.weight"
 _MOST_HINT_WIDTHS = 8
+_CLASSES = ("ControlNetModel", "ControlNetUnionModel", "ControlNetModel_Union", None)
+_UNION_MARK, _UNION_SIZES = "task_embedding", "control_add_embedding"
 _LABEL = "ControlNet"
 
 
@@ -80,7 +84,7 @@ def read_control(source: str | os.PathLike[str], *, pools: bool | None = None) -
     is_difference = tensors.pop(DIFFERENCE, None) is not None or DIFFERENCE in others
     beside = (path if path.is_dir() else path.parent) / "config.json"
     settings = read_object(beside) if _MARK in tensors and beside.exists() else None
-    if settings is not None and path.is_file() and settings.get("_class_name") not in ("ControlNetModel", None):
+    if settings is not None and path.is_file() and settings.get("_class_name") not in _CLASSES:
         settings = None  # of something else in the same folder
     if any(name.startswith(_PREFIX) for name in tensors):
         tensors = {name.removeprefix(_PREFIX): part for name, part in tensors.items() if name.startswith(_PREFIX)}
@@ -137,7 +141,7 @@ def expected_shapes(config: ControlNetConfig) -> dict[str, Shape]:
 def empty_control(config: ControlNetConfig) -> ControlNetwork:
     """A ControlNet on the meta device."""
     with sensible(_LABEL), torch.device("meta"), NoInitialization():
-        return ControlNetwork(config)
+        return UnionNetwork(config) if config.modes else ControlNetwork(config)
 
 
 def whole_weights(weights: ControlWeights, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -163,13 +167,14 @@ def _found(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _with_pools(config: ControlNetConfig, pools: bool) -> ControlNetConfig:
-    return ControlNetConfig(unet=config.unet, hint_widths=config.hint_widths, order=config.order, pools=pools)
+    return replace(config, pools=pools)
 
 
 def _config(shapes: Mapping[str, Shape], settings: Mapping[str, Any] | None) -> ControlNetConfig:
+    union = _union(shapes)
     if settings is not None:
         with sensible(_LABEL):
-            return ControlNetConfig.from_diffusers(settings)
+            return ControlNetConfig.from_diffusers(settings, **union)
     if _ORIGINAL_MARK in shapes:
         channels = shapes["input_blocks.0.0.weight"][1]
         unet = infer_unet({**shapes, "out.2.weight": (channels,)}, large=False)
@@ -185,7 +190,24 @@ def _config(shapes: Mapping[str, Shape], settings: Mapping[str, Any] | None) -> 
         for n in range(_MOST_HINT_WIDTHS)
         if (name := f"controlnet_cond_embedding.blocks.{2 * n + 1}.weight") in shapes
     ]
-    return ControlNetConfig(unet=_unet_by_our_names(shapes), hint_widths=(shapes[_MARK][0], *blocks))
+    unet = _unet_by_our_names(shapes)
+    if union:
+        size_dim = shapes[f"{_UNION_SIZES}.linear_1.weight"][1] // union["modes"]
+        unet = replace(unet, size_dim=size_dim)
+    return ControlNetConfig(unet=unet, hint_widths=(shapes[_MARK][0], *blocks), **union)
+
+
+def _union(shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """What the tensors show of a network for several kinds of hints; nothing of others."""
+    if _UNION_MARK not in shapes:
+        return {}
+    modes = shapes[_UNION_MARK][0]
+    if modes > len(CONTROL_MODES):
+        raise CheckpointError(
+            f"this {_LABEL} takes {modes} kinds of hints, of which {len(CONTROL_MODES)} are known: {', '.join(CONTROL_MODES)}"
+        )
+    layers = {name.split(".")[1] for name in shapes if name.startswith("transformer_layes.")}
+    return {"modes": modes, "mixing_layers": len(layers)}
 
 
 def _unet_by_our_names(shapes: Mapping[str, Shape]) -> UNetConfig:

@@ -33,6 +33,7 @@ from latentdiff.checkpoints.raw import RawModel
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.errors import DataError, LatentDiffError, printable
 from latentdiff.recipe import COMMENT, JSON_CHUNK, TEXT_CHUNK, has_comment
+from latentdiff.request.options import CONTROL_MODES
 
 _LABELS = {
     "kind": "kind",
@@ -177,6 +178,9 @@ def _describe_control(report: Report, file: TensorFile, wrapping: str) -> None:
     report.family = f"ControlNet for {made_for}"
     report.notes += ["differences from the weights of a U-Net, which are added when it is used"] * control.is_difference
     report.notes += ["its outputs are averaged over the image"] * control.config.pools
+    if control.config.modes:
+        kinds = ", ".join(CONTROL_MODES[: control.config.modes])
+        report.notes.append(f"takes several kinds of hints, one of which is named with it: {kinds}")
 
 
 def _inspect_folder(folder: Path) -> Report:

@@ -10,7 +10,7 @@ import click
 
 from latentdiff.cli.output import check_image_file
 from latentdiff.errors import UsageError
-from latentdiff.request.options import PREPARATIONS
+from latentdiff.request.options import CONTROL_MODES, PREPARATIONS
 
 if TYPE_CHECKING:
     from latentdiff.control.model import Control
@@ -28,8 +28,9 @@ CONTROL = click.option(
 CONTROL_MODEL = click.option(
     "--control-model",
     multiple=True,
-    metavar="FILE|FOLDER[:SCALE][@START-END]",
-    help="The ControlNet for each --control, how strongly it acts, and in which share of the steps.  [default: 1, 0-1]",
+    metavar="[MODE=]FILE|FOLDER[:SCALE][@START-END]",
+    help="The ControlNet for each --control, how strongly it acts, and in which share of the steps [default: 1, 0-1]. Of a "
+    f"union, MODE is what the image shows: {', '.join(CONTROL_MODES)}.",
 )
 GUESS = click.option(
     "--control-guess",
@@ -88,10 +89,14 @@ def parse_control(text: str) -> tuple[str | None, str]:
     return kind, file
 
 
-def parse_control_model(text: str) -> tuple[str, dict[str, float]]:
-    """ "file:0.8@0.0-0.6" -> the file, and its scale, start and end as far as they are given."""
+def parse_control_model(text: str) -> tuple[str, dict[str, Any]]:
+    """ "depth=file:0.8@0.0-0.6" -> the file, and its mode, scale, start and end as far as they are given."""
     if Path(text).exists():
         return text, {}
+    mode, equals, rest = text.partition("=")
+    if equals and mode in CONTROL_MODES:
+        file, numbers = parse_control_model(rest)
+        return file, {"mode": mode, **numbers}
     match = _MODEL.fullmatch(text)
     if match is None:
         return text, {}

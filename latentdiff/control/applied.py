@@ -47,8 +47,9 @@ def applied_controls(
     for control, part, hint in zip(controls, control_parts(controls, residence, dtype), hints, strict=True):
         network = part.ready()
         window = window_of([level.t for level in levels[:-1]], control.start, control.end)
-        embedded = network.embed_hint(hint.to(part.device, dtype))
-        applied.append(AppliedControl(network, embedded, control.scale, control.guess, window))
+        mode = control.model.index_of(control.mode)
+        embedded, told = network.embed_hint(hint.to(part.device, dtype), mode), network.embed_mode(mode)
+        applied.append(AppliedControl(network, embedded, control.scale, control.guess, window, told))
     return applied
 
 

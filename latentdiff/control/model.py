@@ -17,15 +17,15 @@ from latentdiff.errors import UsageError
 from latentdiff.recipe import RecordedControl
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice, Place, Real, YesNo
-from latentdiff.request.options import PREPARATIONS
+from latentdiff.request.options import CONTROL_MODES, PREPARATIONS
 from latentdiff.request.sources import ImageInput, open_source
 
-_SETTINGS = ("scale", "start", "end", "guess", "prepare")
+_SETTINGS = ("scale", "start", "end", "guess", "prepare", "mode")
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 class ControlNet:
-    """A ControlNet of Stable Diffusion 1.x or 2.x, mapped from its file; its weights are read where it is used.
+    """A ControlNet of Stable Diffusion 1.x, 2.x or XL, mapped from its file; its weights are read where it is used.
 
     edges = ControlNet.load("control_v11p_sd15_canny.safetensors")
     pipe("a house", controls=[edges("edges.png", scale=0.8, end=0.6)])
@@ -51,7 +51,14 @@ class ControlNet:
         """
         return cls(read_control(source, pools=pools))
 
-    @public(scale=Real(0), start=Real(0, 1), end=Real(0, 1), guess=YesNo(), prepare=Choice(PREPARATIONS))
+    @public(
+        scale=Real(0),
+        start=Real(0, 1),
+        end=Real(0, 1),
+        guess=YesNo(),
+        prepare=Choice(PREPARATIONS),
+        mode=Choice(CONTROL_MODES),
+    )
     def __call__(
         self,
         image: ImageInput,
@@ -62,6 +69,7 @@ class ControlNet:
         guess: bool = False,
         mask: ImageInput | None = None,
         prepare: str | None = None,
+        mode: str | None = None,
     ) -> Control:
         """A control by this network.
 
@@ -72,14 +80,17 @@ class ControlNet:
             guess: act on the prompt alone and less above the middle, so that the hint says what an empty prompt does not.
             mask: of the image's size, white where an inpainting ControlNet is to paint.
             prepare: make the hint of the image first: "canny", ...; see `latentdiff.control.preparation`.
+            mode: what kind of hint it is, for a network that was trained on several; None is what `prepare` makes.
 
         Raises:
-            UsageError: a value outside its domain, or `start` is not before `end`.
+            UsageError: a value outside its domain, `start` is not before `end`, or no `mode` where there are several.
             DataError: a file is missing or no image.
             MissingDependencyError: what prepares the hint is not installed.
         """
         if start >= end:
             raise UsageError(f"expected the start of a control before its end, found {start} and {end}")
+        mode = mode or (prepare if self.modes else None)
+        self.index_of(mode)
         source, hidden = open_source(image), None if mask is None else open_source(mask)
         return Control(
             model=self,
@@ -91,6 +102,27 @@ class ControlNet:
             end=end,
             guess=guess,
             prepare=prepare,
+            mode=mode,
+        )
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The kinds of hints that it is told apart; none for a network that was trained on one."""
+        return CONTROL_MODES[: self.weights.config.modes]
+
+    def index_of(self, mode: str | None) -> int | None:
+        """The place of a kind of hint among `modes`; None for a network that was trained on one.
+
+        Raises:
+            UsageError: it was not trained on that, or none is named of several.
+        """
+        if mode in self.modes or (mode is None and not self.modes):
+            return self.modes.index(mode) if mode else None
+        name = self.weights.path.name
+        if not self.modes:
+            raise UsageError(f"{name} is a ControlNet for one kind of hint; leave mode out, found {mode!r}")
+        raise UsageError(
+            f"{name} takes several kinds of hints; expected mode to be one of {', '.join(self.modes)}, found {mode}"
         )
 
     @cached_property
@@ -120,6 +152,7 @@ class Control:
     end: float
     guess: bool
     prepare: str | None
+    mode: str | None
 
     def describe(self) -> RecordedControl:
         """What a recipe holds of it."""

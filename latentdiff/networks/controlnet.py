@@ -21,6 +21,7 @@ from latentdiff.networks.layers.transformer import Context, ProjectedContext
 from latentdiff.networks.unet import UNetEncoder
 
 _ORDERS = ("rgb", "bgr")
+_OF_UNIONS = ("num_control_type", "num_trans_channel", "num_trans_head", "num_trans_layer", "num_proj_channel")
 _OWN = {
     "conditioning_channels": 3,
     "conditioning_embedding_out_channels": (16, 32, 96, 256),
@@ -36,12 +37,16 @@ class ControlNetConfig:
     hint_widths: the hint passes through these; each after the first halves its sides.
     order: of the hint's channels, "rgb" or "bgr".
     pools: the outputs are averaged over the image, as those of the shuffle models are.
+    modes: how many kinds of hints it is told apart, 0 if none; see `union`.
+    mixing_layers: transformer blocks of such a network over the hint's mean.
     """
 
     unet: UNetConfig
     hint_widths: tuple[int, ...] = (16, 32, 96, 256)
     order: str = "rgb"
     pools: bool = False
+    modes: int = 0
+    mixing_layers: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.hint_widths) <= 8 or not all(type(w) is int and 0 < w <= 4096 for w in self.hint_widths):
@@ -57,14 +62,14 @@ class ControlNetConfig:
         return 2 ** (len(self.hint_widths) - 1)
 
     @classmethod
-    def from_diffusers(cls, config: Mapping[str, Any]) -> Self:
-        """Read a ControlNetModel's `config.json`.
+    def from_diffusers(cls, config: Mapping[str, Any], *, modes: int = 0, mixing_layers: int = 1) -> Self:
+        """Read a ControlNetModel's `config.json`; the last two are read off the tensors.
 
         Raises:
             ConfigError: it describes another architecture.
         """
         own = {name: config.get(name, default) for name, default in _OWN.items()}
-        rest = {name: value for name, value in config.items() if name not in _OWN}
+        rest = {name: value for name, value in config.items() if name not in (*_OWN, *(_OF_UNIONS if modes else ()))}
         if own["conditioning_channels"] != 3:
             raise ConfigError(f"a ControlNet's hint has 3 channels, found {str(own['conditioning_channels'])[:40]}")
         if "down_block_types" in rest:
@@ -75,6 +80,8 @@ class ControlNetConfig:
             hint_widths=tuple(own["conditioning_embedding_out_channels"]),
             order=own["controlnet_conditioning_channel_order"],
             pools=own["global_pool_conditions"],
+            modes=modes,
+            mixing_layers=mixing_layers,
         )
 
     def to_diffusers(self) -> dict[str, Any]:
@@ -123,18 +130,30 @@ class ControlNetwork(UNetEncoder):
         self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(width, width, 1) for width in skips)
         self.controlnet_mid_block = nn.Conv2d(widths[-1], widths[-1], 1)
 
-    def embed_hint(self, hint: Tensor) -> Tensor:
-        """A hint (N, 3, H, W), RGB from 0 to 1, -1 where it is masked -> (N, C, h, w), once for all steps."""
+    def embed_hint(self, hint: Tensor, mode: int | None = None) -> Tensor:
+        """A hint (N, 3, H, W), RGB from 0 to 1, -1 where it is masked -> (N, C, h, w), once for all steps.
+
+        Args:
+            mode: its kind, of a network for several; see `union`.
+        """
         return self.controlnet_cond_embedding(hint.flip(1) if self.control.order == "bgr" else hint)
 
-    def forward(self, x: Tensor, t: Tensor | float, context: Context, hint: Tensor) -> list[Tensor]:
+    def embed_mode(self, mode: int | None) -> Tensor | None:
+        """What a network for several kinds of hints adds to the embedding of the timestep; None of others."""
+        return None
+
+    def forward(
+        self, x: Tensor, t: Tensor | float, context: Context, hint: Tensor, told: Tensor | None = None
+    ) -> list[Tensor]:
         """The residuals of the skips from the first to the last, and of the middle.
 
         Args:
             x, t, context: as `UNet.forward` takes them; x without the channels of an inpainting model.
             hint: what `embed_hint` gave.
+            told: what `embed_mode` gave.
         """
         time, context = self.embedded(x, t, context)
+        time = time if told is None else time + told
         x, skips = self.encode(self.conv_in(x) + hint, time, context)
         convs = (*self.controlnet_down_blocks, self.controlnet_mid_block)
         found = [conv(output) for conv, output in zip(convs, (*skips, x), strict=True)]
@@ -149,6 +168,7 @@ class AppliedControl:
     scale: of all that is added; with `guesses`, of the middle, and less of what lies above.
     guesses: acts on what is followed alone, so that the hint says what the prompt does not (guess mode).
     window: the timesteps low < t <= high at which it acts.
+    told: of the hint's kind, (1, time channels), or None; see `ControlNetwork.embed_mode`.
     """
 
     network: ControlNetwork
@@ -156,6 +176,7 @@ class AppliedControl:
     scale: float
     guesses: bool
     window: tuple[float, float]
+    told: Tensor | None = None
 
     def on(self, text: Context, count: int, *, avoided: bool) -> ControlRows:
         """On `count` rows of a batch with this text; `avoided` are those of the negative prompt."""
@@ -194,7 +215,8 @@ class ControlRows:
         with nullcontext() if own == dtype else in_float32(network):
             some = x if is_whole else x[rows]
             context = context if is_whole else _rows_of(context, rows)
-            found = network(some.to(dtype), t, context, control.hint.to(dtype))
+            told = None if control.told is None else control.told.to(dtype)
+            found = network(some.to(dtype), t, context, control.hint.to(dtype), told)
         scaled = [factor * one for factor, one in zip(self._factors(len(found)), found, strict=True)]
         if is_whole:
             return scaled

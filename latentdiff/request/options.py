@@ -62,6 +62,8 @@ UpscalerName = Literal[
     "lanczos",
 ]  # fmt: skip
 PREPARATIONS = ("canny", "scribble", "tile")  # of hints for ControlNets
+# Kinds of hints of "union" ControlNets (the first six) and of "promax", in the order of their places.
+CONTROL_MODES = ("openpose", "depth", "scribble", "canny", "normal", "segment", "tile", "repaint")
 
 SIDE = Whole(1, metavar="PIXELS")  # of an image
 MOST_IMAGES = 10_000  # of one call; more is a mistake, or many calls

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, ControlNetUnionModel
 from PIL import Image
 
 from tests import peers, tiny
@@ -23,6 +23,21 @@ def theirs(family: str = "sd1", seed: int = 5, pools: bool = False) -> ControlNe
     same["transformer_layers_per_block"] = config["transformer_layers_per_block"]
     torch.manual_seed(seed)
     return tiny.randomize(ControlNetModel(**same, global_pool_conditions=pools), seed)
+
+
+@cache
+def union(modes: int = 8, layers: int = 1) -> ControlNetUnionModel:
+    """For several kinds of hints, beside the tiny SDXL."""
+    config = theirs("xl").config
+    own = {
+        name: config[name]
+        for name in config
+        if not name.startswith(("_", "global", "mid_block_type", "conditioning_ch"))
+    }
+    width = own["block_out_channels"][0]
+    more = {"num_control_type": modes, "num_trans_layer": layers, "num_trans_channel": width, "num_proj_channel": width}
+    torch.manual_seed(6)
+    return tiny.randomize(ControlNetUnionModel(**own, **more), 6)
 
 
 def saved(folder: Path, family: str = "sd1", seed: int = 5, pools: bool = False, **options) -> Path:
