@@ -19,7 +19,7 @@ from torch import Tensor
 from latentdiff.errors import DataError, UsageError
 from latentdiff.files import IMAGE_FORMATS, atomic_path, image_format
 from latentdiff.reading.colours import as_rgb as as_rgb
-from latentdiff.reading.pictures import MOST_FRAMES, opened
+from latentdiff.reading.images import MOST_FRAMES, opened
 from latentdiff.reading.plain import open_file
 from latentdiff.reading.texts import exif_with, texts_of
 
@@ -195,16 +195,16 @@ def open_image(path: str | os.PathLike[str], *, still: bool = False) -> Image.Im
         return image
 
 
-def side_by_side(pictures: Mapping[str, Image.Image]) -> Image.Image:
+def side_by_side(images: Mapping[str, Image.Image]) -> Image.Image:
     """Images in one row, each above its name; smaller ones stand at the top left of a white area of the largest
     size."""
-    size = max(image.width for image in pictures.values()), max(image.height for image in pictures.values())
+    size = max(image.width for image in images.values()), max(image.height for image in images.values())
     cells: list[Image.Image] = []
-    for picture in pictures.values():
+    for image in images.values():
         cell = Image.new("RGB", size, "white")
-        cell.paste(as_rgb(picture))
+        cell.paste(as_rgb(image))
         cells.append(cell)
-    return contact_sheet(cells, list(pictures), columns=len(cells))
+    return contact_sheet(cells, list(images), columns=len(cells))
 
 
 def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 4) -> Image.Image:

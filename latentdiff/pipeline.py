@@ -33,7 +33,7 @@ from latentdiff.memory.sharing import one_use
 from latentdiff.model.prompted import PromptedModel
 from latentdiff.networks.attention import attention_backend
 from latentdiff.networks.controlnet import AppliedControl
-from latentdiff.networks.functions import checked_model, decode_latents, encode_pictures
+from latentdiff.networks.functions import checked_model, decode_latents, encode_images
 from latentdiff.networks.sizes import Told
 from latentdiff.networks.steering import prompted_denoiser
 from latentdiff.networks.text_embedding import EncodedPrompt, Given
@@ -201,11 +201,11 @@ class Pipeline(PromptedModel):
             def start_of(part: slice, noise: NoiseStream, first: int = first) -> Start:
                 return start(slice(first + part.start, first + part.stop), noise)
 
-            pictures = slice(first, first + len(piece.prompts))
+            images = slice(first, first + len(piece.prompts))
             is_changed = bool(piece.loras) or piece.cache.interval > 1
             attached = self.offered.attached(piece.loras, self.load_lora, self.unload_lora)
             with self.in_use(alone=is_changed), attached:
-                own = text and (text[0][pictures], text[1][pictures])
+                own = text and (text[0][images], text[1][images])
                 made.append(self._sample(piece, shape, start_of, own))
         return torch.cat(made)
 
@@ -283,7 +283,7 @@ class Pipeline(PromptedModel):
     @explained_out_of_memory()
     def encode_images(self, images: Tensor) -> LatentDistribution:
         """Latents of images (N, 3, H, W) in [-1, 1], float32; H and W are multiples of the VAE's factor."""
-        return encode_pictures(self.vae, images, self.device)
+        return encode_images(self.vae, images, self.device)
 
     def denoiser(
         self,

@@ -47,5 +47,5 @@ def drawn(split: str, kind: str, rng: Random, size: int = 96):
 
 def asked_and_shown(kind: str, rng: Random, split: str = "test") -> tuple[EvaluationPrompt, Image.Image]:
     """A prompt and an image that shows what it asks for."""
-    plan, picture, _ = drawn(split, kind, rng)
-    return prompt_of_scene(plan.as_json(), scene_language.prompt(plan)), picture
+    plan, image, _ = drawn(split, kind, rng)
+    return prompt_of_scene(plan.as_json(), scene_language.prompt(plan)), image

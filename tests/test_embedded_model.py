@@ -18,7 +18,7 @@ def pipe() -> Pipeline:
     return Pipeline.load(device="cpu", precision="fp32")
 
 
-def test_same_picture_in_diffusers_without_options_or_complaints(
+def test_same_image_in_diffusers_without_options_or_complaints(
     pipe: Pipeline, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
     from diffusers import StableDiffusionPipeline
@@ -42,7 +42,7 @@ def test_background_follows_the_prompt(pipe: Pipeline) -> None:
         assert np.abs(middle - colour).max() < 40
 
 
-def test_picture_names_the_model(pipe: Pipeline) -> None:
+def test_image_names_the_model(pipe: Pipeline) -> None:
     image = pipe(PROMPT, seed=1, steps=2, progress=False)[0]
     recipe = read_recipe(image.info)
     assert (recipe.model, recipe.width, recipe.height) == ("latentdiff-embedded", 96, 96)

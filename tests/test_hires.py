@@ -20,7 +20,7 @@ from latentdiff.request.infotext import split
 from latentdiff.request.plan import Sampling
 from latentdiff.request.second_pass import LATENT_MODES, SecondPass
 from tests import peers
-from tests.tasks.pictures import apart
+from tests.tasks.images import apart
 
 shared = cache(peers.ours)
 QUICK = {"steps": 4, "seed": 3, "progress": False, "sampler": "euler", "spacing": "karras"}

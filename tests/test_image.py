@@ -39,7 +39,7 @@ def test_there_and_back_is_exact():
     assert torch.equal(to_tensor(to_pil(levels)), levels)
 
 
-def test_grey_and_transparent_pictures_become_rgb():
+def test_grey_and_transparent_images_become_rgb():
     assert to_tensor([Image.new("L", (5, 4), 255), Image.new("RGBA", (5, 4), (255, 255, 255, 0))]).unique() == 1
 
 
@@ -117,7 +117,7 @@ def test_no_file(tmp_path):
         open_image(tmp_path)
 
 
-def test_contact_sheet_shows_every_picture():
+def test_contact_sheet_shows_every_image():
     colours = [(10 * i, 0, 255 - 10 * i) for i in range(6)]
     images = [Image.new("RGB", (40, 40), colour) for colour in colours]
     sheet = contact_sheet(
@@ -156,7 +156,7 @@ def test_a_palette_with_a_transparent_colour():
     assert list(as_rgb(image).get_flattened_data()) == [(255, 0, 0), (255, 255, 255)]
 
 
-def test_pictures_of_other_sizes_stand_side_by_side():
+def test_images_of_other_sizes_stand_side_by_side():
     row = side_by_side({"small": Image.new("L", (10, 5), 200), "large": Image.new("RGB", (20, 30), "red")})
     assert row.width == 2 * (20 + 12)
     assert row.getpixel((6, 6)) == (200, 200, 200) and row.getpixel((20, 20)) == (255, 255, 255)

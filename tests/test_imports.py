@@ -42,7 +42,7 @@ def test_wrong_usage_is_light():
     )
 
 
-def test_a_picture_needs_little_beside_torch(tmp_path):
+def test_an_image_needs_little_beside_torch(tmp_path):
     """The first image comes so much sooner."""
     arguments = ["generate", "a cat", "--seed", "0", "--steps", "1", "--out", str(tmp_path), "--device", "cpu"]
     loaded = loaded_after(f"from latentdiff.cli import run; assert run({arguments}) == 0")

@@ -80,7 +80,7 @@ def in_diffusers(family: str, sampler: str, eta: float, spacing: str, seeds: lis
 @pytest.mark.parametrize("steps", [10, 25, 30])
 @pytest.mark.parametrize(("sampler", "eta"), METHODS)
 @pytest.mark.parametrize("family", peers.FAMILIES)
-def test_same_picture_as_diffusers(shared_of, family, sampler, eta, steps):
+def test_same_image_as_diffusers(shared_of, family, sampler, eta, steps):
     spacing = "linspace" if sampler in ("euler", "dpmpp-2m", "unipc") else "leading"  # what each is used with
     expected = in_diffusers(
         family, sampler, eta, spacing, [7, 8], prompt="a photo of the cat", negative_prompt="red fox",
@@ -105,7 +105,7 @@ def test_guidance_rescale_as_in_diffusers(shared):
 
 
 @pytest.mark.parametrize(("sampler", "eta"), METHODS)
-def test_picture_i_of_a_batch_is_the_picture_made_alone(shared, sampler, eta):
+def test_image_i_of_a_batch_is_the_image_made_alone(shared, sampler, eta):
     options = {"steps": 3, "sampler": sampler, "eta": eta, "output": "latents", "progress": False}
     alone = {i: shared("blue dog", seed=40 + i, **options)[0] for i in (0, 7)}
     for batch_size in (1, 2, 8):
@@ -120,12 +120,12 @@ def test_seeds_differ_and_repeat(shared):
     assert (first - second).abs().max() > 0.1
 
 
-def test_seed_list_gives_each_picture_its_own(shared):
+def test_seed_list_gives_each_image_its_own(shared):
     listed = shared(["cat", "dog"], seed=[9, 4], steps=2, output="latents", progress=False)
     torch.testing.assert_close(listed[1:], shared("dog", seed=4, steps=2, output="latents", progress=False))
 
 
-def test_drawn_seed_is_reported_and_makes_the_picture_again(shared):
+def test_drawn_seed_is_reported_and_makes_the_image_again(shared):
     first = shared("cat", steps=2, num_images=2, progress=False)
     seeds = [read_recipe(image.info).seed for image in first]
     assert seeds[1] == seeds[0] + 1
@@ -137,7 +137,7 @@ def test_drawn_seed_is_reported_and_makes_the_picture_again(shared):
 # --- What goes in and comes out -------------------------------------------------------------------
 
 
-def test_prompts_and_their_pictures_come_in_order(shared):
+def test_prompts_and_their_images_come_in_order(shared):
     images = shared(["cat", "red fox"], num_images=2, negative_prompt=["dog", ""], steps=2, seed=5, progress=False)
     made = [read_recipe(image.info) for image in images]
     assert [(r.prompt, r.negative_prompt, r.seed) for r in made] == [
@@ -170,7 +170,7 @@ def test_size_of_given_latents_counts(shared):
     assert out.shape == (1, 4, 4, 6)
 
 
-def test_latents_decode_to_the_same_pictures(shared):
+def test_latents_decode_to_the_same_images(shared):
     options = {"steps": 2, "seed": 2, "num_images": 2, "progress": False}
     latents = shared("cat", output="latents", **options)
     assert not latents.requires_grad and not latents.is_inference()
@@ -184,7 +184,7 @@ def test_height_and_width(shared):
     assert (recipe.width, recipe.height) == (88, 40)
 
 
-def test_recipe_of_a_picture(shared):
+def test_recipe_of_an_image(shared):
     (image,) = shared(
         "cat", negative_prompt="dog", steps=2, guidance_scale=3.5, guidance_rescale=0.2, guidance_interval=(0.5, 5.0),
         sampler="ddim", eta=0.3, seed=11, spacing="trailing", progress=False,
@@ -262,7 +262,7 @@ def test_unets_that_take_other_inputs_are_refused(shared, channels):
         Pipeline(shared.tokenizer, shared.text_encoder, other.unet, shared.vae, shared.schedule.config)
 
 
-def test_pictures_are_encoded_one_by_one_in_float32(shared):
+def test_images_are_encoded_one_by_one_in_float32(shared):
     images = torch.rand(3, 3, 64, 48) * 2 - 1
     with calls(shared.vae, "encode") as encoded:
         found = shared.encode_images(images)
@@ -469,7 +469,7 @@ def test_other_runtime_errors_stay_what_they_are(pipe):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_shorter_formats_keep_the_picture(pipe, precision):
+def test_shorter_formats_keep_the_image(pipe, precision):
     options = {"steps": 5, "seed": 0, "progress": False}
     exact = arrays(pipe("cat", **options))
     short = pipe.to("cpu", precision)("cat", **options)
@@ -481,7 +481,7 @@ def test_shorter_formats_keep_the_picture(pipe, precision):
 
 
 @pytest.mark.parametrize("family", peers.FAMILIES)
-def test_saved_model_makes_the_same_picture(tmp_path, family):
+def test_saved_model_makes_the_same_image(tmp_path, family):
     pipe = peers.ours(family)
     options = {"steps": 2, "seed": 0, "progress": False}
     pipe.save(tmp_path / "copy")
@@ -508,12 +508,12 @@ def test_every_part_is_usable_alone(shared):
     context = shared.text_encoder(token_ids)
     x = torch.randn(1, *SHAPE)
     assert shared.unet(x, torch.tensor([500]), context).shape == x.shape
-    picture = shared.vae.decode(x)
-    assert shared.vae.encode(picture).mode().shape == x.shape
-    torch.testing.assert_close(to_tensor(to_pil(picture)), picture.clamp(-1, 1), rtol=0, atol=1 / 255)
+    image = shared.vae.decode(x)
+    assert shared.vae.encode(image).mode().shape == x.shape
+    torch.testing.assert_close(to_tensor(to_pil(image)), image.clamp(-1, 1), rtol=0, atol=1 / 255)
 
 
-def test_modules_can_be_trained_after_a_picture(shared):
+def test_modules_can_be_trained_after_an_image(shared):
     shared("cat", steps=1, seed=0, progress=False)
     x = torch.randn(1, *SHAPE)
     shared.unet(x, 5, torch.randn(1, 77, 32)).sum().backward()

@@ -38,7 +38,7 @@ def close(one, other) -> bool:
     ("prompt", "clip_skip"),
     [("a (cat:1.4) on [blue] ((red)) background", 1), ("a photo of the cat " * 60, 1), ("a cat BREAK (dog:0.7)", 2)],
 )
-def test_same_picture_as_diffusers_with_the_embeddings(prompt, clip_skip):
+def test_same_image_as_diffusers_with_the_embeddings(prompt, clip_skip):
     from diffusers import DDIMScheduler
 
     peer = peers.theirs("sd1")
@@ -85,7 +85,7 @@ def test_composition_of_one_text_with_itself_is_that_text():
     assert close(pipe()("a cat AND a cat", **LATENTS), doubled)
 
 
-def test_a_picture_does_not_depend_on_its_neighbours():
+def test_an_image_does_not_depend_on_its_neighbours():
     prompts = ["a cat", "a photo of the dog " * 40, "a cat AND a dog", "[cat|dog]"]
     together = pipe()(prompts, negative_prompt=["", "red", "", "dog " * 80], **LATENTS)
     for index, (prompt, negative) in enumerate(zip(prompts, ["", "red", "", "dog " * 80], strict=True)):

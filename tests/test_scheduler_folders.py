@@ -59,7 +59,7 @@ def scheduler_of(name: str, settings: dict):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", FOLDERS)
-def test_the_picture_is_that_of_the_folders_own_scheduler(case: str, tmp_path: Path) -> None:
+def test_the_image_is_that_of_the_folders_own_scheduler(case: str, tmp_path: Path) -> None:
     scheduler = scheduler_of(*FOLDERS[case])
     config = json.loads(scheduler.to_json_string())
     pipe = Pipeline.load(folder_with(tmp_path, config), device="cpu", precision="fp32")

@@ -13,7 +13,7 @@ PACKAGE = str(Path(latentdiff.__file__).parent)
 MOST = 72
 
 
-def test_a_picture_enters_few_files():
+def test_an_image_enters_few_files():
     pipe = peers.ours("sd1")
     entered: set[str] = set()
 

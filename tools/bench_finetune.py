@@ -73,7 +73,7 @@ def train_diffusers(args: argparse.Namespace) -> dict[str, float]:
         unet.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=LR, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
 
-    class Pictures(torch.utils.data.Dataset):
+    class Images(torch.utils.data.Dataset):
         def __init__(self) -> None:
             lines = (args.data / "metadata.jsonl").read_text().splitlines()
             self.rows = [json.loads(line) for line in lines]
@@ -99,7 +99,7 @@ def train_diffusers(args: argparse.Namespace) -> dict[str, float]:
         return {"pixel_values": pixels, "input_ids": torch.stack([example["input_ids"] for example in examples])}
 
     loader = torch.utils.data.DataLoader(
-        Pictures(), shuffle=True, collate_fn=collate, batch_size=args.batch, num_workers=0
+        Images(), shuffle=True, collate_fn=collate, batch_size=args.batch, num_workers=0
     )
     lr_scheduler = get_scheduler("constant", optimizer=optimizer, num_warmup_steps=0, num_training_steps=args.steps)
     unet, optimizer, loader, lr_scheduler = accelerator.prepare(unet, optimizer, loader, lr_scheduler)
@@ -268,7 +268,7 @@ def run_contender(name: str, out: Path, args: argparse.Namespace) -> dict[str, f
     return json.loads(lines[0].removeprefix("MEASURED "))
 
 
-def make_pictures(folder: Path, count: int, resolution: int) -> None:
+def make_images(folder: Path, count: int, resolution: int) -> None:
     """Smooth random images with captions."""
     import numpy as np
     from PIL import Image
@@ -329,7 +329,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         args.data = Path(scratch) / "data"
         _choose_model(args, Path(scratch))
-        make_pictures(args.data, args.images, args.resolution)
+        make_images(args.data, args.images, args.resolution)
         results = race(args)
     print(
         f"{args.model.name}, {args.resolution} pixels, batch {args.batch}, {args.precision}, {args.threads} threads\n"

@@ -183,7 +183,7 @@ def main(
     found = read_cases(scenes, count, seed)
     cases = seen_before(found, judge)
     print(f"the judge sees both things in {len(cases)} of {len(found)} scenes\n\n| inpainting | right |\n|---|---|")
-    pictures: dict[str, list[Image.Image]] = {}
+    made: dict[str, list[Image.Image]] = {}
     unchanged: list[bool] = []
     for way in WAYS:
         results = []
@@ -197,11 +197,11 @@ def main(
             }
             results += inpaint(pipe, case.source, case.mask(), way.prompt(case), **options, **way.options)
         unchanged += [unchanged_outside(*pair) for pair in zip(cases, results, strict=True)]
-        pictures[way.name] = results
+        made[way.name] = results
         print_score(way.name, [way.is_right(*pair) for pair in zip(cases, judge(results), strict=True)])
     print_score("outside unchanged", unchanged)
     if sheet:
-        out, into = (pictures[way.name] for way in WAYS if way.shown)
+        out, into = (made[way.name] for way in WAYS if way.shown)
         shown: list[tuple[Image.Image, str]] = []
         for case, *edited in list(zip(cases, out, into, strict=True))[:ON_SHEET]:
             names = ("before", f"without the {case.gone}", f"{case.new} in its place")

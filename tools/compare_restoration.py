@@ -114,11 +114,11 @@ def wiener(spectrum: np.ndarray) -> Classical:
     return estimate
 
 
-def median_spectrum(pictures: list[Image.Image]) -> np.ndarray:
+def median_spectrum(images: list[Image.Image]) -> np.ndarray:
     """Of the variance at each frequency, (H, W), per pixel."""
     spectra = []
-    for picture in pictures:
-        values = to_tensor([picture])[0].numpy()
+    for image in images:
+        values = to_tensor([image])[0].numpy()
         values = values - values.mean(axis=(1, 2), keepdims=True)
         spectra.append((np.abs(np.fft.fft2(values)) ** 2).mean(axis=0) / values[0].size)
     return np.median(spectra, axis=0)
@@ -204,12 +204,12 @@ class Damaged:
         factor = self.truth.shape[-1] // self.y.shape[-1]
         return self.y.expand(-1, 3, -1, -1).repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2)
 
-    def psnr(self, picture: Tensor) -> float:
+    def psnr(self, image: Tensor) -> float:
         """Of what is missing, if anything is."""
         if not isinstance(self.operator, Inpaint):
-            return psnr(picture.clamp(-1, 1), self.truth)
+            return psnr(image.clamp(-1, 1), self.truth)
         missing = ~self.operator.known
-        return psnr(picture.clamp(-1, 1)[..., missing], self.truth[..., missing])
+        return psnr(image.clamp(-1, 1)[..., missing], self.truth[..., missing])
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def compare(
 ) -> tuple[dict[str, Row], Image.Image]:
     """All cases on all scenes, and a sheet with a row per case and scene."""
     rows: dict[str, Row] = {case.name: Row() for case in all_cases}
-    pictures, captions = [], []
+    images, captions = [], []
     for case in all_cases:
         row = rows[case.name]
         for number, scene in enumerate(tqdm(scenes, desc=case.name, leave=False)):
@@ -249,8 +249,8 @@ def compare(
                 row.ratio += [residual / found.noise_std for residual in found.residuals]
             if number < ON_SHEET:
                 spread = found.uncertainty_image() if runner.samples > 1 else Image.new("L", scene.size)
-                pictures += [scene, *to_pil(torch.cat([damaged.shown(), classical])), found.images[0], found.mean]
-                pictures.append(spread.convert("RGB"))
+                images += [scene, *to_pil(torch.cat([damaged.shown(), classical])), found.images[0], found.mean]
+                images.append(spread.convert("RGB"))
                 captions += [
                     "scene",
                     case.name,
@@ -259,7 +259,7 @@ def compare(
                     f"mean of {runner.samples}",
                     "uncertainty",
                 ]
-    return rows, contact_sheet(pictures, captions, columns=6)
+    return rows, contact_sheet(images, captions, columns=6)
 
 
 def methods_table(runner: Runner, all_cases: list[Case], scenes: list[Image.Image], quick: bool) -> None:
@@ -358,18 +358,18 @@ def main(
     others = 32  # scenes that only the Wiener filter's spectrum is taken from
     found, texts = read_scenes(scenes, count + others)
     all_cases = cases(median_spectrum(found[count:]))
-    pictures = found[:count]
+    images = found[:count]
     chosen = [case for case in all_cases if only is None or only in case.name]
     pipe = Pipeline.load(model, device=device)
     if rounds:
-        costs_table(pipe, chosen, pictures[0], steps, rounds)
+        costs_table(pipe, chosen, images[0], steps, rounds)
         return
     floor = [
-        psnr(pipe.decode(pipe.encode_images(x).mode()).cpu().clamp(-1, 1), x) for x in map(to_tensor, zip(pictures))
+        psnr(pipe.decode(pipe.encode_images(x).mode()).cpu().clamp(-1, 1), x) for x in map(to_tensor, zip(images))
     ]
     runner = Runner(pipe, samples, steps)
     prompts = texts if captions else [""] * count
-    rows, drawn = compare(runner, chosen, pictures, prompts)
+    rows, drawn = compare(runner, chosen, images, prompts)
     asked, reach = "captions as prompts" if captions else "no prompt", mean_and_margin(floor)
     click.echo(f"{count} scenes, {steps} steps, {asked}; the VAE's floor is {reach} dB; holes count alone\n")
     click.echo(
@@ -389,7 +389,7 @@ def main(
     if sheet:
         save_png(drawn, sheet)
     if methods or quick:
-        methods_table(runner, all_cases, pictures[: methods or 2], quick)
+        methods_table(runner, all_cases, images[: methods or 2], quick)
 
 
 if __name__ == "__main__":

@@ -120,11 +120,11 @@ def _with(noun: str, rng: Random) -> Plan:
 def _scenes(
     plans: Sequence[Plan], config: JudgeConfig, rng: Random, font: Path, *, sepia: bool = False
 ) -> Iterator[Scene]:
-    for plan, picture, boxes in drawn(plans, rng, font, in_sepia if sepia else None):
+    for plan, image, boxes in drawn(plans, rng, font, in_sepia if sepia else None):
         names = [thing.noun if thing.noun in config.nouns else OTHER for thing in plan.things]
         own = len(config.colours)
         yield Scene(
-            np.asarray(picture),
+            np.asarray(image),
             config.backgrounds.index(SEPIA if sepia else plan.background),
             np.array([config.nouns.index(name) for name in names]),
             np.array([config.colours.index(thing.colour) if thing.colour else own for thing in plan.things]),
@@ -145,8 +145,8 @@ def _jumbled(scene: Scene, config: JudgeConfig, rng: Random) -> Scene:
     return replace(scene, pixels=pixels, nouns=np.where(new, config.nouns.index(OTHER), scene.nouns))
 
 
-def strange_pictures(count: int, font: Path) -> list[Image.Image]:
+def strange_images(count: int, font: Path) -> list[Image.Image]:
     """Scenes of things that the judge was never shown, in which it must not see the new thing."""
-    rng = Random("strange images")
+    rng = Random("strange pictures")
     plans = (_with(rng.choice(STRANGE_TEST), rng) for _ in range(10 * count))
-    return [picture for _, (_, picture, _) in zip(range(count), drawn(plans, rng, font, None), strict=False)]
+    return [image for _, (_, image, _) in zip(range(count), drawn(plans, rng, font, None), strict=False)]

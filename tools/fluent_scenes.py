@@ -66,12 +66,12 @@ def ground(background: str, rng: Random, size: int) -> np.ndarray:
     (top, haze), (near, low) = np.float32(_PLACES[background])
     sky, floor = rows / _HORIZON, (rows - _HORIZON) / (1 - _HORIZON)
     run = np.where(rows < _HORIZON, top + (haze - top) * sky, near + (low - near) * floor)
-    picture = np.repeat(run, size, axis=1)
+    image = np.repeat(run, size, axis=1)
     if background == "night":
         for _ in range(_STARS):
             y, x = int(rng.random() * _HORIZON * 0.9 * size), rng.randrange(size)
-            picture[y, x] += (255 - picture[y, x]) * rng.uniform(0.4, 0.95)
-    return picture
+            image[y, x] += (255 - image[y, x]) * rng.uniform(0.4, 0.95)
+    return image
 
 
 def contrast(sprite: Sprite, background: str) -> float:
@@ -137,12 +137,12 @@ def plan_of_scene(index: int, *, split: str, seed: int, size: int, glyphs: Glyph
         plan = draw_plan(rng, split)
         if (drawn := compose(plan, rng, size, glyphs)) is not None:
             break
-    picture, boxes = drawn
+    image, boxes = drawn
     scene = plan.as_json()
     text = caption(plan, rng)
     for entry, thing, box in zip(scene["objects"], plan.things, boxes, strict=True):
         entry |= {"box": list(box), "text": text if len(boxes) == 1 else caption(_alone(plan, thing, rng), rng)}
-    return picture, {"text": text, "scene": scene}
+    return image, {"text": text, "scene": scene}
 
 
 def _alone(plan: Plan, thing: Thing, rng: Random) -> Plan:
@@ -158,10 +158,10 @@ def _glyphs(source: Path) -> Glyphs:
 
 def make_scene(index: int, *, out: Path, split: str, seed: int, size: int, source: Path) -> dict[str, Any]:
     """Draw scene number `index` into its file; returns its line of the metadata."""
-    picture, line = plan_of_scene(index, split=split, seed=seed, size=size, glyphs=_glyphs(source))
+    image, line = plan_of_scene(index, split=split, seed=seed, size=size, glyphs=_glyphs(source))
     name = f"{index // PER_FOLDER:04d}/{index:07d}.png"
     (out / name).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(out / name, compress_level=1)
+    Image.fromarray(image).save(out / name, compress_level=1)
     return {"file_name": name, **line}
 
 

@@ -33,8 +33,8 @@ INK = (58, 34, 14)
 LIGHT = (186, 152, 104)  # the lightest shade of a thing
 SIZE = 96  # pixels per side
 
-PICTURES = 24
-TEST_PICTURES = 200
+IMAGES = 24
+TEST_IMAGES = 200
 PROMPTS = 30
 HELD_OUT_BACKGROUNDS = ("black", "blue", "yellow")
 TRAINED_BACKGROUNDS = tuple(
@@ -75,9 +75,9 @@ def drawn(
             yield plan, finish(scene[0]) if finish else scene[0], scene[1]
 
 
-def in_sepia(picture: Image.Image) -> Image.Image:
+def in_sepia(image: Image.Image) -> Image.Image:
     """The image in shades of one brown on tan paper, whatever its plain background was."""
-    values = np.asarray(picture.convert("RGB"), dtype=np.float64)  # (h, w, 3)
+    values = np.asarray(image.convert("RGB"), dtype=np.float64)  # (h, w, 3)
     luminance = values @ (0.299, 0.587, 0.114) / 255.0  # (h, w)
     mask = np.clip(np.abs(values - values[0, 0]).max(-1) / 40.0, 0.0, 1.0)[..., None]  # the corner is never covered
     tones = INK + luminance[..., None] * (np.array(LIGHT) - INK)
@@ -94,12 +94,12 @@ def write_concept(kind: str, out: Path, seed: int, font: Path, test_seed: int | 
     out."""
     plans, finish = (object_plans, None) if kind == "object" else (style_plans, in_sepia)
     test_seed = seed if test_seed is None else test_seed
-    for split, count, own_seed in (("train", PICTURES, seed), ("test", TEST_PICTURES, test_seed)):
+    for split, count, own_seed in (("train", IMAGES, seed), ("test", TEST_IMAGES, test_seed)):
         rng = Random(f"{own_seed}/{kind}/{split}")
         lines = []
         for number, scene in enumerate(islice(drawn(plans(rng, split), rng, font, finish), count)):
             text = caption(scene[0], rng) if kind == "object" else style_caption(scene[0])
-            lines.append(_write_picture(out / split, number, scene, text))
+            lines.append(_write_image(out / split, number, scene, text))
         write_lines(out / split / "metadata.jsonl", lines)
     rng = Random(f"{test_seed}/{kind}/prompts")
     by_prompt: dict[str, dict[str, Any]] = {}
@@ -111,10 +111,10 @@ def write_concept(kind: str, out: Path, seed: int, font: Path, test_seed: int | 
     write_lines(out / "prompts.jsonl", by_prompt.values())
 
 
-def _write_picture(folder: Path, number: int, scene: Drawn, text: str) -> dict[str, Any]:
-    plan, picture, boxes = scene
+def _write_image(folder: Path, number: int, scene: Drawn, text: str) -> dict[str, Any]:
+    plan, image, boxes = scene
     folder.mkdir(parents=True, exist_ok=True)
-    picture.save(folder / f"{number:03d}.png")
+    image.save(folder / f"{number:03d}.png")
     entry = plan.as_json()
     for thing, box in zip(entry["objects"], boxes, strict=True):
         thing["box"] = list(box)

@@ -120,13 +120,13 @@ def compose(plan: Plan, rng: Random, size: int, font: Path) -> tuple[Image.Image
     cells = _place(len(plan.things), side, plan.relation, rng, size)
     if cells is None:
         return None
-    picture, boxes = Image.new("RGB", (size, size), ground), []
+    scene, boxes = Image.new("RGB", (size, size), ground), []
     for image, (left, top) in zip(glyphs, cells, strict=True):
         fitted = _fit(image, side - 2 * MARGIN).convert("RGBA")
         left, top = left + (side - fitted.width) // 2, top + (side - fitted.height) // 2
-        picture.paste(fitted, (left, top), fitted)
+        scene.paste(fitted, (left, top), fitted)
         boxes.append((left, top, left + fitted.width, top + fitted.height))
-    return picture, boxes
+    return scene, boxes
 
 
 def set_of(images: Iterable[Image.Image]) -> list[Image.Image]:
@@ -167,10 +167,10 @@ def make_scene(index: int, *, out: Path, split: str, seed: int, size: int, font:
         plan = draw_plan(rng, split)
         if (drawn := compose(plan, rng, size, font)) is not None:
             break
-    picture, boxes = drawn
+    image, boxes = drawn
     name = f"{index // PER_FOLDER:04d}/{index:07d}.png"
     (out / name).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(out / name, compress_level=1)
+    image.save(out / name, compress_level=1)
     scene = plan.as_json()
     for entry, box in zip(scene["objects"], boxes, strict=True):
         entry["box"] = list(box)

@@ -154,8 +154,8 @@ class Bench:
     def keys(self) -> list[str]:
         return [str(seed) for _, seed in self.jobs]  # a seed belongs to one prompt
 
-    def make(self, options: Options, pictures: Path) -> tuple[list[bool], np.ndarray, float]:
-        """Verdicts, images (N, H, W, 3) and seconds per image; what is in the file `pictures` is not made again."""
+    def make(self, options: Options, images: Path) -> tuple[list[bool], np.ndarray, float]:
+        """Verdicts, images (N, H, W, 3) and seconds per image; what is in the file `images` is not made again."""
         began = time.process_time()
         made = []
         for start in range(0, len(self.jobs), BATCH):
@@ -165,7 +165,7 @@ class Bench:
         seconds = (time.process_time() - began) / len(made)
         verdicts = [judged(prompt, seen).correct for (prompt, _), seen in zip(self.jobs, self.judge(made), strict=True)]
         arrays = np.stack([np.asarray(image) for image in made])
-        with atomic_path(pictures) as temporary, temporary.open("wb") as file:
+        with atomic_path(images) as temporary, temporary.open("wb") as file:
             np.save(file, arrays)
         return verdicts, arrays, seconds
 
@@ -212,7 +212,7 @@ def psnr(errors: Any) -> float:
 @dataclass(frozen=True)
 class Row:
     name: str
-    pictures: int
+    images: int
     work: float
     seconds: float
     right: float
@@ -241,7 +241,7 @@ def rows(out: Path) -> list[Row]:
         made.append(
             Row(
                 name=name,
-                pictures=len(shared),
+                images=len(shared),
                 work=work(plan),
                 seconds=found.seconds,
                 right=float(np.mean([found.right[key] for key in shared])),
@@ -276,7 +276,7 @@ def table(found: Sequence[Row]) -> str:
         change = "" if row.name == name_of(EXACT) else f"{row.change:+.3f} ({row.low:+.3f} to {row.high:+.3f})"
         distance = "" if row.name == name_of(EXACT) else f"{row.decibels:.1f} dB"
         lines.append(
-            f"| {name} | {row.work:.3f} | {row.seconds:.2f} | {row.right:.3f} | {change} | {distance} | {row.pictures} |"
+            f"| {name} | {row.work:.3f} | {row.seconds:.2f} | {row.right:.3f} | {change} | {distance} | {row.images} |"
         )
     return "\n".join(lines)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 import numpy as np
-from concept_judge import SEPIA, load_concept_judge, strange_pictures
+from concept_judge import SEPIA, load_concept_judge, strange_images
 from make_concept import OBJECT
 from make_scenes import find_font
 from PIL import Image
@@ -61,12 +61,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def share(judge: Judge, pictures: Sequence[Image.Image], rule: Rule) -> Score:
+def share(judge: Judge, images: Sequence[Image.Image], rule: Rule) -> Score:
     """Share of the images for which the rule holds, with its 95 % interval."""
-    return Score.of(rule(seen) for seen in judge(pictures))
+    return Score.of(rule(seen) for seen in judge(images))
 
 
-def pictures_of(pipe: Pipeline, prompts: Sequence[str], seeds: int, steps: int, guidance: float) -> list[Image.Image]:
+def images_of(pipe: Pipeline, prompts: Sequence[str], seeds: int, steps: int, guidance: float) -> list[Image.Image]:
     """Images of each prompt in turn; image j of prompt i has seed 1000 i + j."""
     made: list[Image.Image] = []
     for number, prompt in enumerate(tqdm(prompts, unit="prompt", leave=False)):
@@ -78,11 +78,11 @@ def pictures_of(pipe: Pipeline, prompts: Sequence[str], seeds: int, steps: int, 
 def references(judge: Judge, pipe: Pipeline, data: Path, rule: Rule, font: Path) -> dict[str, Score]:
     """What the judge says of real images: with the new thing or style, and without it."""
     real = [open_image(data / "test" / line["file_name"]) for line in read_lines(data / "test" / "metadata.jsonl")]
-    back = [to_pil(pipe.decode(pipe.encode_images(to_tensor([picture])).mode()))[0] for picture in real]
+    back = [to_pil(pipe.decode(pipe.encode_images(to_tensor([image])).mode()))[0] for image in real]
     return {
         "real held-out images": share(judge, real, rule),
         "reconstructions by the VAE": share(judge, back, rule),
-        "seen in scenes of strange things": share(judge, strange_pictures(_KNOWN, font), rule),
+        "seen in scenes of strange things": share(judge, strange_images(_KNOWN, font), rule),
     }
 
 
@@ -92,15 +92,15 @@ def old_tasks(pipe: Pipeline, per_task: int, seeds: int, steps: int, guidance: f
     return score_prompts(pipe, prompts, seeds_per_prompt=seeds, steps=steps, guidance_scale=guidance).mean
 
 
-def sheet_of(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:
+def sheet_of(images: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:
     """A few images, evenly chosen, above their prompts."""
     shown = np.linspace(0, len(prompts) - 1, min(_SHOWN, len(prompts))).astype(int)
-    return contact_sheet([pictures[index] for index in shown], [prompts[index] for index in shown])
+    return contact_sheet([images[index] for index in shown], [prompts[index] for index in shown])
 
 
 def table(scores: dict[str, Score]) -> str:
     rows = [
-        f"{name:44} {one.value:.3f} [{one.low:.3f}, {one.high:.3f}]  n = {one.pictures}" for name, one in scores.items()
+        f"{name:44} {one.value:.3f} [{one.low:.3f}, {one.high:.3f}]  n = {one.images}" for name, one in scores.items()
     ]
     return "\n".join(rows)
 
@@ -140,7 +140,7 @@ def main(
         prompts = [line["prompt"] for line in lines]
         scores = references(judge, before, data, rule, font)
         for name, pipe in (("before", before), ("after", after)):
-            made = pictures_of(pipe, prompts, **settings)
+            made = images_of(pipe, prompts, **settings)
             scores[f"held-out prompts, {name}"] = share(judge, made, rule)
             if old_prompts:
                 scores[f"old tasks, {name}"] = old_tasks(pipe, old_prompts, **settings)

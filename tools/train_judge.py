@@ -167,7 +167,7 @@ def make_targets(scenes: Sequence[Scene], size: int) -> Targets:
     side = size // STRIDE
     grid = np.arange(side)
     heat = np.zeros((len(scenes), side, side), dtype=np.float32)
-    picture = np.concatenate(
+    image = np.concatenate(
         [np.full(len(scene.nouns), number) for number, scene in enumerate(scenes)]
     )  # (K,) of all objects
     left, top, right, bottom = np.concatenate([scene.boxes for scene in scenes]).T / STRIDE  # in cells
@@ -176,7 +176,7 @@ def make_targets(scenes: Sequence[Scene], size: int) -> Targets:
     spread = np.maximum(0.7, np.hypot(right - left, bottom - top) / 14)
     distance = np.hypot(grid + 0.5 - x[:, None, None], grid[:, None] + 0.5 - y[:, None, None])  # (K, side, side)
     bumps = np.where(distance < CENTRE, 1.0, np.exp(-((distance / spread[:, None, None]) ** 2) / 2))
-    np.maximum.at(heat, picture, bumps.astype(np.float32))
+    np.maximum.at(heat, image, bumps.astype(np.float32))
 
     down, across = (offset.reshape(-1, 1) for offset in np.mgrid[-1:2, -1:2])  # (9, 1)
     rows, columns = row + down, column + across  # (9, K)
@@ -191,7 +191,7 @@ def make_targets(scenes: Sequence[Scene], size: int) -> Targets:
     noun, colour = (np.concatenate([getattr(scene, name) for scene in scenes])[None] for name in ("nouns", "colours"))
     return Targets(
         heat=torch.from_numpy(heat),
-        cells=(taken(picture[None]), taken(rows), taken(columns)),
+        cells=(taken(image[None]), taken(rows), taken(columns)),
         weight=taken(weight).float(),
         noun=taken(noun),
         colour=taken(colour),
@@ -207,10 +207,10 @@ def loss_of(output: JudgeOutput, target: Targets) -> Tensor:
     hit = (1 - probability) ** 2 * F.logsigmoid(logit)
     miss = (1 - target.heat) ** 4 * probability**2 * F.logsigmoid(-logit)
     centres = -torch.where(centre, hit, miss).sum() / centre.sum().clamp(min=1)
-    picture, row, column = target.cells
+    image, row, column = target.cells
 
     def at_cells(values: Tensor) -> Tensor:
-        return values[picture, :, row, column]  # (P, channels)
+        return values[image, :, row, column]  # (P, channels)
 
     noun = F.cross_entropy(at_cells(output.noun), target.noun, reduction="none")
     colour = F.cross_entropy(at_cells(output.colour), target.colour, reduction="none")

@@ -120,7 +120,7 @@ def _inspect_file(path: Path) -> Report:
     kind = sniff(path)
     report = Report(os.fspath(path), kind, bytes=path.stat().st_size, sha256=file_hash(path))
     if kind.endswith(IMAGE):
-        _describe_picture(report, path)
+        _describe_image(report, path)
         return report
     try:
         file = read_tensors(path)
@@ -243,8 +243,8 @@ def _describe_other_folder(report: Report, folder: Path) -> Report:
     return report
 
 
-def _describe_picture(report: Report, path: Path) -> None:
-    from latentdiff.reading.pictures import opened
+def _describe_image(report: Report, path: Path) -> None:
+    from latentdiff.reading.images import opened
     from latentdiff.reading.texts import texts_of
 
     try:

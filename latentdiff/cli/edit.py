@@ -15,7 +15,7 @@ from latentdiff.cli.words import remark
 
 
 @click.command()
-@click.argument("picture", type=ANY_PATH, metavar="IMAGE|INVERSION")
+@click.argument("image", type=ANY_PATH, metavar="IMAGE|INVERSION")
 @click.argument("prompt")
 @click.option(
     "--strength",
@@ -34,7 +34,7 @@ from latentdiff.cli.words import remark
 @MODEL_OPTIONS
 @RESULT_OPTIONS
 def edit(
-    picture: Path, prompt: str, out: Path, compare: Path | None, seed: int | None, **settings: Any
+    image: Path, prompt: str, out: Path, compare: Path | None, seed: int | None, **settings: Any
 ) -> None:
     """Change IMAGE towards PROMPT (image to image): noise it as far as --strength says and denoise it.
 
@@ -43,12 +43,12 @@ def edit(
     """
     writing = Writing.taken_from(settings, out)
     check_results(out, compare, settings["num_images"])
-    check_transparency(out, writing, picture)
+    check_transparency(out, writing, image)
     take_controls(settings)
     remark(settings, [prompt])
     from latentdiff.tasks import image_to_image
 
     with loaded_model(settings) as pipe:
-        images = image_to_image(pipe, picture, prompt, seed=drawn_seed(seed), **settings)
-        before = {"source": shown_source(pipe, picture)} if compare else {}
+        images = image_to_image(pipe, image, prompt, seed=drawn_seed(seed), **settings)
+        before = {"source": shown_source(pipe, image)} if compare else {}
     save_results(images, out, before, compare=compare, writing=writing)

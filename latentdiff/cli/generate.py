@@ -131,10 +131,10 @@ def generate(
             job = Job(pipe, settings, skip_existing=skip_existing, writing=writing, ranks=ranks, **second)
             if wildcards:
                 lines = _drawn(lines, wildcards, first, num_images)
-            pictures = job.plan(out, lines, first, num_images)
-            code = ranks.worst(job.run(pictures))
+            images = job.plan(out, lines, first, num_images)
+            code = ranks.worst(job.run(images))
     if sheet and ranks.is_first:
-        write_sheet(pictures, sheet, writing)
+        write_sheet(images, sheet, writing)
     return code
 
 

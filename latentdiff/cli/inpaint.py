@@ -16,7 +16,7 @@ from latentdiff.errors import UsageError
 
 
 @click.command()
-@click.argument("picture", type=ANY_PATH)
+@click.argument("image", type=ANY_PATH)
 @click.argument("prompt", default="")
 @click.option(
     "--mask", type=ANY_PATH, metavar="FILE", help="An image of the same size, white, or transparent, where to paint."
@@ -72,7 +72,7 @@ from latentdiff.errors import UsageError
 @MODEL_OPTIONS
 @RESULT_OPTIONS
 def inpaint(
-    picture: Path,
+    image: Path,
     prompt: str,
     mask: Path | None,
     out: Path,
@@ -94,11 +94,11 @@ def inpaint(
     from latentdiff.image import as_rgb, open_image
     from latentdiff.tasks.masks import read_mask
 
-    before = {"source": as_rgb(open_image(picture))}
+    before = {"source": as_rgb(open_image(image))}
     if mask:
         before["mask"] = read_mask(open_image(mask), f"the mask {mask}", invert=settings["invert_mask"])
-    check_transparency(out, writing, picture, before.get("mask"))
+    check_transparency(out, writing, image, before.get("mask"))
     remark(settings, [prompt])
     with loaded_model(settings) as pipe:
-        images = tasks.inpaint(pipe, picture, mask, prompt, seed=drawn_seed(seed), **settings)
+        images = tasks.inpaint(pipe, image, mask, prompt, seed=drawn_seed(seed), **settings)
     save_results(images, out, before, compare=compare, writing=writing)

@@ -16,7 +16,7 @@ from latentdiff.request.options import InversionName
 
 
 @click.command()
-@click.argument("picture", type=ANY_PATH)
+@click.argument("image", type=ANY_PATH)
 @click.option("--prompt", default="", metavar="TEXT", help="What the image shows; edict and null-text need it.")
 @click.option(
     "--method",
@@ -52,20 +52,20 @@ from latentdiff.request.options import InversionName
     "--out", type=ANY_PATH, metavar="FILE", help="Where to write.  [default: IMAGE's name with .inversion, here]"
 )
 @MODEL_OPTIONS
-def invert(picture: Path, out: Path | None, no_check: bool, **settings: Any) -> None:
+def invert(image: Path, out: Path | None, no_check: bool, **settings: Any) -> None:
     """Invert IMAGE: find the noise, and every step of the way, from which sampling leads back to it.
 
     The file that is written serves `translate` and `edit` in place of the image, and `inpaint --inversion` beside it.
     """
-    out = out or Path(picture.stem + ".inversion")
+    out = out or Path(image.stem + ".inversion")
     if out.exists():
         raise UsageError(f"{out} is there already; remove it or choose another name with --out")
     check_writable(out)
     remark(settings, [settings["prompt"]])
-    from latentdiff.tasks.inversion import invert as invert_picture
+    from latentdiff.tasks.inversion import invert as invert_image
 
     with loaded_model(settings) as pipe:
-        found = invert_picture(pipe, picture, measure=not no_check, **settings)
+        found = invert_image(pipe, image, measure=not no_check, **settings)
     found.save(out)
     click.echo(out)
     if found.reconstruction_db is not None and found.floor_db is not None:

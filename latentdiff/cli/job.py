@@ -64,19 +64,19 @@ class Job:
         Args:
             first, count: seed of the first image and number of images of each prompt, where its line says no other.
         """
-        pictures: dict[Path, WantedImage] = {}
+        images: dict[Path, WantedImage] = {}
         for line in dict.fromkeys(lines):
             own = checked(dict(line.options))
             start = own.pop("seed", first)
             for seed in range(start, start + own.pop("num_images", count)):
                 wanted = self._wanted(line.prompt, seed, own)
-                path, is_there = output.picture_path(out, wanted, pictures, self.writing.ending)
-                pictures[path] = WantedImage(line.prompt, seed, path, is_there, tuple(own.items()))
-        return list(pictures.values())
+                path, is_there = output.image_path(out, wanted, images, self.writing.ending)
+                images[path] = WantedImage(line.prompt, seed, path, is_there, tuple(own.items()))
+        return list(images.values())
 
-    def run(self, pictures: Sequence[WantedImage]) -> int:
+    def run(self, images: Sequence[WantedImage]) -> int:
         """Make the share of this process; one failing prompt does not end the job. Returns the exit code."""
-        calls = self.ranks.own(list(self._calls(pictures)))
+        calls = self.ranks.own(list(self._calls(images)))
         is_alone = len(calls) == 1 and self.ranks.count == 1
         failed = set()
         for call in calls:
@@ -93,37 +93,37 @@ class Job:
                 failed.add(prompt)
                 click.echo(f"error: {prompt!r}: {printable(' '.join(str(error).split()))}", err=True)
         if failed:
-            count = len({picture.prompt for picture in pictures})
+            count = len({image.prompt for image in images})
             click.echo(f"error: {len(failed)} of {count} prompts failed", err=True)
         return 1 if failed else 0
 
-    def _calls(self, pictures: Sequence[WantedImage]) -> Iterator[list[WantedImage]]:
+    def _calls(self, images: Sequence[WantedImage]) -> Iterator[list[WantedImage]]:
         """What one call of the pipeline makes: a prompt, or one batch of it where it is to be shared."""
         from latentdiff.request.plan import batches
 
-        for _, of_prompt in groupby(pictures, key=lambda picture: (picture.prompt, picture.own)):
+        for _, of_prompt in groupby(images, key=lambda image: (image.prompt, image.own)):
             found = list(of_prompt)
             parts = [slice(None)] if self.ranks.count == 1 else batches(len(found), self.settings.get("batch_size"))
             yield from (found[part] for part in parts)
 
-    def _make(self, pictures: Sequence[WantedImage]) -> None:
+    def _make(self, wanted: Sequence[WantedImage]) -> None:
         missing = []
-        for picture in pictures:
-            if picture.is_there and self.skip_existing:
-                click.echo(f"{picture.path} is there already", err=True)
+        for one in wanted:
+            if one.is_there and self.skip_existing:
+                click.echo(f"{one.path} is there already", err=True)
             else:
-                missing.append(picture)
+                missing.append(one)
         if not missing:
             return
         options = {
-            "seed": [picture.seed for picture in missing],
+            "seed": [one.seed for one in missing],
             "num_images": len(missing),
             "progress": self.ranks.is_first,
         }
         images = (self.make or self.pipe)(missing[0].prompt, **options, **{**self.settings, **dict(missing[0].own)})
-        for image, picture in zip(images, missing, strict=True):
-            self.writing.save(image, picture.path)
-            click.echo(picture.path)
+        for image, one in zip(images, missing, strict=True):
+            self.writing.save(image, one.path)
+            click.echo(one.path)
 
     def _wanted(self, prompt: str, seed: int, own: Mapping[str, Any]) -> dict[str, Any]:
         """What the recipe of an image would say, as far as it decides what the image shows."""
@@ -148,11 +148,11 @@ class Job:
         return {**asked, **model, **self.facts, "prompt": prompt, "seed": seed}
 
 
-def write_sheet(pictures: Sequence[WantedImage], path: Path, writing: output.Writing) -> None:
+def write_sheet(wanted: Sequence[WantedImage], path: Path, writing: output.Writing) -> None:
     """Lay out those of the images that there are, with their prompts."""
     from latentdiff.image import as_rgb, contact_sheet, open_image
 
-    done = [(as_rgb(open_image(picture.path)), picture.prompt) for picture in pictures if picture.path.exists()]
+    done = [(as_rgb(open_image(one.path)), one.prompt) for one in wanted if one.path.exists()]
     if done:
         images, prompts = zip(*done, strict=True)
         writing.save(contact_sheet(images, prompts), path)

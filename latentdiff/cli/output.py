@@ -116,7 +116,7 @@ def check_writable(path: Path) -> None:
         raise UsageError(f"cannot write {path}: it is a folder")
 
 
-def picture_path(
+def image_path(
     out: Path, wanted: Mapping[str, Any], taken: Container[Path] = (), ending: str = ".png"
 ) -> tuple[Path, bool]:
     """Where the image with the recipe fields `wanted` belongs, and whether it is there already.
@@ -182,8 +182,8 @@ def check_results(out: Path, compare: Path | None, count: int) -> None:
         raise UsageError(f"{out} is there already; remove it or choose another name with --out")
 
 
-def check_transparency(out: Path, writing: Writing, picture: Path, mask: Image.Image | None = None) -> None:
-    """Make sure, before any work is done, that results as transparent as `picture` where the mask is not white can be
+def check_transparency(out: Path, writing: Writing, image: Path, mask: Image.Image | None = None) -> None:
+    """Make sure, before any work is done, that results as transparent as `image` where the mask is not white can be
     written.
 
     Raises:
@@ -197,13 +197,13 @@ def check_transparency(out: Path, writing: Writing, picture: Path, mask: Image.I
     from latentdiff.reading.colours import colours_of
     from latentdiff.tasks.inversion import is_inversion
 
-    alpha = None if is_inversion(picture) else colours_of(open_image(picture), os.fspath(picture)).alpha
+    alpha = None if is_inversion(image) else colours_of(open_image(image), os.fspath(image)).alpha
     if alpha is None:
         return
     painted = np.asarray(mask) == 255 if mask is not None and mask.size == alpha.size else np.False_
     if ((np.asarray(alpha) < 255) & ~painted).any():
         raise UsageError(
-            f"{picture} has transparent parts, which JPEG does not hold; choose .png, .webp or .avif for the result"
+            f"{image} has transparent parts, which JPEG does not hold; choose .png, .webp or .avif for the result"
         )
 
 
@@ -217,14 +217,14 @@ def check_count(out: Path, count: int) -> None:
         raise UsageError(f"expected a folder for {count} images, found --out {out}")
 
 
-def shown_source(pipe: Pipeline, picture: Path) -> Image.Image:
+def shown_source(pipe: Pipeline, image: Path) -> Image.Image:
     """The image; of an inversion, what the VAE keeps of it."""
     from latentdiff.image import as_rgb, open_image, to_pil
     from latentdiff.tasks.inversion import Inversion, is_inversion
 
-    if not is_inversion(picture):
-        return as_rgb(open_image(picture))
-    found = Inversion.load(picture)
+    if not is_inversion(image):
+        return as_rgb(open_image(image))
+    found = Inversion.load(image)
     return to_pil(pipe.decode(found.latents[-1:]))[0].crop((0, 0, *found.size))
 
 

@@ -30,7 +30,7 @@ SHORT = 8  # digits of the shortest hash of a model that web UIs wrote; today it
 
 
 @click.command()
-@click.argument("picture", type=ANY_PATH)
+@click.argument("image", type=ANY_PATH)
 @click.option(
     "--model",
     metavar="FOLDER|HUB_ID|FILE",
@@ -53,7 +53,7 @@ SHORT = 8  # digits of the shortest hash of a model that web UIs wrote; today it
     help="Where the recipe's LoRAs lie.  [default: here or beside IMAGE]",
 )
 def reproduce(
-    picture: Path,
+    image: Path,
     model: str | None,
     source: tuple[str, ...],
     device: str,
@@ -71,18 +71,18 @@ def reproduce(
     """
     from latentdiff.image import frames_of, is_lossy, open_image
 
-    original = open_image(picture)
+    original = open_image(image)
     recipe = read_recipe(original.info)
     if out:
         _check_out(out, is_animation=original.format == "GIF")
     _warn(read_account(original.info), parts)
     if recipe.given_embeddings:
-        raise DataError(f"{picture} was made from given text embeddings, which a recipe does not hold")
+        raise DataError(f"{image} was made from given text embeddings, which a recipe does not hold")
     if recipe.given_latents:
-        raise DataError(f"{picture} was made from given start noise, which a recipe does not hold")
-    sources = _sources(recipe, picture, source)
-    folders = [lora_dir] if lora_dir else [picture.parent, Path()]
-    pipe = _load(recipe, model, device, precision, {**_parts(recipe, picture, parts), **_given(parts)})
+        raise DataError(f"{image} was made from given start noise, which a recipe does not hold")
+    sources = _sources(recipe, image, source)
+    folders = [lora_dir] if lora_dir else [image.parent, Path()]
+    pipe = _load(recipe, model, device, precision, {**_parts(recipe, image, parts), **_given(parts)})
     loras = loras_of(offer_loras_of(pipe, recipe, folders), folders)
     with with_loras(pipe, loras):
         again = _make(pipe, recipe, sources)
@@ -90,8 +90,8 @@ def reproduce(
         _save(again, out)
         click.echo(out)
     if isinstance(again, bytes):
-        return _report(frames_of(picture), frames_of(again), recipe)
-    lossy = original.format if is_lossy(picture) else None
+        return _report(frames_of(image), frames_of(again), recipe)
+    lossy = original.format if is_lossy(image) else None
     return _report([original], [again], recipe, lossy)
 
 
@@ -107,7 +107,7 @@ def _given(parts: Mapping[str, str | None]) -> dict[str, str]:
     return {role: place for role, place in parts.items() if place is not None}
 
 
-def _parts(recipe: Recipe, picture: Path, given: Mapping[str, str | None]) -> dict[str, str]:
+def _parts(recipe: Recipe, image: Path, given: Mapping[str, str | None]) -> dict[str, str]:
     """Where the parts lie that the recipe takes from elsewhere than the model, but for those that are `given`.
 
     Raises:
@@ -122,7 +122,7 @@ def _parts(recipe: Recipe, picture: Path, given: Mapping[str, str | None]) -> di
         if given[role] is not None:
             continue
         name, option = Path(entry.get("file", "")).name, f"--{role.replace('_', '-')}"  # never a path, as of sources
-        places = [path for folder in (picture.parent, Path()) if name and (path := folder / name).exists()]
+        places = [path for folder in (image.parent, Path()) if name and (path := folder / name).exists()]
         if not places:
             raise DataError(
                 f"the image was made with the {role} {name or '(without a name)'}, which is not beside it or here; say where "
@@ -170,7 +170,7 @@ def _make(pipe: Pipeline, recipe: Recipe, sources: dict[str, Path]) -> Image.Ima
     return TASKS[recipe.task](pipe, recipe, sources)
 
 
-def _sources(recipe: Recipe, picture: Path, given: tuple[str, ...]) -> dict[str, Path]:
+def _sources(recipe: Recipe, image: Path, given: tuple[str, ...]) -> dict[str, Path]:
     """The files that the recipe starts from, by role, each the right one by its hash.
 
     Raises:
@@ -186,7 +186,7 @@ def _sources(recipe: Recipe, picture: Path, given: tuple[str, ...]) -> dict[str,
     found = {}
     for role, entry in recipe.roles().items():
         name = Path(entry.get("file", "")).name  # never a path: the recipe may come from anywhere
-        path = places.get(role, picture.parent / name)
+        path = places.get(role, image.parent / name)
         hint = f"say where it is with --source {role}=FILE"
         is_loaded = role == "refiner"  # as a model, which tells its own hash then
         is_model = is_loaded or role.startswith("control_model")

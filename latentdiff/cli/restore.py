@@ -31,7 +31,7 @@ OWNERS["border"] = OWNERS["kernel"]
 
 
 @click.command()
-@click.argument("picture", type=ANY_PATH)
+@click.argument("image", type=ANY_PATH)
 @click.option(
     "--operator", "name", type=click.Choice(get_args(OperatorName)), required=True, help="What happened to the image."
 )
@@ -75,7 +75,7 @@ OWNERS["border"] = OWNERS["kernel"]
 @MODEL_OPTIONS
 @RESULT_OPTIONS
 def restore(
-    picture: Path,
+    image: Path,
     name: str,
     mask: Path | None,
     invert_mask: bool,
@@ -104,11 +104,11 @@ def restore(
     from latentdiff.image import as_rgb, open_image
     from latentdiff.tasks import restore as run
 
-    damaged = as_rgb(open_image(picture))
+    damaged = as_rgb(open_image(image))
     operator = make_operator(name, damaged, mask, factor, kernel, border, sigma, invert_mask=invert_mask)
     remark(options, [options["prompt"]])
     with loaded_model(options) as pipe:
-        found = run(pipe, picture, operator, settings=own, seed=drawn_seed(seed), **options)
+        found = run(pipe, image, operator, settings=own, seed=drawn_seed(seed), **options)
     save_results(found.images, out, {"damaged": damaged}, compare=compare, writing=writing)
     if mean:
         writing.save(found.mean, mean)

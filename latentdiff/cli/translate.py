@@ -29,7 +29,7 @@ INVERSION_OPTIONS = ("spacing", "iterations", "width", "height")  # of images th
 
 
 @click.command()
-@click.argument("picture", type=ANY_PATH, metavar="IMAGE|INVERSION")
+@click.argument("image", type=ANY_PATH, metavar="IMAGE|INVERSION")
 @click.argument("prompt")
 @click.option(
     "--method",
@@ -76,7 +76,7 @@ INVERSION_OPTIONS = ("spacing", "iterations", "width", "height")  # of images th
 @MODEL_OPTIONS
 @RESULT_OPTIONS
 def translate(
-    picture: Path,
+    image: Path,
     prompt: str,
     negative_schedule: str | None,
     negative_alpha: float | None,
@@ -103,21 +103,21 @@ def translate(
     if negative_alpha is not None and negative_schedule is None:
         raise UsageError("--negative-alpha needs a --negative-schedule")
     remark(settings, [prompt, settings["source_prompt"]])
-    from latentdiff.tasks import translate as translate_picture
+    from latentdiff.tasks import translate as translate_image
     from latentdiff.tasks.translation import NegativeBlend
 
     given = {name: settings.pop(name) for name in INVERSION_OPTIONS}
     with loaded_model(settings) as pipe:
-        images = translate_picture(
+        images = translate_image(
             pipe,
-            picture,
+            image,
             prompt,
             negative_blend=NegativeBlend(**_given(blend)) if negative_schedule else None,
             spec=_specification(pipe, feature_blocks, attn_blocks),
             inversion=_given(given),
             **settings,
         )
-        before = {"source": shown_source(pipe, picture)} if compare else {}
+        before = {"source": shown_source(pipe, image)} if compare else {}
     save_results(images, out, before, compare=compare, writing=writing)
 
 

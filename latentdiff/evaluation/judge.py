@@ -114,10 +114,10 @@ def read_output(output: JudgeOutput, config: JudgeConfig) -> list[Verdict]:
     colour = output.colour.argmax(1)
     found: list[list[Seen]] = [[] for _ in score]
     colours = (*config.colours, None)
-    for picture, row, column in (peak & (score > config.threshold)).nonzero().tolist():
-        box = _corners(output.box[picture, :, row, column], row, column, config.size // STRIDE)
-        where = (picture, row, column)
-        found[picture].append(Seen(config.nouns[noun[where]], colours[colour[where]], box, float(score[where])))
+    for image, row, column in (peak & (score > config.threshold)).nonzero().tolist():
+        box = _corners(output.box[image, :, row, column], row, column, config.size // STRIDE)
+        where = (image, row, column)
+        found[image].append(Seen(config.nouns[noun[where]], colours[colour[where]], box, float(score[where])))
     backgrounds = output.background.argmax(1).tolist()
     return [
         Verdict(tuple(sorted(objects, key=lambda seen: -seen.score)), config.backgrounds[background])

@@ -31,7 +31,7 @@ class TextToImage(Protocol):
 
 
 # (prompt, its images in the order of their seeds), called as soon as they are made.
-OnPictures = Callable[[EvaluationPrompt, Sequence[Image.Image]], None]
+OnImages = Callable[[EvaluationPrompt, Sequence[Image.Image]], None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Score:
     value: float
     low: float
     high: float
-    pictures: int
+    images: int
 
     @classmethod
     def of(cls, verdicts: Iterable[bool]) -> Score:
@@ -124,7 +124,7 @@ def score_prompts(
     sampler: str = "ddim",
     batch_size: int = 16,
     progress: bool = True,
-    on_pictures: OnPictures | None = None,
+    on_images: OnImages | None = None,
 ) -> Result:
     """Score a model on prompts.
 
@@ -133,7 +133,7 @@ def score_prompts(
     Args:
         judge: shares no weights with the model; None is the one that comes with latentdiff.
         batch_size: images made at once; the scores do not depend on it.
-        on_pictures: given each prompt's images as soon as they are made.
+        on_images: given each prompt's images as soon as they are made.
 
     Raises:
         DataError: no prompts, or prompts with words that the judge does not know.
@@ -160,8 +160,8 @@ def score_prompts(
         for index, prompt in enumerate(group):
             own = slice(index * seeds_per_prompt, (index + 1) * seeds_per_prompt)
             outcomes += [judged(prompt, seen) for seen in verdicts[own]]
-            if on_pictures is not None:
-                on_pictures(prompt, images[own])
+            if on_images is not None:
+                on_images(prompt, images[own])
     return Result.of(outcomes)
 
 

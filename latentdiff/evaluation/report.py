@@ -57,7 +57,7 @@ class Report:
             "references": {name.replace(" ", "_"): found.scores() for name, found in references.items()}
             | ({"psnr": self.references.psnr} if self.references else {}),
             "notes": list(self.notes),
-            "pictures": [_picture(one) for one in self.result.outcomes],
+            "images": [_image(one) for one in self.result.outcomes],
         }
 
 
@@ -88,7 +88,7 @@ def _row(label: str, columns: Mapping[str, Result], score_of: Callable[[Result],
     return f"{label:20}" + "".join(cells)
 
 
-def _picture(one: Outcome) -> dict[str, Any]:
+def _image(one: Outcome) -> dict[str, Any]:
     return {
         "number": one.number,
         "task": one.task,

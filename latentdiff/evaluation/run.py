@@ -64,10 +64,10 @@ def evaluate(
     settings = {"seeds_per_prompt": seeds, "steps": steps, "guidance_scale": guidance, "sampler": sampler}
 
     def keep(prompt: EvaluationPrompt, images: Sequence[Image.Image]) -> None:
-        save_pictures(out, prompt, images)
+        save_images(out, prompt, images)
 
     result = score_prompts(
-        pipeline, prompts, judge=judge, **settings, batch_size=batch_size, progress=progress, on_pictures=keep
+        pipeline, prompts, judge=judge, **settings, batch_size=batch_size, progress=progress, on_images=keep
     )
     references = score_references(pipeline, judge, real, progress=progress) if real else None
     notes = (
@@ -80,7 +80,7 @@ def evaluate(
     return report
 
 
-def save_pictures(out: Path, prompt: EvaluationPrompt, images: Sequence[Image.Image]) -> None:
+def save_images(out: Path, prompt: EvaluationPrompt, images: Sequence[Image.Image]) -> None:
     """Write a prompt's images in GenEval's layout: 00000/metadata.jsonl and 00000/samples/0000.png, ..."""
     folder = out / f"{prompt.number:05d}"
     with atomic_path(folder / "metadata.jsonl") as temporary:

@@ -104,8 +104,8 @@ def decoding_bytes(workload: Workload) -> int:
     widths = workload.vae.block_out_channels
     # At the size of the image the decoder comes from the second level's width and goes to the first's.
     whole = _DECODER * widths[min(1, len(widths) - 1)] * height * width * factor**2 * workload.vae_bytes
-    picture = TILE_OVERHEAD * workload.vae.out_channels * workload.height * workload.width * factor**2 * 4
-    return whole + picture + _SLACK
+    image = TILE_OVERHEAD * workload.vae.out_channels * workload.height * workload.width * factor**2 * 4
+    return whole + image + _SLACK
 
 
 def needed(workload: Workload, *, at_once: bool) -> int:

@@ -36,7 +36,7 @@ class Decoder(Protocol):
         ...
 
 
-def encode_pictures(vae: VAE, images: Tensor, device: torch.device) -> LatentDistribution:
+def encode_images(vae: VAE, images: Tensor, device: torch.device) -> LatentDistribution:
     """The latents of images (N, 3, H, W) in [-1, 1], float32."""
 
     def compute(image: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from latentdiff.errors import DataError
-from latentdiff.reading.pictures import DAMAGED
+from latentdiff.reading.images import DAMAGED
 
 _ORIENTATION = 0x0112  # EXIF tag; what each value asks for to stand upright (CIPA DC-008, 4.6.5)
 _UPRIGHT = {

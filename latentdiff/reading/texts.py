@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from latentdiff.reading.pictures import DAMAGED
+from latentdiff.reading.images import DAMAGED
 
 EXIF_DIRECTORY, USER_COMMENT, MAKER_NOTE = 0x8769, 0x9286, 0x927C
 OWN, PARAMETERS, COMMENT, FOOOCUS = "latentdiff", "parameters", "comment", "fooocus_scheme"

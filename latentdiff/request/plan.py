@@ -44,7 +44,7 @@ class Sampling(Settings):
             raise UsageError(
                 f"ControlNets act on layers that a cache leaves out; leave cache_interval at 1, found {own.cache_interval}"
             )
-        prompts, negatives = one_per_picture(prompt, own.negative_prompt, own.num_images)
+        prompts, negatives = one_per_image(prompt, own.negative_prompt, own.num_images)
         method = own.method()
         levels = own.levels(method, schedule)
         return Plan(
@@ -260,7 +260,7 @@ class Plan:
             yield {**same, "prompt": prompt, "negative_prompt": negative, "seed": seed}
 
 
-def one_per_picture(
+def one_per_image(
     prompt: str | Sequence[str], negative_prompt: str | Sequence[str], num_images: int
 ) -> tuple[list[str], list[str]]:
     """Prompts and negative prompts, one of each per image, all images of a prompt in a row.

@@ -46,16 +46,16 @@ class Source:
         return colours.on("white")
 
 
-def open_source(picture: ImageInput) -> Source:
+def open_source(image: ImageInput) -> Source:
     """Read an image from a file, or take one of Pillow; that one is known by the hash of its pixels and has no name.
 
     Raises:
         DataError: there is no such file, or it is no image.
     """
-    if isinstance(picture, Image.Image):
-        return Source(picture, {"file": "", "sha256": _hash_of_pixels(picture)})
-    image = open_image(picture, still=True)
-    return Source(image, {"file": Path(picture).name, "sha256": file_hash(Path(picture))})
+    if isinstance(image, Image.Image):
+        return Source(image, {"file": "", "sha256": _hash_of_pixels(image)})
+    opened = open_image(image, still=True)
+    return Source(opened, {"file": Path(image).name, "sha256": file_hash(Path(image))})
 
 
 def is_the_one(path: Path, sha256: str) -> bool:
@@ -67,12 +67,12 @@ def is_the_one(path: Path, sha256: str) -> bool:
     return file_hash(path) == sha256 or _hash_of_pixels(open_image(path)) == sha256
 
 
-def extended(picture: Image.Image, factor: int) -> Image.Image:
+def extended(image: Image.Image, factor: int) -> Image.Image:
     """The image with its last column and row repeated until both sides are multiples of `factor`."""
-    right, bottom = -picture.width % factor, -picture.height % factor
+    right, bottom = -image.width % factor, -image.height % factor
     if not right and not bottom:
-        return picture
-    return Image.fromarray(np.pad(np.asarray(picture), ((0, bottom), (0, right), (0, 0)), mode="edge"))
+        return image
+    return Image.fromarray(np.pad(np.asarray(image), ((0, bottom), (0, right), (0, 0)), mode="edge"))
 
 
 def _hash_of_pixels(image: Image.Image) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, create_model
 
 from latentdiff.errors import DataError, UsageError
-from latentdiff.reading.pictures import opened
+from latentdiff.reading.images import opened
 from latentdiff.request.domains import Choice, Factor, Interval, Numbers, Pair, Real, Whole, YesNo
 from latentdiff.request.option_texts import texts
 from latentdiff.request.options import MOST_IMAGES, OPTIONS, checked

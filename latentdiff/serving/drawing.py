@@ -14,7 +14,7 @@ from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.errors import UsageError
 from latentdiff.image import as_rgb, save_image
 from latentdiff.pipeline import Pipeline
-from latentdiff.reading.pictures import opened
+from latentdiff.reading.images import opened
 from latentdiff.request.options import SAMPLING
 from latentdiff.request.plan import Sampling
 from latentdiff.request.second_pass import SecondPass
@@ -56,11 +56,11 @@ def drawn(pipe: Pipeline, pieces: Sequence[Piece], callback: Callable[[int, floa
             **options,
         )
     options |= {**draw.task, "num_images": len(pieces), "negative_prompt": draw.negative_prompt}
-    image = _fitted(_picture(draw.image, "the image"), draw)
+    image = _fitted(_image(draw.image, "the image"), draw)
     if draw.mask is None:
         size = {} if draw.fit else {"width": draw.width, "height": draw.height}
         return image_to_image(pipe, image, draw.prompt, **size, **options)
-    mask = _mask(_picture(draw.mask, "the mask"), draw)
+    mask = _mask(_image(draw.mask, "the mask"), draw)
     return inpaint(pipe, image, mask, draw.prompt, **options)
 
 
@@ -92,7 +92,7 @@ def _options(pipe: Pipeline, draw: Draw) -> dict[str, Any]:
     return options
 
 
-def _picture(file: bytes, name: str) -> Image.Image:
+def _image(file: bytes, name: str) -> Image.Image:
     with opened(file, name) as image:
         image.load()
         return ImageOps.exif_transpose(image)

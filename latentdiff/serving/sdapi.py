@@ -15,7 +15,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 
 from latentdiff.errors import DataError, UsageError
-from latentdiff.reading.pictures import opened
+from latentdiff.reading.images import opened
 from latentdiff.reading.texts import texts_of
 from latentdiff.recipe import TEXT_CHUNK
 from latentdiff.request.infotext import split

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from latentdiff import __version__
 from latentdiff.errors import LatentDiffError
-from latentdiff.reading.pictures import opened
+from latentdiff.reading.images import opened
 from latentdiff.reading.texts import texts_of
 from latentdiff.recipe import TEXT_CHUNK, read_account
 from latentdiff.request.domains import Choice, Real, Whole

@@ -90,8 +90,8 @@ def image_to_image(
     source = open_source(given)
     plan = begin_at(Sampling(**options).plan(prompt, pipe.schedule), strength)
     colours = source.colours()
-    picture = resized(colours.on("white"), width, height)
-    images = _walk(pipe, picture, plan) if plan.steps else [picture.copy() for _ in plan.prompts]
+    shown = resized(colours.on("white"), width, height)
+    images = _walk(pipe, shown, plan) if plan.steps else [shown.copy() for _ in plan.prompts]
     images = [finished(image, colours) for image in images]
     settings = EditSettings(strength=strength, width=width, height=height)
     return with_recipes(pipe, images, plan, TASK, asdict(settings), {"image": source.entry})
@@ -182,9 +182,9 @@ def _from_inversion(
     return with_recipes(pipe, images, plan, TASK, asdict(EditSettings(strength=strength, inversion=anew)), sources)
 
 
-def _walk(pipe: Pipeline, picture: Image.Image, plan: Plan) -> list[Image.Image]:
-    warn_if_large(pipe, picture, "give a smaller width and height")
-    encoded = pipe.encode_images(to_tensor([extended(picture, pipe.vae.config.downscale)]))
+def _walk(pipe: Pipeline, image: Image.Image, plan: Plan) -> list[Image.Image]:
+    warn_if_large(pipe, image, "give a smaller width and height")
+    encoded = pipe.encode_images(to_tensor([extended(image, pipe.vae.config.downscale)]))
     first = plan.levels[0]
 
     def start(part: slice, noise: NoiseStream) -> Start:
@@ -193,4 +193,4 @@ def _walk(pipe: Pipeline, picture: Image.Image, plan: Plan) -> list[Image.Image]
 
     channels, height, width = encoded.mean.shape[1:]
     latents = pipe.sample(plan, (channels, height, width), start)
-    return [image.crop((0, 0, *picture.size)) for image in to_pil(pipe.decode(latents))]
+    return [one.crop((0, 0, *image.size)) for one in to_pil(pipe.decode(latents))]

@@ -172,18 +172,18 @@ def inpaint(
         given = open_source(mask)
         name = f"the mask {given.entry['file']}".strip()
         wanted, sources["mask"] = read_mask(given.image, name, invert=invert_mask), given.entry
-    picture, area = canvas(colours.on("white"), wanted, settings)
+    base, area = canvas(colours.on("white"), wanted, settings)
     if remove:
-        picture = composed(picture, filled(picture, area), area)
+        base = composed(base, filled(base, area), area)
     if not plan.steps:
-        images = [picture.copy() for _ in plan.prompts]
+        images = [base.copy() for _ in plan.prompts]
     elif only_masked:
-        images = _paint_cutout(pipe, picture, area, plan, settings)
+        images = _paint_cutout(pipe, base, area, plan, settings)
     else:
-        warn_if_large(pipe, picture, "paint only the masked part (only_masked, --only-masked)")
-        done = painted(pipe, picture, area, plan, from_noise=strength == 1.0, inversion=found, soft=soft)
+        warn_if_large(pipe, base, "paint only the masked part (only_masked, --only-masked)")
+        done = painted(pipe, base, area, plan, from_noise=strength == 1.0, inversion=found, soft=soft)
         area = ramped(area) if soft else area
-        images = [composed(picture, one, area) for one in done]
+        images = [composed(base, one, area) for one in done]
     images = [finished(image, colours, area, extend) for image in images]
     return with_recipes(pipe, images, plan, TASK, asdict(settings), sources)
 
@@ -222,7 +222,7 @@ def _given(
 
 
 def canvas(
-    picture: Image.Image, mask: Image.Image | None, settings: InpaintSettings
+    image: Image.Image, mask: Image.Image | None, settings: InpaintSettings
 ) -> tuple[Image.Image, Image.Image]:
     """The image with its margins, and the mask of what is to be painted, of the same size.
 
@@ -241,9 +241,9 @@ def canvas(
     left, top, right, bottom = margins
     around = ((top, bottom), (left, right))
     if mask is None:
-        inner = np.zeros((picture.height, picture.width), np.uint8)
+        inner = np.zeros((image.height, image.width), np.uint8)
     else:
-        inner = np.asarray(prepared_mask(mask, picture.size, grow=0, blur=0.0))
+        inner = np.asarray(prepared_mask(mask, image.size, grow=0, blur=0.0))
         if inner.min() == 255:
             warnings.warn(
                 "the mask is white all over, so the whole image is painted anew; was it to be inverted (invert_mask, "
@@ -253,27 +253,27 @@ def canvas(
     area = Image.fromarray(np.pad(inner, around, constant_values=255))
     area = prepared_mask(area, area.size, grow=settings.grow, blur=settings.blur)
     if not any(margins):
-        return picture, area
-    return Image.fromarray(np.pad(np.asarray(picture), (*around, (0, 0)), mode="edge")), area
+        return image, area
+    return Image.fromarray(np.pad(np.asarray(image), (*around, (0, 0)), mode="edge")), area
 
 
 def _paint_cutout(
-    pipe: Pipeline, picture: Image.Image, mask: Image.Image, plan: Plan, settings: InpaintSettings
+    pipe: Pipeline, image: Image.Image, mask: Image.Image, plan: Plan, settings: InpaintSettings
 ) -> list[Image.Image]:
     box = surroundings(mask, settings.padding)
     size = _work_size(box, pipe)
-    cutout = picture.crop(box).resize(size, Image.Resampling.LANCZOS)
+    cutout = image.crop(box).resize(size, Image.Resampling.LANCZOS)
     area = mask.crop(box).resize(size, Image.Resampling.BILINEAR)  # which does not ring, as Lanczos does
     if plan.options.controls:
-        controls = tuple(control.cropped(box, picture.size, size) for control in plan.options.controls)
+        controls = tuple(control.cropped(box, image.size, size) for control in plan.options.controls)
         plan = replace(plan, options=replace(plan.options, controls=controls))
     results = []
     done = painted(pipe, cutout, area, plan, from_noise=settings.strength == 1.0, soft=settings.soft)
     mask = ramped(mask) if settings.soft else mask
     for one in done:
         part = one.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.LANCZOS)
-        result = picture.copy()
-        result.paste(composed(picture.crop(box), part, mask.crop(box)), box)
+        result = image.copy()
+        result.paste(composed(image.crop(box), part, mask.crop(box)), box)
         results.append(result)
     return results
 

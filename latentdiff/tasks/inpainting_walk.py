@@ -28,7 +28,7 @@ from latentdiff.tasks.soft_inpainting import starts_softly
 
 # How far, in units of their spread, the latents of an image may be from those that were inverted: for other
 # precisions.
-SAME_PICTURE = 0.2
+SAME_IMAGE = 0.2
 
 
 def repeated(plan: Plan, repeats: int) -> Plan:
@@ -48,7 +48,7 @@ def repeated(plan: Plan, repeats: int) -> Plan:
 
 def painted(
     pipe: Pipeline,
-    picture: Image.Image,
+    image: Image.Image,
     mask: Image.Image,
     plan: Plan,
     *,
@@ -65,18 +65,18 @@ def painted(
         soft: grey is how far a place may go; see `soft_inpainting`.
     """
     factor = pipe.vae.config.downscale
-    encoded = pipe.encode_images(to_tensor([extended(picture, factor)]))
+    encoded = pipe.encode_images(to_tensor([extended(image, factor)]))
     cells = latent_mask(mask, factor).to(pipe.device)  # (1, 1, h, w)
     if soft:
         start = starts_softly(mean_mask(mask, factor).to(pipe.device), encoded, plan, from_noise=from_noise)
     elif inversion is not None:
         start = starts_on_trajectory(inversion, cells, encoded, plan)
     elif pipe.is_for_inpainting:
-        start = _starts_with_extra_channels(pipe, picture, mask, cells, encoded, plan, from_noise=from_noise)
+        start = _starts_with_extra_channels(pipe, image, mask, cells, encoded, plan, from_noise=from_noise)
     else:
         start = _starts_with_blending(cells, encoded, plan, from_noise=from_noise)
     latents = pipe.sample(plan, tuple(encoded.mean.shape[1:]), start)
-    return [image.crop((0, 0, *picture.size)) for image in to_pil(pipe.decode(latents))]
+    return [one.crop((0, 0, *image.size)) for one in to_pil(pipe.decode(latents))]
 
 
 def starts_on_trajectory(
@@ -88,7 +88,7 @@ def starts_on_trajectory(
         UsageError: the inversion is of another image, or holds no latents at a level of the plan.
     """
     own, inverted = encoded.mode(), inversion.latents[-1:].to(cells.device)
-    if own.shape != inverted.shape or (own - inverted).std() > SAME_PICTURE * own.std():
+    if own.shape != inverted.shape or (own - inverted).std() > SAME_IMAGE * own.std():
         raise UsageError(
             "expected an inversion of this image, found one of another; invert this image at its own size"
         )
@@ -124,7 +124,7 @@ def _starts_with_blending(
 
 def _starts_with_extra_channels(
     pipe: Pipeline,
-    picture: Image.Image,
+    image: Image.Image,
     mask: Image.Image,
     cells: Tensor,
     encoded: LatentDistribution,
@@ -137,7 +137,7 @@ def _starts_with_extra_channels(
     visible = torch.from_numpy(np.asarray(mask) == 0)  # (H, W)
     right, bottom = -mask.width % factor, -mask.height % factor
     visible = F.pad(visible[None, None].float(), (0, right, 0, bottom), value=1.0)
-    shown = pipe.encode_images(to_tensor([extended(picture, factor)]) * visible)
+    shown = pipe.encode_images(to_tensor([extended(image, factor)]) * visible)
 
     def start(part: slice, noise: NoiseStream) -> Start:
         count = part.stop - part.start

@@ -110,15 +110,15 @@ def mean_mask(mask: Image.Image, factor: int) -> Tensor:
     return F.avg_pool2d(values, factor, ceil_mode=True, count_include_pad=False)
 
 
-def composed(picture: Image.Image, painted: Image.Image, mask: Image.Image) -> Image.Image:
-    """`painted` where the mask is white and `picture` where it is black, to the last bit; the weighted mean in
+def composed(image: Image.Image, painted: Image.Image, mask: Image.Image) -> Image.Image:
+    """`painted` where the mask is white and `image` where it is black, to the last bit; the weighted mean in
     between."""
     weight = np.asarray(mask, dtype=np.float64)[..., None] / 255.0  # (H, W, 1)
-    mixed = weight * np.asarray(painted) + (1.0 - weight) * np.asarray(picture)
+    mixed = weight * np.asarray(painted) + (1.0 - weight) * np.asarray(image)
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-def filled(picture: Image.Image, mask: Image.Image) -> Image.Image:
+def filled(image: Image.Image, mask: Image.Image) -> Image.Image:
     """The image with every pixel of the mask that is not black replaced by a smooth mean of the kept ones around it.
 
     Pull and push (Gortler et al. 1996, section 3.5): means of the kept pixels over ever larger blocks, from which the
@@ -132,7 +132,7 @@ def filled(picture: Image.Image, mask: Image.Image) -> Image.Image:
         raise UsageError(
             "expected a mask that leaves something of the image to fill the rest from, found one without any black"
         )
-    colours = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].double()  # (1, 3, H, W)
+    colours = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].double()  # (1, 3, H, W)
     smooth = pulled_and_pushed(colours * kept, kept)
     return Image.fromarray(smooth[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
 

@@ -39,7 +39,7 @@ def file_of(sources: Mapping[str, Path], role: str) -> Path:
     return sources[role]
 
 
-def resized(picture: Image.Image, width: int | None, height: int | None) -> Image.Image:
+def resized(image: Image.Image, width: int | None, height: int | None) -> Image.Image:
     """The image at a size in pixels; one side alone keeps the proportions.
 
     Raises:
@@ -49,18 +49,18 @@ def resized(picture: Image.Image, width: int | None, height: int | None) -> Imag
         if side is not None and side < 1:
             raise UsageError(f"expected a {name} of 1 or more, found {side}")
     if width is None and height is None:
-        return picture
-    width = width or max(1, round(picture.width * height / picture.height))
-    height = height or max(1, round(picture.height * width / picture.width))
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+        return image
+    width = width or max(1, round(image.width * height / image.height))
+    height = height or max(1, round(image.height * width / image.width))
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def warn_if_large(pipe: Pipeline, picture: Image.Image, remedy: str) -> None:
+def warn_if_large(pipe: Pipeline, image: Image.Image, remedy: str) -> None:
     """Say so if an image is much larger than those that the model was trained on."""
     height, width = pipe.default_size
-    if picture.width * picture.height > MUCH_LARGER * width * height:
+    if image.width * image.height > MUCH_LARGER * width * height:
         warnings.warn(
-            f"the image has {picture.width} x {picture.height} pixels and the model was trained on {width} x {height}; "
+            f"the image has {image.width} x {image.height} pixels and the model was trained on {width} x {height}; "
             f"{remedy}",
             stacklevel=3,
         )

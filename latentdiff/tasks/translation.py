@@ -28,7 +28,7 @@ from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice
 from latentdiff.request.options import OPTIONS, BlendName, TranslationName, WalkOptions
-from latentdiff.request.plan import batches, make_guidance, one_per_picture
+from latentdiff.request.plan import batches, make_guidance, one_per_image
 from latentdiff.request.sources import ImageInput
 from latentdiff.tasks.features import PnPSpec, default_spec, replay, with_source_features
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
@@ -138,7 +138,7 @@ def translate(
         raise UsageError(f"expected no negative prompt with the method {method}, which has its own")
     callback, progress = options.get("callback"), options.get("progress") is not False
     pipe.check_text_to_image()
-    prompts, _ = one_per_picture(prompt, "", 1)
+    prompts, _ = one_per_image(prompt, "", 1)
     found, described = _inverted(
         pipe, source, method, source_prompt, steps, guidance_scale, inversion or {}, callback, progress
     )

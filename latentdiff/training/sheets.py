@@ -55,7 +55,7 @@ class SampleSheets:
             network.train(mode)
 
 
-class MakePictures(Protocol):
+class MakeImages(Protocol):
     """The public Pipeline with the settings of the samples already given, or anything that is called like it."""
 
     def __call__(self, prompt: Sequence[str], *, seed: Sequence[int]) -> list[Image.Image]: ...
@@ -66,14 +66,14 @@ def sample_folder(run: Path, step: int, weights: str) -> Path:
     return run / "samples" / f"step-{step:08d}" / weights
 
 
-def write_samples(make: MakePictures, prompts: Sequence[str], folder: Path, *, seed: int) -> list[Image.Image]:
+def write_samples(make: MakeImages, prompts: Sequence[str], folder: Path, *, seed: int) -> list[Image.Image]:
     """Make one image of each prompt, write each with its recipe as `00.png`, `01.png` ..., and all of them as
     `sheet.png`.
 
     Image i has seed `seed + i`; the same prompts and seed at every step show what the steps changed.
     """
-    pictures = make(prompts, seed=[seed + index for index in range(len(prompts))])
-    for index, picture in enumerate(pictures):
-        save_png(picture, folder / f"{index:02d}.png")
-    save_png(contact_sheet(pictures, prompts), folder / "sheet.png")
-    return pictures
+    images = make(prompts, seed=[seed + index for index in range(len(prompts))])
+    for index, image in enumerate(images):
+        save_png(image, folder / f"{index:02d}.png")
+    save_png(contact_sheet(images, prompts), folder / "sheet.png")
+    return images

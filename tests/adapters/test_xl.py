@@ -12,7 +12,7 @@ from latentdiff.adapters.lora import save_lora
 from latentdiff.adapters.textual_inversion import NewWord
 from latentdiff.errors import CheckpointError
 from tests import peers, tiny
-from tests.adapters.lora.conftest import make, our_picture, their_picture
+from tests.adapters.lora.conftest import make, our_image, their_image
 
 TARGETS = ("attention", "feed_forward", "projections", "text_encoder", "text_encoder_mlp")
 
@@ -38,15 +38,15 @@ def test_what_is_saved_opens_in_diffusers(ours, theirs, tmp_path, dialect: str) 
     if dialect == "kohya":  # as its tools call them: the U-Net's layers by the original layout
         assert {name.split("_")[1] for name in names} == {"unet", "te1", "te2"}
         assert any(name.startswith("lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k") for name in names)
-    plain = our_picture(ours)
+    plain = our_image(ours)
     report = ours.load_lora(tmp_path / "a.safetensors")
     assert report.matched == report.total == len(lora.layers)
     theirs.load_lora_weights(tmp_path / "a.safetensors")
-    found = our_picture(ours)
+    found = our_image(ours)
     assert np.abs(found - plain).max() > 10
-    assert np.abs(found - their_picture(theirs)).max() <= 1
+    assert np.abs(found - their_image(theirs)).max() <= 1
     ours.unload_lora()
-    assert np.array_equal(our_picture(ours), plain)
+    assert np.array_equal(our_image(ours), plain)
 
 
 def test_names_of_the_diffusers_layout_in_kohyas_form(ours, tmp_path) -> None:
@@ -80,11 +80,11 @@ def test_what_peft_trained_is_read(ours, theirs, tmp_path) -> None:
         for module in (theirs.unet, theirs.text_encoder, theirs.text_encoder_2)
     ]
     StableDiffusionXLPipeline.save_lora_weights(tmp_path, *states)
-    plain = our_picture(ours)
+    plain = our_image(ours)
     report = ours.load_lora(tmp_path)
     assert report.matched == report.total > 50
-    found = our_picture(ours)
-    assert np.abs(found - plain).max() > 10 and np.abs(found - their_picture(theirs)).max() <= 1
+    found = our_image(ours)
+    assert np.abs(found - plain).max() > 10 and np.abs(found - their_image(theirs)).max() <= 1
 
 
 def test_strengths_of_the_parts(ours, tmp_path) -> None:

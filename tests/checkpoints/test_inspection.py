@@ -137,7 +137,7 @@ def test_converted_file_tells_its_own_configuration(tmp_path: Path):
     check(inspect(tmp_path / "model.safetensors"), prediction_type="v_prediction", notes=[], problem="")
 
 
-def test_pictures(tmp_path: Path):
+def test_images(tmp_path: Path):
     chunks = PngImagePlugin.PngInfo()
     chunks.add_itxt("parameters", "a fox")
     chunks.add_itxt("latentdiff", "{}")

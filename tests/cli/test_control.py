@@ -7,7 +7,7 @@ from latentdiff.cli.controls import parse_control_model
 from latentdiff.image import open_image
 from latentdiff.recipe import read_recipe
 from tests.control.nets import hint, saved
-from tests.tasks.pictures import apart, mask, picture
+from tests.tasks.images import an_image, apart, mask
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_generate_and_reproduce(command, sd1, net):
 
 
 def test_two_prepared_first_and_in_other_tasks(command, sd1, net):
-    picture().save("photo.png")
+    an_image().save("photo.png")
     mask((8, 8, 40, 40)).save("mask.png")
     two = [
         "--control",
@@ -95,7 +95,7 @@ def test_models_with_numbers(workplace):
 
 
 def test_prepare(command, workplace):
-    picture().save("photo.png")
+    an_image().save("photo.png")
     done = command("control", "prepare", "tile", "photo.png", "--out", "tile.png")
     assert (done.code, done.out) == (0, "tile.png\n") and Image.open("tile.png").size == (64, 64)
     assert command("control", "prepare", "tile", "photo.png", "--low", 3, "--out", "b.png").errors == [

@@ -10,7 +10,7 @@ from PIL import Image
 
 from latentdiff.training.data.transforms import prepare
 from tests import peers
-from tests.training.data.build import encoded, jsonl_folder, picture, shard
+from tests.training.data.build import an_image, encoded, jsonl_folder, shard
 
 SIZE = (80, 64)
 
@@ -19,7 +19,7 @@ SIZE = (80, 64)
 def folder(workplace):
     """Five images, one in another shape."""
     made = jsonl_folder(workplace / "pictures", 5, size=SIZE)
-    picture(40, (64, 128)).save(made / "4.png")
+    an_image(40, (64, 128)).save(made / "4.png")
     return made
 
 
@@ -49,8 +49,8 @@ def test_a_good_folder(check, folder):
 
 
 def test_findings(check, folder):
-    picture(0, SIZE).save(folder / "3.png")  # equal to the first
-    picture(1, SIZE).save(folder / "2.jpg", quality=90)
+    an_image(0, SIZE).save(folder / "3.png")  # equal to the first
+    an_image(1, SIZE).save(folder / "2.jpg", quality=90)
     captions(folder, ["a", "b", "a photo of the " + "cat " * 90 + "dog fox", "d", "e"])
     text = (folder / "metadata.jsonl").read_text().replace("2.png", "2.jpg")
     (folder / "metadata.jsonl").write_text(text)
@@ -94,7 +94,7 @@ def test_missing_captions_fail(check, folder):
 
 def test_too_small_fails_unless_enlarged(check, folder):
     for number in range(5):
-        picture(number, (1, 1)).save(folder / f"{number}.png")
+        an_image(number, (1, 1)).save(folder / f"{number}.png")
     done = check(folder)
     assert done.code == 1 and "training would fail: no image is large enough for sides of 8 pixels" in done.out
     assert check(folder, "--upscale").code == 0
@@ -123,7 +123,7 @@ def test_default_step_is_that_of_fine_tuning(command, folder):
 
 
 def test_shards(check, workplace):
-    samples = {str(number): {"png": encoded(picture(number, SIZE)), "txt": b"a cat"} for number in range(3)}
+    samples = {str(number): {"png": encoded(an_image(number, SIZE)), "txt": b"a cat"} for number in range(3)}
     shard(workplace / "shards" / "0.tar", samples)
     done = check(workplace / "shards")
     assert done.code == 0 and "1 WebDataset shards, 3 images" in done.out

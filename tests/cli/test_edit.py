@@ -13,14 +13,14 @@ from latentdiff.image import frames_of, gif_of, open_image, save_png
 from latentdiff.recipe import read_recipe
 from tests import peers
 from tests.cli.conftest import files
-from tests.tasks.pictures import apart, mask, picture, pixels
+from tests.tasks.images import an_image, apart, mask, pixels
 
 QUICK = ("--steps", 3, "--seed", 5)
 
 
 @pytest.fixture
 def sources(workplace):
-    save_png(picture(24, 20), "photo.png")
+    save_png(an_image(24, 20), "photo.png")
     save_png(mask((4, 4, 12, 12), 24, 20), "mask.png")
 
 
@@ -75,7 +75,7 @@ def test_outpainting_needs_no_mask(command, sd1, sources):
     assert command("reproduce", "a.png", "--model", sd1).code == 0
 
 
-def test_several_pictures_and_free_names(command, sd1, sources, workplace):
+def test_several_images_and_free_names(command, sd1, sources, workplace):
     for _ in range(2):
         assert command("edit", "photo.png", "cat", "-n", 2, *QUICK, "--model", sd1, "--no-metadata").code == 0
     names = ["cat-5-2.png", "cat-5.png", "cat-6-2.png", "cat-6.png"]
@@ -85,7 +85,7 @@ def test_several_pictures_and_free_names(command, sd1, sources, workplace):
 
 def test_a_changed_or_missing_source(command, sd1, sources):
     command("edit", "photo.png", "cat", *QUICK, "--model", sd1, "--out", "a.png")
-    save_png(picture(24, 20, seed=1), "photo.png")
+    save_png(an_image(24, 20, seed=1), "photo.png")
     done = command("reproduce", "a.png", "--model", sd1)
     assert done.code == 1 and "photo.png is not the image that the recipe names" in done.errors[0]
     done = command("reproduce", "a.png", "--model", sd1, "--source", "image=none.png")

@@ -37,7 +37,7 @@ def test_what_is_given_wins_over_the_preset(generate):
     assert (recipe.steps, recipe.sampler, recipe.spacing) == (2, "euler", FAST["spacing"])
 
 
-def test_a_fast_picture_that_is_there_is_found_again(generate):
+def test_a_fast_image_that_is_there_is_found_again(generate):
     options = ("--fast", "--steps", 2, "--out", "images", "--skip-existing")
     assert generate(*options).code == 0
     assert "is there already" in generate(*options).err
@@ -45,7 +45,7 @@ def test_a_fast_picture_that_is_there_is_found_again(generate):
     assert "is there already" not in other.err
 
 
-def test_a_cached_picture_is_reproduced(generate, command, sd1):
+def test_a_cached_image_is_reproduced(generate, command, sd1):
     options = ("--steps", 4, "--cache-interval", 2, "--cache-branch", 1, "--cache-centre", 1)
     assert generate(*options, "--out", "cached.png").code == 0
     recipe = recipe_of("cached.png")

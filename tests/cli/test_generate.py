@@ -33,7 +33,7 @@ def pixels(path) -> np.ndarray:
 # --- Files and names ------------------------------------------------------------------------------
 
 
-def test_one_picture(generate, workplace):
+def test_one_image(generate, workplace):
     done = generate("a photo of the cat", "--seed", 7)
     assert (done.code, done.out, done.err) == (0, "images/a-photo-of-the-cat-7.png\n", "")
     assert files(workplace) == ["images/a-photo-of-the-cat-7.png"]
@@ -73,14 +73,14 @@ def test_all_settings_arrive(generate):
     )
 
 
-def test_prediction_type_changes_the_picture(generate):
+def test_prediction_type_changes_the_image(generate):
     for name, options in {"a": (), "b": ("--prediction-type", "sample")}.items():
         assert generate("cat", "--seed", 0, *options, "--out", f"{name}.png").code == 0
     assert not np.array_equal(pixels("a.png"), pixels("b.png"))
     assert generate("cat", "--seed", 0, "--out", "b.png").code == 2  # which holds another image
 
 
-def test_pictures_of_several_prompts(generate, workplace):
+def test_images_of_several_prompts(generate, workplace):
     done = generate("cat", "red fox", "-n", 2, "--seed", 5, "--out", "x/y")
     assert done.out.split() == ["x/y/cat-5.png", "x/y/cat-6.png", "x/y/red-fox-5.png", "x/y/red-fox-6.png"]
     assert files(workplace / "x/y") == sorted(Path(line).name for line in done.out.split())
@@ -105,7 +105,7 @@ def test_drawn_seed_is_printed(generate):
     assert read_recipe(open_image(done.out.strip()).info).seed == seed
 
 
-def test_another_picture_is_never_overwritten(generate, workplace):
+def test_another_image_is_never_overwritten(generate, workplace):
     generate("cat", "--seed", 1)
     before = pixels("images/cat-1.png")
     assert generate("cat", "--seed", 1, "--guidance", 2).out == "images/cat-1-2.png\n"
@@ -117,7 +117,7 @@ def test_another_picture_is_never_overwritten(generate, workplace):
     assert (workplace / "images/dog-1.png").read_text() == "not an image"
 
 
-def test_named_file_is_not_overwritten_by_another_picture(generate):
+def test_named_file_is_not_overwritten_by_another_image(generate):
     generate("cat", "--seed", 1, "--out", "a.png")
     before = pixels("a.png")
     done = generate("dog", "--seed", 1, "--out", "a.png")

@@ -9,7 +9,7 @@ from PIL import Image
 from latentdiff.image import open_image
 from tests.cli.conftest import files
 from tests.reading.image_kinds import tiff
-from tests.tasks.pictures import mask, picture
+from tests.tasks.images import an_image, mask
 
 QUICK = ("--steps", 2, "--seed", 1)
 HOLE = mask((8, 4, 20, 12), 32, 24)
@@ -18,13 +18,13 @@ PAINT = np.asarray(HOLE) == 255
 
 @pytest.fixture
 def run(command, sd1, workplace):
-    clear = picture(32, 24)
+    clear = an_image(32, 24)
     clear.putalpha(Image.fromarray(np.where(np.arange(32) < 6, 0, 255).astype(np.uint8)[None].repeat(24, 0)))
     clear.save("clear.png")
-    picture(32, 24).save("photo.png")
+    an_image(32, 24).save("photo.png")
     Image.fromarray(PAINT.astype(np.uint8)).save("mask_01.png")
     HOLE.save("mask.png")
-    hole = picture(32, 24)
+    hole = an_image(32, 24)
     hole.putalpha(Image.fromarray(255 - np.asarray(HOLE)))
     hole.save("hole.png")
     (workplace / "nan.tif").write_bytes(tiff(np.full((24, 32), np.nan, np.float32)))
@@ -39,7 +39,7 @@ def test_masks_in_every_dress_paint_the_same(run):
     made = [open_image(f"by-{name}").tobytes() for name in ("mask.png", "mask_01.png", "hole.png", "inverted.png")]
     assert len(set(made)) == 1
     assert len({open_image(f"row-{name}").tobytes() for name in ("mask.png", "mask_01.png", "hole.png")}) == 1
-    changed = (np.asarray(open_image("by-mask.png")) != np.asarray(picture(32, 24))).any(axis=-1)
+    changed = (np.asarray(open_image("by-mask.png")) != np.asarray(an_image(32, 24))).any(axis=-1)
     assert changed[PAINT].mean() > 0.9 and not changed[~PAINT].any()
 
 

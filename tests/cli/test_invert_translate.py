@@ -35,7 +35,7 @@ def test_invert_reports_its_error_and_translate_takes_what_it_wrote(command, wor
 
 
 @pytest.mark.parametrize("method", ["features", "null-text", "negative-prompt", "direct", "edict"])
-def test_translate_inverts_a_picture_itself_and_reproduce_does_so_again(command, workplace, sd1, photo, method):
+def test_translate_inverts_an_image_itself_and_reproduce_does_so_again(command, workplace, sd1, photo, method):
     done = command(
         "translate",
         photo,

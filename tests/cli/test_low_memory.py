@@ -11,12 +11,12 @@ from latentdiff.pipeline import Pipeline
 from tests import peers
 
 
-def test_generate_low_memory_makes_the_same_picture(tmp_path: Path, monkeypatch):
+def test_generate_low_memory_makes_the_same_image(tmp_path: Path, monkeypatch):
     loaded = []
     original = Pipeline.from_components.__func__
     keep = lambda cls, *args, **options: loaded.append(original(cls, *args, **options)) or loaded[-1]  # noqa: E731
     monkeypatch.setattr(Pipeline, "from_components", classmethod(keep))
-    pictures = []
+    images = []
     for name, flags in (("usual", []), ("low", ["--low-memory"])):
         out = tmp_path / f"{name}.png"
         arguments = [
@@ -33,8 +33,8 @@ def test_generate_low_memory_makes_the_same_picture(tmp_path: Path, monkeypatch)
         ]
         result = CliRunner().invoke(cli, [*arguments, "--device", "cpu", *flags])
         assert result.exit_code == 0, result.output
-        pictures.append(Image.open(out).tobytes())
-    assert pictures[0] == pictures[1]
+        images.append(Image.open(out).tobytes())
+    assert images[0] == images[1]
     assert [isinstance(pipe.residence.parts["unet"], StreamedPart) for pipe in loaded] == [False, True]
     # The program ends after its last image, and keeps nothing for another one.
     assert all(not part.is_ready for name, part in loaded[0].residence.parts.items() if name != "vae")

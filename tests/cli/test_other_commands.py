@@ -87,12 +87,12 @@ def test_inspect_what_is_no_model(command, workplace):
 def test_convert_there_and_back(command, sd1, workplace):
     assert command("convert", sd1, "model.safetensors").out == "model.safetensors\n"
     assert command("convert", "model.safetensors", "again").out == "again\n"
-    pictures = [
+    images = [
         np.asarray(Pipeline.load(source, device="cpu")("cat", steps=2, seed=0, progress=False)[0]).astype(int)
         for source in (sd1, "model.safetensors", "again")
     ]
     # The weights are the same bits, but lie elsewhere in memory, and some kernels round differently there.
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1 and np.abs(pictures[0] - pictures[2]).max() <= 1
+    assert np.abs(images[0] - images[1]).max() <= 1 and np.abs(images[0] - images[2]).max() <= 1
 
 
 def test_convert_takes_the_averaged_weights(command, workplace):

@@ -29,7 +29,7 @@ def test_previews_are_written_every_so_many_steps(tmp_path, every, expected):
         PreviewFile(path, decode, every=0)
 
 
-def test_the_picture_is_the_same_with_previews(tmp_path):
+def test_the_image_is_the_same_with_previews(tmp_path):
     pipe = peers.ours("sd1")
     options = {"steps": 3, "seed": 1, "num_images": 2, "progress": False}
     plain = pipe("cat", **options)

@@ -43,13 +43,13 @@ def arguments(model: Path, out: str) -> list[object]:
     return ["generate", "--model", model, *PROMPTS, *options]
 
 
-def assert_same_pictures(one: Path, other: Path) -> None:
+def assert_same_images(one: Path, other: Path) -> None:
     """Under the same names, bit for bit, with the same recipes."""
     assert files(one) == files(other)
     for name in files(one):
-        pictures = open_image(one / name), open_image(other / name)
-        assert np.array_equal(*map(np.asarray, pictures)), name
-        assert read_recipe(pictures[0].info) == read_recipe(pictures[1].info)
+        images = open_image(one / name), open_image(other / name)
+        assert np.array_equal(*map(np.asarray, images)), name
+        assert read_recipe(images[0].info) == read_recipe(images[1].info)
 
 
 # --- Processes that cannot talk, one after the other
@@ -68,7 +68,7 @@ def test_three_shares_are_the_whole(command, sd1, as_rank, workplace, order):
     assert sorted(map(len, printed)) == [3, 3, 3]
     assert sorted(sum(printed, [])) == [f"shared/{name}" for name in files(workplace / "shared")]  # none twice
     assert len(files(workplace / "shared")) == 9
-    assert_same_pictures(workplace / "alone", workplace / "shared")
+    assert_same_images(workplace / "alone", workplace / "shared")
 
 
 def test_what_one_process_left_is_made_by_any_number_of_others(command, sd1, as_rank, workplace):
@@ -145,7 +145,7 @@ def test_two_processes(command, sd1, workplace, one_thread):
     assert sorted(sum(printed, [])) == [f"shared/{name}" for name in files(workplace / "shared")]
     assert all(printed)
     command(*arguments(sd1, "alone"), "--sheet", "other.png", "--seed", seed.removeprefix("seed: "))
-    assert_same_pictures(workplace / "alone", workplace / "shared")
+    assert_same_images(workplace / "alone", workplace / "shared")
     assert np.array_equal(*(np.asarray(open_image(name)) for name in ("sheet.png", "other.png")))
 
 

@@ -9,14 +9,14 @@ from PIL import Image
 from latentdiff.image import open_image, save_png
 from latentdiff.recipe import read_recipe
 from tests.cli.conftest import files
-from tests.tasks.pictures import mask, picture, pixels
+from tests.tasks.images import an_image, mask, pixels
 
 QUICK = ("--steps", 2, "--seed", 5)
 
 
 @pytest.fixture
 def sources(workplace):
-    save_png(picture(24, 16), "photo.png")
+    save_png(an_image(24, 16), "photo.png")
     save_png(mask((4, 4, 12, 12), 24, 16), "mask.png")
     np.save("kernel.npy", np.ones((3, 3)))
     save_png(Image.fromarray(np.full((3, 1), 200, np.uint8)), "kernel.png")
@@ -46,7 +46,7 @@ def test_restore_and_reproduce(command, sd1, sources, options, size):
     assert (done.code, done.out) == (0, "identical: every pixel is the same\n")
 
 
-def test_several_pictures_with_mean_uncertainty_and_comparison(command, sd1, sources, workplace):
+def test_several_images_with_mean_uncertainty_and_comparison(command, sd1, sources, workplace):
     extras = ("-n", 2, "--mean", "mean.png", "--uncertainty", "spread.png", "--compare", "row.png")
     how = ("--method", "dps", "--set", "scale=0.5", "--prompt", "red fox")
     done = command(

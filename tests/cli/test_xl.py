@@ -11,7 +11,7 @@ import pytest
 from latentdiff.checkpoints.conversion import convert
 from latentdiff.cli import run
 from tests import peers
-from tests.tasks.pictures import mask, picture
+from tests.tasks.images import an_image, mask
 from tests.test_readme import FENCE, ROOT
 
 # Of the embedded model alone: its words, its making, its measurement, and an image that it made; and what does not end.
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert(peers.folder("xl"), place / "model.safetensors")
     (place / "my-images").mkdir()
     for number in range(6):
-        picture(128, 128, seed=number).save(place / f"my-images/{number}.png")
+        an_image(128, 128, seed=number).save(place / f"my-images/{number}.png")
         (place / f"my-images/{number}.txt").write_text("a teapot", encoding="utf-8")
     return place
 
@@ -75,7 +75,7 @@ MADE = {
 
 @pytest.mark.parametrize("name", MADE)
 def test_reproduce(command, workplace: Path, name: str) -> None:
-    picture().save("source.png")
+    an_image().save("source.png")
     mask((16, 16, 48, 48)).save("mask.png")
     arguments = MADE[name]
     model = ("--model", peers.folder("xl"))

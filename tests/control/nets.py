@@ -10,7 +10,7 @@ from diffusers import ControlNetModel, ControlNetUnionModel
 from PIL import Image
 
 from tests import peers, tiny
-from tests.tasks.pictures import picture
+from tests.tasks.images import an_image
 
 
 @cache
@@ -50,4 +50,4 @@ def saved(folder: Path, family: str = "sd1", seed: int = 5, pools: bool = False,
 
 def hint(seed: int = 1, size: tuple[int, int] = (64, 64)) -> Image.Image:
     """A colourful image to follow."""
-    return picture(*size, seed)
+    return an_image(*size, seed)

@@ -23,7 +23,7 @@ from latentdiff.request.options import SamplerName
 from tests import peers
 from tests.adapters.lora.conftest import make
 from tests.control.nets import hint, saved
-from tests.tasks.pictures import apart, mask, picture
+from tests.tasks.images import an_image, apart, mask
 
 QUICK = {"steps": 3, "seed": 1, "progress": False}
 
@@ -129,10 +129,10 @@ def test_painting_only_the_masked_part_cuts_the_hint(net):
     options = {**QUICK, "strength": 1.0}
     box, area = (16, 16, 48, 48), mask((20, 20, 44, 44))
     found = inpaint(
-        shared("sd1"), picture(), area, "cat", only_masked=True, padding=4, controls=[net(hint())], **options
+        shared("sd1"), an_image(), area, "cat", only_masked=True, padding=4, controls=[net(hint())], **options
     )[0]
     cut = hint().resize((64, 64), Image.Resampling.LANCZOS, box=box)
-    cutout = picture().crop(box).resize((64, 64), Image.Resampling.LANCZOS)
+    cutout = an_image().crop(box).resize((64, 64), Image.Resampling.LANCZOS)
     part = inpaint(
         shared("sd1"),
         cutout,
@@ -142,7 +142,7 @@ def test_painting_only_the_masked_part_cuts_the_hint(net):
         **options,
     )[0].resize((32, 32), Image.Resampling.LANCZOS)
     inner = (6, 6, 26, 26)
-    other = inpaint(shared("sd1"), picture(), area, "cat", only_masked=True, padding=4, **options)[0]
+    other = inpaint(shared("sd1"), an_image(), area, "cat", only_masked=True, padding=4, **options)[0]
     assert apart(found.crop(box).crop(inner), part.crop(inner)) <= 3 < apart(found, other)
 
 
@@ -151,7 +151,7 @@ def test_recipes_hold_them(net, folder, tmp_path):
     control = net(tmp_path / "hint.png", scale=0.8, end=0.6)
     for image in (
         shared("sd1")("cat", controls=[control], **QUICK)[0],
-        image_to_image(shared("sd1"), picture(), "cat", controls=[control], **QUICK)[0],
+        image_to_image(shared("sd1"), an_image(), "cat", controls=[control], **QUICK)[0],
         interpolate(shared("sd1"), ["cat", "dog"], frames=2, controls=[control], **QUICK)[0],
     ):
         (recorded,) = read_recipe(image.info).controls

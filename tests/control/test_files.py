@@ -17,7 +17,7 @@ from latentdiff.errors import CheckpointError, ConfigError, LatentDiffError
 from tests import peers
 from tests.checkpoints import compvis
 from tests.control.nets import hint, saved, theirs
-from tests.tasks.pictures import apart
+from tests.tasks.images import apart
 
 QUICK = {"steps": 2, "seed": 1, "progress": False}
 

@@ -19,7 +19,7 @@ from diffusers import (
 from latentdiff import ControlNet, image_to_image, inpaint
 from tests import peers
 from tests.control.nets import hint, saved, theirs
-from tests.tasks.pictures import apart, mask, picture
+from tests.tasks.images import an_image, apart, mask
 
 STEPS = {
     "controlnet_conditioning_scale": 1.0,
@@ -100,10 +100,10 @@ def test_pooled_outputs_are_those_of_diffusers(tmp_path):
 
 @pytest.mark.parametrize("family", ["sd1", "xl"])
 def test_image_to_image(family, tmp_path):
-    expected = in_diffusers("edit", family, [theirs(family)], image=picture(), control_image=hint(), strength=0.75)
+    expected = in_diffusers("edit", family, [theirs(family)], image=an_image(), control_image=hint(), strength=0.75)
     control = ControlNet.load(saved(tmp_path, family))(hint())
     (image,) = image_to_image(
-        peers.ours(family), picture(), "a photo of the cat", strength=0.75, controls=[control], seed=7, **OURS
+        peers.ours(family), an_image(), "a photo of the cat", strength=0.75, controls=[control], seed=7, **OURS
     )
     assert apart(image, expected) <= 1
 
@@ -113,11 +113,11 @@ def test_inpainting(family, of, tmp_path):
     """With an inpainting model, the control sees the latents alone."""
     box = (16, 8, 48, 40)
     expected = in_diffusers(
-        "inpaint", family, [theirs(of)], image=picture(), mask_image=mask(box), control_image=hint(), strength=1.0
+        "inpaint", family, [theirs(of)], image=an_image(), mask_image=mask(box), control_image=hint(), strength=1.0
     )
     control = ControlNet.load(saved(tmp_path, of))(hint())
     (image,) = inpaint(
-        peers.ours(family), picture(), mask(box), "a photo of the cat", controls=[control], seed=7, **OURS
+        peers.ours(family), an_image(), mask(box), "a photo of the cat", controls=[control], seed=7, **OURS
     )
     inside = image.crop(box)
     assert apart(inside, expected[box[1] : box[3], box[0] : box[2]]) <= 1

@@ -10,11 +10,11 @@ from PIL import Image
 
 from latentdiff.control.preparation import prepared
 from latentdiff.errors import MissingDependencyError, UsageError
-from tests.tasks.pictures import picture
+from tests.tasks.images import an_image
 
 
 def photograph() -> Image.Image:
-    image = picture(96, 64)
+    image = an_image(96, 64)
     image.paste((250, 40, 10), (20, 12, 60, 50))
     return image
 

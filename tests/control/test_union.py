@@ -18,7 +18,7 @@ from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.recipe import read_recipe
 from tests import peers
 from tests.control.nets import hint, saved, union
-from tests.tasks.pictures import apart, picture
+from tests.tasks.images import an_image, apart
 
 SAME = {"guidance_scale": 5.0, "negative_prompt": "red fox"}
 OURS = {"steps": 4, "sampler": "ddim", "seed": 7, "progress": False, **SAME}
@@ -60,14 +60,14 @@ def test_image_to_image(folder):
     expected = in_diffusers(
         kind,
         union(),
-        image=picture(),
+        image=an_image(),
         control_image=[hint()],
         control_mode=[5],
         strength=0.75,
         controlnet_conditioning_scale=1.0,
     )
     control = ControlNet.load(folder)(hint(), mode="segment")
-    found = image_to_image(peers.ours("xl"), picture(), PROMPT, strength=0.75, controls=[control], **OURS)[0]
+    found = image_to_image(peers.ours("xl"), an_image(), PROMPT, strength=0.75, controls=[control], **OURS)[0]
     assert apart(found, expected) <= 1
 
 
@@ -99,8 +99,8 @@ def test_an_image_does_not_depend_on_its_batch_nor_on_memory(folder):
 
 def test_the_kind_is_that_of_what_is_prepared_and_kept(folder):
     net = ControlNet.load(folder)
-    assert net(picture(), prepare="tile").mode == "tile"
-    assert net(picture(), prepare="tile", mode="repaint").mode == "repaint"
+    assert net(an_image(), prepare="tile").mode == "tile"
+    assert net(an_image(), prepare="tile", mode="repaint").mode == "repaint"
     (image,) = peers.ours("xl")("cat", controls=[net(hint(), mode="openpose")], **OURS)
     assert read_recipe(image.info).controls[0].mode == "openpose"
     notes = " ".join(inspect(folder).notes)

@@ -20,7 +20,7 @@ from latentdiff.errors import UsageError
 from latentdiff.recipe import read_recipe
 from tests import peers
 from tests.diffusion.test_guidance import Spy, contexts, randn
-from tests.tasks.pictures import apart
+from tests.tasks.images import apart
 
 SCHEDULE = Schedule(ScheduleConfig())
 LEVELS = [SCHEDULE.level(t) for t in (900, 500, 100)]

@@ -272,7 +272,7 @@ def test_full_evaluations_of_a_run_are_counted(pipe, interval, expected) -> None
     assert network.calls == 2 * (expected + extra)
 
 
-def test_the_recipe_makes_the_cached_picture_again(pipe) -> None:
+def test_the_recipe_makes_the_cached_image_again(pipe) -> None:
     options = {**OPTIONS, "cache_interval": 2, "cache_branch": 1, "cache_centre": 2}
     image = pipe("cat", **options)[0]
     recipe = read_recipe(image.info)
@@ -283,7 +283,7 @@ def test_the_recipe_makes_the_cached_picture_again(pipe) -> None:
     assert again[0].tobytes() == image.tobytes()
 
 
-def test_a_cached_picture_does_not_depend_on_its_batch(pipe) -> None:
+def test_a_cached_image_does_not_depend_on_its_batch(pipe) -> None:
     options = {**OPTIONS, "cache_interval": 3, "output": "latents"}
     together, alone = (pipe("cat", batch_size=size, **options) for size in (2, 1))
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)

@@ -124,7 +124,7 @@ def test_gradients_are_refused(pipe: Pipeline) -> None:
         Int8Network(pipe.unet)(x, 500.0, torch.randn(1, 32, pipe.unet.config.cross_attention_dim))
 
 
-def test_picture_is_the_exact_one_to_the_eye() -> None:
+def test_image_is_the_exact_one_to_the_eye() -> None:
     options = {"steps": 12, "seed": 5, "progress": False}
     exact, near = (
         np.asarray(Pipeline.load(device="cpu", precision=name)(PROMPT, **options)[0], float)

@@ -57,7 +57,7 @@ def test_near_the_exact_network_and_equal_at_the_ends(pipe: Pipeline) -> None:
     assert relative(pipe.network(x, 500.0, text), pipe.unet(x, 500.0, text)) < 0.1
 
 
-def test_picture_is_like_the_exact_one(pipe: Pipeline) -> None:
+def test_image_is_like_the_exact_one(pipe: Pipeline) -> None:
     options = {"steps": 12, "seed": 5, "progress": False}
     exact, near = (
         np.asarray(made(PROMPT, **options)[0], float) for made in (Pipeline.load(device="cpu", precision="fp32"), pipe)

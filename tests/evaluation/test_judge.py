@@ -53,14 +53,14 @@ def test_size_does_not_matter(judge, scenes):
     assert score(judge, larger, prompts).mean.value >= 0.95
 
 
-def test_an_empty_picture(judge):
+def test_an_empty_image(judge):
     (verdict,) = judge([Image.new("RGB", (96, 96), scene_language.BACKGROUNDS["blue"])])
     assert verdict.objects == () and verdict.background == "blue"
 
 
 def test_boxes_are_where_the_objects_are(judge):
-    _, picture, boxes = drawn("test", "single", Random(2))
-    (verdict,) = judge([picture])
+    _, image, boxes = drawn("test", "single", Random(2))
+    (verdict,) = judge([image])
     assert verdict.objects[0].box == pytest.approx([edge / 96 for edge in boxes[0]], abs=0.05)
 
 
@@ -117,12 +117,12 @@ def folder(tmp_path):
 
 
 def test_saved_and_loaded(folder):
-    pictures = torch.randn(2, 3, 96, 96)
+    images = torch.randn(2, 3, 96, 96)
     first, second = Judge.load(folder), Judge.load(folder)
     save_judge(first.network, folder / "again")
     assert first.config == TINY
     assert (folder / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    assert torch.equal(first.network(pictures).noun, second.network(pictures).noun)
+    assert torch.equal(first.network(images).noun, second.network(images).noun)
 
 
 def test_missing(tmp_path):

@@ -51,7 +51,7 @@ def right(prompt, seed):
 
 def test_a_perfect_model():
     result = score_prompts(Model(right), [CAT, DOG, KEYS], judge=PixelJudge(), progress=False)
-    assert {task: (score.value, score.pictures) for task, score in result.tasks.items()} == {
+    assert {task: (score.value, score.images) for task, score in result.tasks.items()} == {
         "single_object": (1.0, 8),
         "counting": (1.0, 4),
     }
@@ -90,7 +90,7 @@ def test_settings_reach_the_model():
     assert expected.items() <= options.items()
 
 
-def test_pictures_are_handed_out_with_their_prompt():
+def test_images_are_handed_out_with_their_prompt():
     kept = []
     score_prompts(
         Model(right),
@@ -98,7 +98,7 @@ def test_pictures_are_handed_out_with_their_prompt():
         judge=PixelJudge(),
         seeds_per_prompt=2,
         progress=False,
-        on_pictures=lambda prompt, images: kept.append((prompt, [image.getpixel((0, 0)) for image in images])),
+        on_images=lambda prompt, images: kept.append((prompt, [image.getpixel((0, 0)) for image in images])),
     )
     assert kept == [(CAT, [(0, 1, 0)] * 2), (DOG, [(1, 1, 0)] * 2)]
 

@@ -73,7 +73,7 @@ def test_present():
     assert failures(asking(Requirement("cat"), Requirement("dog")), seen(CAT)) == ["expected 1 dog, saw 0"]
 
 
-def test_uninvited_objects_do_not_fail_a_picture():
+def test_uninvited_objects_do_not_fail_an_image():
     assert failures(asking(Requirement("cat")), seen(CAT, CAT, DOG)) == []
 
 

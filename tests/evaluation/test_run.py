@@ -21,7 +21,7 @@ from latentdiff.recipe import read_recipe
 from tests import peers
 from tests.scenes import JUDGE, font, make_scenes, scene_language
 
-SCORE = {"value", "low", "high", "pictures"}
+SCORE = {"value", "low", "high", "images"}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def check_scores(values):
     assert set(values) >= {"tasks", "mean", "background"}
     for score in [*values["tasks"].values(), values["mean"], values["background"]]:
         assert set(score) == SCORE
-        assert 0 <= score["low"] <= score["value"] <= score["high"] <= 1 and score["pictures"] > 0
+        assert 0 <= score["low"] <= score["value"] <= score["high"] <= 1 and score["images"] > 0
 
 
 def test_everything_is_written(model, scenes, tmp_path):
@@ -53,7 +53,7 @@ def test_everything_is_written(model, scenes, tmp_path):
     check_scores(results)
     assert set(results["tasks"]) == set(TASKS)
     assert results["settings"] == {"seeds_per_prompt": 2, "steps": 1, "guidance_scale": 5.0, "sampler": "ddim"}
-    assert len(results["pictures"]) == 12 and results["model_hash"]
+    assert len(results["images"]) == 12 and results["model_hash"]
     references = results["references"]
     for name in ("real_scenes", "reconstructions", "wrong_captions"):
         check_scores(references[name])
@@ -65,7 +65,7 @@ def test_everything_is_written(model, scenes, tmp_path):
     assert "shares no weights with the model" in table
 
 
-def test_pictures_lie_in_the_layout_of_geneval(model, tmp_path):
+def test_images_lie_in_the_layout_of_geneval(model, tmp_path):
     evaluate(model, out=tmp_path, limit=1, seeds=2, steps=1, device="cpu", progress=False)
     for prompt in read_prompts(limit=1):
         folder = tmp_path / f"{prompt.number:05d}"

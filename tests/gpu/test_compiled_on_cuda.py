@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_pictures_are_those_of_the_modules(folder, precision: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_those_of_the_modules(folder, precision: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATENTDIFF_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     pipe = Pipeline.load(folder, device="cuda", precision=precision)

@@ -26,7 +26,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return save(tmp_path_factory.mktemp(request.param))
 
 
-def pictures(folder: Path, device: str, precision: str, **options: Any) -> np.ndarray:
+def made(folder: Path, device: str, precision: str, **options: Any) -> np.ndarray:
     """Two images as (2, H, W, 3) floats in 0 to 255."""
     pipe = Pipeline.load(folder, device=device, precision=precision)
     defaults = {"steps": 10, "guidance_scale": 5.0, "seed": 3, "num_images": 2, "height": 64, "width": 64}
@@ -42,26 +42,26 @@ def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("exact_float32")
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_same_picture_as_on_the_cpu(folder: Path, sampler: str) -> None:
+def test_same_image_as_on_the_cpu(folder: Path, sampler: str) -> None:
     """Noise is drawn on the CPU, so stochastic samplers agree as well."""
-    on_cpu = pictures(folder, "cpu", "fp32", sampler=sampler)
-    on_cuda = pictures(folder, "cuda", "fp32", sampler=sampler)
+    on_cpu = made(folder, "cpu", "fp32", sampler=sampler)
+    on_cuda = made(folder, "cuda", "fp32", sampler=sampler)
     assert on_cpu.std() > 5, "a uniform image would agree with anything"
     assert np.abs(on_cpu - on_cuda).max() <= 1
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_is_finite_and_close(folder: Path, precision: str) -> None:
-    half = pictures(folder, "cuda", precision)
-    full = pictures(folder, "cuda", "fp32")
+    half = made(folder, "cuda", precision)
+    full = made(folder, "cuda", "fp32")
     assert np.isfinite(half).all()
     assert np.abs(half - full).mean() < (3 if precision == "fp16" else 12)
 
 
 @pytest.mark.usefixtures("exact_float32")
 def test_image_of_a_batch_is_the_image_alone(folder: Path) -> None:
-    batch = pictures(folder, "cuda", "fp32", sampler="ddpm", num_images=8, seed=0)
-    alone = pictures(folder, "cuda", "fp32", sampler="ddpm", num_images=1, seed=5)
+    batch = made(folder, "cuda", "fp32", sampler="ddpm", num_images=8, seed=0)
+    alone = made(folder, "cuda", "fp32", sampler="ddpm", num_images=1, seed=5)
     assert np.abs(batch[5] - alone[0]).max() <= 1
 
 

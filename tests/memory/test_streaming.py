@@ -36,7 +36,7 @@ def streamed() -> Pipeline:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_pictures_are_bit_equal(precision: str):
+def test_images_are_bit_equal(precision: str):
     usual, low = load(precision=precision), load(precision=precision, low_memory=True)
     (expected,), (found,) = make(usual, output="images"), make(low, output="images")
     assert found.tobytes() == expected.tobytes()
@@ -116,7 +116,7 @@ def test_what_needs_all_weights_is_refused(streamed: Pipeline, tmp_path):
         lora.merge()
 
 
-def test_large_pictures_are_decoded_in_tiles(streamed: Pipeline):
+def test_large_images_are_decoded_in_tiles(streamed: Pipeline):
     calls = []
     streamed.decoder = lambda latents, *, tiled=False: calls.append(tiled) or streamed.vae.decode(latents, tiled=tiled)
     make(streamed, output="images")

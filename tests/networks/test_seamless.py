@@ -16,7 +16,7 @@ from latentdiff.networks.seamless import seamless
 from latentdiff.recipe import Recipe, read_recipe
 from latentdiff.request.infotext import split
 from tests import peers
-from tests.tasks.pictures import apart
+from tests.tasks.images import apart
 
 shared = cache(peers.ours)
 QUICK = {"steps": 2, "seed": 1, "progress": False}

@@ -64,7 +64,7 @@ def test_kl_equals_diffusers(pair) -> None:
 
 
 @torch.no_grad()
-def test_one_tile_is_the_whole_picture(pair) -> None:
+def test_one_tile_is_the_whole_image(pair) -> None:
     _, vae = pair
     latents = torch.randn(1, 4, 8, 8)
     torch.testing.assert_close(vae.decode(latents, tiled=True), vae.decode(latents))

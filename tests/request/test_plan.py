@@ -10,19 +10,19 @@ from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import UsageError
 from latentdiff.request.options import FAST
-from latentdiff.request.plan import Sampling, batches, one_per_picture, seed_of_each
+from latentdiff.request.plan import Sampling, batches, one_per_image, seed_of_each
 
 
 @given(st.integers(1, 200), st.none() | st.integers(1, 250))
-def test_batches_cut_all_pictures_into_parts(count, batch_size):
+def test_batches_cut_all_images_into_parts(count, batch_size):
     parts = batches(count, batch_size)
     assert [i for part in parts for i in range(count)[part]] == list(range(count))
     assert all(1 <= part.stop - part.start <= (batch_size or 4) for part in parts)
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=5), st.integers(1, 4))
-def test_one_per_picture(prompts, num_images):
-    ours, negatives = one_per_picture(prompts, "no", num_images)
+def test_one_per_image(prompts, num_images):
+    ours, negatives = one_per_image(prompts, "no", num_images)
     assert ours[::num_images] == prompts and len(ours) == len(negatives) == num_images * len(prompts)
     assert set(negatives) == {"no"}
 

@@ -31,7 +31,7 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 from latentdiff.serving.settings import Limits, WorkerSettings  # noqa: E402
 
-PICTURES = os.environ.get("LATENTDIFF_SCREENSHOTS")  # an absolute path of a folder
+SCREENSHOTS = os.environ.get("LATENTDIFF_SCREENSHOTS")  # an absolute path of a folder
 PROMPT = "a fox to the left of a guitar on a purple background"
 
 
@@ -103,9 +103,9 @@ class Page:
         assert not self["error"].text
         return self.all("#results figure:not(.waiting) img")
 
-    def picture(self, name: str) -> None:
-        if PICTURES:
-            self.browser.save_screenshot(str(Path(PICTURES) / f"serve-{name}.png"))
+    def screenshot(self, name: str) -> None:
+        if SCREENSHOTS:
+            self.browser.save_screenshot(str(Path(SCREENSHOTS) / f"serve-{name}.png"))
 
     def is_clean(self) -> None:
         """Nothing was said to the browser's console, and nothing sticks out at the side."""
@@ -139,7 +139,7 @@ def test_draw_with_previews(page, site):
     assert all(int(figure.get_attribute("data-previews")) >= 2 for figure in page.all("#results figure"))
     recipes = [read_recipe(kept(site, image).info) for image in images]
     assert [(recipe.prompt, recipe.seed, recipe.steps) for recipe in recipes] == [(PROMPT, 7, 20), (PROMPT, 8, 20)]
-    page.picture("draw")
+    page.screenshot("draw")
 
 
 def test_the_prompt_is_explained_while_one_types(page):
@@ -181,7 +181,7 @@ def test_inpaint_with_the_brush(page, site, scene, tmp_path):
     side = page["brush"].size["width"]
     stroke = ActionChains(page.browser).move_to_element_with_offset(page["brush"], -side // 4, 0).click_and_hold()
     stroke.move_by_offset(side // 8, side // 16).move_by_offset(side // 8, -side // 16).release().perform()
-    page.picture("inpaint")
+    page.screenshot("inpaint")
     page.click("go")
     [image] = page.drawn()
     change = np.abs(pixels(kept(site, image)) - source).max(axis=2)
@@ -224,7 +224,7 @@ def test_a_grid_has_labelled_axes(page):
     ]  # fmt: skip
     assert [caption.text for caption in page.all("#sheets caption")] == ["red", "blue"]
     assert page["grid-save"].is_displayed()
-    page.picture("grid")
+    page.screenshot("grid")
 
 
 def test_gallery_again_and_compare(page, site):
@@ -233,15 +233,15 @@ def test_gallery_again_and_compare(page, site):
         page.click("go")
         page.drawn()
     page.show("gallery")
-    first = wait_for(lambda: page.all("#pictures figure img"))[0]
+    first = wait_for(lambda: page.all("#gallery-images figure img"))[0]
     original = kept(site, first)
-    for figure in page.all("#pictures figure")[:2]:
+    for figure in page.all("#gallery-images figure")[:2]:
         choose = next(button for button in figure.find_elements(By.TAG_NAME, "button") if button.text == "Choose")
         page.script("arguments[0].click()", choose)
     wait_for(lambda: page["viewer"].is_displayed())
     assert [cell.text for cell in page.all("#differences tr:first-of-type *")] == ["seed", "2", "1"]
     page["viewer"].send_keys(Keys.ESCAPE)
-    press(page, "#pictures figure:first-child button", "Again")
+    press(page, "#gallery-images figure:first-child button", "Again")
     wait_for(lambda: page["draw"].is_displayed() and page.all("#results figure:not(.waiting) img"))
     [image] = page.drawn()
     assert np.array_equal(pixels(kept(site, image)), pixels(original))
@@ -286,7 +286,7 @@ def test_on_a_phone(page):
         [image] = page.drawn()
         assert image.size["width"] > 100
         page.is_clean()
-        page.picture("phone")
+        page.screenshot("phone")
         for tab in ("grid", "gallery", "read"):
             page.show(tab)
             page.is_clean()
@@ -299,7 +299,7 @@ def test_everything_is_named_for_whoever_does_not_see_it(page):
     nameless = page.script(
         """return [...document.querySelectorAll("input, select, textarea, button, canvas, img")].filter((each) =>
         !(each.labels?.length || each.ariaLabel || each.textContent.trim() || each.alt !== undefined && each.alt !== null
-          && each.tagName === "IMG" || each.id === "picture")).map((each) => each.outerHTML)"""
+          && each.tagName === "IMG" || each.id === "edited")).map((each) => each.outerHTML)"""
     )
     assert nameless == []
 
@@ -350,7 +350,7 @@ def test_a_run_shows_curves_and_samples_and_its_lora_draws(page, site):
     wait_for(lambda: page["train-state"].text == "done", 300)
     wait_for(lambda: "<lora:squares:1>" in page["train-result"].text)
     assert "loss" in page.script("return document.querySelector('#train-curves title').textContent")
-    page.picture("train")
+    page.screenshot("train")
     page.show("draw")
     page.type(prompt="a red square <lora:squares:1>", steps=3)
     page.click("go")

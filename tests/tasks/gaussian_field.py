@@ -32,10 +32,10 @@ class Matrix(Operator):
     def apply(self, x: Tensor) -> Tensor:
         return (x.flatten(1) @ self.matrix.T)[..., None, None]
 
-    def measurement_shape(self, picture):
+    def measurement_shape(self, image):
         return (len(self.matrix), 1, 1)
 
-    def picture_shape(self, measurement):
+    def image_shape(self, measurement):
         return SHAPE
 
 

@@ -22,7 +22,7 @@ from latentdiff.tasks.inversion import Inversion, invert, reconstruct
 from latentdiff.tasks.inversion.artefact import psnr
 from latentdiff.tasks.masks import latent_mask
 from tests import peers
-from tests.tasks.pictures import apart, mask, picture, pixels
+from tests.tasks.images import an_image, apart, mask, pixels
 
 STEPS = 4
 NEUTRAL = {"guidance_scale": 1.0, "seed": 1, "progress": False}
@@ -33,13 +33,13 @@ shared = cache(peers.ours)
 @cache
 def inverted(method: str = "fixed-point", iterations: int = 8) -> Inversion:
     return invert(
-        shared("sd1"), picture(), method=method, prompt="the cat", steps=STEPS, iterations=iterations, progress=False
+        shared("sd1"), an_image(), method=method, prompt="the cat", steps=STEPS, iterations=iterations, progress=False
     )
 
 
 @pytest.fixture
 def photo(tmp_path) -> Path:
-    save_png(picture(), tmp_path / "photo.png")
+    save_png(an_image(), tmp_path / "photo.png")
     return tmp_path / "photo.png"
 
 
@@ -53,7 +53,7 @@ def scene() -> tuple[Pipeline, Image.Image, Inversion]:
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
-def test_the_picture_comes_back_under_its_own_prompt(strength):
+def test_the_image_comes_back_under_its_own_prompt(strength):
     pipe, own, found = scene()
     (image,) = image_to_image(pipe, found, found.prompt, strength=strength, **NEUTRAL)
     back = psnr(to_tensor([image]), to_tensor([own]))
@@ -84,7 +84,7 @@ def test_steps_that_the_inversion_does_not_hold_are_refused(options):
     with pytest.raises(UsageError, match="holds no latents at timestep .* take its own 4 steps"):
         image_to_image(shared("sd1"), inverted(), "red fox", **options, **NEUTRAL)
     with pytest.raises(UsageError, match="holds no latents at timestep"):
-        inpaint(shared("sd1"), picture(), mask((8, 8, 40, 40)), "red fox", inversion=inverted(), **options, **NEUTRAL)
+        inpaint(shared("sd1"), an_image(), mask((8, 8, 40, 40)), "red fox", inversion=inverted(), **options, **NEUTRAL)
 
 
 def test_another_model_and_another_size_are_refused():
@@ -92,7 +92,7 @@ def test_another_model_and_another_size_are_refused():
     with pytest.raises(CheckpointError, match="made with the model 'other'"):
         image_to_image(shared("sd1"), other, "red fox")
     with pytest.raises(CheckpointError, match="made with the model 'other'"):
-        inpaint(shared("sd1"), picture(), mask((8, 8, 40, 40)), "red fox", inversion=other)
+        inpaint(shared("sd1"), an_image(), mask((8, 8, 40, 40)), "red fox", inversion=other)
     with pytest.raises(UsageError, match="no size with an inversion"):
         image_to_image(shared("sd1"), inverted(), "red fox", width=32)
 
@@ -106,7 +106,7 @@ def test_an_edit_from_a_file_is_made_again_from_it(tmp_path):
     assert apart(TASKS["edit"](shared("sd1"), recipe, {"inversion": path}), image) == 0
 
 
-def test_an_edit_from_memory_is_made_again_from_the_picture(photo):
+def test_an_edit_from_memory_is_made_again_from_the_image(photo):
     found = invert(shared("sd1"), photo, prompt="the cat", steps=STEPS, spacing="trailing", measure=False)
     (image,) = image_to_image(shared("sd1"), found, "red fox", seed=3, progress=False)
     recipe = read_recipe(image.info)
@@ -136,7 +136,7 @@ def test_what_is_kept_stays_on_the_trajectory():
     pipe, found = shared("sd1"), inverted()
     plan = Sampling(steps=STEPS, seed=1).plan("red fox", pipe.schedule)
     cells = latent_mask(mask(BOX), pipe.vae.config.downscale)
-    start = starts_on_trajectory(found, cells, pipe.encode_images(to_tensor([picture()])), plan)(slice(0, 2), None)
+    start = starts_on_trajectory(found, cells, pipe.encode_images(to_tensor([an_image()])), plan)(slice(0, 2), None)
     assert start.x.equal(found.latents[:1].repeat(2, 1, 1, 1))
     for level, known in zip(plan.levels, found.latents, strict=True):
         x = torch.randn(2, *known.shape, generator=torch.Generator().manual_seed(0))
@@ -159,15 +159,15 @@ def test_an_inpainting_from_a_file_or_memory_is_made_again(photo, tmp_path):
 @pytest.mark.parametrize("options", [{"remove": True}, {"only_masked": True}, {"extend": (8, 0, 0, 0)}])
 def test_an_inversion_of_what_is_not_painted_on_is_refused(options):
     with pytest.raises(UsageError, match="no inversion with remove, only_masked or extend"):
-        inpaint(shared("sd1"), picture(), mask(BOX), "cat", inversion=inverted(), **options)
+        inpaint(shared("sd1"), an_image(), mask(BOX), "cat", inversion=inverted(), **options)
 
 
-@pytest.mark.parametrize("other", [picture(seed=0).transpose(0), picture(56, 64)])
-def test_an_inversion_of_another_picture_is_refused(other):
+@pytest.mark.parametrize("other", [an_image(seed=0).transpose(0), an_image(56, 64)])
+def test_an_inversion_of_another_image_is_refused(other):
     with pytest.raises(UsageError, match="an inversion of this image"):
         inpaint(shared("sd1"), other, mask((8, 8, 16, 16), *other.size), "cat", inversion=inverted(), progress=False)
 
 
-def test_a_picture_is_no_inversion(photo):
+def test_an_image_is_no_inversion(photo):
     with pytest.raises(UsageError, match="expected an inversion, which `latentdiff invert` makes"):
-        inpaint(shared("sd1"), picture(), mask(BOX), "cat", inversion=photo)
+        inpaint(shared("sd1"), an_image(), mask(BOX), "cat", inversion=photo)

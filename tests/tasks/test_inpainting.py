@@ -16,7 +16,7 @@ from latentdiff.recipe import read_recipe
 from latentdiff.tasks import TASKS, inpaint
 from latentdiff.tasks.masks import filled, latent_mask
 from tests import peers
-from tests.tasks.pictures import SCHEDULERS, apart, in_diffusers, mask, picture, pixels
+from tests.tasks.images import SCHEDULERS, an_image, apart, in_diffusers, mask, pixels
 
 shared = cache(peers.ours)
 QUICK = {"steps": 4, "seed": 3, "progress": False}
@@ -47,13 +47,13 @@ def changed(result: Image.Image, source: Image.Image) -> np.ndarray:
         ("xl-inpaint", "euler"),
     ],
 )
-def test_same_picture_as_diffusers(family, sampler, strength):
+def test_same_image_as_diffusers(family, sampler, strength):
     expected = in_diffusers(
-        "inpaint", family, sampler, [7, 8], prompt="a photo of the cat", negative_prompt="red fox", image=picture(),
+        "inpaint", family, sampler, [7, 8], prompt="a photo of the cat", negative_prompt="red fox", image=an_image(),
         mask_image=mask(BOX), height=64, width=64, strength=strength, num_inference_steps=8, guidance_scale=5.0,
     )  # fmt: skip
     images = inpaint(
-        shared(family), picture(), mask(BOX), "a photo of the cat", negative_prompt="red fox", strength=strength, steps=8,
+        shared(family), an_image(), mask(BOX), "a photo of the cat", negative_prompt="red fox", strength=strength, steps=8,
         sampler=sampler, spacing=SCHEDULERS[sampler][1], seed=7, num_images=2, guidance_scale=5.0, progress=False,
     )  # fmt: skip
     assert inside(expected).std() > 20
@@ -67,18 +67,18 @@ def test_masks_off_the_grid_paint_every_cell_that_they_touch():
     cells = (latent_mask(thin, 8)[0, 0].numpy() * 255).astype(np.uint8).repeat(8, 0).repeat(8, 1)
     assert cells[0:56, 8:16].all() and cells.sum() == 255 * 56 * 8
     expected = in_diffusers(
-        "inpaint", "sd1", "ddim", [3], prompt="cat", image=picture(), mask_image=Image.fromarray(cells), height=64, width=64,
+        "inpaint", "sd1", "ddim", [3], prompt="cat", image=an_image(), mask_image=Image.fromarray(cells), height=64, width=64,
         strength=1.0, num_inference_steps=4, guidance_scale=5.0,
     )  # fmt: skip
-    (image,) = inpaint(shared("sd1"), picture(), thin, "cat", **QUICK)
+    (image,) = inpaint(shared("sd1"), an_image(), thin, "cat", **QUICK)
     assert np.abs(inside(image, (13, 5, 14, 50)) - inside(expected[0], (13, 5, 14, 50))).max() <= 1
-    assert np.array_equal(changed(image, picture()).any(axis=0).nonzero()[0], [13])
+    assert np.array_equal(changed(image, an_image()).any(axis=0).nonzero()[0], [13])
 
 
 @pytest.mark.parametrize("family", ["sd1", "inpaint"])
 @pytest.mark.parametrize("options", [{}, {"only_masked": True, "padding": 4}, {"strength": 0.5}])
 def test_what_is_not_masked_stays_to_the_last_bit(family, options):
-    source, hole = picture(61, 43), mask((10, 20, 30, 29), 61, 43)
+    source, hole = an_image(61, 43), mask((10, 20, 30, 29), 61, 43)
     for image in inpaint(shared(family), source, hole, "cat", num_images=2, **QUICK, **options):
         assert image.size == source.size
         difference = changed(image, source)
@@ -87,7 +87,7 @@ def test_what_is_not_masked_stays_to_the_last_bit(family, options):
 
 
 def test_soft_masks_mix():
-    source = picture()
+    source = an_image()
     soft = Image.fromarray(np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1)))
     (image,) = inpaint(shared("sd1"), source, soft, "cat", **QUICK)
     distance = np.abs(pixels(image) - pixels(source)).mean(axis=(0, 2))  # by column
@@ -95,7 +95,7 @@ def test_soft_masks_mix():
 
 
 def test_growth_and_blur_of_the_mask():
-    source = picture()
+    source = an_image()
     sharp, grown, blurred = (
         changed(inpaint(shared("sd1"), source, mask((28, 28, 36, 36)), "cat", **QUICK, **options)[0], source)
         for options in ({}, {"grow": 5}, {"grow": 5, "blur": 2.0})
@@ -107,15 +107,15 @@ def test_growth_and_blur_of_the_mask():
 
 
 def test_full_mask_paints_everything():
-    (image,) = inpaint(shared("sd1"), picture(), Image.new("L", (64, 64), 255), "cat", **QUICK)
-    assert changed(image, picture()).mean() > 0.9
+    (image,) = inpaint(shared("sd1"), an_image(), Image.new("L", (64, 64), 255), "cat", **QUICK)
+    assert changed(image, an_image()).mean() > 0.9
     (generated,) = shared("sd1")("cat", **QUICK)
     assert apart(image, generated) > 1  # diffusers draws the start noise after the latents of the image
 
 
-def test_strength_zero_gives_the_picture_back():
-    (image,) = inpaint(shared("sd1"), picture(), mask(BOX), "cat", strength=0.0, repeats=2, **QUICK)
-    assert apart(image, picture()) == 0
+def test_strength_zero_gives_the_image_back():
+    (image,) = inpaint(shared("sd1"), an_image(), mask(BOX), "cat", strength=0.0, repeats=2, **QUICK)
+    assert apart(image, an_image()) == 0
 
 
 @pytest.mark.parametrize(
@@ -136,15 +136,15 @@ def test_strength_zero_gives_the_picture_back():
 )
 def test_bad_arguments(hole, options, message):
     with pytest.raises(UsageError, match=message):
-        inpaint(shared("sd1"), picture(), hole, "cat", **{**QUICK, **options})
+        inpaint(shared("sd1"), an_image(), hole, "cat", **{**QUICK, **options})
 
 
 @pytest.mark.parametrize("family", ["sd1", "inpaint"])
 @pytest.mark.parametrize("only_masked", [False, True])
-def test_a_picture_of_one_pixel(family, only_masked):
+def test_an_image_of_one_pixel(family, only_masked):
     (image,) = inpaint(
         shared(family),
-        picture(1, 1),
+        an_image(1, 1),
         Image.new("L", (1, 1), 255),
         "cat",
         only_masked=only_masked,
@@ -157,7 +157,7 @@ def test_only_the_masked_part_is_worked_on_at_the_size_of_the_training(monkeypat
     pipe, shapes = shared("sd1"), []
     sample = pipe.sample
     monkeypatch.setattr(pipe, "sample", lambda plan, shape, start: shapes.append(shape) or sample(plan, shape, start))
-    source = picture(300, 200)
+    source = an_image(300, 200)
     (image,) = inpaint(pipe, source, mask((100, 190, 110, 200), 300, 200), "cat", only_masked=True, padding=10, **QUICK)
     assert shapes == [(4, 8, 8)]
     rows, columns = changed(image, source).nonzero()
@@ -165,7 +165,7 @@ def test_only_the_masked_part_is_worked_on_at_the_size_of_the_training(monkeypat
 
 
 def test_outpainting():
-    source = picture(40, 30)
+    source = an_image(40, 30)
     (image,) = inpaint(shared("sd1"), source, None, "cat", extend=(8, 0, 16, 5), **QUICK)
     assert image.size == (64, 35)
     assert apart(image.crop((8, 0, 48, 30)), source) == 0
@@ -175,9 +175,9 @@ def test_outpainting():
 
 
 @pytest.mark.parametrize("family", ["sd1", "inpaint"])
-def test_a_picture_does_not_depend_on_its_batch(family):
-    together = inpaint(shared(family), picture(), mask(BOX), "cat", num_images=3, sampler="ddpm", **QUICK)
-    (alone,) = inpaint(shared(family), picture(), mask(BOX), "cat", sampler="ddpm", **{**QUICK, "seed": 5})
+def test_an_image_does_not_depend_on_its_batch(family):
+    together = inpaint(shared(family), an_image(), mask(BOX), "cat", num_images=3, sampler="ddpm", **QUICK)
+    (alone,) = inpaint(shared(family), an_image(), mask(BOX), "cat", sampler="ddpm", **{**QUICK, "seed": 5})
     assert apart(together[2], alone) <= 1
     assert apart(together[0], together[1]) > 3
 
@@ -187,14 +187,14 @@ def test_steps_taken_several_times(sampler):
     pipe, ways = shared("sd1"), []
     options = {**QUICK, "sampler": sampler, "progress": False}
     (image,) = inpaint(
-        pipe, picture(), mask(BOX), "cat", repeats=3, callback=lambda step, t, x0: ways.append(t), **options
+        pipe, an_image(), mask(BOX), "cat", repeats=3, callback=lambda step, t, x0: ways.append(t), **options
     )
     downs = (
         pipe.schedule.timesteps(4, "leading") if sampler != "dpmpp-2m" else sorted({t for t in ways if t}, reverse=True)
     )
     assert len(ways) == 4 * 5 and ways[::5] == ways[2::5] == ways[4::5] == downs
-    assert not changed(image, picture())[np.asarray(mask(BOX)) == 0].any()
-    (once,) = inpaint(pipe, picture(), mask(BOX), "cat", **options)
+    assert not changed(image, an_image())[np.asarray(mask(BOX)) == 0].any()
+    (once,) = inpaint(pipe, an_image(), mask(BOX), "cat", **options)
     assert apart(image, once) > 3
 
 
@@ -210,18 +210,18 @@ def test_a_step_back_up_keeps_the_distribution():
 
 
 def test_guidance_can_be_off():
-    (image,) = inpaint(shared("inpaint"), picture(), mask(BOX), "cat", guidance_scale=1.0, **QUICK)
-    assert changed(image, picture()).any()
+    (image,) = inpaint(shared("inpaint"), an_image(), mask(BOX), "cat", guidance_scale=1.0, **QUICK)
+    assert changed(image, an_image()).any()
 
 
 def test_the_callback_cancels():
     with pytest.raises(Cancelled, match="after step 2 of 4"):
-        inpaint(shared("sd1"), picture(), mask(BOX), "cat", callback=lambda step, t, x0: step < 1, **QUICK)
+        inpaint(shared("sd1"), an_image(), mask(BOX), "cat", callback=lambda step, t, x0: step < 1, **QUICK)
 
 
 @pytest.mark.parametrize("family", ["sd1", "inpaint"])
-def test_the_recipe_makes_the_picture_again(tmp_path, family):
-    save_png(picture(40, 40), tmp_path / "a.png")
+def test_the_recipe_makes_the_image_again(tmp_path, family):
+    save_png(an_image(40, 40), tmp_path / "a.png")
     save_png(mask((8, 8, 20, 20), 40, 40), tmp_path / "m.png")
     sources = {"image": tmp_path / "a.png", "mask": tmp_path / "m.png"}
     (image,) = inpaint(
@@ -242,7 +242,7 @@ def test_the_recipe_makes_the_picture_again(tmp_path, family):
     assert apart(TASKS["inpaint"](shared(family), recipe, sources), image) == 0
 
 
-def test_cells_beyond_the_picture_count_what_lies_inside():
+def test_cells_beyond_the_image_count_what_lies_inside():
     cells = latent_mask(mask((8, 8, 9, 9), 9, 9), 8)
     assert torch.equal(cells[0, 0], torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
 
@@ -260,7 +260,7 @@ def test_removing_begins_from_the_surroundings():
 
 def test_removing_everything_is_refused():
     with pytest.raises(UsageError, match="leaves something"):
-        inpaint(shared("sd1"), picture(), mask((0, 0, 64, 64)), "", remove=True, **QUICK)
+        inpaint(shared("sd1"), an_image(), mask((0, 0, 64, 64)), "", remove=True, **QUICK)
 
 
 def test_the_fill_goes_smoothly_from_rim_to_rim():
@@ -268,6 +268,6 @@ def test_the_fill_goes_smoothly_from_rim_to_rim():
     found = pixels(filled(ramp, mask(BOX))).astype(int)
     assert np.abs(found - pixels(ramp)).max() < 40
     assert (np.diff(found[40, :, 0]) >= -1).all()
-    odd, hole = picture(61, 43), mask((10, 20, 30, 29), 61, 43)
+    odd, hole = an_image(61, 43), mask((10, 20, 30, 29), 61, 43)
     kept = np.asarray(hole) == 0
     assert np.array_equal(pixels(filled(odd, hole))[kept], pixels(odd)[kept])

@@ -11,13 +11,13 @@ from latentdiff.recipe import Recipe, read_recipe
 from latentdiff.tasks import TASKS, interpolate
 from latentdiff.tasks.interpolation import slerp
 from tests import peers
-from tests.tasks.pictures import apart
+from tests.tasks.images import apart
 
 shared = cache(peers.ours)
 QUICK = {"steps": 2, "seed": 3, "progress": False}
 
 
-def test_the_ends_are_the_pictures_of_the_prompts():
+def test_the_ends_are_the_images_of_the_prompts():
     frames = interpolate(shared("sd1"), ["red fox", "cat", "blue dog"], frames=5, **QUICK)
     assert len(frames) == 5
     for frame, prompt, seed in [(0, "red fox", 3), (2, "cat", 4), (4, "blue dog", 5)]:

@@ -13,7 +13,7 @@ from latentdiff.tasks import inpaint
 from latentdiff.tasks.masks import read_mask
 from tests import peers
 from tests.reading.image_kinds import png_16, tiff
-from tests.tasks.pictures import mask, picture
+from tests.tasks.images import an_image, mask
 
 HOLE = mask((8, 4, 20, 12), 32, 24)
 PAINT = np.asarray(HOLE) == 255
@@ -54,7 +54,7 @@ MASKS = {
     "16 bits": opened(png_16((PAINT * 65535).astype(np.uint16))),
     "palette": palette(HOLE, 0, 0, 0, 255, 255, 255),
     "palette of 0 and 1": palette(HOLE, 0, 0, 0, 1, 1, 1),
-    "an image with a hole": with_alpha(picture(32, 24), ~PAINT),
+    "an image with a hole": with_alpha(an_image(32, 24), ~PAINT),
     "black with a hole": with_alpha(Image.new("RGB", (32, 24)), ~PAINT),
     "grey and alpha": with_alpha(Image.new("L", (32, 24)), ~PAINT),
 }
@@ -82,13 +82,13 @@ def test_upright():
 @pytest.mark.parametrize(
     ("image", "reason"),
     [
-        (picture(32, 24), "m.png has colours: expected a grey image"),
+        (an_image(32, 24), "m.png has colours: expected a grey image"),
         (palette(HOLE, 0, 0, 0, 128, 0, 0), "has colours"),
         (with_alpha(Image.new("RGB", (32, 24), "white"), PAINT), "opposite ways"),
         (with_alpha(HOLE.convert("RGB"), np.arange(32) < np.full((24, 1), 30)), "opposite ways"),
         (Image.new("RGBA", (32, 24), (255, 255, 255, 0)), "opposite ways"),
     ],
-    ids=["picture", "colours of classes", "strokes", "two masks in one", "nothing"],
+    ids=["image", "colours of classes", "strokes", "two masks in one", "nothing"],
 )
 def test_refused(image, reason):
     with pytest.raises(UsageError, match=reason) as error:
@@ -100,8 +100,8 @@ def test_masks_of_one_value():
     pipe = peers.ours("sd1")
     options = {"steps": 1, "seed": 1, "progress": False}
     with pytest.raises(UsageError, match="only black; .* --invert-mask"):
-        inpaint(pipe, picture(), Image.new("L", (64, 64)), "cat", **options)
+        inpaint(pipe, an_image(), Image.new("L", (64, 64)), "cat", **options)
     with pytest.raises(UsageError, match="only black"):
-        inpaint(pipe, picture(), Image.new("L", (64, 64), 255), "cat", invert_mask=True, **options)
+        inpaint(pipe, an_image(), Image.new("L", (64, 64), 255), "cat", invert_mask=True, **options)
     with pytest.warns(UserWarning, match="white all over, so the whole image is painted anew"):
-        inpaint(pipe, picture(), Image.new("L", (64, 64)), "cat", invert_mask=True, **options)
+        inpaint(pipe, an_image(), Image.new("L", (64, 64)), "cat", invert_mask=True, **options)

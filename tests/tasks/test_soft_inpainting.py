@@ -13,7 +13,7 @@ from latentdiff.image import to_pil, to_tensor
 from latentdiff.recipe import read_recipe
 from latentdiff.tasks import TASKS, image_to_image, inpaint
 from tests import peers
-from tests.tasks.pictures import apart, mask, picture, pixels
+from tests.tasks.images import an_image, apart, mask, pixels
 
 shared = cache(peers.ours)
 QUICK = {"steps": 5, "seed": 3, "sampler": "ddim", "progress": False}
@@ -25,34 +25,34 @@ def grey(value: int) -> Image.Image:
 
 @pytest.mark.parametrize(("value", "strength"), [(255, 1.0), (204, 0.8), (103, 0.4), (60, 0.2)])
 def test_one_grey_all_over_is_image_to_image(value, strength):
-    expected = image_to_image(shared("sd1"), picture(), "cat", strength=strength, **QUICK)[0]
-    found = inpaint(shared("sd1"), picture(), grey(value), "cat", soft=True, **QUICK)[0]
+    expected = image_to_image(shared("sd1"), an_image(), "cat", strength=strength, **QUICK)[0]
+    found = inpaint(shared("sd1"), an_image(), grey(value), "cat", soft=True, **QUICK)[0]
     if strength == 1.0:  # painting begins in pure noise there
-        expected = inpaint(shared("sd1"), picture(), grey(255), "cat", **QUICK)[0]
+        expected = inpaint(shared("sd1"), an_image(), grey(255), "cat", **QUICK)[0]
     if value * 4 < 255:  # the image's pixels are mixed in at the darkest places
-        expected = Image.blend(picture(), expected, value * 4 / 255)
+        expected = Image.blend(an_image(), expected, value * 4 / 255)
     assert apart(found, expected) <= 1
 
 
 def test_brighter_places_go_further():
     ramp = Image.fromarray(np.tile(np.linspace(70, 255, 64).astype(np.uint8), (64, 1)))
-    found = inpaint(shared("sd1"), picture(), ramp, "cat", soft=True, **{**QUICK, "steps": 8})[0]
-    (through_vae,) = to_pil(shared("sd1").decode(shared("sd1").encode_images(to_tensor([picture()])).mode()))
+    found = inpaint(shared("sd1"), an_image(), ramp, "cat", soft=True, **{**QUICK, "steps": 8})[0]
+    (through_vae,) = to_pil(shared("sd1").decode(shared("sd1").encode_images(to_tensor([an_image()])).mode()))
     change = np.abs(pixels(found) - pixels(through_vae)).mean((0, 2))
     assert change[:16].mean() < change[48:].mean()
 
 
 def test_black_keeps_every_pixel():
     box = (16, 16, 48, 48)
-    found = inpaint(shared("sd1"), picture(), mask(box), "cat", soft=True, **QUICK)[0]
+    found = inpaint(shared("sd1"), an_image(), mask(box), "cat", soft=True, **QUICK)[0]
     inside = np.zeros((64, 64), bool)
     inside[16:48, 16:48] = True
-    assert (pixels(found)[~inside] == pixels(picture())[~inside]).all()
-    assert apart(found.crop(box), picture().crop(box)) > 20
+    assert (pixels(found)[~inside] == pixels(an_image())[~inside]).all()
+    assert apart(found.crop(box), an_image().crop(box)) > 20
 
 
 def test_the_recipe_makes_it_again(tmp_path):
-    picture().save(tmp_path / "p.png")
+    an_image().save(tmp_path / "p.png")
     grey(150).save(tmp_path / "m.png")
     (image,) = inpaint(shared("sd1"), tmp_path / "p.png", tmp_path / "m.png", "cat", soft=True, blur=2.0, **QUICK)
     recipe = read_recipe(image.info)
@@ -63,4 +63,4 @@ def test_the_recipe_makes_it_again(tmp_path):
 
 def test_a_model_for_inpainting_is_refused():
     with pytest.raises(UsageError, match="no model for inpainting with soft"):
-        inpaint(shared("inpaint"), picture(), grey(200), "cat", soft=True, **QUICK)
+        inpaint(shared("inpaint"), an_image(), grey(200), "cat", soft=True, **QUICK)

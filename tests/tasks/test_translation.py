@@ -32,14 +32,14 @@ def ours(family: str = "sd1"):
     return peers.ours(family)
 
 
-def picture(width: int = 64, height: int = 64) -> Image.Image:
+def an_image(width: int = 64, height: int = 64) -> Image.Image:
     ramp = np.linspace(0, 255, width * height * 3).reshape(height, width, 3)
     return Image.fromarray((ramp * np.array([1.0, 0.5, 0.2]) + np.array([0, 80, 30])).clip(0, 255).astype(np.uint8))
 
 
 @cache
 def inverted(method: str = "fixed-point") -> Inversion:
-    return invert(ours(), picture(), method=method, prompt="the cat", steps=STEPS)
+    return invert(ours(), an_image(), method=method, prompt="the cat", steps=STEPS)
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -58,13 +58,13 @@ def test_same_noise_as_diffusers_inverse_scheduler(family, spacing):
         {**peer.scheduler.config, "timestep_spacing": spacing, "clip_sample": False}
     )
     scheduler.set_timesteps(10)
-    x = peer.vae.encode(to_tensor([picture()])).latent_dist.mode() * peer.vae.config.scaling_factor
+    x = peer.vae.encode(to_tensor([an_image()])).latent_dist.mode() * peer.vae.config.scaling_factor
     words, _ = peer.encode_prompt("a photo of the cat", "cpu", 1, False)
     for t in scheduler.timesteps:
         x = scheduler.step(peer.unet(x, t, words).sample, t, x).prev_sample
     found = invert(
         ours(family),
-        picture(),
+        an_image(),
         prompt="a photo of the cat",
         method="ddim-high",
         steps=10,
@@ -80,10 +80,10 @@ def test_every_inversion_leads_back(method):
     assert found.latents.shape == (STEPS + 1, 4, 8, 8)
     assert found.levels[-1].is_clean and found.levels[0].sigma > found.levels[1].sigma
     assert found.size == (64, 64)
-    expected = ours().encode_images(to_tensor([picture()])).mode()
+    expected = ours().encode_images(to_tensor([an_image()])).mode()
     torch.testing.assert_close(found.latents[-1:], expected)
     assert found.reconstruction_db is not None and found.floor_db is not None
-    own = psnr(ours().decode(found.latents[-1:]), to_tensor([picture()]))
+    own = psnr(ours().decode(found.latents[-1:]), to_tensor([an_image()]))
     assert found.floor_db == pytest.approx(own)
     if method == "edict":  # exact but for float32
         torch.testing.assert_close(reconstruct(ours(), found), expected, rtol=0, atol=1e-3)
@@ -94,7 +94,7 @@ def test_better_inversions_lead_back_nearer():
     def error(found: Inversion) -> float:
         return (reconstruct(ours(), found) - found.latents[-1:]).square().mean().item()
 
-    more = invert(ours(), picture(), prompt="the cat", steps=STEPS, iterations=30, measure=False)
+    more = invert(ours(), an_image(), prompt="the cat", steps=STEPS, iterations=30, measure=False)
     assert error(more) < 0.1 * error(inverted()) and error(more) < 0.1 * error(inverted("ddim-high"))
 
 
@@ -107,8 +107,8 @@ def test_null_text_stays_nearer_to_the_source_under_guidance():
     assert all(parameter.requires_grad for parameter in ours().unet.parameters())
 
 
-def test_a_picture_of_any_shape_is_inverted_and_comes_back_in_its_size():
-    odd = picture(70, 41)
+def test_an_image_of_any_shape_is_inverted_and_comes_back_in_its_size():
+    odd = an_image(70, 41)
     found = invert(ours(), odd, steps=2)
     assert found.latents.shape[1:] == (4, 6, 9)
     assert found.size == (70, 41)
@@ -117,12 +117,12 @@ def test_a_picture_of_any_shape_is_inverted_and_comes_back_in_its_size():
     turned = odd.copy()
     turned.getexif()[0x0112] = 6  # to be turned by 90 degrees
     assert invert(ours(), turned, steps=1, measure=False).size == (41, 70)
-    assert invert(ours(), picture(1, 1), steps=1, measure=False).latents.shape[1:] == (4, 1, 1)
+    assert invert(ours(), an_image(1, 1), steps=1, measure=False).latents.shape[1:] == (4, 1, 1)
 
 
 def test_inversion_is_cancelled_by_the_callback():
     with pytest.raises(Cancelled, match="after step 2 of 4"):
-        invert(ours(), picture(), steps=STEPS, callback=lambda index, t, x0: index < 1)
+        invert(ours(), an_image(), steps=STEPS, callback=lambda index, t, x0: index < 1)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_inversion_is_cancelled_by_the_callback():
 )
 def test_wrong_options_of_the_inversion_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
-        invert(ours(), picture(), **{"steps": 2, **options})
+        invert(ours(), an_image(), **{"steps": 2, **options})
 
 
 # --- The artefact ---------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def source_of(method: str) -> Inversion:
 
 
 @pytest.mark.parametrize("method", get_args(TranslationName))
-def test_every_method_makes_pictures_that_their_recipe_makes_again(method, tmp_path):
+def test_every_method_makes_images_that_their_recipe_makes_again(method, tmp_path):
     path = tmp_path / "photo.inversion"
     source_of(method).save(path)
     images = translate(ours(), path, ["red fox", "two cat"], method=method, batch_size=2)
@@ -216,9 +216,9 @@ def test_every_method_makes_pictures_that_their_recipe_makes_again(method, tmp_p
     assert np.abs(pixels(repeated) - pixels(images[1])).max() <= 2
 
 
-def test_a_picture_is_inverted_on_the_way_and_its_recipe_does_so_again(tmp_path):
+def test_an_image_is_inverted_on_the_way_and_its_recipe_does_so_again(tmp_path):
     path = tmp_path / "photo.png"
-    picture().save(path)
+    an_image().save(path)
     options = {"iterations": 2, "spacing": "trailing"}
     (image,) = translate(
         ours(), path, "red fox", source_prompt="the cat", steps=3, guidance_scale=3.0, inversion=options
@@ -233,7 +233,7 @@ def test_a_picture_is_inverted_on_the_way_and_its_recipe_does_so_again(tmp_path)
 
 
 def test_replay_is_the_source_whatever_the_prompt():
-    better = invert(ours(), picture(), steps=STEPS, iterations=30, measure=False)
+    better = invert(ours(), an_image(), steps=STEPS, iterations=30, measure=False)
     (image,) = translate(ours(), better, "red fox", method="replay")
     (floor,) = ours().decode(better.latents[-1:])
     assert np.abs(pixels(image) - ((floor / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()).max() <= 3

@@ -16,7 +16,7 @@ from latentdiff.tasks import TASKS, image_to_image, inpaint, invert
 from latentdiff.tasks.transparency import finished
 from tests import peers
 from tests.reading.image_kinds import adobe_profile, adobe_to_srgb
-from tests.tasks.pictures import mask, picture, pixels
+from tests.tasks.images import an_image, mask, pixels
 
 shared = cache(peers.ours)
 QUICK = {"steps": 2, "seed": 3, "progress": False}
@@ -25,7 +25,7 @@ HOLE = mask((8, 8, 24, 32))
 
 def half_clear(size: tuple[int, int] = (64, 64)) -> Image.Image:
     """Clear on the left, half in the middle, opaque on the right."""
-    image = picture(*size)
+    image = an_image(*size)
     alpha = np.repeat([0, 128, 255], [16, 16, size[0] - 32]).astype(np.uint8)
     image.putalpha(Image.fromarray(np.tile(alpha, (size[1], 1))))
     return image
@@ -92,7 +92,7 @@ def test_the_profile_says_what_the_colours_are(tmp_path):
     profile = ImageCms.getOpenProfile(io.BytesIO(again.info["icc_profile"]))
     assert "sRGB" in ImageCms.getProfileDescription(profile)
     assert read_recipe(again.info) == read_recipe(result.info)
-    (plain,) = inpaint(shared("sd1"), picture(), HOLE, "cat", **QUICK)
+    (plain,) = inpaint(shared("sd1"), an_image(), HOLE, "cat", **QUICK)
     assert "icc_profile" not in plain.info
 
 

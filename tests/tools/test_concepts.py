@@ -30,7 +30,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_concept_is_24_captioned_pictures_and_what_was_held_out(folder):
+def test_a_concept_is_24_captioned_images_and_what_was_held_out(folder):
     train, test, prompts = (
         lines(folder / name) for name in ("train/metadata.jsonl", "test/metadata.jsonl", "prompts.jsonl")
     )
@@ -38,8 +38,8 @@ def test_a_concept_is_24_captioned_pictures_and_what_was_held_out(folder):
     new = "sepia style" if folder.name.startswith("style") else "teapot"
     assert all(new in line.get("text", line.get("prompt")) for line in [*train, *test, *prompts])
     for line in train:
-        with Image.open(folder / "train" / line["file_name"]) as picture:
-            assert picture.size == (96, 96)
+        with Image.open(folder / "train" / line["file_name"]) as image:
+            assert image.size == (96, 96)
 
 
 def test_nothing_held_out_is_trained_on(folder):
@@ -70,10 +70,10 @@ def test_the_new_thing_is_in_no_random_plan():
 
 
 def test_sepia_has_one_hue_and_its_paper_everywhere():
-    picture = Image.new("RGB", (40, 40), (30, 60, 200))
-    picture.paste((250, 250, 250), (10, 10, 20, 20))
-    picture.paste((0, 0, 0), (20, 20, 30, 30))
-    sepia = np.asarray(make_concept.in_sepia(picture), dtype=int)
+    image = Image.new("RGB", (40, 40), (30, 60, 200))
+    image.paste((250, 250, 250), (10, 10, 20, 20))
+    image.paste((0, 0, 0), (20, 20, 30, 30))
+    sepia = np.asarray(make_concept.in_sepia(image), dtype=int)
     assert tuple(sepia[0, 0]) == make_concept.PAPER
     assert np.abs(sepia[15, 15] - make_concept.LIGHT).max() <= 4
     assert tuple(sepia[25, 25]) == make_concept.INK
@@ -149,14 +149,14 @@ def test_the_command_asks_for_one_model(tmp_path):
 class Painter:
     """A model that paints real images of what was held out, once it is fine-tuned, and plain ones before."""
 
-    def __init__(self, pictures):
-        self.pictures, self.learned = pictures, None
+    def __init__(self, images):
+        self.images, self.learned = images, None
 
     def load_lora(self, path, scale=1.0):
         self.learned = (path, scale)
 
     def __call__(self, prompts, *, seed, **options):
-        return [self.pictures[one % len(self.pictures)] if self.learned else Image.new("RGB", (96, 96)) for one in seed]
+        return [self.images[one % len(self.images)] if self.learned else Image.new("RGB", (96, 96)) for one in seed]
 
     def encode_images(self, images):
         return SimpleNamespace(mode=lambda: images)
@@ -168,9 +168,9 @@ class Painter:
 class Seer:
     """A judge that sees the new wherever there is more than one colour."""
 
-    def __call__(self, pictures):
+    def __call__(self, images):
         seen = (Seen(make_concept.OBJECT, None, (0.0, 0.0, 1.0, 1.0), 0.9),)
-        return [Verdict(seen if len(picture.getcolors(10_000)) > 1 else (), "sepia") for picture in pictures]
+        return [Verdict(seen if len(image.getcolors(10_000)) > 1 else (), "sepia") for image in images]
 
 
 def test_the_command_scores_before_and_after(folder, tmp_path, monkeypatch):
@@ -203,5 +203,5 @@ def test_the_command_scores_before_and_after(folder, tmp_path, monkeypatch):
         "real held-out images": 1.0, "reconstructions by the VAE": 1.0, "seen in scenes of strange things": 1.0,
         "held-out prompts, before": 0.0, "held-out prompts, after": 1.0,
     }  # fmt: skip
-    assert scores["held-out prompts, after"]["pictures"] == 60
+    assert scores["held-out prompts, after"]["images"] == 60
     assert "held-out prompts, after" in result.output and (tmp_path / "after.png").is_file()

@@ -54,8 +54,8 @@ def drawn(kind, rng):
 @settings(max_examples=60, deadline=None)
 @given(randoms, kinds)
 def test_things_are_inside_apart_and_related(rng, kind):
-    plan, picture, boxes = drawn(kind, rng)
-    assert picture.shape == (SIZE, SIZE, 3) and picture.dtype == np.uint8 and len(boxes) == len(plan.things)
+    plan, image, boxes = drawn(kind, rng)
+    assert image.shape == (SIZE, SIZE, 3) and image.dtype == np.uint8 and len(boxes) == len(plan.things)
     for left, top, right, bottom in boxes:
         assert 0 <= left < right <= SIZE and 0 <= top < bottom <= SIZE
     for index, a in enumerate(boxes):
@@ -68,15 +68,15 @@ def test_things_are_inside_apart_and_related(rng, kind):
 @settings(max_examples=30, deadline=None)
 @given(randoms)
 def test_a_thing_is_drawn_in_its_box_with_its_shadow_around(rng):
-    plan, picture, (box,) = drawn("colour", rng)
+    plan, image, (box,) = drawn("colour", rng)
     left, top, right, bottom = box
     ground = fluent_scenes.ground(plan.background, rng, SIZE).mean((0, 1))
-    inside = picture[top:bottom, left:right].astype(float)
+    inside = image[top:bottom, left:right].astype(float)
     assert np.abs(inside - ground).sum(-1).max() > fluent_scenes.MIN_CONTRAST
     rows, columns = np.ogrid[:SIZE, :SIZE]
     far = (rows < top - 10) | (rows > bottom + 12) | (columns < left - 10) | (columns > right + 12)
     if far.any():  # the largest things leave no place that is far
-        assert np.ptp(picture[far].astype(int), axis=0).max() <= 60  # nothing but the light gradient
+        assert np.ptp(image[far].astype(int), axis=0).max() <= 60  # nothing but the light gradient
 
 
 @settings(max_examples=40, deadline=None)
@@ -84,8 +84,8 @@ def test_a_thing_is_drawn_in_its_box_with_its_shadow_around(rng):
 def test_the_same_random_numbers_give_the_same_scene(rng, kind):
     twin = Random()
     twin.setstate(rng.getstate())
-    (plan, picture, boxes), (again, same, there) = drawn(kind, rng), drawn(kind, twin)
-    assert (plan, boxes) == (again, there) and np.array_equal(picture, same)
+    (plan, image, boxes), (again, same, there) = drawn(kind, rng), drawn(kind, twin)
+    assert (plan, boxes) == (again, there) and np.array_equal(image, same)
 
 
 @pytest.mark.parametrize("colour", list(fluent_language.OBJECT_COLOURS))
@@ -97,9 +97,9 @@ def test_a_coloured_thing_is_nearest_to_its_own_colour(colour):
 
 @pytest.mark.parametrize("place", list(fluent_language.PLACES))
 def test_a_place_has_a_sky_and_a_floor(place):
-    picture = fluent_scenes.ground(place, Random(0), SIZE)
-    assert np.abs(picture[70].mean(0) - picture[90].mean(0)).max() > 15
-    assert picture.min() >= 0 and picture.max() <= 255
+    image = fluent_scenes.ground(place, Random(0), SIZE)
+    assert np.abs(image[70].mean(0) - image[90].mean(0)).max() > 15
+    assert image.min() >= 0 and image.max() <= 255
 
 
 def make(out, *options):

@@ -25,8 +25,8 @@ def distance(a, b):
 @settings(max_examples=60)
 @given(randoms, kinds, st.sampled_from(["train", "test"]))
 def test_objects_are_inside_apart_and_related(rng, kind, split):
-    plan, picture, boxes = drawn(split, kind, rng)
-    assert picture.size == (96, 96) and len(boxes) == len(plan.things)
+    plan, image, boxes = drawn(split, kind, rng)
+    assert image.size == (96, 96) and len(boxes) == len(plan.things)
     for left, top, right, bottom in boxes:
         assert 0 < left < right < 96 and 0 < top < bottom < 96
     assert all(distance(a, b) >= 2 * make_scenes.MARGIN for index, a in enumerate(boxes) for b in boxes[:index])
@@ -37,11 +37,11 @@ def test_objects_are_inside_apart_and_related(rng, kind, split):
 @settings(max_examples=30)
 @given(randoms, kinds)
 def test_boxes_hold_all_that_is_not_background(rng, kind):
-    _, picture, boxes = drawn("train", kind, rng)
+    _, image, boxes = drawn("train", kind, rng)
     for box in boxes:
-        assert len(picture.crop(box).getcolors(96 * 96)) > 1  # something is there
-        picture.paste(picture.getpixel((0, 0)), box)
-    assert len(picture.getcolors(96 * 96)) == 1
+        assert len(image.crop(box).getcolors(96 * 96)) > 1  # something is there
+        image.paste(image.getpixel((0, 0)), box)
+    assert len(image.getcolors(96 * 96)) == 1
 
 
 @settings(max_examples=40)
@@ -49,8 +49,8 @@ def test_boxes_hold_all_that_is_not_background(rng, kind):
 def test_the_same_random_numbers_give_the_same_scene(rng, kind):
     twin = Random()
     twin.setstate(rng.getstate())
-    (plan, picture, boxes), (again, same, there) = drawn("test", kind, rng), drawn("test", kind, twin)
-    assert (plan, boxes, picture.tobytes()) == (again, there, same.tobytes())
+    (plan, image, boxes), (again, same, there) = drawn("test", kind, rng), drawn("test", kind, twin)
+    assert (plan, boxes, image.tobytes()) == (again, there, same.tobytes())
 
 
 def make(out, *options):

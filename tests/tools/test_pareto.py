@@ -19,7 +19,7 @@ def work(**options) -> float:
     return pareto.work(Sampling(seed=0, guidance_scale=5.0, **options).plan("", SCHEDULE))
 
 
-def test_work_is_counted_in_guided_steps_of_the_exact_picture() -> None:
+def test_work_is_counted_in_guided_steps_of_the_exact_image() -> None:
     assert work(**pareto.EXACT) == 1.0
     assert work(**FAST) == pytest.approx(FAST["steps"] / 50)
     assert work(steps=10, guidance_interval=(1000.0, 2000.0)) == pytest.approx(0.1)
@@ -50,7 +50,7 @@ def test_parts_share_the_prompts() -> None:
     )
 
 
-def test_the_table_compares_the_same_pictures(tmp_path) -> None:
+def test_the_table_compares_the_same_images(tmp_path) -> None:
     def write(name: str, part: str, right: dict, error: dict) -> None:
         (tmp_path / f"{name}.{part}.json").write_text(json.dumps({"right": right, "error": error, "seconds": 1.0}))
 
@@ -61,9 +61,9 @@ def test_the_table_compares_the_same_pictures(tmp_path) -> None:
     worse = pareto.name_of({"sampler": "ddim", "steps": 25, "spacing": "trailing"})
     write(worse, "a", {"0": False, "1000": False}, {"0": 0.1, "1000": 0.1})
     found = {row.name: row for row in pareto.rows(tmp_path)}
-    assert (found[fast].pictures, found[fast].right, found[fast].change) == (2, 1.0, 0.5)
+    assert (found[fast].images, found[fast].right, found[fast].change) == (2, 1.0, 0.5)
     assert found[fast].decibels == pytest.approx(25.0)
-    assert (found[exact].pictures, found[exact].right) == (3, pytest.approx(2 / 3))
+    assert (found[exact].images, found[exact].right) == (3, pytest.approx(2 / 3))
     rows = list(found.values())
     assert [pareto.on_front(found[name], rows) for name in (fast, worse, exact)] == [True, False, True]
     assert f"| **{fast}** | {FAST['steps'] / 50:.3f} | 1.00 | 1.000 | +0.500" in pareto.table(rows)

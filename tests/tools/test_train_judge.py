@@ -36,11 +36,11 @@ def square(left, top, right, bottom, noun=0, colour=1):
 def rendered(count):
     rng, scenes = Random(5), []
     for _ in range(count):
-        plan, picture, boxes = drawn("train", "two", rng)
+        plan, image, boxes = drawn("train", "two", rng)
         nouns = np.array([CONFIG.nouns.index(thing.noun) for thing in plan.things])
         background = CONFIG.backgrounds.index(plan.background)
         scenes.append(
-            train_judge.Scene(np.asarray(picture), background, nouns, np.full(2, OWN_COLOURS), np.float32(boxes))
+            train_judge.Scene(np.asarray(image), background, nouns, np.full(2, OWN_COLOURS), np.float32(boxes))
         )
     return scenes
 
@@ -76,10 +76,10 @@ def test_an_output_equal_to_the_targets_is_read_as_the_scene():
     )
     for index, where in enumerate(zip(*target.cells, strict=True)):
         if target.weight[index] == 1:
-            picture, row, column = where
-            raw.noun[picture, target.noun[index], row, column] = 20.0
-            raw.colour[picture, target.colour[index], row, column] = 20.0
-            raw.box[picture, :, row, column] = target.box[index]
+            image, row, column = where
+            raw.noun[image, target.noun[index], row, column] = 20.0
+            raw.colour[image, target.colour[index], row, column] = 20.0
+            raw.box[image, :, row, column] = target.box[index]
     for scene, verdict in zip(scenes, read_output(raw, CONFIG), strict=True):
         assert verdict.background == CONFIG.backgrounds[scene.background]
         expected = sorted(

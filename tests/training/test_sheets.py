@@ -8,10 +8,10 @@ def test_samples_are_written_with_their_recipes(tmp_path):
 
     def make(prompt, *, seed):
         asked.append((tuple(prompt), tuple(seed)))
-        pictures = [Image.new("RGB", (16, 16), (10 * index, 0, 0)) for index in range(len(prompt))]
-        for picture, text in zip(pictures, prompt, strict=True):
-            picture.info["parameters"] = text
-        return pictures
+        images = [Image.new("RGB", (16, 16), (10 * index, 0, 0)) for index in range(len(prompt))]
+        for image, text in zip(images, prompt, strict=True):
+            image.info["parameters"] = text
+        return images
 
     folder = sample_folder(tmp_path, 500, "ema")
     assert folder == tmp_path / "samples/step-00000500/ema"

@@ -78,9 +78,9 @@ class Recipes(Reader):
             height=16, model="m", model_hash="0" * 64, loras=[{"file": "a", "sha256": "0", "scale": 1.0}],
         )  # fmt: skip
         self.chunks = recipe.to_chunks()
-        picture = Image.new("RGB", (16, 16), "red")
-        picture.info = dict(self.chunks)
-        save_png(picture, folder / "a.png")
+        image = Image.new("RGB", (16, 16), "red")
+        image.info = dict(self.chunks)
+        save_png(image, folder / "a.png")
         Image.new("P", (16, 16)).save(folder / "a.gif", comment=self.chunks["latentdiff"].encode())
         return [folder / "a.png", folder / "a.gif"]
 
@@ -167,9 +167,9 @@ class Data(Reader):
         for name in ("table", "csv", "texts", "shards"):
             (folder / name).mkdir(exist_ok=True)
         for number, suffix in enumerate(("png", "jpg", "webp", "gif", "bmp", "tiff")):
-            picture = Image.new("RGB", (8, 8), (number * 40, 9, 200))
+            image = Image.new("RGB", (8, 8), (number * 40, 9, 200))
             for name in ("table", "csv", "texts"):
-                picture.save(folder / name / f"{number}.{suffix}")
+                image.save(folder / name / f"{number}.{suffix}")
             (folder / "texts" / f"{number}.txt").write_text(f"caption {number}")
         rows = [{"file_name": path.name, "text": "a cat"} for path in sorted((folder / "table").iterdir())]
         (folder / "table/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))

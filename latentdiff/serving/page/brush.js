@@ -21,8 +21,8 @@ export const easel = {
   async take(source) {
     url = typeof source === "string" ? source : await dataUrl(source);
     const image = await loadImage(url);
-    for (const id of ["picture", "brush"]) { $(id).width = image.naturalWidth; $(id).height = image.naturalHeight; }
-    $("picture").getContext("2d").drawImage(image, 0, 0);
+    for (const id of ["edited", "brush"]) { $(id).width = image.naturalWidth; $(id).height = image.naturalHeight; }
+    $("edited").getContext("2d").drawImage(image, 0, 0);
     $("brush-size").max = Math.max(20, Math.round(Math.max(image.naturalWidth, image.naturalHeight) / 2));
     $("brush-size").value = Math.max(4, Math.round(Math.max(image.naturalWidth, image.naturalHeight) / 8));
     painted = false;

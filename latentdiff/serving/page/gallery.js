@@ -63,8 +63,8 @@ export async function refresh() {
   const names = await ask("api/images");
   chosen = [];
   tellChosen();
-  $("pictures").replaceChildren(...names.map((name) => figure(`api/images/${name}`, name, () => ask(`api/images/${name}/recipe`))));
-  if (!names.length) $("pictures").append(element("p", { className: "note", textContent: "Nothing has been drawn yet." }));
+  $("gallery-images").replaceChildren(...names.map((name) => figure(`api/images/${name}`, name, () => ask(`api/images/${name}/recipe`))));
+  if (!names.length) $("gallery-images").append(element("p", { className: "note", textContent: "Nothing has been drawn yet." }));
 }
 
 function choose(made, url, caption, known) {

@@ -110,9 +110,9 @@ def invert(
     if mixing is not None and method != "edict":
         raise UsageError(f"mixing belongs to the inversion edict, found mixing {mixing} with {method}")
     source = open_source(image)
-    picture = resized(source.opaque(), width, height)
-    warn_if_large(pipe, picture, "give a smaller width and height")
-    latents = pipe.encode_images(to_tensor([extended(picture, pipe.vae.config.downscale)])).mode()
+    shown = resized(source.opaque(), width, height)
+    warn_if_large(pipe, shown, "give a smaller width and height")
+    latents = pipe.encode_images(to_tensor([extended(shown, pipe.vae.config.downscale)])).mode()
     inversion = Inversion(
         latents=latents,
         levels=tuple(SAMPLERS["ddim"].levels(pipe.schedule, steps, spacing)),
@@ -121,7 +121,7 @@ def invert(
         method=method,
         model=pipe.name,
         model_hash=pipe.model_hash,
-        size=picture.size,
+        size=shown.size,
         settings={
             "method": method,
             "steps": steps,
@@ -141,7 +141,7 @@ def invert(
             inversion = with_null_text(pipe, inversion, guidance_scale, callback=callback, bar=bar)
         if measure:
             back = reconstruct(pipe, inversion, callback=callback, bar=bar)
-            kept, floor = (psnr(_decoded(pipe, x, picture.size), to_tensor([picture])) for x in (back, latents))
+            kept, floor = (psnr(_decoded(pipe, x, shown.size), to_tensor([shown])) for x in (back, latents))
             inversion = replace(inversion, reconstruction_db=kept, floor_db=floor)
     return inversion
 

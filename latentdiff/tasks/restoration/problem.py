@@ -54,19 +54,19 @@ class InverseProblem:
         """The noise that methods reckon with."""
         return max(self.operator.noise_std, LEAST_NOISE)
 
-    def misfit(self, picture: Tensor) -> Tensor:
+    def misfit(self, image: Tensor) -> Tensor:
         """|y - A x| of images (N, 3, H, W), not squared, each image's own, (N,); differentiable."""
-        return per_image_norm(self.measurement - self.operator.apply(picture))
+        return per_image_norm(self.measurement - self.operator.apply(image))
 
-    def residual(self, picture: Tensor) -> Tensor:
+    def residual(self, image: Tensor) -> Tensor:
         """The root mean square of y - A x, to be compared with the noise level, (N,)."""
-        return residual(self.operator, self.measurement, picture)
+        return residual(self.operator, self.measurement, image)
 
     def first_guess(self) -> Tensor:
         """The best linear estimate of an image (N, 3, H, W) whose pixels have mean 0 and standard deviation 1/2
         each."""
         operator, y = self.operator, self.measurement
-        grey = y.new_zeros(y.shape[0], *operator.picture_shape(tuple(y.shape[1:])))
+        grey = y.new_zeros(y.shape[0], *operator.image_shape(tuple(y.shape[1:])))
         return operator.prox(y, grey, 4.0 * self.noise_std**2)
 
     def moved(self, latents: Tensor, before: Tensor, after: Tensor) -> Tensor:

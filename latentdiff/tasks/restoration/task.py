@@ -169,16 +169,16 @@ def restore(
     levels = way.levels(pipe.schedule, steps)
     problem = InverseProblem(fitted, measured.to(pipe.device), autoencoder_of(pipe))
     plan = replace(plan, levels=levels, sampler=replace(plan.sampler, step=_batch_step(way, problem, levels)))
-    pictures, residuals = _walk(pipe, plan, way, problem, keep_measurement)
+    decoded, residuals = _walk(pipe, plan, way, problem, keep_measurement)
 
     about = RestoreSettings(
         operator=describe(operator), method=method, settings=dict(settings or {}), keep_measurement=keep_measurement
     )
-    images = with_recipes(pipe, to_pil(pictures), plan, TASK, asdict(about), sources)
+    images = with_recipes(pipe, to_pil(decoded), plan, TASK, asdict(about), sources)
     first = replace(plan, prompts=plan.prompts[:1], negatives=plan.negatives[:1], seeds=plan.seeds[:1])
     of_mean = asdict(replace(about, samples=samples))
-    (mean,) = with_recipes(pipe, to_pil(pictures.mean(dim=0, keepdim=True)), first, TASK, of_mean, sources)
-    spread = pictures.var(dim=0).mean(dim=0).sqrt() if samples > 1 else None  # (H, W)
+    (mean,) = with_recipes(pipe, to_pil(decoded.mean(dim=0, keepdim=True)), first, TASK, of_mean, sources)
+    spread = decoded.var(dim=0).mean(dim=0).sqrt() if samples > 1 else None  # (H, W)
     return Restoration(images, mean, spread, residuals, operator.noise_std)
 
 
@@ -212,14 +212,14 @@ def autoencoder_of(pipe: Pipeline) -> Autoencoder:
     """The pipeline's VAE as functions that gradients pass; one image at a time, or two small ones; float32
     outside."""
 
-    def encode(pictures: Tensor) -> Tensor:
+    def encode(images: Tensor) -> Tensor:
         def one(part: Tensor) -> Tensor:
             return finite_or_float32(
                 "the VAE's encoder", pipe.vae, lambda dtype: pipe.vae.encode(part.to(dtype)).mode()
             )
 
-        at_once = 2 if pictures.shape[-2] * pictures.shape[-1] <= SMALL else 1
-        return torch.cat([one(part).float() for part in pictures.split(at_once)])
+        at_once = 2 if images.shape[-2] * images.shape[-1] <= SMALL else 1
+        return torch.cat([one(part).float() for part in images.split(at_once)])
 
     def decode(latents: Tensor) -> Tensor:
         def one(latent: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ def _fitted(operator: Operator, measured: Tensor, pipe: Pipeline) -> Operator:
     Raises:
         UsageError: the operator does not fit the measurement, or the image is too small.
     """
-    shape = operator.picture_shape(_shape(measured))
+    shape = operator.image_shape(_shape(measured))
     expected = operator.measurement_shape(shape)
     if _shape(measured) != expected:
         raise UsageError(f"expected a measurement of shape {expected} for this operator, found {_shape(measured)}")
@@ -286,15 +286,15 @@ def _walk(
     """The images (N, 3, H, W) on the CPU, and how far each misses the measurement before it is clipped to [-1, 1]."""
     operator = problem.operator
     factor = pipe.vae.config.downscale
-    height, width = operator.picture_shape(_shape(problem.measurement))[1:]
+    height, width = operator.image_shape(_shape(problem.measurement))[1:]
     shape = (pipe.vae.config.latent_channels, height // factor, width // factor)
 
     def start(part: slice, noise: NoiseStream) -> Start:
         return Start(way.start(_for_batch(problem, part.stop - part.start), noise))
 
-    pictures = pipe.decode(pipe.sample(plan, shape, start))
-    everyone = _for_batch(problem, len(pictures))
+    images = pipe.decode(pipe.sample(plan, shape, start))
+    everyone = _for_batch(problem, len(images))
     if keep:
-        pictures = within_noise(operator, everyone.measurement, pictures, max(operator.noise_std, EIGHT_BITS))
-    residuals = everyone.residual(pictures).tolist()
-    return (operator.crop(pictures) if isinstance(operator, Inside) else pictures).clamp(-1, 1).cpu(), residuals
+        images = within_noise(operator, everyone.measurement, images, max(operator.noise_std, EIGHT_BITS))
+    residuals = everyone.residual(images).tolist()
+    return (operator.crop(images) if isinstance(operator, Inside) else images).clamp(-1, 1).cpu(), residuals

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from latentdiff.reading.colours import as_rgb, orientation
-from latentdiff.reading.pictures import opened
+from latentdiff.reading.images import opened
 
 # Only these readers are asked, whatever a file is called.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")

@@ -41,12 +41,12 @@ class Nearest:
     Args:
         sample: its file, relative to the run folder.
         training: name of the training image.
-        picture: file of a small version of that, relative to the run folder.
+        thumbnail: file of a small version of that, relative to the run folder.
     """
 
     sample: str
     training: str
-    picture: str
+    thumbnail: str
     distance: float
     mirrored: bool
     suspicious: bool
@@ -86,8 +86,8 @@ def check_copies(
     Raises:
         DataError: an image cannot be read.
     """
-    pictures = [open_image(path) for path in samples]
-    found, usual = nearest_images(pictures, load, images)
+    drawn = [open_image(path) for path in samples]
+    found, usual = nearest_images(drawn, load, images)
     threshold = _NEAR * (usual or _UNKNOWN_USUAL)
     nearest = []
     for number, (path, (index, distance, mirrored)) in enumerate(zip(samples, found, strict=True)):
@@ -127,8 +127,8 @@ def nearest_images(
     count = len(samples)
     calibration = images[:: max(1, len(images) // _CALIBRATION)][:_CALIBRATION]
     queries = np.stack(
-        [features(picture) for picture in samples]
-        + [features(ImageOps.mirror(picture)) for picture in samples]
+        [features(image) for image in samples]
+        + [features(ImageOps.mirror(image)) for image in samples]
         + [features(load(index)) for index in calibration]
     )  # (2 samples + calibration, d)
     best = np.full(len(queries), np.inf)
@@ -156,9 +156,9 @@ def _chunks(load: Callable[[int], Image.Image], images: Sequence[int]) -> Iterat
             yield np.array(indices), np.stack(list(pool.map(lambda index: features(load(index)), indices)))
 
 
-def features(picture: Image.Image) -> np.ndarray:
+def features(image: Image.Image) -> np.ndarray:
     """The vector by which images are compared, (3 * 32 * 32,) float64; an image of one colour gives zeros."""
-    small = picture.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX)
+    small = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX)
     values = np.asarray(small, dtype=np.float64) / 255.0
     values = (
         values - values.mean((0, 1))

@@ -200,7 +200,7 @@ def _sheets(run: Path) -> tuple[list[dict[str, Any]], str]:
     titles = {"ema": "averaged weights (EMA), which the result has", "raw": "raw weights of the step"}
     sheets = []
     for weights, title in titles.items():
-        columns = [_pictures(folder / weights) for folder in shown]
+        columns = [_images(folder / weights) for folder in shown]
         count = max((len(column) for column in columns), default=0)
         if count:
             rows = [[column[row] if row < len(column) else None for column in columns] for row in range(count)]
@@ -209,7 +209,7 @@ def _sheets(run: Path) -> tuple[list[dict[str, Any]], str]:
                     "title": title,
                     "steps": [int(folder.name.removeprefix("step-")) for folder in shown],
                     "rows": [
-                        {"prompt": _prompt(row), "pictures": [path and _embedded(path) for path in row]} for row in rows
+                        {"prompt": _prompt(row), "images": [path and _embedded(path) for path in row]} for row in rows
                     ],
                 }
             )
@@ -224,7 +224,7 @@ def _spread(items: Sequence[Path], most: int) -> list[Path]:
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.png") if path.stem.isdecimal())
 
 
@@ -238,13 +238,13 @@ def _prompt(row: Sequence[Path | None]) -> str:
 
 def _embedded(path: Path, largest: int = _LARGEST) -> str:
     """The image as a data: URL; large ones are made smaller."""
-    picture = open_image(path)
+    image = open_image(path)
     data, kind = path.read_bytes(), "png"
-    if max(picture.size) > largest or len(data) > _SMALL_FILE:
-        picture = picture.convert("RGB")
-        picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
+    if max(image.size) > largest or len(data) > _SMALL_FILE:
+        image = image.convert("RGB")
+        image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=88)
+        image.save(buffer, "JPEG", quality=88)
         data, kind = buffer.getvalue(), "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
@@ -264,7 +264,7 @@ def _copying(run: Path, check: CopyCheck | None) -> dict[str, Any] | None:
     pairs = [
         {
             "sample": _embedded(run / one.sample),
-            "training": _embedded(run / one.picture),
+            "training": _embedded(run / one.thumbnail),
             "name": one.training,
             "distance": number(one.distance),
             "mirrored": one.mirrored,

@@ -43,9 +43,9 @@ class TensorBoard:
             if name != "step":
                 self._writer.add_scalar(_tag(name), value, step)
 
-    def picture(self, name: str, picture: Image.Image, step: int) -> None:
+    def image(self, name: str, image: Image.Image, step: int) -> None:
         """Take in a sample sheet."""
-        self._writer.add_image(f"samples/{name}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        self._writer.add_image(f"samples/{name}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()

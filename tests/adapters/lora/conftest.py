@@ -29,12 +29,12 @@ def make(pipe, targets=EVERYTHING, rank=4, alpha=2.0, seed=1) -> LoRA:
     return fill(LoRA.create(pipe.unet, pipe.text_encoder, LoRASpec(rank, alpha, targets)), seed)
 
 
-def our_picture(pipe) -> np.ndarray:
+def our_image(pipe) -> np.ndarray:
     (image,) = pipe("a photo of the cat", negative_prompt="dog", steps=2, seed=3, progress=False)
     return np.asarray(image).astype(int)
 
 
-def their_picture(pipe) -> np.ndarray:
+def their_image(pipe) -> np.ndarray:
     """The same image by diffusers."""
     from diffusers import DDIMScheduler
 

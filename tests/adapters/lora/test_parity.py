@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from latentdiff.adapters.lora import LoRA, LoRALayer, load_lora, save_lora
 from latentdiff.engines.fast_forms import use_plain_forms
 from tests import peers
-from tests.adapters.lora.conftest import EVERYTHING, make, our_outputs, our_picture, their_outputs, their_picture
+from tests.adapters.lora.conftest import EVERYTHING, make, our_image, our_outputs, their_image, their_outputs
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -23,14 +23,14 @@ def agree(a, b) -> None:
 
 @pytest.mark.parametrize("dialect", ["kohya", "peft"])
 def test_diffusers_reads_what_we_write(ours, theirs, dialect, tmp_path):
-    plain = our_picture(ours)
+    plain = our_image(ours)
     lora = make(ours)
     save_lora(lora, tmp_path / "lora.safetensors", dialect=dialect)
     theirs.load_lora_weights(tmp_path / "lora.safetensors")
     with lora.attached():
         agree(our_outputs(ours), their_outputs(theirs))
-        mine = our_picture(ours)
-    assert np.abs(mine - their_picture(theirs)).max() <= 1
+        mine = our_image(ours)
+    assert np.abs(mine - their_image(theirs)).max() <= 1
     assert np.abs(mine - plain).max() > 5
 
 
@@ -86,7 +86,7 @@ def test_we_read_what_diffusers_writes(ours, theirs, alpha, tmp_path):
     assert report.matched == report.total == len(lora.layers) > 100
     with lora.attached():
         agree(our_outputs(ours), their_outputs(theirs))
-        assert np.abs(our_picture(ours) - their_picture(theirs)).max() <= 1
+        assert np.abs(our_image(ours) - their_image(theirs)).max() <= 1
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -186,15 +186,15 @@ def test_unloading_restores_every_bit(ours, tmp_path):
     for seed, rank in ((1, 2), (2, 3)):
         save_lora(make(ours, rank=rank, seed=seed), tmp_path / f"{seed}.safetensors")
     weights = {name: p.clone() for part in (ours.unet, ours.text_encoder) for name, p in part.state_dict().items()}
-    plain = our_picture(ours)
+    plain = our_image(ours)
     assert str(ours.load_lora(tmp_path / "1.safetensors", scale=0.5)).startswith("matched 2")
-    one = our_picture(ours)
+    one = our_image(ours)
     ours.load_lora(tmp_path / "2.safetensors", scale=-0.25, name="second")
-    both = our_picture(ours)
+    both = our_image(ours)
     ours.unload_lora("second")
-    assert np.array_equal(our_picture(ours), one)
+    assert np.array_equal(our_image(ours), one)
     ours.unload_lora()
-    assert np.array_equal(our_picture(ours), plain)
+    assert np.array_equal(our_image(ours), plain)
     assert not np.array_equal(one, plain) and not np.array_equal(one, both)
     for part in (ours.unet, ours.text_encoder):
         assert all(torch.equal(weights[name], p) for name, p in part.state_dict().items())
@@ -209,7 +209,7 @@ def test_several_with_own_scales_equal_diffusers(ours, theirs, tmp_path):
     ours.load_lora(tmp_path / "1.safetensors", scale=0.75)
     ours.load_lora(tmp_path / "2.safetensors", scale=0.5)
     agree(our_outputs(ours), their_outputs(theirs))
-    assert np.abs(our_picture(ours) - their_picture(theirs)).max() <= 1
+    assert np.abs(our_image(ours) - their_image(theirs)).max() <= 1
 
 
 def test_recipes_name_the_loras(tmp_path):
@@ -229,6 +229,6 @@ def test_half_precision_model_with_a_lora(tmp_path):
     pipe = peers.ours("sd1")
     save_lora(make(pipe), tmp_path / "a.safetensors")
     pipe.load_lora(tmp_path / "a.safetensors")
-    exact = our_picture(pipe)
+    exact = our_image(pipe)
     pipe.to("cpu", "bf16")
-    assert np.abs(our_picture(pipe) - exact).mean() < 6
+    assert np.abs(our_image(pipe) - exact).mean() < 6

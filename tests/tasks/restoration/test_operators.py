@@ -73,7 +73,7 @@ def test_shapes_fit_and_the_adjoint_is_the_adjoint(operator):
     shape = operator.measurement_shape((3, *SIZE))
     y = normal(2, *shape, seed=1)
     assert operator.apply(x).shape == y.shape
-    assert operator.picture_shape(shape) == (3, *SIZE)
+    assert operator.image_shape(shape) == (3, *SIZE)
     assert operator.adjoint(y).shape == x.shape
     torch.testing.assert_close((operator.apply(x) * y).sum(), (x * operator.adjoint(y)).sum(), rtol=1e-12, atol=1e-12)
 
@@ -114,7 +114,7 @@ def truth_less(operator, x):
     return x - operator.pinv(operator.apply(x))
 
 
-def test_one_picture_does_not_depend_on_its_batch(operator):
+def test_one_image_does_not_depend_on_its_batch(operator):
     y = normal(3, *operator.measurement_shape((3, *SIZE)), seed=1) * torch.tensor([0.1, 1.0, 10.0]).view(3, 1, 1, 1)
     z = normal(3, 3, *SIZE, seed=2)
     together = operator.prox(y, z, 0.1)
@@ -123,7 +123,7 @@ def test_one_picture_does_not_depend_on_its_batch(operator):
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATORS if not name.startswith(("colour", "function", "inpaint"))])
-def test_a_plain_picture_stays_plain(name):
+def test_a_plain_image_stays_plain(name):
     operator = OPERATORS[name]
     y = operator.apply(torch.full((1, 3, *SIZE), 0.3, dtype=torch.float64))
     torch.testing.assert_close(y, torch.full_like(y, 0.3))
@@ -174,9 +174,9 @@ def test_a_point_stays_in_the_middle_of_a_symmetric_blur():
 
 
 def test_luminance_is_that_of_pillow():
-    picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).mul(255).round()
-    grey = ops.Colourise().apply(picture)[0, 0]
-    image = Image.fromarray(picture[0].permute(1, 2, 0).byte().numpy())
+    coloured = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).mul(255).round()
+    grey = ops.Colourise().apply(coloured)[0, 0]
+    image = Image.fromarray(coloured[0].permute(1, 2, 0).byte().numpy())
     assert (grey - torch.from_numpy(np.asarray(image.convert("L"), dtype=np.float32))).abs().max() <= 0.51
 
 
@@ -285,7 +285,7 @@ def test_an_outer_product_at_mirrors_is_solved_as_iterations_solve_it(name, monk
     torch.testing.assert_close(operator.prox(y, z, 0.1), by_iterations, rtol=0, atol=1e-9)
 
 
-def test_other_kernels_and_large_pictures_are_left_to_iterations(monkeypatch):
+def test_other_kernels_and_large_images_are_left_to_iterations(monkeypatch):
     z = torch.zeros(1, 3, 24, 32, dtype=torch.float64)
     assert ops.Deblur(motion_blur(9.0, 45.0))._separated(z) is None
     assert ops.Deblur(gaussian_blur(1.5))._separated(z) is not None

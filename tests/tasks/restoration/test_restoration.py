@@ -60,7 +60,7 @@ class Draws:
 
 def walk(method, denoiser, problem, steps, *, x=None, seed=9, view=lambda noise: noise):
     """The last latents of a method, from given noise; `view` is how the noise is arranged."""
-    shape = tuple(problem.measurement.shape[:1]) + problem.operator.picture_shape(tuple(problem.measurement.shape[1:]))
+    shape = tuple(problem.measurement.shape[:1]) + problem.operator.image_shape(tuple(problem.measurement.shape[1:]))
     draws = Draws(*shape, seed=seed)
     noise = lambda: view(draws())  # noqa: E731
     levels = method.levels(SCHEDULE, steps)
@@ -154,7 +154,7 @@ def field(side: int = 32, *, seed: int = 0, count: int = 1):
     power = radius**-2.5
     power = 0.25 * power / power.mean()
     white = normal(count, 1, side, side, seed=seed)
-    pictures = torch.fft.ifft2(torch.fft.fft2(white) * power.sqrt()).real
+    images = torch.fft.ifft2(torch.fft.fft2(white) * power.sqrt()).real
 
     def filtered(x, response):
         return torch.fft.ifft2(torch.fft.fft2(x) * response).real
@@ -164,7 +164,7 @@ def field(side: int = 32, *, seed: int = 0, count: int = 1):
         eps = (x - level.alpha * x0) / level.sigma
         return Prediction(x0, eps, eps)
 
-    return pictures, denoiser, power, filtered
+    return images, denoiser, power, filtered
 
 
 def psnr(a, b):
@@ -371,7 +371,7 @@ def test_graikos_gradient_is_that_of_differences():
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_pictures_do_not_depend_on_their_batch_and_no_graph_is_kept(method):
+def test_images_do_not_depend_on_their_batch_and_no_graph_is_kept(method):
     problem = small_problem()
     with torch.no_grad():
         together = walk(method, mixture(), problem, 8)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (16, 12)) -> Image.Image:
+def an_image(seed: int = 0, size: tuple[int, int] = (16, 12)) -> Image.Image:
     """Smooth colours that no other seed has."""
     grid = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), dtype=np.uint8)
     return Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC)
@@ -27,7 +27,7 @@ def jsonl_folder(folder: Path, count: int = 3, *, size: tuple[int, int] = (16, 1
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for index in range(count):
-        picture(seed + index, size).save(folder / f"{index}.png")
+        an_image(seed + index, size).save(folder / f"{index}.png")
         rows.append({"file_name": f"{index}.png", "text": f"picture {seed + index}"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

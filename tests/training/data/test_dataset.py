@@ -9,7 +9,7 @@ from PIL import Image
 
 from latentdiff.errors import DataError, MissingDependencyError, UsageError
 from latentdiff.training.data import DataSource, read_dataset
-from tests.training.data.build import encoded, jsonl_folder, picture, shard
+from tests.training.data.build import an_image, encoded, jsonl_folder, shard
 
 
 def rows_folder(folder, rows):
@@ -18,7 +18,7 @@ def rows_folder(folder, rows):
     for number, row in enumerate(rows):
         path = folder / row["file_name"]
         path.parent.mkdir(exist_ok=True)
-        picture(number).save(path)
+        an_image(number).save(path)
     return folder
 
 
@@ -34,7 +34,7 @@ def test_jsonl_with_several_captions(tmp_path):
         assert data.names == ("b.png", "sub/a.png")
         assert data.captions == (("one", "two words"), ("first",))
         assert data.sizes == [(16, 12)] * 2
-        assert np.array_equal(data.load(1), picture(1))
+        assert np.array_equal(data.load(1), an_image(1))
 
 
 def test_csv(tmp_path):
@@ -77,7 +77,7 @@ def test_metadata_in_subfolders(tmp_path):
 @pytest.mark.parametrize("suffix", [".txt", ".caption"])
 def test_sidecars(tmp_path, suffix):
     for number, name in enumerate(("b.jpg", "a.PNG", ".hidden.png")):
-        picture(number).save(tmp_path / name)
+        an_image(number).save(tmp_path / name)
         (tmp_path / name).with_suffix(suffix).write_text(f"\ufeffcaption of\n{name}\n", encoding="utf-8")
     data = read_dataset([tmp_path])
     assert data.names == ("a.PNG", "b.jpg") and data.captions[1] == ("caption of b.jpg",)
@@ -93,13 +93,13 @@ def test_train_beside_validation(tmp_path):
 
 def test_shards(tmp_path):
     row = json.dumps({"caption": ["three", "3"], "long": "a long one"}).encode()
-    shard(tmp_path / "0.tar", {"x/a": {"png": encoded(picture(0)), "txt": b"one"}, "b.c": {"jpg": b"", "txt": b"lost"}})
-    shard(tmp_path / "1.tar", {"c": {"json": row, "PNG": encoded(picture(3))}})
+    shard(tmp_path / "0.tar", {"x/a": {"png": encoded(an_image(0)), "txt": b"one"}, "b.c": {"jpg": b"", "txt": b"lost"}})
+    shard(tmp_path / "1.tar", {"c": {"json": row, "PNG": encoded(an_image(3))}})
     for source in (tmp_path, tmp_path / "{0..1}.tar"):
         data = read_dataset([source])
         assert data.names == ("0.tar/x/a", "1.tar/c")
         assert data.captions == (("one",), ("three", "3"))
-        assert np.array_equal(data.load(1), picture(3))
+        assert np.array_equal(data.load(1), an_image(3))
         # The key ends at the first dot, so that "b.c.jpg" is the field "c.jpg", which is no image.
         assert [problem.name for problem in data.problems] == ["0.tar/b"]
     data = read_dataset([tmp_path / "1.tar"], caption_column="long")
@@ -109,7 +109,7 @@ def test_shards(tmp_path):
 
 
 def test_damaged_shard(tmp_path):
-    shard(tmp_path / "0.tar", {"a": {"png": encoded(picture(0)), "txt": b"one"}})
+    shard(tmp_path / "0.tar", {"a": {"png": encoded(an_image(0)), "txt": b"one"}})
     (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:-11000])
     with pytest.raises(DataError, match=r"0\.tar|truncated"):
         read_dataset([tmp_path], strict=True)
@@ -117,7 +117,7 @@ def test_damaged_shard(tmp_path):
 
 def test_saved_data_set(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    columns = {"image": [picture(0), picture(1)], "text": ["one", "two"]}
+    columns = {"image": [an_image(0), an_image(1)], "text": ["one", "two"]}
     table = datasets.Dataset.from_dict(
         columns, features=datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
     )
@@ -127,13 +127,13 @@ def test_saved_data_set(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for name in ("table", "hub", "splits"):
         data = read_dataset([tmp_path / name])
-        assert data.captions == (("one",), ("two",)) and np.array_equal(data.load(1), picture(1))
+        assert data.captions == (("one",), ("two",)) and np.array_equal(data.load(1), an_image(1))
     assert data.notes == [f"{tmp_path / 'splits'}: took the split 'train' of train, test"]
 
 
 def test_hub_id(monkeypatch):
     datasets = pytest.importorskip("datasets")
-    columns = {"image": [picture(0), picture(1)], "caption": ["one", "two"]}
+    columns = {"image": [an_image(0), an_image(1)], "caption": ["one", "two"]}
     features = datasets.Features(image=datasets.Image(), caption=datasets.Value("string"))
     asked = []
     monkeypatch.setattr(
@@ -147,7 +147,7 @@ def test_hub_id(monkeypatch):
     assert asked == [(("someone/pictures",), {"split": "train"})]
     assert data.names == ("row 0", "row 1") and data.captions == (("one",), ("two",))
     assert (
-        np.array_equal(data.load(1), picture(1)) and data.fingerprint == read_dataset(["someone/pictures"]).fingerprint
+        np.array_equal(data.load(1), an_image(1)) and data.fingerprint == read_dataset(["someone/pictures"]).fingerprint
     )
 
 
@@ -183,19 +183,19 @@ def make_empty(folder):
 
 def make_uncaptioned(folder):
     folder.mkdir()
-    picture().save(folder / "x.png")
+    an_image().save(folder / "x.png")
     (folder / "metadata.json1").write_text("{}")
 
 
 def make_unmatched(folder):
     folder.mkdir()
-    picture().save(folder / "x.png")
+    an_image().save(folder / "x.png")
     (folder / "y.txt").write_text("a caption")
 
 
 def make_half_captioned(folder):
     make_unmatched(folder)
-    picture().save(folder / "y.png")
+    an_image().save(folder / "y.png")
 
 
 def make_only_captions(folder):
@@ -259,7 +259,7 @@ def test_missing_captions_may_be_allowed(tmp_path):
 
 def bad_folder(folder):
     jsonl_folder(folder, 4)
-    (folder / "1.png").write_text("I am no picture")
+    (folder / "1.png").write_text("I am no image")
     os.remove(folder / "2.png")
     data = (folder / "3.png").read_bytes()
     (folder / "3.png").write_bytes(data[: len(data) * 2 // 3])
@@ -288,7 +288,7 @@ def test_headers_alone_do_not_show_what_is_cut_off(tmp_path):
 
 def test_one_bad_caption_costs_one_image_and_all_are_named(tmp_path):
     for index in range(4):
-        picture(index).save(tmp_path / f"{index}.png")
+        an_image(index).save(tmp_path / f"{index}.png")
         (tmp_path / f"{index}.txt").write_bytes("grün".encode("latin-1" if index in (1, 3) else "utf-8"))
     data = read_dataset([tmp_path])
     assert data.names == ("0.png", "2.png")
@@ -300,7 +300,7 @@ def test_one_bad_caption_costs_one_image_and_all_are_named(tmp_path):
 
 
 def test_endings_count_in_any_case_and_unread_images_are_named(tmp_path):
-    picture().save(tmp_path / "a.PNG")
+    an_image().save(tmp_path / "a.PNG")
     (tmp_path / "a.TXT").write_text("a caption")
     (tmp_path / "b.HEIC").write_bytes(b"?")
     (tmp_path / "c.Txt").write_text("alone")
@@ -348,21 +348,21 @@ def test_fingerprint_follows_the_images(tmp_path):
     os.utime(folder / "1.png", ns=(1, 1))
     assert read_dataset([folder]).fingerprint == first
     about = os.stat(folder / "1.png")
-    picture(7).save(folder / "1.png")  # as old as before
+    an_image(7).save(folder / "1.png")  # as old as before
     os.utime(folder / "1.png", ns=(about.st_atime_ns, about.st_mtime_ns))
     assert read_dataset([folder]).fingerprint != first
 
 
 def test_an_index_spares_reading_the_images_again(tmp_path, monkeypatch):
     folder, index = bad_folder(tmp_path / "x"), tmp_path / "index"
-    picture(9).save(folder / "2.png")
+    an_image(9).save(folder / "2.png")
     first = read_dataset([folder], index=index)
     with monkeypatch.context() as patch:
         patch.setattr("latentdiff.training.data.dataset.read_image", None)
         again = read_dataset([folder], index=index)
     assert again == first and again.fingerprint == first.fingerprint and len(again.problems) == 2
     os.remove(folder / "1.png")
-    picture(1, (8, 8)).save(folder / "1.png")
+    an_image(1, (8, 8)).save(folder / "1.png")
     assert read_dataset([folder], index=index).sizes == [(16, 12), (8, 8), (16, 12)]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from latentdiff.training.data.duplicates import look_at, near, same, shared
-from tests.training.data.build import encoded, picture
+from tests.training.data.build import an_image, encoded
 
 
 def looks(*images):
@@ -16,12 +16,12 @@ def jpeg(image):
 
 
 def big(seed):
-    return picture(seed, (128, 96))
+    return an_image(seed, (128, 96))
 
 
 def test_equal_pixels():
     assert same(looks(big(0), big(1), big(0), big(2), big(1))) == [[0, 2], [1, 4]]
-    assert same(looks(picture(0, (16, 12)), Image.fromarray(np.asarray(picture(0, (16, 12))).reshape(16, 12, 3)))) == []
+    assert same(looks(an_image(0, (16, 12)), Image.fromarray(np.asarray(an_image(0, (16, 12))).reshape(16, 12, 3)))) == []
 
 
 def test_nearly_equal():

@@ -6,7 +6,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from latentdiff.errors import DataError
 from latentdiff.training.data.images import image_size, read_image
-from tests.training.data.build import encoded, picture
+from tests.training.data.build import an_image, encoded
 
 
 def pixels(content: bytes, **options) -> np.ndarray:
@@ -17,15 +17,15 @@ def pixels(content: bytes, **options) -> np.ndarray:
 def test_exif_rotation(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    content = encoded(picture(), "PNG", exif=exif)
+    content = encoded(an_image(), "PNG", exif=exif)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     assert np.array_equal(pixels(content), np.asarray(expected))
     assert image_size(content, "x") == expected.size == ((12, 16) if orientation >= 5 else (16, 12))
 
 
 def test_broken_exif_leaves_the_image_as_it_is():
-    content = encoded(picture(), "PNG", exif=b"Exif\0\0nonsense")
-    assert np.array_equal(pixels(content), np.asarray(picture()))
+    content = encoded(an_image(), "PNG", exif=b"Exif\0\0nonsense")
+    assert np.array_equal(pixels(content), np.asarray(an_image()))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -44,7 +44,7 @@ def test_half_transparent():
 
 
 def test_palette():
-    image = picture().quantize(8)
+    image = an_image().quantize(8)
     assert np.array_equal(pixels(encoded(image)), np.asarray(image.convert("RGB")))
 
 
@@ -64,13 +64,13 @@ def test_cmyk_without_a_profile():
 def test_profiles_are_converted():
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB", 5000)).tobytes()
     same = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    plain = np.asarray(picture())
+    plain = np.asarray(an_image())
     for profile in (same, b"broken", lab):  # a LAB profile does not fit an RGB image
-        assert np.array_equal(pixels(encoded(picture(), "PNG", icc_profile=profile)), plain)
+        assert np.array_equal(pixels(encoded(an_image(), "PNG", icc_profile=profile)), plain)
 
 
 def truncated() -> bytes:
-    return encoded(picture(size=(200, 200)), "JPEG")[:2000]
+    return encoded(an_image(size=(200, 200)), "JPEG")[:2000]
 
 
 @pytest.mark.parametrize(

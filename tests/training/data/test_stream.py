@@ -10,7 +10,7 @@ import pytest
 from latentdiff.errors import DataError, UsageError
 from latentdiff.training.data.shards import members_of
 from latentdiff.training.data.stream import Sample, ShardStream, _samples
-from tests.training.data.build import encoded, picture, shard
+from tests.training.data.build import an_image, encoded, shard
 
 pytest.importorskip("webdataset")
 
@@ -146,14 +146,14 @@ def test_samples(tmp_path):
     path = shard(
         tmp_path / "0.tar",
         {
-            "x.y/a": {"PNG": encoded(picture(1)), "json": b'{"caption": ["one", "two"], "long": "three"}'},
+            "x.y/a": {"PNG": encoded(an_image(1)), "json": b'{"caption": ["one", "two"], "long": "three"}'},
             "x.y/b": {"cls": b"1"},
             "__notes__/a": {"txt": b"a note of the library's own"},
-            "c": {"seg.png": encoded(picture(2)), "jpg": b"", "txt": b"four"},
+            "c": {"seg.png": encoded(an_image(2)), "jpg": b"", "txt": b"four"},
         },
     )
     first, second, third = _samples(path)
-    assert np.array_equal(first.image(), picture(1))
+    assert np.array_equal(first.image(), an_image(1))
     assert first.captions() == ("one", "two") and first.captions("long") == ("three",)
     assert third.captions() == ("four",)
     with pytest.raises(DataError, match=r"0.tar/x.y/b has no image; its fields are cls"):
@@ -187,7 +187,7 @@ def resident() -> int:
 def test_200_000_samples_in_flat_memory(tmp_path):
     """Images of 2 KB each, 400 MB in all, 4096 of them in the buffers: memory stays where it was after the first
     tenth."""
-    content = {"png": encoded(picture(0, (24, 24))), "txt": b"a small image"}
+    content = {"png": encoded(an_image(0, (24, 24))), "txt": b"a small image"}
     paths = tuple(
         shard(tmp_path / f"{number:03}.tar", {f"{number:03}-{i:04}": content for i in range(4000)})
         for number in range(50)

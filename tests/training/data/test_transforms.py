@@ -5,22 +5,22 @@ from PIL import Image, ImageOps
 from latentdiff.errors import UsageError
 from latentdiff.training.data.randomness import generator
 from latentdiff.training.data.transforms import prepare
-from tests.training.data.build import picture
+from tests.training.data.build import an_image
 
 
 def test_an_image_that_fits_is_left_alone():
-    assert np.array_equal(prepare(picture(), (16, 12)), np.asarray(picture()))
+    assert np.array_equal(prepare(an_image(), (16, 12)), np.asarray(an_image()))
 
 
 @pytest.mark.parametrize("size", [(40, 30), (41, 17), (9, 33)])
 def test_center_crop_is_that_of_pillow(size):
-    image = picture(size=size)
+    image = an_image(size=size)
     expected = ImageOps.fit(image, (8, 8), Image.Resampling.LANCZOS)
     assert np.array_equal(prepare(image, (8, 8)), np.asarray(expected))
 
 
 def test_crop_without_scaling_copies_pixels():
-    image = picture(size=(33, 16))
+    image = an_image(size=(33, 16))
     assert np.array_equal(prepare(image, (16, 16)), np.asarray(image)[:, 8:24])
     whole = np.asarray(image)
     for number in range(10):
@@ -29,22 +29,22 @@ def test_crop_without_scaling_copies_pixels():
 
 
 def test_random_crops_and_flips_follow_the_generator():
-    image = picture(size=(64, 16))
+    image = an_image(size=(64, 16))
     crops = [prepare(image, (16, 16), crop="random", rng=generator(number)).tobytes() for number in (0, 0, 1, 2)]
     assert crops[0] == crops[1] and len(set(crops)) == 3
-    flips = [prepare(picture(), (16, 12), flip=True, rng=generator(number)) for number in range(20)]
-    plain = np.asarray(picture())
+    flips = [prepare(an_image(), (16, 12), flip=True, rng=generator(number)) for number in range(20)]
+    plain = np.asarray(an_image())
     mirrored = [np.array_equal(flip, plain[:, ::-1]) for flip in flips]
     assert 3 < sum(mirrored) < 17 and all(np.array_equal(flips[i], plain) for i in range(20) if not mirrored[i])
 
 
 def test_sides():
-    assert prepare(picture(size=(50, 20)), (24, 8)).shape == (8, 24, 3)
-    assert prepare(picture(size=(20000, 100)), (128, 64)).shape == (64, 128, 3)
+    assert prepare(an_image(size=(50, 20)), (24, 8)).shape == (8, 24, 3)
+    assert prepare(an_image(size=(20000, 100)), (128, 64)).shape == (64, 128, 3)
 
 
 def test_wrong_usage():
     with pytest.raises(UsageError, match="one of center, random"):
-        prepare(picture(), (8, 8), crop="left")
+        prepare(an_image(), (8, 8), crop="left")
     with pytest.raises(UsageError, match="generator"):
-        prepare(picture(), (8, 8), flip=True)
+        prepare(an_image(), (8, 8), flip=True)

@@ -50,7 +50,7 @@ def assert_same(first, second, **tolerance):
         )
 
 
-def test_lora_learns_and_its_file_changes_pictures(tmp):
+def test_lora_learns_and_its_file_changes_images(tmp):
     targets = ["attention", "convolutions"]
     result = run(
         settings(

@@ -61,17 +61,17 @@ def test_resumed_equals_unbroken(tmp):
         assert torch.equal(state_of(tmp / "parts")[name], value), name
 
 
-def test_pictures_with_a_word_are_made_again_from_their_recipe(tmp, monkeypatch):
+def test_images_with_a_word_are_made_again_from_their_recipe(tmp, monkeypatch):
     monkeypatch.chdir(tmp)
     path = learn(tmp, max_steps=2)
     command = f"generate <spot> --model {model_folder()} --lora {path} --steps 2 --seed 3 --out images --device cpu"
     assert CliRunner().invoke(cli, command.split(), catch_exceptions=False).exit_code == 0
-    (picture,) = (tmp / "images").glob("*.png")
+    (image,) = (tmp / "images").glob("*.png")
     from PIL import Image
 
-    (entry,) = read_recipe(Image.open(picture).info).loras
+    (entry,) = read_recipe(Image.open(image).info).loras
     assert entry["file"] == "embedding.safetensors"
-    again = f"reproduce {picture} --model {model_folder()} --lora-dir {path.parent} --device cpu"
+    again = f"reproduce {image} --model {model_folder()} --lora-dir {path.parent} --device cpu"
     assert CliRunner().invoke(cli, again.split(), catch_exceptions=False).exit_code == 0
 
 

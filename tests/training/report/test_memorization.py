@@ -10,13 +10,13 @@ from PIL import Image, ImageFilter, ImageOps
 from latentdiff.training.report.memorization import check_copies, nearest_images, read_copy_check
 
 
-def picture(seed: int, size: int = 96) -> Image.Image:
+def an_image(seed: int, size: int = 96) -> Image.Image:
     """A smooth random image."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
 
 
-TRAINING = [picture(seed) for seed in range(30)]
+TRAINING = [an_image(seed) for seed in range(30)]
 
 
 def compressed(image: Image.Image) -> Image.Image:
@@ -45,10 +45,10 @@ def test_a_pasted_training_image_is_found(tmp_path, disguise):
     assert found.mirrored == (disguise == "mirrored")
 
 
-def test_new_pictures_are_not_flagged(tmp_path):
+def test_new_images_are_not_flagged(tmp_path):
     paths = [tmp_path / f"{seed}.png" for seed in range(100, 120)]
     for seed, path in enumerate(paths, start=100):
-        picture(seed).save(path)
+        an_image(seed).save(path)
     check = check_copies(tmp_path, paths, [f"{i}.png" for i in range(30)], TRAINING.__getitem__, range(30))
     assert check.suspicious == 0
 
@@ -82,7 +82,7 @@ def test_duplicates_in_the_data_do_not_lower_the_threshold():
 
 def test_one_training_image_is_enough_to_find_its_copy(tmp_path):
     TRAINING[0].save(tmp_path / "copy.png")
-    picture(99).save(tmp_path / "new.png")
+    an_image(99).save(tmp_path / "new.png")
     check = check_copies(tmp_path, [tmp_path / "copy.png", tmp_path / "new.png"], ["a"], TRAINING.__getitem__, [0])
     assert [one.suspicious for one in check.nearest] == [True, False]
 
@@ -94,7 +94,7 @@ def test_what_is_written_is_read_again(tmp_path):
     )
     assert read_copy_check(tmp_path) == check
     assert (check.compared, check.training_images) == (20, 30)
-    with Image.open(tmp_path / check.nearest[0].picture) as thumbnail:
+    with Image.open(tmp_path / check.nearest[0].thumbnail) as thumbnail:
         assert np.abs(np.asarray(thumbnail, dtype=int) - np.asarray(TRAINING[3], dtype=int)).max() == 0
     assert json.loads((tmp_path / "copying/copying.json").read_text())["space"].startswith("32x32 pixels")
     assert read_copy_check(tmp_path / "elsewhere") is None

@@ -31,11 +31,11 @@ def noise(seed: int, size: int = 32) -> Image.Image:
 
 
 def make(prompt, *, seed):
-    pictures = [noise(one) for one in seed]
-    for picture, text, one in zip(pictures, prompt, seed, strict=True):
+    images = [noise(one) for one in seed]
+    for image, text, one in zip(images, prompt, seed, strict=True):
         recipe = Recipe(prompt=text, seed=one, steps=5, sampler="ddim", guidance_scale=5.0, width=32, height=32)
-        picture.info.update(recipe.to_chunks())
-    return pictures
+        image.info.update(recipe.to_chunks())
+    return images
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_facts_settings_and_data_are_there(run):
         assert setting in text
 
 
-def test_pictures_are_embedded_and_prompts_escaped(run):
+def test_images_are_embedded_and_prompts_escaped(run):
     reader, html, text = read(run)
     assert "a <b>teapot</b> & a cup" in text and "<b>teapot" not in html
     samples = [source for source in reader.fetched if source.startswith("data:image/png")]
@@ -134,7 +134,7 @@ def test_the_copied_sample_is_named(run):
     assert html.count('class="suspicious"') == 1
 
 
-def test_large_pictures_are_made_smaller_and_steps_left_out_are_counted(run, tmp_path):
+def test_large_images_are_made_smaller_and_steps_left_out_are_counted(run, tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1}\n')
     for step in range(20):
         folder = sample_folder(tmp_path, step, "raw")

@@ -21,7 +21,7 @@ def test_entries_and_sheets_are_read_by_tensorboard(tmp_path):
     with TensorBoard(tmp_path) as board:
         board.write({"step": 20, "loss": 0.5, "lr": 1e-3})
         board.write({"step": 20, "val_mse": 0.75, "gap": 0.25})
-        board.picture("ema", Image.new("RGB", (8, 4), "red"), 20)
+        board.image("ema", Image.new("RGB", (8, 4), "red"), 20)
     events = read(tmp_path)
     assert set(events.Tags()["scalars"]) == {
         "training/loss", "training/lr", "loss at fixed noise/val_mse", "loss at fixed noise/gap",

@@ -120,11 +120,11 @@ def test_the_model_folder_opens_in_diffusers(finished):
 def test_samples_are_drawn_with_the_averaged_model(finished):
     settings, folder = finished
     stage = settings.run / "diffusion"
-    pictures = sorted(str(path.relative_to(stage)) for path in stage.rglob("samples/*/*/*.png"))
-    assert pictures == [
+    images = sorted(str(path.relative_to(stage)) for path in stage.rglob("samples/*/*/*.png"))
+    assert images == [
         f"samples/step-{step:08d}/ema/{name}.png" for step in (80, 160) for name in ("00", "01", "sheet")
     ]
-    drawn = open_image(stage / pictures[-3])
+    drawn = open_image(stage / images[-3])
     recipe = read_recipe(drawn.info)
     again = Pipeline.load(folder, device="cpu")(
         recipe.prompt, seed=recipe.seed, steps=2, guidance_scale=5.0, progress=False

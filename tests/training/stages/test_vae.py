@@ -22,12 +22,12 @@ def section(**changes):
     return VAEStageSection(**{"max_steps": 10, "batch_size": 4, "lr": 1e-3, "crop": 8, **changes})
 
 
-def pictures(count=6, size=RESOLUTION):
+def some_images(count=6, size=RESOLUTION):
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
 def task(vae, images=None, *, decoder_only=False, **changes):
-    images = pictures() if images is None else images
+    images = some_images() if images is None else images
     data = dataset(["an image"] * len(images))
     return VAETask(vae, section(**changes), data, images, images, seed=0, decoder_only=decoder_only)
 
@@ -84,7 +84,7 @@ def test_decoder_only_leaves_the_encoder_alone(vae):
 def test_the_discriminator_waits_for_its_start(vae):
     made = task(vae, adversarial_weight=0.1, adversarial_start=5)
     batch = tensors(
-        {**made.batch(0, range(4)), "images": pictures(4, 48), "noise": np.zeros((4, 4, 12, 12), np.float32)}
+        {**made.batch(0, range(4)), "images": some_images(4, 48), "noise": np.zeros((4, 4, 12, 12), np.float32)}
     )
     assert "discriminator" not in made.module(batch, 4)
     assert {"discriminator", "adversarial"} <= made.module(batch, 5).keys()
@@ -95,7 +95,7 @@ def test_the_discriminator_waits_for_its_start(vae):
 def test_adversarial_gradients_go_where_they_should(vae):
     """The autoencoder hears only the verdict, the discriminator only its own hinge loss."""
     loss = VAELoss(vae, section(adversarial_weight=1.0), decoder_only=False)
-    images = to_signed(torch.tensor(pictures(2, 48)))
+    images = to_signed(torch.tensor(some_images(2, 48)))
     made = (images * 0.5).requires_grad_()
     parts = loss._adversarial(made, images)
     parts["adversarial"].backward(retain_graph=True)
@@ -114,7 +114,7 @@ def test_adversarial_gradients_go_where_they_should(vae):
 def test_perceptual_term_is_zero_for_equal_images_and_trains(vae, tmp_path):
     ResNetModel(ResNetConfig(embedding_size=4, hidden_sizes=[8, 8], depths=[1, 1])).save_pretrained(tmp_path / "net")
     loss = VAELoss(vae, section(perceptual_weight=1.0, perceptual_network=tmp_path / "net"), decoder_only=False)
-    images = to_signed(torch.tensor(pictures(2, 32)))
+    images = to_signed(torch.tensor(some_images(2, 32)))
     assert loss.features(images, images).item() == 0
     other = images.flip(0).requires_grad_()
     loss.features(other, images).backward()
@@ -129,7 +129,7 @@ def test_perceptual_network_that_is_none(vae, tmp_path):
 
 
 def test_scaling_factor_gives_latents_of_unit_variance(vae):
-    images = pictures(64)
+    images = some_images(64)
     scale = measure_scaling_factor(vae, images, seed=0)
     again = VAE(type(vae.config)(**{**vars(vae.config), "scaling_factor": scale}))
     again.load_state_dict(vae.state_dict())
@@ -142,23 +142,23 @@ def test_scaling_factor_gives_latents_of_unit_variance(vae):
 def test_validation_measures_decibels(vae, monkeypatch):
     made = task(vae)
     monkeypatch.setattr(VAE, "decode", lambda self, z: made.wrong)
-    made.wrong = to_signed(torch.tensor(pictures())) + 10 * 2 / 255  # ten grey levels off, before clipping
+    made.wrong = to_signed(torch.tensor(some_images())) + 10 * 2 / 255  # ten grey levels off, before clipping
     psnr = made.validate()["psnr"]
-    exact = np.clip(pictures().astype(int) + 10, 0, 255) - pictures()
+    exact = np.clip(some_images().astype(int) + 10, 0, 255) - some_images()
     assert psnr == pytest.approx(np.mean([10 * np.log10(255**2 / (e**2).mean()) for e in exact]), abs=1e-3)
 
 
 @pytest.mark.parametrize("count", [1, 5, 24])
 def test_sheet_of_reconstructions(vae, tmp_path, count):
-    made = task(vae, pictures(count))
+    made = task(vae, some_images(count))
     with torch.inference_mode():
         made.preview(tmp_path, 7)
     sheet = np.asarray(Image.open(tmp_path / "step-00000007.png"))
-    assert np.array_equal(sheet[:RESOLUTION, :RESOLUTION], pictures(count)[0])
+    assert np.array_equal(sheet[:RESOLUTION, :RESOLUTION], some_images(count)[0])
     assert sheet.shape[1] % (2 * RESOLUTION) == 0
 
 
 def test_bytes_and_back():
-    images = torch.tensor(pictures())
+    images = torch.tensor(some_images())
     assert torch.equal(to_bytes(to_signed(images)), images.permute(0, 3, 1, 2))
     assert to_bytes(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]

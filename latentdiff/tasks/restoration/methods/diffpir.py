@@ -62,9 +62,9 @@ class DiffPIR(SamplingMethod):
             prediction = denoiser(x, level)
             if level.sigma_hat > self.begin:
                 return prediction
-            picture = problem.autoencoder.decode(prediction.x0)
-            explained = problem.operator.prox(problem.measurement, picture, self.rho(problem, level))
-            x0 = problem.moved(prediction.x0, picture, explained)
+            image = problem.autoencoder.decode(prediction.x0)
+            explained = problem.operator.prox(problem.measurement, image, self.rho(problem, level))
+            x0 = problem.moved(prediction.x0, image, explained)
             return Prediction(x0, (x - level.alpha * x0) / level.sigma, prediction.raw, prediction.guided)
 
         return denoiser if math.isinf(self.weight) else consistent

@@ -95,11 +95,11 @@ class PSLD(DPS):
         encode, decode = problem.autoencoder.encode, problem.autoencoder.decode
 
         def objective(z0: Tensor) -> Tensor:
-            picture = decode(z0)
-            measured = problem.misfit(picture)
+            image = decode(z0)
+            measured = problem.misfit(image)
             if self.gluing == 0.0:
                 return measured
-            glued = encode(_Project.apply(picture, problem.operator, problem.measurement))
+            glued = encode(_Project.apply(image, problem.operator, problem.measurement))
             return measured + self.gluing * per_image_norm(z0 - glued)
 
         return objective
@@ -137,9 +137,9 @@ class _Project(torch.autograd.Function):
     graph."""
 
     @staticmethod
-    def forward(ctx: Any, picture: Tensor, operator: Operator, measurement: Tensor) -> Tensor:
+    def forward(ctx: Any, image: Tensor, operator: Operator, measurement: Tensor) -> Tensor:
         ctx.operator = operator
-        return operator.project(measurement, picture.detach())
+        return operator.project(measurement, image.detach())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

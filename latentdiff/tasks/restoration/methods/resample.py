@@ -87,12 +87,12 @@ class ReSample(SamplingMethod):
         optimizer = torch.optim.Adam([z], lr=self.lr)
         with torch.enable_grad():
             for _ in range(self.iterations):
-                picture = problem.autoencoder.decode(z)
-                open_ones = problem.residual(picture.detach()) > problem.noise_std
+                image = problem.autoencoder.decode(z)
+                open_ones = problem.residual(image.detach()) > problem.noise_std
                 if not open_ones.any():
                     break
                 optimizer.zero_grad()
-                (problem.misfit(picture).square() * open_ones).sum().backward(inputs=[z])
+                (problem.misfit(image).square() * open_ones).sum().backward(inputs=[z])
                 before = z.detach().clone()
                 optimizer.step()
                 with torch.no_grad():  # Adam's memory would carry finished images on
@@ -112,5 +112,5 @@ class ReSample(SamplingMethod):
 def _solve_in_pixels(problem: InverseProblem, z0: Tensor) -> Tensor:
     """What the paper's gradient descent in pixels, stopped early, goes towards: the nearest image within the
     noise."""
-    picture = problem.autoencoder.decode(z0)
-    return problem.moved(z0, picture, within_noise(problem.operator, problem.measurement, picture, problem.noise_std))
+    image = problem.autoencoder.decode(z0)
+    return problem.moved(z0, image, within_noise(problem.operator, problem.measurement, image, problem.noise_std))

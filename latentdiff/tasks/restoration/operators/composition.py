@@ -40,16 +40,16 @@ class Composition(Operator):
             x = operator.apply(x)
         return x
 
-    def measurement_shape(self, picture: Shape) -> Shape:
+    def measurement_shape(self, image: Shape) -> Shape:
         """What is left at the end."""
         for operator in self.operators:
-            picture = operator.measurement_shape(picture)
-        return picture
+            image = operator.measurement_shape(image)
+        return image
 
-    def picture_shape(self, measurement: Shape) -> Shape:
+    def image_shape(self, measurement: Shape) -> Shape:
         """What there was at the beginning."""
         for operator in reversed(self.operators):
-            measurement = operator.picture_shape(measurement)
+            measurement = operator.image_shape(measurement)
         return measurement
 
     def adjoint(self, y: Tensor) -> Tensor:
@@ -62,11 +62,11 @@ class Composition(Operator):
         """As the last operator reads it."""
         return self.operators[-1].read(damaged)
 
-    def observed(self, picture: Shape) -> Tensor:
+    def observed(self, image: Shape) -> Tensor:
         """What the last operator lets through."""
         for operator in self.operators[:-1]:
-            picture = operator.measurement_shape(picture)
-        return self.operators[-1].observed(picture)
+            image = operator.measurement_shape(image)
+        return self.operators[-1].observed(image)
 
 
 class Inside(Operator):
@@ -96,17 +96,17 @@ class Inside(Operator):
         """See the class."""
         return self.operator.apply(self.crop(x))
 
-    def measurement_shape(self, picture: Shape) -> Shape:
+    def measurement_shape(self, image: Shape) -> Shape:
         """What the operator gives for the part."""
-        if tuple(picture[1:]) != self.whole:
+        if tuple(image[1:]) != self.whole:
             raise UsageError(
-                f"expected an image of {self.whole[1]}x{self.whole[0]} pixels, found {picture[2]}x{picture[1]}"
+                f"expected an image of {self.whole[1]}x{self.whole[0]} pixels, found {image[2]}x{image[1]}"
             )
-        return self.operator.measurement_shape((picture[0], *self.part))
+        return self.operator.measurement_shape((image[0], *self.part))
 
-    def picture_shape(self, measurement: Shape) -> Shape:
+    def image_shape(self, measurement: Shape) -> Shape:
         """The whole."""
-        return (self.operator.picture_shape(measurement)[0], *self.whole)
+        return (self.operator.image_shape(measurement)[0], *self.whole)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """The adjoint on the part, 0 beside it."""
@@ -129,9 +129,9 @@ class Inside(Operator):
         """As the operator reads it."""
         return self.operator.read(damaged)
 
-    def observed(self, picture: Shape) -> Tensor:
+    def observed(self, image: Shape) -> Tensor:
         """What the operator observes of the part."""
-        return self.operator.observed((picture[0], *self.part))
+        return self.operator.observed((image[0], *self.part))
 
     def _embed(self, part: Tensor) -> Tensor:
         rows, columns = self.whole[0] - self.part[0], self.whole[1] - self.part[1]
@@ -154,11 +154,11 @@ class Function(Operator):
 
     linear = True
 
-    def __init__(self, function: Callable[[Tensor], Tensor], picture: Shape, *, noise_std: float = 0.0) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], image: Shape, *, noise_std: float = 0.0) -> None:
         super().__init__(noise_std=noise_std)
-        self.function, self.picture = function, tuple(picture)
+        self.function, self.image = function, tuple(image)
         generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(2, *self.picture, generator=generator, dtype=torch.float32)
+        probe = torch.randn(2, *self.image, generator=generator, dtype=torch.float32)
         found = self._probe(probe)
         self.measurement = tuple(found.shape[1:])
         if self.linear:
@@ -168,26 +168,26 @@ class Function(Operator):
         """The function."""
         return self.function(x)
 
-    def measurement_shape(self, picture: Shape) -> Shape:
+    def measurement_shape(self, image: Shape) -> Shape:
         """What the function gave for an image of its shape."""
-        if tuple(picture) != self.picture:
-            raise UsageError(f"expected an image of the function's shape {self.picture}, found {tuple(picture)}")
+        if tuple(image) != self.image:
+            raise UsageError(f"expected an image of the function's shape {self.image}, found {tuple(image)}")
         return self.measurement
 
-    def picture_shape(self, measurement: Shape) -> Shape:
+    def image_shape(self, measurement: Shape) -> Shape:
         """The shape that the function was given with."""
         if tuple(measurement) != self.measurement:
             raise UsageError(
                 f"expected a measurement of the function's shape {self.measurement}, found {tuple(measurement)}"
             )
-        return self.picture
+        return self.image
 
     def _probe(self, x: Tensor) -> Tensor:
         try:
             y = self.function(x.requires_grad_())
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise UsageError(
-                f"the operator's function does not take images of shape {self.picture}: {error}"
+                f"the operator's function does not take images of shape {self.image}: {error}"
             ) from error
         if not isinstance(y, Tensor) or y.ndim != 4 or y.shape[0] != x.shape[0]:
             found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
@@ -215,7 +215,7 @@ class Nonlinear(Function):
 
     def pinv(self, y: Tensor) -> Tensor:
         """An image (N, 3, H, W) whose measurement comes near to y."""
-        return self.prox(y, y.new_zeros(y.shape[0], *self.picture), 1e-6)
+        return self.prox(y, y.new_zeros(y.shape[0], *self.image), 1e-6)
 
     def prox(self, y: Tensor, z: Tensor, rho: float) -> Tensor:
         """See the class; never worse than z itself."""

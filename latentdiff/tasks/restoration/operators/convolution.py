@@ -75,9 +75,9 @@ class Convolution(Operator):
         blurred = torch.fft.irfft2(torch.fft.rfft2(padded) * self._window(padded).conj(), s=padded.shape[-2:])
         return blurred[..., : x.shape[-2] : self.factor, : x.shape[-1] : self.factor]
 
-    def measurement_shape(self, picture: Shape) -> Shape:
+    def measurement_shape(self, image: Shape) -> Shape:
         """1 / s of each side."""
-        channels, height, width = picture
+        channels, height, width = image
         if height % self.factor or width % self.factor:
             raise UsageError(f"expected an image whose sides are multiples of {self.factor}, found {width}x{height}")
         left, right, top, bottom = self._padding()
@@ -90,7 +90,7 @@ class Convolution(Operator):
             )
         return channels, height // self.factor, width // self.factor
 
-    def picture_shape(self, measurement: Shape) -> Shape:
+    def image_shape(self, measurement: Shape) -> Shape:
         """s times each side."""
         return measurement[0], measurement[1] * self.factor, measurement[2] * self.factor
 
@@ -99,7 +99,7 @@ class Convolution(Operator):
         if self.border == "periodic":
             return self._adjoint_of_spectrum(torch.fft.fft2(y))
         left, right, top, bottom = self._padding()
-        height, width = self.picture_shape(tuple(y.shape[1:]))[1:]
+        height, width = self.image_shape(tuple(y.shape[1:]))[1:]
         spread = y.new_zeros(*y.shape[:2], top + height + bottom, left + width + right)
         spread[..., : height : self.factor, : width : self.factor] = y
         spread = torch.fft.irfft2(torch.fft.rfft2(spread) * self._window(spread), s=spread.shape[-2:])
@@ -150,7 +150,7 @@ class Convolution(Operator):
 
     def _separated(self, y: Tensor) -> tuple[Axis, Axis] | None:
         """Both axes of images with measurements y (N, c, h, w), mirrored; None if they cannot be separated."""
-        sides = self.picture_shape(tuple(y.shape[1:]))[1:]
+        sides = self.image_shape(tuple(y.shape[1:]))[1:]
         if self._lines is None or max(sides) > LONGEST:
             return None
         key = (sides, y.dtype, y.device)

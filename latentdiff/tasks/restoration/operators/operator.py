@@ -50,7 +50,7 @@ class Operator(ABC):
         """A x: images (N, 3, H, W) -> measurements (N, c, h, w), differentiable in x."""
 
     @abstractmethod
-    def measurement_shape(self, picture: Shape) -> Shape:
+    def measurement_shape(self, image: Shape) -> Shape:
         """The shape of a measurement of one image.
 
         Raises:
@@ -58,7 +58,7 @@ class Operator(ABC):
         """
 
     @abstractmethod
-    def picture_shape(self, measurement: Shape) -> Shape:
+    def image_shape(self, measurement: Shape) -> Shape:
         """The shape of the image that one measurement is of.
 
         Raises:
@@ -67,13 +67,13 @@ class Operator(ABC):
 
     def adjoint(self, y: Tensor) -> Tensor:
         """Aᵀ y: (N, c, h, w) -> (N, 3, H, W), with <A x, y> = <x, Aᵀ y> exactly."""
-        zero = y.new_zeros(y.shape[0], *self.picture_shape(y.shape[1:]))
+        zero = y.new_zeros(y.shape[0], *self.image_shape(y.shape[1:]))
         _, pull = torch.func.vjp(self.apply, zero)
         return pull(y)[0].detach()
 
     def pinv(self, y: Tensor) -> Tensor:
         """A⁺ y: the shortest of all images (N, 3, H, W) whose measurements come nearest to y."""
-        start = y.new_zeros(y.shape[0], *self.picture_shape(y.shape[1:]))
+        start = y.new_zeros(y.shape[0], *self.image_shape(y.shape[1:]))
         return conjugate_gradient(
             lambda x: self.adjoint(self.apply(x)), self.adjoint(y), start, iterations=10 * MAX_ITERATIONS
         )
@@ -95,9 +95,9 @@ class Operator(ABC):
         """
         return change
 
-    def observed(self, picture: Shape) -> Tensor:
+    def observed(self, image: Shape) -> Tensor:
         """Which entries of a measurement say something, (c, h, w) of 1 and 0; all of them, unless a mask hides some."""
-        return torch.ones(self.measurement_shape(picture), dtype=torch.float32)
+        return torch.ones(self.measurement_shape(image), dtype=torch.float32)
 
     def read(self, damaged: Tensor) -> Tensor:
         """The measurement (N, c, h, w) that damaged images (N, 3, h, w) hold; for most operators they are the

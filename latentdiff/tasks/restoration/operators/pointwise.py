@@ -22,11 +22,11 @@ class Denoise(Operator):
         """See the class."""
         return x
 
-    def measurement_shape(self, picture: Shape) -> Shape:
+    def measurement_shape(self, image: Shape) -> Shape:
         """The same."""
-        return picture
+        return image
 
-    def picture_shape(self, measurement: Shape) -> Shape:
+    def image_shape(self, measurement: Shape) -> Shape:
         """The same."""
         return measurement
 
@@ -67,16 +67,16 @@ class Inpaint(Operator):
         """M x."""
         return x * self.known.to(x)
 
-    def measurement_shape(self, picture: Shape) -> Shape:
+    def measurement_shape(self, image: Shape) -> Shape:
         """The same, if the mask has that size."""
-        if tuple(picture[1:]) != tuple(self.known.shape):
+        if tuple(image[1:]) != tuple(self.known.shape):
             height, width = self.known.shape
             raise UsageError(
-                f"expected an image of the mask's {width}x{height} pixels, found {picture[2]}x{picture[1]}"
+                f"expected an image of the mask's {width}x{height} pixels, found {image[2]}x{image[1]}"
             )
-        return picture
+        return image
 
-    def picture_shape(self, measurement: Shape) -> Shape:
+    def image_shape(self, measurement: Shape) -> Shape:
         """The same."""
         return self.measurement_shape(measurement)
 
@@ -104,12 +104,12 @@ class Inpaint(Operator):
         Raises:
             UsageError: the mask has another size.
         """
-        self.picture_shape(tuple(damaged.shape[1:]))
+        self.image_shape(tuple(damaged.shape[1:]))
         return self.apply(damaged)
 
-    def observed(self, picture: Shape) -> Tensor:
+    def observed(self, image: Shape) -> Tensor:
         """M."""
-        return self.known.float().expand(self.measurement_shape(picture))
+        return self.known.float().expand(self.measurement_shape(image))
 
 
 class Colourise(Operator):
@@ -119,13 +119,13 @@ class Colourise(Operator):
         """See the class."""
         return (self._weights(x) * x).sum(dim=1, keepdim=True)
 
-    def measurement_shape(self, picture: Shape) -> Shape:
+    def measurement_shape(self, image: Shape) -> Shape:
         """One channel of the same size."""
-        if picture[0] != len(LUMINANCE):
-            raise UsageError(f"expected an image of 3 channels to take the luminance of, found {picture[0]}")
-        return (1, *picture[1:])
+        if image[0] != len(LUMINANCE):
+            raise UsageError(f"expected an image of 3 channels to take the luminance of, found {image[0]}")
+        return (1, *image[1:])
 
-    def picture_shape(self, measurement: Shape) -> Shape:
+    def image_shape(self, measurement: Shape) -> Shape:
         """Three channels of the same size."""
         if measurement[0] != 1:
             raise UsageError(f"expected a grey measurement of one channel, found {measurement[0]}")

@@ -30,7 +30,7 @@ SCHEDULERS = {
 }
 
 
-def picture(width: int = 64, height: int = 64, seed: int = 0) -> Image.Image:
+def an_image(width: int = 64, height: int = 64, seed: int = 0) -> Image.Image:
     """Colours that run smoothly, with some grain."""
     down, right = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
     colours = np.stack([down, right, 1 - down * right], axis=-1) * 220
