@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from latentdiff.control.image_prompts import ImagePrompt as ImagePrompt
+    from latentdiff.control.image_prompts import IPAdapter as IPAdapter
     from latentdiff.control.model import ControlNet as ControlNet
     from latentdiff.errors import LatentDiffError as LatentDiffError
     from latentdiff.evaluation.run import evaluate as evaluate
@@ -30,6 +32,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ControlNet": "latentdiff.control.model",
+    "IPAdapter": "latentdiff.control.image_prompts",
+    "ImagePrompt": "latentdiff.control.image_prompts",
     "LatentDiffError": "latentdiff.errors",
     "Pipeline": "latentdiff.pipeline",
     "evaluate": "latentdiff.evaluation.run",
@@ -46,6 +50,8 @@ _HOMES = {
 }
 __all__ = [
     "ControlNet",
+    "IPAdapter",
+    "ImagePrompt",
     "LatentDiffError",
     "Pipeline",
     "__version__",

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.control.applied import applied_controls, control_parts
+from latentdiff.control.applied import Steering
 from latentdiff.device import explained_out_of_memory
 from latentdiff.diffusion.denoise import denoise
 from latentdiff.diffusion.guidance import Guidance
@@ -32,7 +32,7 @@ from latentdiff.memory.estimate import decoding_bytes, denoising_bytes
 from latentdiff.memory.sharing import one_use
 from latentdiff.model.prompted import PromptedModel
 from latentdiff.networks.attention import attention_backend
-from latentdiff.networks.controlnet import AppliedControl
+from latentdiff.networks.conditioning import Applied
 from latentdiff.networks.functions import checked_model, decode_latents, encode_images
 from latentdiff.networks.sizes import Told
 from latentdiff.networks.steering import prompted_denoiser
@@ -219,20 +219,21 @@ class Pipeline(PromptedModel):
         """`sample` of images whose prompts name the same LoRAs, which are attached."""
         rows = max(map(plan.rows, plan.batches))
         sizes = self.told_of_latents(shape, plan.sizes)
-        controls, dtype = plan.options.controls or (), self.precision.unet
-        if controls and (self.backend != "torch" or self.precision.name == "int8"):
-            found = f"{self.backend} in {self.precision.name}"
-            raise UsageError(f"ControlNets need the back end torch and fp32, bf16 or fp16, found {found}")
-        beside = control_parts(controls, self.residence, dtype)
+        options, engine = plan.options, (self.backend, self.precision.name)
+        steering = Steering(
+            options.controls or (), options.image_prompts or (), self.residence, self.precision.unet, engine
+        )
         quadratic = attention_backend() == "plain"
-        workload = self.residence.workload(rows, *shape[-2:], quadratic=quadratic, beside=beside)
+        beside, before = steering.beside, steering.before
+        workload = self.residence.workload(rows, *shape[-2:], quadratic=quadratic, beside=beside, before=before)
         self.residence.check(workload)
         positive, negative = map(_as_prompts, text or self.encoded(plan))
+        prompted = steering.image_prompts(plan.levels)
         self.residence.make_room("unet", denoising_bytes(workload) + workload.beside)
         finished: list[Tensor] = []
-        bar = progress_bar(plan.steps * len(plan.batches), plan.options.progress)
-        with self.residence.using("unet"), bar, self.told_guidance(plan.options.guidance_scale):
-            applied = applied_controls(controls, self.residence, dtype, shape, plan.levels)
+        bar = progress_bar(plan.steps * len(plan.batches), options.progress)
+        with self.residence.using("unet"), bar, self.told_guidance(options.guidance_scale):
+            applied = [*prompted, *steering.controls(shape, plan.levels)]
             for part in plan.batches:
                 noise = NoiseStream(plan.seeds[part], shape, rule=plan.noise, device=self.device)
                 begun = start(part, noise)
@@ -254,7 +255,7 @@ class Pipeline(PromptedModel):
                     denoiser, x, plan.levels, plan.sampler.step, noise=noise, after_step=begun.after_step
                 ):
                     bar.update()
-                    report(step, plan.options.callback)
+                    report(step, options.callback)
                     x = step.x
                 finished.append(x)
         return torch.cat(finished)
@@ -294,7 +295,7 @@ class Pipeline(PromptedModel):
         *,
         extra_channels: Tensor | None = None,
         sizes: Told | None = None,
-        controls: Sequence[AppliedControl] = (),
+        controls: Sequence[Applied] = (),
         cache: CacheSettings = UNCACHED,
         calls: int | None = None,
     ) -> Denoiser:
@@ -306,7 +307,7 @@ class Pipeline(PromptedModel):
             levels: what will be walked; errors name the step by it.
             extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
             sizes: what a U-Net of SDXL is told beside the texts, see `told`.
-            controls: what is added to the skips.
+            controls: what steers besides: controls, image prompts.
             cache: for a denoiser that is called in the order of a walk; others have to compute all.
             calls: how often; None is once a level.
         """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -18,6 +18,7 @@ from latentdiff.errors import DataError
 from latentdiff.foreign.account import Account, Field, NamedLoRA
 from latentdiff.request.infotext import joined, read_value, split, written_value
 from latentdiff.request.options import GENERATING, KEPT, SAMPLING
+from latentdiff.request.recorded import RecordedControl, RecordedImagePrompt
 from latentdiff.request.titles import read_method, read_pass, written_method, written_pass
 
 JSON_CHUNK = "latentdiff"
@@ -63,23 +64,6 @@ else:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordedControl:
-    """A ControlNet with its image, as recipes keep it; files are {"file": name, "sha256": ...}."""
-
-    model: dict[str, str]
-    image: dict[str, str]
-    mask: dict[str, str] | None = None
-    scale: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
-    guess: bool = False
-    prepare: str | None = None
-    mode: str | None = None
-
-    __pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
-
-
-@dataclass(frozen=True, kw_only=True)
 class Recipe(_Asked):
     """How one image was made: the prompt, what `Kept` names of the options, and the fields here. Sizes: pixels, before `hires`.
 
@@ -87,7 +71,7 @@ class Recipe(_Asked):
     task_settings: JSON values, what that task needs besides the other fields to be done again.
     parts: what was taken from elsewhere than the model, "vae", "text_encoder" or "base" -> {"file": name, "sha256": ...}.
     sources: role ("image", "mask", ...) -> {"file": name, "sha256": of the file, or of the pixels if there was none}.
-    controls: what ControlNets added, in their order.
+    controls, image_prompts: what ControlNets and IP-Adapters added, in their order.
     loras: in the order of loading, {"file": name, "sha256": ..., "scale": ...}; without a hash the name counts, or in place of
         it "tensors", the first digits of what web UIs hash. A prompt's tags name those with a "tag".
     """
@@ -111,6 +95,7 @@ class Recipe(_Asked):
     sources: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
     loras: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     controls: list[RecordedControl] = field(default_factory=list[RecordedControl])
+    image_prompts: list[RecordedImagePrompt] = field(default_factory=list[RecordedImagePrompt])
     schema: Literal[1] = 1
 
     __pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
@@ -124,14 +109,12 @@ class Recipe(_Asked):
         return {name: getattr(self, name) for name in GENERATING}
 
     def roles(self) -> dict[str, dict[str, str]]:
-        """What it was made from: the sources, and images, masks and models of controls, as "control_image1"."""
-        of_controls = {
-            f"control_{part}{number}": entry
-            for number, control in enumerate(self.controls, 1)
-            for part, entry in (("image", control.image), ("mask", control.mask), ("model", control.model))
-            if entry is not None
-        }
-        return {**self.sources, **of_controls}
+        """What it was made from: the sources, and files of controls and image prompts, as "control_image1"."""
+        found = dict(self.sources)
+        for steering in (self.controls, self.image_prompts):
+            for number, recorded in enumerate(steering, 1):
+                found |= recorded.roles(number)
+        return found
 
     def settings_as(self, kind: type[Settings]) -> Settings:
         """The settings of the task as an instance of its dataclass.
@@ -233,6 +216,14 @@ class Recipe(_Asked):
             )
         except (KeyError, ValueError) as error:
             raise DataError(f"the image's parameters text lacks or has an unknown value of: {error}") from error
+
+
+def recorded_steering(controls: Sequence[Any] | None, image_prompts: Sequence[Any] | None) -> dict[str, list[Any]]:
+    """The fields of recipes for what steers besides the prompt."""
+    return {
+        "controls": [control.describe() for control in controls or ()],
+        "image_prompts": [prompt.describe() for prompt in image_prompts or ()],
+    }
 
 
 def library_versions() -> dict[str, str]:

@@ -1,22 +1,20 @@
-"""ControlNets on the command line: images and models in pairs; and `latentdiff control prepare`."""
+"""What steers besides the prompt, on the command line: controls, images and models in pairs, and image prompts; and
+`latentdiff control prepare`."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from latentdiff.cli.image_prompts import image_prompt_options, take_image_prompts, with_numbers
 from latentdiff.cli.output import check_image_file
 from latentdiff.errors import UsageError
 from latentdiff.request.options import CONTROL_MODES, PREPARATIONS
 
 if TYPE_CHECKING:
     from latentdiff.control.model import Control
-
-_NUMBER = r"\d*\.?\d+"
-_MODEL = re.compile(rf"(?P<file>.+?)(?::(?P<scale>{_NUMBER}))?(?:@(?P<start>{_NUMBER})-(?P<end>{_NUMBER}))?")
 
 CONTROL = click.option(
     "--control",
@@ -39,13 +37,24 @@ GUESS = click.option(
 )
 
 
-def control_options(command: Any) -> Any:
-    """The options of ControlNets; `take_controls` takes them out of the settings."""
-    return CONTROL(CONTROL_MODEL(GUESS(command)))
+def steering_options(command: Any) -> Any:
+    """The options of controls and image prompts; `take_steering` takes them out of the settings."""
+    return CONTROL(CONTROL_MODEL(GUESS(image_prompt_options(command))))
 
 
-def take_controls(settings: dict[str, Any]) -> list[Control]:
-    """The controls of a command; what named them is taken out of `settings`, and they are put into it.
+def take_steering(settings: dict[str, Any]) -> None:
+    """Put the controls and image prompts of a command into `settings`, and take out what named them.
+
+    Raises:
+        UsageError: what belongs together is not given together.
+        LatentDiffError: a file is missing or something else.
+    """
+    _take_controls(settings)
+    take_image_prompts(settings)
+
+
+def _take_controls(settings: dict[str, Any]) -> None:
+    """Put the controls of a command into `settings`, and take out what named them.
 
     Raises:
         UsageError: not one model for each image.
@@ -60,11 +69,11 @@ def take_controls(settings: dict[str, Any]) -> list[Control]:
     if guess and not images:
         raise UsageError("expected --control and --control-model with --control-guess, found neither")
     if not images:
-        return []
+        return
     from latentdiff.control.model import ControlNet
 
     loaded: dict[str, ControlNet] = {}
-    controls = []
+    controls: list[Control] = []
     for image, text in zip(images, models, strict=True):
         kind, file = parse_control(image)
         place, options = parse_control_model(text)
@@ -72,7 +81,6 @@ def take_controls(settings: dict[str, Any]) -> list[Control]:
             loaded[place] = ControlNet.load(place)
         controls.append(loaded[place](file, guess=guess, prepare=kind, **options))
     settings["controls"] = controls
-    return controls
 
 
 def parse_control(text: str) -> tuple[str | None, str]:
@@ -91,17 +99,11 @@ def parse_control(text: str) -> tuple[str | None, str]:
 
 def parse_control_model(text: str) -> tuple[str, dict[str, Any]]:
     """ "depth=file:0.8@0.0-0.6" -> the file, and its mode, scale, start and end as far as they are given."""
-    if Path(text).exists():
-        return text, {}
     mode, equals, rest = text.partition("=")
-    if equals and mode in CONTROL_MODES:
-        file, numbers = parse_control_model(rest)
+    if equals and mode in CONTROL_MODES and not Path(text).exists():
+        file, numbers = with_numbers(rest)
         return file, {"mode": mode, **numbers}
-    match = _MODEL.fullmatch(text)
-    if match is None:
-        return text, {}
-    numbers = {name: float(match[name]) for name in ("scale", "start", "end") if match[name] is not None}
-    return match["file"], numbers
+    return with_numbers(text)
 
 
 @click.group()

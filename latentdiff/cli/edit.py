@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from latentdiff.cli.controls import control_options, take_controls
+from latentdiff.cli.controls import steering_options, take_steering
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import ANY_PATH, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS
 from latentdiff.cli.output import Writing, check_results, check_transparency, save_results, shown_source
@@ -30,7 +30,7 @@ from latentdiff.cli.words import remark
     "--height", type=int, metavar="PIXELS", help="Bring the image to this height first.  [default: its own]"
 )
 @SAMPLING_OPTIONS
-@control_options
+@steering_options
 @MODEL_OPTIONS
 @RESULT_OPTIONS
 def edit(
@@ -44,7 +44,7 @@ def edit(
     writing = Writing.taken_from(settings, out)
     check_results(out, compare, settings["num_images"])
     check_transparency(out, writing, image)
-    take_controls(settings)
+    take_steering(settings)
     remark(settings, [prompt])
     from latentdiff.tasks import image_to_image
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from latentdiff.cli import output
-from latentdiff.cli.controls import control_options, take_controls
+from latentdiff.cli.controls import steering_options, take_steering
 from latentdiff.cli.job import Job, write_sheet
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import (
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 @OUT
 @click.option("--skip-existing", is_flag=True, help="Do not make images again that lie in the folder already.")
 @GENERATE_OPTIONS
-@control_options
+@steering_options
 @MODEL_OPTIONS
 @PREVIEW
 @PREVIEW_EVERY
@@ -107,7 +107,7 @@ def generate(
     output.check_count(out, count)
     if preview_decoder and not preview:
         raise UsageError("expected --preview FILE with --preview-decoder, which only previews use")
-    take_controls(settings)
+    take_steering(settings)
     if explain:
         return _explain([line.prompt for line in lines], settings)
     output.check_apart({"--out": out, "--sheet": sheet, "--preview": preview})

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from latentdiff.cli.controls import control_options, take_controls
+from latentdiff.cli.controls import steering_options, take_steering
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import ANY_PATH, INVERT_MASK, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS
 from latentdiff.cli.output import Writing, check_results, check_transparency, save_results
@@ -68,7 +68,7 @@ from latentdiff.errors import UsageError
     "--soft", is_flag=True, help="Let grey say how far a place may go from the image; --blur makes a mask grey at its edge."
 )
 @SAMPLING_OPTIONS
-@control_options
+@steering_options
 @MODEL_OPTIONS
 @RESULT_OPTIONS
 def inpaint(
@@ -89,7 +89,7 @@ def inpaint(
         raise UsageError("expected a PROMPT that says what to paint, or --remove to take away what the mask covers")
     writing = Writing.taken_from(settings, out)
     check_results(out, compare, settings["num_images"])
-    take_controls(settings)
+    take_steering(settings)
     from latentdiff import tasks
     from latentdiff.image import as_rgb, open_image
     from latentdiff.tasks.masks import read_mask

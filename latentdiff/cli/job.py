@@ -16,6 +16,7 @@ from latentdiff.cli.ranks import Ranks
 from latentdiff.errors import LatentDiffError, UsageError, printable
 from latentdiff.prompts.lines import Line
 from latentdiff.prompts.syntax import read_prompt
+from latentdiff.recipe import recorded_steering
 from latentdiff.request.options import GENERATING, KEPT, OPTIONS, SAMPLING, checked
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class Job:
             "ema": self.pipe.ema,
             "prediction_type": self.pipe.schedule.config.prediction_type,
             "loras": [*self.pipe.adaptations(), *self.pipe.offered.describe(tags)],
-            "controls": [control.describe() for control in settings.get("controls") or ()],
+            **recorded_steering(settings.get("controls"), settings.get("image_prompts")),
         }
         return {**asked, **model, **self.facts, "prompt": prompt, "seed": seed}
 

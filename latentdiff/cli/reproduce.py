@@ -14,6 +14,7 @@ from latentdiff.cli.output import check_image_file, check_writable
 from latentdiff.errors import CheckpointError, DataError, UsageError, printable
 from latentdiff.recipe import Recipe, read_account, read_recipe
 from latentdiff.request.options import PrecisionName
+from latentdiff.request.recorded import MODEL_ROLES
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -189,7 +190,7 @@ def _sources(recipe: Recipe, image: Path, given: tuple[str, ...]) -> dict[str, P
         path = places.get(role, image.parent / name)
         hint = f"say where it is with --source {role}=FILE"
         is_loaded = role == "refiner"  # as a model, which tells its own hash then
-        is_model = is_loaded or role.startswith("control_model")
+        is_model = is_loaded or role.startswith(MODEL_ROLES)
         if not (path.exists() if is_model else path.is_file()):
             raise DataError(
                 f"the recipe starts from the {role} {name or '(without a name)'}, which is not at {path}; {hint}"

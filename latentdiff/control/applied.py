@@ -1,4 +1,4 @@
-"""Controls on a model: whether they fit it, their networks in memory, and what they are on one walk."""
+"""What steers on a model: whether it fits, its networks in memory, and what it is on one walk."""
 
 from __future__ import annotations
 
@@ -8,14 +8,60 @@ import torch
 
 from latentdiff.checkpoints.control import empty_control, whole_weights
 from latentdiff.control.hints import hint_tensor
+from latentdiff.control.image_prompts import ImagePrompt
 from latentdiff.control.model import Control, ControlNet
+from latentdiff.control.seen import applied_image_prompts, image_prompt_parts
 from latentdiff.diffusion.schedule import Level
 from latentdiff.engines.fast_forms import use_fast_forms
-from latentdiff.errors import CheckpointError
+from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.memory.parts import Part
 from latentdiff.memory.residence import Residence
+from latentdiff.networks.conditioning import Applied
 from latentdiff.networks.config import UNetConfig
-from latentdiff.networks.controlnet import AppliedControl, matched, window_of
+from latentdiff.networks.controlnet import AppliedControl, matched
+from latentdiff.networks.rows import window_of
+
+
+class Steering:
+    """Controls and image prompts of a call, on one model.
+
+    Args:
+        engine: the back end and the precision that are in use.
+
+    Raises:
+        CheckpointError: one was made for another model.
+        UsageError: the engine does not compute them.
+    """
+
+    def __init__(
+        self,
+        controls: Sequence[Control],
+        image_prompts: Sequence[ImagePrompt],
+        residence: Residence,
+        dtype: torch.dtype,
+        engine: tuple[str, str],
+    ) -> None:
+        backend, precision = engine
+        if controls and (backend != "torch" or precision == "int8"):
+            raise UsageError(
+                f"ControlNets need the back end torch and fp32, bf16 or fp16, found {backend} in {precision}"
+            )
+        if image_prompts and backend != "torch":
+            raise UsageError(f"image prompts need the back end torch, found {backend}")
+        self._controls, self._residence, self._dtype = controls, residence, dtype
+        self._image_prompts = image_prompts
+        self.beside = control_parts(controls, residence, dtype)
+        self.before = image_prompt_parts(image_prompts, residence, dtype) if image_prompts else []
+
+    def image_prompts(self, levels: Sequence[Level]) -> list[Applied]:
+        """What image prompts are on a walk over `levels`; before the U-Net is in use."""
+        if not self._image_prompts:
+            return []
+        return [*applied_image_prompts(self._image_prompts, self._residence, self._dtype, levels)]
+
+    def controls(self, shape: Sequence[int], levels: Sequence[Level]) -> list[Applied]:
+        """What controls are on a walk of latents (..., h, w)."""
+        return [*applied_controls(self._controls, self._residence, self._dtype, shape, levels)]
 
 
 def control_parts(controls: Sequence[Control], residence: Residence, dtype: torch.dtype) -> list[Part]:

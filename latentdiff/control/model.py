@@ -14,10 +14,10 @@ from latentdiff.checkpoints.control import ControlWeights, read_control
 from latentdiff.checkpoints.hashing import place_hash
 from latentdiff.control.preparation import prepared
 from latentdiff.errors import UsageError
-from latentdiff.recipe import RecordedControl
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice, Place, Real, YesNo
 from latentdiff.request.options import CONTROL_MODES, PREPARATIONS
+from latentdiff.request.recorded import RecordedControl
 from latentdiff.request.sources import ImageInput, open_source
 
 _SETTINGS = ("scale", "start", "end", "guess", "prepare", "mode")

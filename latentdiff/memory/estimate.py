@@ -47,6 +47,7 @@ class Workload:
         quadratic: whether attention holds its whole matrix of weights.
         low_memory: the U-Net's weights are streamed, and large images decoded in tiles.
         beside: bytes of the weights of ControlNets.
+        before: bytes of the weights of the largest network that is used before the U-Net, an image encoder say.
     """
 
     unet: UNetConfig
@@ -60,6 +61,7 @@ class Workload:
     quadratic: bool = False
     low_memory: bool = False
     beside: int = 0
+    before: int = 0
 
     @property
     def is_tiled(self) -> bool:
@@ -113,8 +115,8 @@ def needed(workload: Workload, *, at_once: bool) -> int:
     weights, denoising, decoding = workload.weights, denoising_bytes(workload), decoding_bytes(workload)
     unet = workload.beside + (weights.streamed if workload.low_memory else weights.unet)
     if at_once and not workload.low_memory:
-        return weights.text_encoder + unet + weights.vae + max(denoising, decoding)
-    return max(weights.text_encoder, unet + denoising, weights.vae + decoding)
+        return weights.text_encoder + unet + weights.vae + max(denoising, decoding, workload.before)
+    return max(weights.text_encoder, workload.before, unet + denoising, weights.vae + decoding)
 
 
 def in_gigabytes(count: int) -> str:
@@ -127,10 +129,10 @@ def advice(workload: Workload, free: int) -> str:
     short = replace(
         workload.weights, **{name: size * 2 // workload.unet_bytes for name, size in vars(workload.weights).items()}
     )
-    half = workload.beside * 2 // workload.unet_bytes
+    half, before = (size * 2 // workload.unet_bytes for size in (workload.beside, workload.before))
     options = {
         "--batch-size 1": workload.changed(rows=2),
-        "--precision bf16": workload.changed(weights=short, unet_bytes=2, vae_bytes=2, beside=half),
+        "--precision bf16": workload.changed(weights=short, unet_bytes=2, vae_bytes=2, beside=half, before=before),
         "--attention sdpa": workload.changed(quadratic=False),
         "--low-memory": workload.changed(low_memory=True),
     }

@@ -17,7 +17,7 @@ from latentdiff.errors import LatentDiffError, UsageError
 from latentdiff.memory.available import available_memory, free_swap
 from latentdiff.memory.estimate import Weights, Workload, advice, in_gigabytes, needed, weight_bytes
 from latentdiff.memory.parts import Part
-from latentdiff.memory.streaming import StreamedPart, block_bytes
+from latentdiff.memory.streaming import StreamedPart, block_bytes, has_blocks
 
 NAMES = ("text_encoder", "unet", "vae")
 CLOSE = 0.9  # of what is free; estimates are not exact
@@ -66,7 +66,7 @@ class Residence:
 
     def adopt(self, key: Any, module: nn.Module, stored: Mapping[str, Tensor]) -> None:
         """Take a network on the meta device, with its weights, among those beside the U-Net."""
-        self.beside[key] = (StreamedPart if self.low_memory else Part)(module, stored)
+        self.beside[key] = (StreamedPart if self.low_memory and has_blocks(module) else Part)(module, stored)
 
     def ready(self, name: str) -> Any:
         """A part with its weights."""
@@ -104,12 +104,20 @@ class Residence:
             )
 
     def workload(
-        self, rows: int, height: int, width: int, *, quadratic: bool = False, beside: Sequence[Part] = ()
+        self,
+        rows: int,
+        height: int,
+        width: int,
+        *,
+        quadratic: bool = False,
+        beside: Sequence[Part] = (),
+        before: Sequence[Part] = (),
     ) -> Workload:
         """What it takes to make images of latents of this size; see `Workload`.
 
         Args:
             beside: networks that are used with the U-Net.
+            before: those that are used before it, one at a time.
         """
         size = block_bytes if self.low_memory else weight_bytes
         unet, vae = self.module("unet"), self.module("vae")
@@ -125,6 +133,7 @@ class Residence:
             quadratic=quadratic,
             low_memory=self.low_memory,
             beside=sum(size(part.module) for part in beside),
+            before=max((weight_bytes(part.module) for part in before), default=0),
         )
 
     def check(self, workload: Workload) -> None:

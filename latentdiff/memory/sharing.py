@@ -126,11 +126,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+_CHANGING = ("controls", "image_prompts", "seamless")  # options
+
+
 def one_use(*, alone: bool = False) -> Callable[[Function], Function]:
     """Make a method of a model, or a function whose first argument is one, a single use of it.
 
     It is alone if that is said here, or if its arguments say that it puts something on the modules: a cache, LoRAs
-    that prompts name, ControlNets, whose weights come and go.
+    that prompts name, ControlNets and IP-Adapters, whose weights come and go.
     """
 
     def decorate(function: Function) -> Function:
@@ -145,7 +148,7 @@ def one_use(*, alone: bool = False) -> Callable[[Function], Function]:
 
 
 def _changes_modules(arguments: Sequence[Any], named: Mapping[str, Any]) -> bool:
-    if named.get("cache_interval") not in (None, 1) or named.get("controls") or named.get("seamless"):
+    if named.get("cache_interval") not in (None, 1) or any(named.get(name) for name in _CHANGING):
         return True
     given = (*arguments, *named.values())
     texts = [text for value in given for text in (value if isinstance(value, (list, tuple)) else [value])]

@@ -125,6 +125,11 @@ class StreamedPart(Part):
         self._fetched.clear()
 
 
+def has_blocks(module: nn.Module) -> bool:
+    """Whether a network has blocks whose weights can be streamed."""
+    return any(isinstance(block, _BLOCKS) for block in module.modules())
+
+
 def block_bytes(module: nn.Module) -> int:
     """The most bytes of weights that a streamed U-Net has in memory at a time: what stays, and its three largest
     blocks.

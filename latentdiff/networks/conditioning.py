@@ -7,15 +7,23 @@ then need no change, and `functions.checked_model` is where a field is handed to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from latentdiff.networks.controlnet import AppliedControl, ControlRows, summed_residuals
-from latentdiff.networks.layers.transformer import Context, ProjectedContext, SizedText
+from latentdiff.networks.layers.transformer import Context, Further, ProjectedContext, SizedText
+from latentdiff.networks.rows import Rows
 from latentdiff.networks.unet import UNet
+
+
+class Applied(Protocol):
+    """Something that steers one walk: a control, an image prompt."""
+
+    def on(self, text: Context, count: int, *, avoided: bool) -> Rows:
+        """The same on `count` rows of a batch with this text; `avoided` are those of the negative prompt."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Conditioning:
         dtype: of the U-Net when this was made.
         extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
         sizes: (N, K), what U-Nets of SDXL are told beside the text; see `sizes`.
-        controls: what is added to the skips; see `controlnet`.
+        controls: what steers besides; see `rows`.
     """
 
     text: Tensor
@@ -36,7 +44,8 @@ class Conditioning:
     dtype: torch.dtype
     extra_channels: Tensor | None = None
     sizes: Tensor | None = None
-    controls: tuple[ControlRows, ...] = ()
+    controls: tuple[Rows, ...] = ()
+    _contexts: dict[Any, ProjectedContext] = field(default_factory=dict[Any, ProjectedContext], init=False, repr=False)
 
     @classmethod
     def of(
@@ -46,7 +55,7 @@ class Conditioning:
         *,
         extra_channels: Tensor | None = None,
         sizes: Tensor | None = None,
-        controls: Sequence[AppliedControl] = (),
+        controls: Sequence[Applied] = (),
         avoided: bool = False,
     ) -> Self:
         """The conditioning of `unet` by text embeddings (N, L, C) and sizes, (N, K) or (1, K) for all.
@@ -73,15 +82,34 @@ class Conditioning:
         """What goes through the network at once, with its rows in the batch."""
         return [(slice(None), self)]
 
-    def context_in(self, dtype: torch.dtype) -> Context:
-        """The projections; or the bare embeddings where the U-Net is in another dtype now than it was then."""
-        return self.projected if dtype == self.dtype else _told(self.text.to(dtype), self.sizes)
+    def context_in(self, dtype: torch.dtype, t: float, unet: UNet) -> Context:
+        """What the cross-attentions are told at a timestep: the projections; or the bare embeddings where the U-Net is in
+        another dtype now than it was then. What is attended to besides needs projections, and a context that stays the
+        same object as long as it is the same."""
+        own = self.projected if dtype == self.dtype else _told(self.text.to(dtype), self.sizes)
+        acting = [number for number, rows in enumerate(self.controls) if rows.attends(t)]
+        if not acting:
+            return own
+        key = (dtype, *acting)
+        if key not in self._contexts:
+            further: dict[nn.Module, list[Further]] = {}
+            for number in acting:
+                for layer, more in self.controls[number].attended(dtype).items():
+                    further.setdefault(layer, []).append(more)
+            projected = own if isinstance(own, ProjectedContext) else unet.project_context(own)
+            self._contexts[key] = projected.with_further(further)
+        return self._contexts[key]
 
     def residuals(self, x: Tensor, t: float, dtype: torch.dtype) -> list[Tensor] | None:
-        """What the controls add to the skips and the middle for latents (N, C, h, w); None if nothing is added."""
+        """What is added to the skips and the middle for latents (N, C, h, w); None if nothing is."""
         if not self.controls:
             return None
-        return summed_residuals(self.controls, x, t, _told(self.text.to(dtype), self.sizes), dtype)
+        total, told = None, _told(self.text.to(dtype), self.sizes)
+        for rows in self.controls:
+            own = rows.residuals(x, t, told, dtype)
+            if own is not None:
+                total = own if total is None else [a + b for a, b in zip(total, own, strict=True)]
+        return total
 
 
 @dataclass(frozen=True)
@@ -138,7 +166,7 @@ def _joined(parts: Sequence[Conditioning]) -> Conditioning:
     if len(parts) == 1:
         return parts[0]
     return Conditioning(
-        **{each.name: _cat([getattr(part, each.name) for part in parts]) for each in fields(Conditioning)}
+        **{each.name: _cat([getattr(part, each.name) for part in parts]) for each in fields(Conditioning) if each.init}
     )
 
 
@@ -146,5 +174,5 @@ def _cat(values: list[Any]) -> Any:
     if isinstance(values[0], Tensor):
         return torch.cat(values)
     if isinstance(values[0], tuple):
-        return tuple(ControlRows.cat(same) for same in zip(*values, strict=True))
+        return tuple(type(same[0]).cat(same) for same in zip(*values, strict=True))
     return ProjectedContext.cat(values) if isinstance(values[0], ProjectedContext) else values[0]

@@ -18,6 +18,7 @@ from latentdiff.device import in_float32
 from latentdiff.errors import ConfigError
 from latentdiff.networks.config import UNetConfig
 from latentdiff.networks.layers.transformer import Context, ProjectedContext
+from latentdiff.networks.rows import Rows, acts_at
 from latentdiff.networks.unet import UNetEncoder
 
 _ORDERS = ("rgb", "bgr")
@@ -185,7 +186,7 @@ class AppliedControl:
 
 
 @dataclass(frozen=True)
-class ControlRows:
+class ControlRows(Rows):
     """A control, the text as it sees it, and on which rows (N,) it acts."""
 
     control: AppliedControl
@@ -205,8 +206,7 @@ class ControlRows:
             text: for another dtype than that of the network, in which the projections are of no use.
         """
         control, network = self.control, self.control.network
-        low, high = control.window
-        if not control.scale or not low < t <= high or not self.acts.any():
+        if not control.scale or not acts_at(control.window, t) or not self.acts.any():
             return None
         own = next(network.parameters()).dtype
         context: Context = self.projected if own == dtype else text
@@ -226,37 +226,6 @@ class ControlRows:
         if not self.control.guesses or self.control.network.control.pools:
             return [self.control.scale] * count
         return [self.control.scale * factor for factor in torch.logspace(-1, 0, count).tolist()]
-
-
-def summed_residuals(
-    controls: Sequence[ControlRows], x: Tensor, t: float, text: Context, dtype: torch.dtype
-) -> list[Tensor] | None:
-    """What all controls add together; None if nothing is added at this timestep."""
-    total: list[Tensor] | None = None
-    for rows in controls:
-        own = rows.residuals(x, t, text, dtype)
-        if own is not None:
-            total = own if total is None else [a + b for a, b in zip(total, own, strict=True)]
-    return total
-
-
-def window_of(timesteps: Sequence[float], start: float, end: float) -> tuple[float, float]:
-    """The timesteps low < t <= high of the share `start` to `end` of a walk; as diffusers counts, a step acts that lies
-    wholly within.
-
-    Args:
-        timesteps: that are visited, in any order; repeated ones count once.
-    """
-    visited = sorted(set(timesteps), reverse=True)
-    count = len(visited)
-    inside = [i for i in range(count) if not (i / count < start or (i + 1) / count > end)]
-    if not inside:
-        return float("inf"), float("inf")
-    first, last = inside[0], inside[-1]
-    return (
-        visited[last + 1] if last + 1 < count else -1.0,
-        float("inf") if first == 0 else visited[first],
-    )
 
 
 def matched(config: ControlNetConfig, unet: UNetConfig) -> ControlNetConfig:

@@ -18,8 +18,7 @@ from latentdiff.diffusion.guidance import (
 )
 from latentdiff.diffusion.parameterization import Denoiser, Parameterization
 from latentdiff.diffusion.schedule import Level
-from latentdiff.networks.conditioning import AnyConditioning, Conditioning
-from latentdiff.networks.controlnet import AppliedControl
+from latentdiff.networks.conditioning import AnyConditioning, Applied, Conditioning
 from latentdiff.networks.sizes import Told
 from latentdiff.networks.text_embedding import EncodedPrompt
 from latentdiff.networks.unet import UNet
@@ -36,7 +35,7 @@ def prompted_denoiser(
     *,
     extra_channels: Tensor | None = None,
     sizes: Told | None = None,
-    controls: Sequence[AppliedControl] = (),
+    controls: Sequence[Applied] = (),
 ) -> Denoiser:
     """A denoiser for a batch of N images.
 
@@ -46,7 +45,7 @@ def prompted_denoiser(
         levels: what will be walked; stages count its steps.
         extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
         sizes: what U-Nets of SDXL are told beside the texts.
-        controls: what is added to the skips.
+        controls: what steers besides.
     """
     images = [image for image, prompt in enumerate(positive) for _ in prompt.parts]
     weights = [part.weight for prompt in positive for part in prompt.parts]

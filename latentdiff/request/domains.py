@@ -182,14 +182,39 @@ class YesNo:
 
 
 @dataclass(frozen=True)
-class Controls:
-    """What ControlNets make of images."""
+class Made:
+    """Things that something of ours makes, one or several; they bear a mark.
+
+    expected: the same in words.
+    """
+
+    mark: str
+    expected: str
 
     def __call__(self, name: str, value: Any) -> tuple[Any, ...]:
-        controls = tuple(cast(Sequence[Any], value)) if isinstance(value, list | tuple) else (value,)
-        if not all(getattr(control, "is_control", False) for control in controls):
-            raise refusal(name, "a list of what a ControlNet makes of images: controls=[edges(image)]", cast(object, value))
-        return controls
+        things = tuple(cast(Sequence[Any], value)) if isinstance(value, list | tuple) else (value,)
+        if not all(getattr(thing, self.mark, False) for thing in things):
+            raise refusal(name, self.expected, cast(object, value))
+        return things
+
+
+@dataclass(frozen=True)
+class BlockScales:
+    """Names of blocks and how strongly something acts on them, 0 or more; or the name of a preset."""
+
+    presets: tuple[str, ...]
+
+    def __call__(self, name: str, value: Any) -> str | dict[str, float]:
+        if isinstance(value, str) and value in self.presets:
+            return value
+        try:
+            given = dict(part.rsplit("=", 1) for part in value.split(",")) if isinstance(value, str) else dict(value)
+            scales = {str(block): Real(0)(name, float(scale)) for block, scale in given.items()}
+        except (TypeError, ValueError, UsageError):
+            scales = {}
+        if not scales:
+            raise refusal(name, f"{' or '.join(self.presets)}, or blocks with numbers, as in up_blocks.1=0.5", value)
+        return scales
 
 
 @dataclass(frozen=True)

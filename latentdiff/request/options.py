@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict, 
 
 from latentdiff.request.domains import (
     Choice,
-    Controls,
     Factor,
     Function,
     Interval,
+    Made,
     Numbers,
     Pair,
     Real,
@@ -64,6 +64,8 @@ UpscalerName = Literal[
 PREPARATIONS = ("canny", "scribble", "tile")  # of hints for ControlNets
 # Kinds of hints of "union" ControlNets (the first six) and of "promax", in the order of their places.
 CONTROL_MODES = ("openpose", "depth", "scribble", "canny", "normal", "segment", "tile", "repaint")
+# Blocks of SDXL that decide style and layout (Wang et al. 2024, InstantStyle).
+BLOCK_PRESETS = {"style": {"up_blocks.0.attentions.1": 1.0}, "layout": {"down_blocks.2.attentions.1": 1.0}}
 
 SIDE = Whole(1, metavar="PIXELS")  # of an image
 MOST_IMAGES = 10_000  # of one call; more is a mistake, or many calls
@@ -236,8 +238,16 @@ class SamplingOptions(SeededOptions, total=False):
     """How beautiful the refiner of SDXL is told the image is."""
     negative_aesthetic_score: Annotated[float | None, Option(Real(0, 10), 2.5, kept=Kept(float, None, 2.5))]
     """How beautiful what is to be avoided is."""
-    controls: Annotated[Sequence[Any] | None, Option(Controls(), flags=())]
+    controls: Annotated[
+        Sequence[Any] | None,
+        Option(Made("is_control", "a list of what a ControlNet makes of images: controls=[edges(image)]"), flags=()),
+    ]
     """ControlNets with their images: `controls=[ControlNet.load(file)(image, scale=0.8)]`."""
+    image_prompts: Annotated[
+        Sequence[Any] | None,
+        Option(Made("is_image_prompt", "a list of what an IPAdapter makes of images: image_prompts=[faces(image)]"), flags=()),
+    ]
+    """Images to resemble, by an IP-Adapter: `image_prompts=[IPAdapter.load(file)(image, scale=0.6)]`."""
     cache_interval: Annotated[int | None, Option(Whole(1), 1, kept=Kept(int, "Cache interval", 1))]
     """Compute the deep layers of the U-Net at every Nth step only (DeepCache, Ma et al. 2024); 1 is every step."""
     cache_branch: Annotated[int | None, Option(Whole(0), 0, kept=Kept(int, "Cache branch", 0))]

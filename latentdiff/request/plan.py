@@ -25,6 +25,7 @@ from latentdiff.networks.text_embedding import Reading
 from latentdiff.prompts.syntax import read_prompt
 from latentdiff.prompts.tags import LoRATag
 from latentdiff.prompts.tokenize import as_list
+from latentdiff.recipe import recorded_steering
 from latentdiff.request.options import KEPT, OPTIONS, SAMPLING, Settings
 
 TOLD_GUIDANCE = 8.5  # customary for models that are told it (Luo et al. 2023)
@@ -254,8 +255,7 @@ class Plan:
     def recipe_fields(self) -> Iterator[dict[str, Any]]:
         """For each image, the fields of its recipe that the plan decides."""
         kept = {name: getattr(self.options, name) for name in KEPT if name in SAMPLING}
-        controls = [control.describe() for control in self.options.controls or ()]
-        same = {**kept, "spacing": self.spacing, "controls": controls}
+        same = {**kept, "spacing": self.spacing, **recorded_steering(self.options.controls, self.options.image_prompts)}
         for prompt, negative, seed in zip(self.prompts, self.negatives, self.seeds, strict=True):
             yield {**same, "prompt": prompt, "negative_prompt": negative, "seed": seed}
 

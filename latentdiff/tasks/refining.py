@@ -20,6 +20,7 @@ from latentdiff.request.domains import Real
 from latentdiff.request.options import SamplingOptions, SizedOptions
 from latentdiff.request.plan import Plan, Sampling, latent_shape
 from latentdiff.tasks.editing import with_recipes
+from latentdiff.tasks.sources import sampling_of
 
 TASK = "refine"
 SWITCH = 0.8
@@ -45,7 +46,7 @@ def refine(
 ) -> list[Image.Image]:
     """Make images of what the prompt says, the last steps by another model.
 
-    LoRAs and learned words are those of `pipe` and act there alone.
+    LoRAs and learned words are those of `pipe` and act there alone; so do controls and image prompts.
 
     Args:
         pipe: walks the first steps.
@@ -92,7 +93,7 @@ def parted(plan: Plan, refiner: Pipeline, switch: float) -> tuple[Plan, Plan]:
             f"expected a switch that leaves steps to both models, found {switch:g}, which gives the first {steps} of "
             f"{plan.steps}; take more steps or another switch"
         )
-    theirs = plan.options.plan(plan.prompts, refiner.schedule)
+    theirs = replace(plan.options, controls=None, image_prompts=None).plan(plan.prompts, refiner.schedule)
     rest = plan.levels[steps:]
     sampler = plan.options.for_model(refiner.schedule).method().over(refiner.schedule, len(rest) - 1)
     second = replace(
@@ -119,4 +120,4 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
         raise CheckpointError(f"{sources['refiner']} is not the refiner that the image was made with: its hash differs")
     settings = recipe.settings_as(RefineSettings)
     size = {"width": recipe.width, "height": recipe.height}
-    return refine(pipe, refiner, recipe.prompt, switch=settings.switch, **size, **recipe.sampling())[0]
+    return refine(pipe, refiner, recipe.prompt, switch=settings.switch, **size, **sampling_of(recipe, sources))[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from latentdiff.control.image_prompts import image_prompts_again
 from latentdiff.control.model import controls_again
 from latentdiff.errors import DataError, UsageError
 from latentdiff.pipeline import Pipeline
@@ -19,13 +20,16 @@ MUCH_LARGER = 4
 
 
 def sampling_of(recipe: Recipe, sources: Mapping[str, Path]) -> dict[str, Any]:
-    """The options that make the image of a recipe, its controls among them.
+    """The options that make the image of a recipe, its controls and image prompts among them.
 
     Args:
         sources: by role, see `Recipe.roles`.
     """
-    controls = controls_again(recipe.controls, lambda role: file_of(sources, role))
-    return {**recipe.sampling(), **({"controls": controls} if controls else {})}
+    steering = {
+        "controls": controls_again(recipe.controls, lambda role: file_of(sources, role)),
+        "image_prompts": image_prompts_again(recipe.image_prompts, lambda role: file_of(sources, role)),
+    }
+    return {**recipe.sampling(), **{name: things for name, things in steering.items() if things}}
 
 
 def file_of(sources: Mapping[str, Path], role: str) -> Path:

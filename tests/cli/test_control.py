@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from latentdiff.cli.controls import parse_control_model
+from latentdiff.cli.image_prompts import with_numbers
 from latentdiff.image import open_image
 from latentdiff.recipe import read_recipe
 from tests.control.nets import hint, saved
@@ -85,13 +85,13 @@ def test_bad_input_is_one_line(command, sd1, net, arguments, message):
 
 
 def test_models_with_numbers(workplace):
-    assert parse_control_model("a.safetensors") == ("a.safetensors", {})
-    assert parse_control_model("a.b:0.8") == ("a.b", {"scale": 0.8})
-    assert parse_control_model("x/a:1@0.1-.6") == ("x/a", {"scale": 1.0, "start": 0.1, "end": 0.6})
-    assert parse_control_model("a@0-0.5") == ("a", {"start": 0.0, "end": 0.5})
-    assert parse_control_model("C:/x/a.safetensors") == ("C:/x/a.safetensors", {})
+    assert with_numbers("a.safetensors") == ("a.safetensors", {})
+    assert with_numbers("a.b:0.8") == ("a.b", {"scale": 0.8})
+    assert with_numbers("x/a:1@0.1-.6") == ("x/a", {"scale": 1.0, "start": 0.1, "end": 0.6})
+    assert with_numbers("a@0-0.5") == ("a", {"start": 0.0, "end": 0.5})
+    assert with_numbers("C:/x/a.safetensors") == ("C:/x/a.safetensors", {})
     (workplace / "odd:0.5").touch()
-    assert parse_control_model("odd:0.5") == ("odd:0.5", {})
+    assert with_numbers("odd:0.5") == ("odd:0.5", {})
 
 
 def test_prepare(command, workplace):

@@ -17,7 +17,7 @@ from latentdiff.control.hints import hint_tensor
 from latentdiff.errors import CheckpointError, DataError, UsageError
 from latentdiff.memory.estimate import denoising_bytes, needed, weight_bytes
 from latentdiff.memory.streaming import StreamedPart
-from latentdiff.networks.controlnet import window_of
+from latentdiff.networks.rows import window_of
 from latentdiff.recipe import read_recipe
 from latentdiff.request.options import SamplerName
 from tests import peers

@@ -62,5 +62,5 @@ def test_a_row_does_not_depend_on_its_neighbours_length(length):
     network, mine = unet(), conditioning(1, length, 3)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     joined = Conditioning.cat([mine, conditioning(1, 21, 4)])
-    found = by_groups(joined, torch.cat([x, x]), lambda x, part: network(x, 500.0, part.context_in(x.dtype)))
+    found = by_groups(joined, torch.cat([x, x]), lambda x, part: network(x, 500.0, part.context_in(x.dtype, 500.0, network)))
     assert torch.equal(found[:1], network(x, 500.0, mine.text))

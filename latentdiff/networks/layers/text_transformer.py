@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -69,13 +69,32 @@ class TextTransformerConfig:
         return cls(**{field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None})
 
 
+class LayerSizes(Protocol):
+    """What one layer is built from; see `TextTransformerConfig`."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+    @property
+    def attention_dropout(self) -> float: ...
+
+
 class TextTransformer(nn.Module):
     """Token ids to hidden states. New weights are drawn as CLIP's were."""
 
     def __init__(self, config: TextTransformerConfig) -> None:
         super().__init__()
         self.embeddings = _Embeddings(config)
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))})
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(CLIPLayer(config) for _ in range(config.num_hidden_layers))})
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -117,12 +136,16 @@ class _Embeddings(nn.Module):
         return self.token_embedding(token_ids) + self.position_embedding(places)
 
 
-class _Layer(nn.Module):
-    """Self-attention and a feed-forward network, each on the norm of what it is added to."""
+class CLIPLayer(nn.Module):
+    """Self-attention and a feed-forward network, each on the norm of what it is added to.
 
-    def __init__(self, config: TextTransformerConfig) -> None:
+    Args:
+        causal: each token sees itself and those before it, as in the text transformer; else all, as in that of images.
+    """
+
+    def __init__(self, config: LayerSizes, *, causal: bool = True) -> None:
         super().__init__()
-        self.self_attn = _SelfAttention(config)
+        self.self_attn = _SelfAttention(config, causal=causal)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = _FeedForward(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -134,11 +157,11 @@ class _Layer(nn.Module):
 
 
 class _SelfAttention(nn.Module):
-    """Each token attends to itself and to those before it."""
+    """Each token attends to itself and to those before it, or to all."""
 
-    def __init__(self, config: TextTransformerConfig) -> None:
+    def __init__(self, config: LayerSizes, *, causal: bool) -> None:
         super().__init__()
-        width = config.hidden_size
+        width, self.causal = config.hidden_size, causal
         self.heads, self.dropout = config.num_attention_heads, config.attention_dropout
         self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
@@ -150,7 +173,7 @@ class _SelfAttention(nn.Module):
         """(N, L, C) -> (N, L, C)."""
         q, k, v = (self._split_heads(linear(x)) for linear in (self.q_proj, self.k_proj, self.v_proj))
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (N, heads, L, d)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal)  # (N, heads, L, d)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -160,7 +183,7 @@ class _SelfAttention(nn.Module):
 class _FeedForward(nn.Module):
     """Two linear layers."""
 
-    def __init__(self, config: TextTransformerConfig) -> None:
+    def __init__(self, config: LayerSizes) -> None:
         super().__init__()
         width = config.hidden_size
         self.activation = ACTIVATIONS[config.hidden_act]

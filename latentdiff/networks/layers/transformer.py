@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from latentdiff.networks.attention import attention
 
 KeysValues = tuple[Tensor, Tensor]  # each (N, heads, S, d)
+# Keys and values that are attended to apart from the text's, and how strongly: a number, or (1, 1, L, 1) for the pixels.
+Further = tuple[Tensor, Tensor, float | Tensor]
 
 
 class ProjectedContext(dict[nn.Module, KeysValues]):
@@ -20,9 +22,12 @@ class ProjectedContext(dict[nn.Module, KeysValues]):
 
     Attributes:
         added: (N, time channels), what pooled text and sizes add to the embedding of the timestep, if they do.
+        further: what cross-attentions attend to besides; each answer is added to that of the text (decoupled
+            cross-attention, Ye et al. 2023, eq. 5).
     """
 
     added: Tensor | None = None
+    further: Mapping[nn.Module, Sequence[Further]] = {}
 
     @classmethod
     def of(cls, layers: Iterable[nn.Module], tensors: Sequence[Tensor]) -> Self:
@@ -36,6 +41,12 @@ class ProjectedContext(dict[nn.Module, KeysValues]):
         """Keys and values in the order of `layers`, and at the end what is added, if anything is."""
         found = [part for layer in layers for part in self[layer]]
         return found if self.added is None else [*found, self.added]
+
+    def with_further(self, further: Mapping[nn.Module, Sequence[Further]]) -> Self:
+        """The same, and what is attended to besides the text."""
+        made = type(self)(self)
+        made.added, made.further = self.added, further
+        return made
 
     @classmethod
     def cat(cls, contexts: list[Self]) -> Self:
@@ -92,8 +103,14 @@ class Attention(nn.Module):
         """x (N, L, channels), context (N, S, context_channels) or projected -> (N, L, channels)."""
         q = self._split_heads(self.to_q(x))
         k, v = context[self] if isinstance(context, ProjectedContext) else self.keys_values(context)
-        out = attention(q.float(), k.float(), v.float()).to(q.dtype) if self.upcast else attention(q, k, v)
+        out = self._attend(q, k, v)
+        if isinstance(context, ProjectedContext):
+            for more_k, more_v, scale in context.further.get(self, ()):
+                out = out + scale * self._attend(q, more_k, more_v)
         return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q.float(), k.float(), v.float()).to(q.dtype) if self.upcast else attention(q, k, v)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N, heads, L, d)
