@@ -187,7 +187,7 @@ def _sources(recipe: Recipe, image: Path, given: tuple[str, ...]) -> dict[str, P
     found = {}
     for role, entry in recipe.roles().items():
         name = Path(entry.get("file", "")).name  # never a path: the recipe may come from anywhere
-        path = places.get(role, image.parent / name)
+        path = places.get(role) or _beside(image, name)
         hint = f"say where it is with --source {role}=FILE"
         is_loaded = role == "refiner"  # as a model, which tells its own hash then
         is_model = is_loaded or role.startswith(MODEL_ROLES)
@@ -200,6 +200,12 @@ def _sources(recipe: Recipe, image: Path, given: tuple[str, ...]) -> dict[str, P
             raise DataError(f"{path} is not the {role} that the recipe names: its SHA-256 differs; {hint}")
         found[role] = path
     return found
+
+
+def _beside(image: Path, name: str) -> Path:
+    """Where a file lies that an image was made from: beside it, or where the page of `latentdiff serve` keeps those."""
+    places = image.parent / name, image.parent / "inputs" / name
+    return next((place for place in places if place.exists()), places[0])
 
 
 def _role_and_file(text: str, recipe: Recipe) -> tuple[str, Path]:

@@ -61,6 +61,7 @@ def _limits(context: click.Context, parameter: click.Parameter, texts: tuple[str
     "--token", envvar="LATENTDIFF_TOKEN", help="What clients have to know; also read from LATENTDIFF_TOKEN."
 )
 @click.option("--lora", "loras", type=ANY_PATH, metavar="FOLDER", help="LoRAs that prompts name by <lora:name:weight>.")
+@click.option("--control", "controls", type=ANY_PATH, metavar="FOLDER", help="ControlNets that images are to follow.")
 @EMBEDDINGS
 @click.option("--data", type=ANY_PATH, metavar="FOLDER", help="Offer fine-tuning on the data sets that are its folders.")
 @click.option(
@@ -96,6 +97,7 @@ def serve(
     port: int,
     token: str | None,
     loras: Path | None,
+    controls: Path | None,
     embeddings: Sequence[str],
     data: Path | None,
     out: Path,
@@ -111,7 +113,7 @@ def serve(
     make_server = _extra()
     from latentdiff.serving.settings import Limits, ServerSettings, WorkerSettings
 
-    for folder, what in ((loras, "LoRAs"), (data, "data sets")):
+    for folder, what in ((loras, "LoRAs"), (controls, "ControlNets"), (data, "data sets")):
         if folder is not None and not folder.is_dir():
             raise UsageError(f"there is no folder {folder} of {what}")
     within = _with_limits(Limits(), limits)
@@ -123,7 +125,16 @@ def serve(
         preview_decoder=None if preview_decoder is None else str(preview_decoder),
     )
     settings = ServerSettings(
-        host=host, port=port, token=token, devices=devices, loras=loras, data=data, out=out, limits=within, worker=worker
+        host=host,
+        port=port,
+        token=token,
+        devices=devices,
+        loras=loras,
+        controls=controls,
+        data=data,
+        out=out,
+        limits=within,
+        worker=worker,
     )
     server = make_server(settings)
     listening = _listening(host, port)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from latentdiff.errors import MissingDependencyError, UsageError
-from latentdiff.image import as_rgb
+from latentdiff.reading.colours import as_rgb
 from latentdiff.request.options import PREPARATIONS
 
 LOW, HIGH = 100, 200  # thresholds of Canny's hysteresis, as the authors of ControlNet have them

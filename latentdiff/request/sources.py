@@ -14,8 +14,7 @@ from PIL import Image
 from latentdiff.checkpoints.hashing import file_hash
 from latentdiff.image import open_image
 from latentdiff.reading.colours import Colours, colours_of
-
-ImageInput = Image.Image | str | os.PathLike[str]
+from latentdiff.reading.images import opened
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,33 @@ class Source:
         return colours.on("white")
 
 
+ImageInput = Image.Image | str | os.PathLike[str] | Source
+
+
 def open_source(image: ImageInput) -> Source:
     """Read an image from a file, or take one of Pillow; that one is known by the hash of its pixels and has no name.
+    What was opened before stays as it is.
 
     Raises:
         DataError: there is no such file, or it is no image.
     """
+    if isinstance(image, Source):
+        return image
     if isinstance(image, Image.Image):
         return Source(image, {"file": "", "sha256": _hash_of_pixels(image)})
-    opened = open_image(image, still=True)
-    return Source(opened, {"file": Path(image).name, "sha256": file_hash(Path(image))})
+    opened_image = open_image(image, still=True)
+    return Source(opened_image, {"file": Path(image).name, "sha256": file_hash(Path(image))})
+
+
+def source_of(file: bytes, name: str) -> Source:
+    """The image whose file has this content, under the name that recipes are to call it.
+
+    Raises:
+        DataError: it is no image.
+    """
+    with opened(file, name) as image:
+        image.load()
+    return Source(image, {"file": name, "sha256": hashlib.sha256(file).hexdigest()})
 
 
 def is_the_one(path: Path, sha256: str) -> bool:

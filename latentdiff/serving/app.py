@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from latentdiff import __version__
 from latentdiff.errors import LatentDiffError, UsageError
-from latentdiff.serving import openai, sdapi, studio
+from latentdiff.serving import openai, sdapi, sdapi_control, studio
 from latentdiff.serving.engine import STOPPING, Engine
 from latentdiff.serving.errors import OPENAI, Refused, body
 from latentdiff.serving.metrics import Measured
@@ -58,6 +58,7 @@ def make_app(settings: ServerSettings) -> FastAPI:
     app.state.engine = engine
     app.include_router(openai.router(engine))
     app.include_router(sdapi.router(engine))
+    app.include_router(sdapi_control.router(engine))
     app.include_router(studio.router(engine))
     app.include_router(training_router(training))
     app.include_router(_state(engine))

@@ -18,7 +18,7 @@ from latentdiff.request.options import MOST_IMAGES, OPTIONS, checked
 from latentdiff.serving.catalogue import Catalogue
 from latentdiff.serving.errors import Refused
 from latentdiff.serving.settings import Limits
-from latentdiff.serving.work import Draw
+from latentdiff.serving.work import Draw, Following, Sent
 
 # Options that the server decides, or that every interface has under names of its own.
 OTHERWISE = ("negative_prompt", "seed", "num_images", "width", "height", "batch_size", "callback", "progress")
@@ -103,6 +103,9 @@ def check(
         width, height = (round((side or usual) * factor) for side, usual in zip((width, height), own, strict=True))
     _at_most("size", max(width, height), limits.side, "pixels a side")
     _at_most("size", width * height, limits.pixels, "pixels")
+    _at_most("controls", len(draw.controls), limits.controls, "controls")
+    for following in draw.controls:
+        check_hint(following, limits)
     if count < 1:
         raise Refused(400, f"expected 1 image or more, found {count}", param="n", code="invalid_value")
     try:
@@ -111,6 +114,15 @@ def check(
     except UsageError as error:
         raise Refused(400, str(error), param="prompt", code="invalid_value") from error
     return replace(draw, tags=tags, loras=loras)
+
+
+def check_hint(following: Following, limits: Limits) -> None:
+    """Raise a `Refused` if the image of a control is none, or too large as it is or as it is prepared."""
+    name = "image of a control"
+    size = size_of(following.image, name, limits)
+    if following.resolution is not None:
+        factor = following.resolution / min(size)
+        _at_most(name, round(size[0] * size[1] * factor**2), limits.source_pixels, "pixels")
 
 
 def _size(draw: Draw, limits: Limits) -> tuple[int, int]:
@@ -126,14 +138,14 @@ def _size(draw: Draw, limits: Limits) -> tuple[int, int]:
     return width or round(own_width * height / own_height), height or round(own_height * width / own_width)
 
 
-def size_of(file: bytes, name: str, limits: Limits) -> tuple[int, int]:
+def size_of(sent: Sent, name: str, limits: Limits) -> tuple[int, int]:
     """Width and height of an image that was sent, from its header.
 
     Raises:
         Refused: it is none, or too large to be decoded.
     """
     try:
-        with opened(file, f"the {name}") as image:
+        with opened(sent.file, f"the {name}") as image:
             size = image.size
     except DataError as error:
         raise Refused(400, str(error), param=name, code="invalid_image") from error

@@ -18,6 +18,7 @@ from latentdiff.serving.errors import Refused
 from latentdiff.serving.settings import ServerSettings
 
 LORA_FILES = (".safetensors", ".pt", ".ckpt", ".bin")
+CONTROL_FILES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 _LONGEST_FILE = 16 * 2**20  # bytes, of a tokenizer's
 
 
@@ -56,6 +57,30 @@ class Catalogue:
             files = sorted(path for path in folder.rglob("*") if path.suffix in LORA_FILES and path.is_file())
             found |= {path.stem: path for path in reversed(files)}
         return found
+
+    @property
+    def controls(self) -> dict[str, Path]:
+        """Name -> file, or folder of the diffusers layout, in the folder as it is now."""
+        folder = self._settings.controls
+        if folder is None or not folder.is_dir():
+            return {}
+        folders = [path.parent for path in folder.glob("*/config.json")]
+        files = [path for path in folder.rglob("*") if path.suffix in CONTROL_FILES and path.is_file()]
+        lone = [path for path in files if path.parent not in folders]
+        return {path.stem if path.is_file() else path.name: path for path in sorted([*folders, *lone], reverse=True)}
+
+    def control(self, name: str) -> Path:
+        """Where a ControlNet lies.
+
+        Raises:
+            Refused: there is none of that name.
+        """
+        offered = self.controls
+        if name not in offered:
+            near = get_close_matches(name, offered, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(list(offered)[:8]) or 'none'}"
+            raise Refused(400, f"there is no ControlNet called {name!r}; {hint}", param="controls", code="invalid_value")
+        return offered[name]
 
     @property
     def embeddings(self) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,39 @@ TASK = {name: f"--{name.replace('_', '-')}" for name in
 _ASKED = ("negative_prompt", "seed", "num_images", "width", "height")
 
 
+@dataclass(frozen=True)
+class NamedControl:
+    """A ControlNet and the image that it follows, as files; see `ControlNet.__call__`."""
+
+    image: Path
+    prepare: str | None
+    model: Path
+    scale: float
+    start: float
+    end: float
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """As the command line takes them."""
+        share = "" if (self.start, self.end) == (0.0, 1.0) else f"@{_plain(self.start)}-{_plain(self.end)}"
+        scale = "" if self.scale == 1.0 else f":{_plain(self.scale)}"
+        kind = f"{self.prepare}=" if self.prepare else ""
+        return "--control", f"{kind}{self.image}", "--control-model", f"{self.model}{scale}{share}"
+
+
+def _plain(number: float) -> str:
+    """The number without an exponent, exactly."""
+    return format(Decimal(repr(number)), "f")
+
+
 def command_line(
-    fields: Mapping[str, Any], files: Mapping[str, Path], *, image: Path | None = None, mask: Path | None = None
+    fields: Mapping[str, Any],
+    files: Mapping[str, Path],
+    *,
+    image: Path | None = None,
+    mask: Path | None = None,
+    controls: Sequence[NamedControl] = (),
+    guess: bool = False,
 ) -> str:
     """A line for a shell.
 
@@ -25,10 +58,13 @@ def command_line(
         fields: "prompt", options of generation and of the task by their names.
         files: flag -> what belongs behind it: a model, a folder.
         image, mask: files to begin from.
+        guess: let the controls act on the prompt alone.
     """
     command = "generate" if image is None else "edit" if mask is None else "inpaint"
     given = [*([] if image is None else [str(image)]), fields["prompt"]]
     flags = [*([] if mask is None else ["--mask", str(mask)]), *flags_of(fields)]
+    flags += [word for control in controls for word in control.flags]
+    flags += ["--control-guess"] * (guess and bool(controls))
     flags += [word for flag, path in files.items() for word in (flag, str(path))]
     is_plain = not any(word.startswith("-") for word in given)
     return shlex.join(["latentdiff", command, *given, *flags] if is_plain else

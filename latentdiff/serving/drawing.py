@@ -7,20 +7,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from latentdiff.control.model import Control, ControlNet
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.errors import UsageError
-from latentdiff.image import as_rgb, save_image
+from latentdiff.image import save_image
 from latentdiff.pipeline import Pipeline
-from latentdiff.reading.images import opened
+from latentdiff.reading.colours import colours_of
 from latentdiff.request.options import SAMPLING
 from latentdiff.request.plan import Sampling
 from latentdiff.request.second_pass import SecondPass
-from latentdiff.serving.work import Draw, Piece
+from latentdiff.request.sources import ImageInput, open_source, source_of
+from latentdiff.serving.hints import fitted, hint, opened_image
+from latentdiff.serving.work import Draw, Following, Piece, Sent
 from latentdiff.tasks.editing import begin_at, image_to_image
 from latentdiff.tasks.inpainting import inpaint
+from latentdiff.tasks.masks import read_mask
+
+OpenControl = Callable[[str], ControlNet]
 
 OF_SAMPLERS = {  # option -> whether a sampler has it
     "eta": lambda sampler: sampler.eta is not None,
@@ -31,8 +37,13 @@ OF_SAMPLERS = {  # option -> whether a sampler has it
 }
 
 
-def drawn(pipe: Pipeline, pieces: Sequence[Piece], callback: Callable[[int, float, Tensor], Any]) -> list[Image.Image]:
+def drawn(
+    pipe: Pipeline, pieces: Sequence[Piece], callback: Callable[[int, float, Tensor], Any], open_control: OpenControl
+) -> list[Image.Image]:
     """The images of pieces of one shape, each with its recipe in `info`.
+
+    Args:
+        open_control: (file or folder) -> the ControlNet.
 
     Raises:
         LatentDiffError: as the pipeline and the tasks raise them.
@@ -47,7 +58,9 @@ def drawn(pipe: Pipeline, pieces: Sequence[Piece], callback: Callable[[int, floa
         "progress": False,
         "callback": callback,
     }
-    if draw.image is None:
+    image = _image(draw)
+    options |= _controls(pipe, draw, image, open_control)
+    if image is None:
         return pipe(
             [piece.draw.prompt for piece in pieces],
             negative_prompt=[piece.draw.negative_prompt for piece in pieces],
@@ -56,12 +69,11 @@ def drawn(pipe: Pipeline, pieces: Sequence[Piece], callback: Callable[[int, floa
             **options,
         )
     options |= {**draw.task, "num_images": len(pieces), "negative_prompt": draw.negative_prompt}
-    image = _fitted(_image(draw.image, "the image"), draw)
     if draw.mask is None:
         size = {} if draw.fit else {"width": draw.width, "height": draw.height}
         return image_to_image(pipe, image, draw.prompt, **size, **options)
-    mask = _mask(_image(draw.mask, "the mask"), draw)
-    return inpaint(pipe, image, mask, draw.prompt, **options)
+    mask, invert = _mask(draw.mask, draw)
+    return inpaint(pipe, image, mask, draw.prompt, invert_mask=invert, **options)
 
 
 def walk_length(pipe: Pipeline, draw: Draw) -> int:
@@ -92,32 +104,47 @@ def _options(pipe: Pipeline, draw: Draw) -> dict[str, Any]:
     return options
 
 
-def _image(file: bytes, name: str) -> Image.Image:
-    with opened(file, name) as image:
-        image.load()
-        return ImageOps.exif_transpose(image)
+def _given(sent: Sent, name: str) -> ImageInput:
+    """What was sent, as the file that recipes name where it has a name."""
+    return source_of(sent.file, sent.name) if sent.name else opened_image(sent, name)
 
 
-def _mask(mask: Image.Image, draw: Draw) -> Image.Image:
-    """White where to paint, as the tasks take masks."""
+def _image(draw: Draw) -> ImageInput | None:
+    """What it begins from, at the size that it is to have."""
+    if draw.image is None or draw.fit is None:
+        return draw.image and _given(draw.image, "the image")
+    image = opened_image(draw.image, "the image")
+    return fitted(image, draw.fit, (draw.width or image.width, draw.height or image.height))
+
+
+def _mask(sent: Sent, draw: Draw) -> tuple[ImageInput, bool]:
+    """A mask as `inpaint` takes it, and whether it is to be inverted."""
+    if draw.fit is None and draw.mask_kind == "white":
+        return _given(sent, "the mask"), draw.invert_mask
+    image = opened_image(sent, "the mask")
     if draw.mask_kind == "transparent":
-        if not mask.has_transparency_data:
+        alpha = colours_of(image, "the mask").alpha
+        if alpha is None:
             raise UsageError("expected a mask with transparent parts, which are painted; found one without")
-        mask = ImageOps.invert(mask.convert("RGBA").getchannel("A"))
-    if draw.invert_mask:
-        mask = ImageOps.invert(mask.convert("L"))
-    return _fitted(mask, draw)
+        mask = read_mask(alpha, "the mask", invert=not draw.invert_mask)
+    else:
+        mask = read_mask(image, "the mask", invert=draw.invert_mask)  # before it is padded with what is to be kept
+    size = draw.width or mask.width, draw.height or mask.height
+    return (mask if draw.fit is None else fitted(mask, draw.fit, size)), False
 
 
-def _fitted(image: Image.Image, draw: Draw) -> Image.Image:
-    if draw.fit is None:
-        return image
-    size = draw.width or image.width, draw.height or image.height
-    if image.size == size:
-        return image
-    image = image if image.mode in ("L", "RGB", "RGBA") else as_rgb(image)
-    if draw.fit == "crop":
-        return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-    if draw.fit == "pad":
-        return ImageOps.pad(image, size, Image.Resampling.LANCZOS)
-    return image.resize(size, Image.Resampling.LANCZOS)
+def _controls(pipe: Pipeline, draw: Draw, image: ImageInput | None, open_control: OpenControl) -> dict[str, Any]:
+    """The option `controls`, where there are some."""
+    if not draw.controls:
+        return {}
+    height, width = pipe.default_size
+    own = (width, height) if image is None else open_source(image).image.size
+    size = draw.width or own[0], draw.height or own[1]
+    return {"controls": [_control(following, open_control(following.model), size) for following in draw.controls]}
+
+
+def _control(following: Following, network: ControlNet, size: tuple[int, int]) -> Control:
+    options: dict[str, Any] = {name: getattr(following, name) for name in ("scale", "start", "end", "guess")}
+    if following.fit is None:
+        return network(_given(following.image, "the image of a control"), prepare=following.prepare, **options)
+    return network(hint(following, size), **options)

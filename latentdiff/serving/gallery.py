@@ -9,11 +9,25 @@ from datetime import datetime
 from pathlib import Path
 
 from latentdiff.files import atomic_path
+from latentdiff.reading.images import opened
 from latentdiff.serving.errors import Refused
 
 SUFFIXES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 MOST = 500  # images that are listed
+INPUTS = "inputs"  # the folder beside the images, for what they were made from
 _NAME = re.compile(r"[\w][\w. -]{0,200}")
+_INPUT = re.compile(r"[0-9a-f]{16}\.[a-z0-9]{1,8}")
+
+
+def input_name(file: bytes) -> str:
+    """What an image that was sent is called: by its content and its kind.
+
+    Raises:
+        DataError: it is no image.
+    """
+    with opened(file, "the image") as image:
+        kind = (image.format or "png").lower()
+    return f"{hashlib.sha256(file).hexdigest()[:16]}.{'jpg' if kind == 'jpeg' else kind}"
 
 
 class Gallery:
@@ -32,9 +46,9 @@ class Gallery:
             self._write(self.folder / name, file)
         return name
 
-    def add_input(self, file: bytes, kind: str) -> Path:
-        """Keep what an image begins from, once, so that a command can name it."""
-        path = self.folder / "inputs" / f"{hashlib.sha256(file).hexdigest()[:16]}.{kind.lower()}"
+    def add_input(self, file: bytes, name: str) -> Path:
+        """Keep what an image is made from, once, under its `input_name`, so that a command can name it."""
+        path = self.folder / INPUTS / name
         if not path.exists():
             self._write(path, file)
         return path
@@ -56,6 +70,17 @@ class Gallery:
         path = self.folder / name
         if not _NAME.fullmatch(name) or path.suffix.lower() not in SUFFIXES or path.is_symlink() or not path.is_file():
             raise Refused(404, "there is no such image")
+        return path
+
+    def input(self, name: str) -> Path:
+        """The file that an image was made from.
+
+        Raises:
+            Refused: there is none.
+        """
+        path = self.folder / INPUTS / name
+        if not _INPUT.fullmatch(name) or path.is_symlink() or not path.is_file():
+            raise Refused(404, f"what the image was made from is not here: {name[:80]}")
         return path
 
     @staticmethod

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
 
 from latentdiff.checkpoints.tiny_vae import check_decoder_fits, load_tiny_decoder
+from latentdiff.control.model import ControlNet
 from latentdiff.errors import CheckpointError, LatentDiffError, UsageError
 from latentdiff.pipeline import Pipeline
 from latentdiff.request.plan import Sampling
@@ -20,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Models:
-    """At most `settings.keep` of them are in memory.
+    """At most `settings.keep` of them are in memory, and as many ControlNets.
 
     Args:
         loaded: told of each model that was loaded.
@@ -29,6 +31,7 @@ class Models:
     def __init__(self, settings: WorkerSettings, device: str, loaded: Callable[[Loaded], object]) -> None:
         self._settings, self._device, self._loaded = settings, device, loaded
         self._kept: OrderedDict[str, Pipeline] = OrderedDict()
+        self._controls: OrderedDict[tuple[str, int], ControlNet] = OrderedDict()
         self._decoder = load_tiny_decoder(settings.preview_decoder) if settings.preview_decoder else None
 
     def __getitem__(self, name: str) -> Pipeline:
@@ -47,6 +50,20 @@ class Models:
     def names(self) -> list[str]:
         """Those in memory, the least recently used one first."""
         return list(self._kept)
+
+    def control(self, place: str) -> ControlNet:
+        """The ControlNet in a file or folder, as it is there now. What a model makes of it is kept as long as it is here.
+
+        Raises:
+            LatentDiffError: it is none.
+        """
+        key = place, os.stat(place).st_mtime_ns
+        if key not in self._controls:
+            while len(self._controls) >= max(1, self._settings.keep):
+                self._controls.popitem(last=False)
+            self._controls[key] = ControlNet.load(place)
+        self._controls.move_to_end(key)
+        return self._controls[key]
 
     def preview(self, pipe: Pipeline, latents: torch.Tensor) -> torch.Tensor:
         """Images of latents, (N, C, h, w) -> (N, 3, H, W), by the tiny decoder where there is one that fits."""

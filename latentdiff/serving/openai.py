@@ -22,7 +22,7 @@ from latentdiff.serving.asked import OptionFields, options_in, seeds_from
 from latentdiff.serving.engine import Engine
 from latentdiff.serving.errors import Refused, body, of_failure
 from latentdiff.serving.queue import Job
-from latentdiff.serving.work import Draw, Failed, Made, Preview
+from latentdiff.serving.work import Draw, Failed, Made, Preview, Sent
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 MOST = 10  # images of a request, as OpenAI has it
@@ -149,10 +149,10 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
     return int(found[1]), int(found[2])
 
 
-async def _file(values: list[Any], name: str) -> bytes:
+async def _file(values: list[Any], name: str) -> Sent:
     if len(values) != 1 or not isinstance(values[0], UploadFile):
         raise Refused(400, f"expected one file as {name!r}, found {len(values)}", param=name, code="invalid_value")
-    return await values[0].read()
+    return Sent(await values[0].read())
 
 
 async def _answer(engine: Engine, asked: Common, draw: Draw, request: Request, kind: str) -> Any:

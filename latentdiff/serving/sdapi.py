@@ -26,8 +26,9 @@ from latentdiff.serving.engine import Engine
 from latentdiff.serving.errors import Refused, of_failure
 from latentdiff.serving.queue import Job
 from latentdiff.serving.sdapi_bodies import Asked, ImageBody, Img2Img, Txt2Img
+from latentdiff.serving.sdapi_control import SCRIPT, followings
 from latentdiff.serving.sdapi_lists import lists, name_of, title_of
-from latentdiff.serving.work import Draw, Made
+from latentdiff.serving.work import Draw, Made, Sent
 
 FITS: tuple[Literal["resize", "crop", "pad"], ...] = ("resize", "crop", "pad")  # by `resize_mode`
 RNG = {"GPU": "nv", "NV": "nv", "CPU": "cpu"}
@@ -77,7 +78,7 @@ def router(engine: Engine) -> APIRouter:
     async def png_info(asked: ImageBody) -> dict[str, Any]:
         """The text that an image carries."""
         try:
-            with opened(_file(asked.image), "the image") as image:
+            with opened(_file(asked.image).file, "the image") as image:
                 texts = texts_of(image)
         except DataError as error:
             raise Refused(500, "Invalid encoded image") from error
@@ -102,8 +103,8 @@ def router(engine: Engine) -> APIRouter:
     return routes
 
 
-def _draw(state: State, asked: Asked) -> Draw:
-    _refuse_what_is_not_here(asked)
+def _draw(state: State, asked: Asked, image: Sent | None = None) -> Draw:
+    units = _units(asked)
     override = dict(asked.override_settings or {})
     model = _model(state, override.pop("sd_model_checkpoint", None) or state.model)
     title = asked.sampler_name or asked.sampler_index or "Euler"
@@ -135,7 +136,16 @@ def _draw(state: State, asked: Asked) -> Draw:
         height=asked.height,
         options=checked({name: value for name, value in options.items() if value is not None}),
         lenient=True,
+        image=image,
+        controls=followings(state.engine, units, _size(state, asked, model), image),
     )
+
+
+def _size(state: State, asked: Asked, model: str) -> tuple[int, int]:
+    """Width and height of what is made, as far as that is known before the model is loaded."""
+    facts = state.engine.facts(model)
+    own = facts.size if facts else (512, 512)
+    return asked.width or own[0], asked.height or own[1]
 
 
 def _from_prompt(state: State, asked: Txt2Img) -> Draw:
@@ -174,8 +184,7 @@ def _from_image(state: State, asked: Img2Img) -> Draw:
             "padding": asked.inpaint_full_res_padding,
         }
     return replace(
-        _draw(state, asked),
-        image=_file(asked.init_images[0]),
+        _draw(state, asked, _file(asked.init_images[0])),
         mask=_file(asked.mask) if asked.mask else None,
         invert_mask=bool(asked.inpainting_mask_invert),
         task=task,
@@ -183,9 +192,11 @@ def _from_image(state: State, asked: Img2Img) -> Draw:
     )
 
 
-def _refuse_what_is_not_here(asked: Asked) -> None:
-    scripts = [asked.script_name, *(name for name, given in asked.alwayson_scripts.items() if _asks(given))]
-    for name in filter(None, scripts):
+def _units(asked: Asked) -> list[Any]:
+    """The arguments of the ControlNet extension; what else is asked for and is not here is refused."""
+    scripts = {name: arguments for name, given in asked.alwayson_scripts.items() if (arguments := _arguments(given))}
+    units = [unit for name in list(scripts) if name.lower() == SCRIPT for unit in scripts.pop(name)]
+    for name in filter(None, [asked.script_name, *scripts]):
         raise Refused(422, f"Script '{name}' not found")
     wanted = {
         "enable_hr": asked.enable_hr and not isinstance(asked, Txt2Img),
@@ -197,12 +208,13 @@ def _refuse_what_is_not_here(asked: Asked) -> None:
     }
     if found := [name for name, value in wanted.items() if value]:
         raise Refused(422, f"{', '.join(found)}: this is not done here; leave it out")
+    return units
 
 
-def _asks(script: Any) -> bool:
-    """Whether the arguments of an extension ask for anything; clients send empty ones and [False] to switch it off."""
+def _arguments(script: Any) -> list[Any]:
+    """What an extension is asked for; clients send empty arguments and [False] to switch it off."""
     arguments = script.get("args", []) if isinstance(script, dict) else script
-    return bool(arguments) and arguments != [False]
+    return [] if not arguments or arguments == [False] else arguments if isinstance(arguments, list) else [arguments]
 
 
 def _schedule(name: str | None) -> str | None:
@@ -232,7 +244,8 @@ async def _answer(state: State, asked: Asked, draw: Draw, request: Request) -> d
     if failure is not None and failure.kind != "cancelled":
         raise of_failure(failure)
     made = job.made
-    sent = {name: value for name, value in asked.model_dump().items() if name not in ("init_images", "mask")}
+    with_images = ("init_images", "mask", "alwayson_scripts")
+    sent = {name: value for name, value in asked.model_dump().items() if name not in with_images}
     return {
         "images": [base64.b64encode(image.file).decode() for image in made] if asked.send_images else [],
         "parameters": sent,
@@ -295,9 +308,9 @@ def _progress(state: State, without_image: bool) -> dict[str, Any]:
     }
 
 
-def _file(text: str) -> bytes:
+def _file(text: str) -> Sent:
     try:
-        return decoded(text, "an image")
+        return Sent(decoded(text, "an image"))
     except UsageError as error:
         raise Refused(500, "Invalid encoded image") from error
 

@@ -18,7 +18,10 @@ from latentdiff.serving.settings import LOCAL, ServerSettings
 COOKIE = "latentdiff-token"
 OPEN = ("/health", "/ready")  # for whoever watches over the server; they tell nothing else
 SAFE = ("GET", "HEAD", "OPTIONS")
-WITH_IMAGES = ("/v1/images/edits", "/sdapi/v1/img2img", "/sdapi/v1/png-info", "/api/draw", "/api/recipe")
+WITH_IMAGES = (
+    "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/png-info", "/controlnet/detect", "/api/draw",
+    "/api/command", "/api/recipe",
+)  # fmt: skip
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),

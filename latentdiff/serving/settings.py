@@ -22,6 +22,7 @@ class Limits:
     body_seconds: for a request to arrive whole.
     batch: images that are made at once.
     finished: requests of the page whose results are kept for it.
+    controls: images that ControlNets follow, of one request.
     """
 
     side: int = 2048
@@ -36,6 +37,7 @@ class Limits:
     body_seconds: float = 30.0
     batch: int = 4
     finished: int = 32
+    controls: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class WorkerSettings:
     """What a worker has to know.
 
     models: name -> what `Pipeline.load` takes; None is the embedded model.
-    keep: models that stay in memory.
+    keep: models that stay in memory, and as many ControlNets.
     load: options of `Pipeline.load`.
     embeddings: files whose words every model learns if they fit it.
     threads: of PyTorch on a CPU; None leaves it to PyTorch.
@@ -64,6 +66,7 @@ class ServerSettings:
 
     devices: one worker for each; the same may come twice.
     loras: a folder of what prompts name by `<lora:name:weight>`.
+    controls: a folder of ControlNets.
     data: a folder of data sets to fine-tune on; None does not offer that.
     out: where the page keeps its images and runs; None keeps none.
     grace: seconds that images in the making have when the server stops.
@@ -74,6 +77,7 @@ class ServerSettings:
     token: str | None = None
     devices: tuple[str, ...] = ("auto",)
     loras: Path | None = None
+    controls: Path | None = None
     data: Path | None = None
     out: Path | None = None
     grace: float = 30.0

@@ -8,30 +8,35 @@ import json
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from pydantic import Field
 
-from latentdiff import __version__
-from latentdiff.errors import LatentDiffError
-from latentdiff.reading.images import opened
-from latentdiff.reading.texts import texts_of
-from latentdiff.recipe import TEXT_CHUNK, read_account
-from latentdiff.request.domains import Choice, Real, Whole
-from latentdiff.request.option_texts import texts
-from latentdiff.request.options import OPTIONS
-from latentdiff.serving.asked import NAMES, OptionFields, decoded, options_in, seeds_from
-from latentdiff.serving.command import TASK, command_line
+from latentdiff.request.options import PREPARATIONS
+from latentdiff.serving import answers
+from latentdiff.serving.asked import NAMES, OptionFields, Strict, decoded, options_in, seeds_from, size_of
+from latentdiff.serving.command import TASK, NamedControl, command_line
 from latentdiff.serving.engine import Engine
 from latentdiff.serving.errors import Refused
-from latentdiff.serving.gallery import SUFFIXES, Gallery
+from latentdiff.serving.gallery import SUFFIXES, Gallery, input_name
 from latentdiff.serving.queue import Job
-from latentdiff.serving.work import Draw, Failed, Made, Preview, Step
+from latentdiff.serving.work import Draw, Failed, Following, Made, Preview, Sent, Step
 
 PAGE = Path(__file__).parent / "page"
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+
+
+class AskedControl(Strict):
+    """One ControlNet with its image."""
+
+    model: str
+    image: str
+    prepare: Literal[PREPARATIONS] | None = None  # type: ignore[valid-type]
+    scale: float = Field(1.0, ge=0)
+    start: float = Field(0.0, ge=0, le=1)
+    end: float = Field(1.0, ge=0, le=1)
 
 
 class Asked(OptionFields):
@@ -54,16 +59,8 @@ class Asked(OptionFields):
     repeats: int = Field(1, ge=1)
     only_masked: bool = False
     remove: bool = False
-
-
-class Explained(OptionFields):
-    """Texts whose meaning is asked for."""
-
-    prompt: str
-    negative_prompt: str = ""
-    model: str | None = None
-    width: int | None = None
-    height: int | None = None
+    controls: list[AskedControl] = []
+    control_guess: bool = False
 
 
 class Studio:
@@ -120,7 +117,7 @@ class Studio:
         settings = self.engine.settings
         source = settings.worker.models[self.engine.catalogue.model(asked.model)]
         files = {"--model": source and Path(source), "--lora-dir": settings.loras, "--out": settings.out}
-        kept = {name: self._input(name, getattr(asked, name)) for name in ("image", "mask")}
+        kept = {name: self._kept_input(name, getattr(asked, name)) for name in ("image", "mask")}
         taken = () if kept["image"] is None else ("strength",) if kept["mask"] is None else tuple(TASK)
         left = {"grow": 0, "blur": 0.0, "repeats": 1}  # as they are by default
         fields = {
@@ -128,11 +125,12 @@ class Studio:
         }
         if kept["mask"] is not None:
             fields |= {"width": None, "height": None}
-        return command_line(fields, {flag: path for flag, path in files.items() if path}, **kept)
+        controls = [self._named(control) for control in asked.controls]
+        given = {flag: path for flag, path in files.items() if path}
+        return command_line(fields, given, **kept, controls=controls, guess=asked.control_guess)
 
     def _draw(self, asked: Asked) -> Draw:
-        image = decoded(asked.image, "the image") if asked.image else None
-        mask = decoded(asked.mask, "the mask") if asked.mask else None
+        image, mask = self._sent("image", asked.image), self._sent("mask", asked.mask)
         if mask is not None and image is None:
             raise Refused(400, "expected an image with the mask")
         names = [] if image is None else ["strength"] if mask is None else list(TASK)
@@ -146,19 +144,44 @@ class Studio:
             options=options_in(asked),
             image=image,
             mask=mask,
+            controls=tuple(self._following(control, asked.control_guess) for control in asked.controls),
             task=task,
             previews=asked.previews,
         )
 
-    def _input(self, name: str, text: str | None) -> Path | None:
+    def _following(self, asked: AskedControl, guess: bool) -> Following:
+        sent = self._sent("image of a control", asked.image)
+        if sent is None or asked.start >= asked.end:
+            raise Refused(400, "expected an image with each control, and a start before its end")
+        return Following(
+            model=str(self.engine.catalogue.control(asked.model)),
+            image=sent,
+            prepare=asked.prepare,
+            scale=asked.scale,
+            start=asked.start,
+            end=asked.end,
+            guess=guess,
+        )
+
+    def _named(self, asked: AskedControl) -> NamedControl:
+        place = self.engine.catalogue.control(asked.model)
+        image = self._kept_input("image of a control", asked.image) or Path("hint.png")
+        return NamedControl(image, asked.prepare, place, asked.scale, asked.start, asked.end)
+
+    def _sent(self, name: str, text: str | None) -> Sent | None:
+        """A file that was sent, under the name that it has in the gallery."""
         if not text:
             return None
-        if self.gallery is None:
-            return Path(f"{name}.png")
-        file = decoded(text, f"the {name}")
-        with opened(file, f"the {name}") as image:
-            kind = image.format or "png"
-        return self.gallery.add_input(file, "jpg" if kind == "JPEG" else kind)
+        sent = Sent(decoded(text, f"the {name}"))
+        size_of(sent, name, self.engine.limits)
+        return sent if self.gallery is None else Sent(sent.file, input_name(sent.file))
+
+    def _kept_input(self, name: str, text: str | None) -> Path | None:
+        """The file for a command line."""
+        sent = self._sent(name, text)
+        if sent is None or self.gallery is None:
+            return sent and Path(f"{name.split()[0]}.png")
+        return self.gallery.add_input(sent.file, sent.name)
 
     def _keep(self, job: Job, place: int, made: Made) -> str:
         """Where the page finds an image: a file of the gallery, written once however many watch."""
@@ -190,12 +213,12 @@ def router(engine: Engine) -> APIRouter:
     @routes.get("/api/about")
     async def about() -> dict[str, Any]:
         """What there is to choose from."""
-        return _about(engine)
+        return answers.about(engine)
 
     @routes.post("/api/explain")
-    async def explain(asked: Explained) -> dict[str, Any]:
+    async def explain(asked: answers.Explained) -> dict[str, Any]:
         """What a prompt means to a model, and which words it does not know."""
-        return await asyncio.to_thread(_explain, engine, asked)
+        return await asyncio.to_thread(answers.explain, engine, asked)
 
     @routes.post("/api/draw")
     async def draw(asked: Asked) -> dict[str, Any]:
@@ -235,12 +258,18 @@ def router(engine: Engine) -> APIRouter:
     async def recipe_of(name: str) -> dict[str, Any]:
         """The recipe in an image of the gallery."""
         path = _gallery(studio).path(name)
-        return await asyncio.to_thread(lambda: _recipe(path.read_bytes()))
+        return await asyncio.to_thread(lambda: answers.recipe(path.read_bytes()))
+
+    @routes.get("/api/inputs/{name}")
+    async def input_of(name: str) -> Response:
+        """What an image of the gallery was made from."""
+        path = _gallery(studio).input(name)
+        return FileResponse(path, media_type=SUFFIXES.get(path.suffix.lower(), "application/octet-stream"))
 
     @routes.post("/api/recipe")
     async def recipe(request: Request) -> dict[str, Any]:
         """The recipe in an image that was dropped: ours, or another program's text."""
-        return await asyncio.to_thread(_recipe, await request.body())
+        return await asyncio.to_thread(answers.recipe, await request.body())
 
     return routes
 
@@ -249,84 +278,6 @@ def _gallery(studio: Studio) -> Gallery:
     if studio.gallery is None:
         raise Refused(404, "this server keeps no images")
     return studio.gallery
-
-
-def _about(engine: Engine) -> dict[str, Any]:
-    models = {name: engine.facts(name) for name in engine.catalogue.models}
-    options = {}
-    for name in NAMES:
-        domain = OPTIONS[name].domain
-        told: dict[str, Any] = {"text": texts()[name], "default": OPTIONS[name].default, "kind": type(domain).__name__}
-        if isinstance(domain, Choice):
-            told["choices"] = domain.names
-        elif isinstance(domain, Whole | Real):
-            told |= {"low": domain.low, "high": domain.high}
-        options[name] = told
-    words = engine.catalogue.words(engine.settings.default_model)
-    limits = engine.limits
-    return {
-        "version": __version__,
-        "ready": bool(engine.workers.ready),
-        "fault": engine.fault,
-        "models": {
-            name: facts and {"size": facts.size, "steps": facts.steps, "guidance": facts.guidance, "sampler": facts.sampler}
-            for name, facts in models.items()
-        },
-        "options": options,
-        "loras": list(engine.catalogue.loras),
-        "embeddings": engine.catalogue.embeddings,
-        "limits": {"side": limits.side, "steps": limits.steps, "images": limits.images, "prompt": limits.prompt},
-        "words": words.kinds if words else None,
-    }
-
-
-def _explain(engine: Engine, asked: Explained) -> dict[str, Any]:
-    model = engine.catalogue.model(asked.model)
-    if max(len(asked.prompt), len(asked.negative_prompt)) > engine.limits.prompt:
-        raise Refused(400, f"expected at most {engine.limits.prompt:,} characters")
-    syntax, steps = asked.prompt_syntax or "a1111", min(asked.steps or 25, engine.limits.steps)
-    told: dict[str, Any] = {}
-    for name, text in (("prompt", asked.prompt), ("negative_prompt", asked.negative_prompt)):
-        try:
-            found = engine.catalogue.account(model, text, syntax, steps, negative=name != "prompt")
-        except LatentDiffError as error:
-            told[name] = {"error": str(error)}
-            continue
-        chunks = [chunk for stages in found.stages for stage in stages for chunk in stage.chunks]
-        told[name] = {
-            "tokens": max((stage.count for stages in found.stages for stage in stages), default=0),
-            "room": found.room,
-            "chunks": [[{"text": t.text, "count": t.count, "weight": t.weight} for t in chunk] for chunk in chunks],
-            "loras": [str(tag) for tag in found.prompt.loras],
-            "unheeded": list(dict.fromkeys(found.prompt.unheeded)),
-            "cut": found.cut,
-        }
-    words = engine.catalogue.words(model)
-    told["remarks"] = list(words.remarks([asked.prompt], asked.width, asked.height)) if words and asked.prompt else []
-    return told
-
-
-def _recipe(file: bytes) -> dict[str, Any]:
-    with opened(file, "the image") as image:
-        image.load()
-        found = texts_of(image)
-        size = image.size
-    account = read_account(found)
-    options = {name: value for name, value in account.options.items() if value is not None}
-    return {
-        "program": account.program,
-        "size": size,
-        "task": account.task,
-        "strength": account.strength,
-        "model": account.model,
-        "options": options,
-        "loras": [f"{lora.file}: {lora.strength}" for lora in account.loras],
-        "lacking": list(account.lacking),
-        "fields": [
-            {"name": f.name, "value": f.value[:2000], "verdict": f.verdict, "why": f.why} for f in account.fields
-        ],
-        "text": found.get(TEXT_CHUNK, ""),
-    }
 
 
 def _data_url(file: bytes, suffix: str) -> str:

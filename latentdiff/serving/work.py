@@ -11,7 +11,39 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 MaskKind = Literal["white", "transparent"]  # what of a mask is to be painted
+Fit = Literal["resize", "crop", "pad"]
 FailureKind = Literal["request", "internal", "cancelled", "worker"]  # whose fault it was
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A file as it was sent; `name` is what recipes call it, "" if nobody can find it by a name."""
+
+    file: bytes
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Following:
+    """An image that a ControlNet is to follow.
+
+    model: the file or folder of the ControlNet.
+    prepare: what to make the hint by, one of `PREPARATIONS`; preparation: options of that.
+    resolution: the shorter side in pixels at which the hint is prepared; None is that of the image.
+    fit: bring the hint to the size of what is made: by "resize", "crop" or "pad". None leaves that to the pipeline.
+    scale, start, end, guess: see `ControlNet.__call__`.
+    """
+
+    model: str
+    image: Sent
+    prepare: str | None = None
+    preparation: Mapping[str, int] = field(default_factory=dict[str, int])
+    resolution: int | None = None
+    fit: Fit | None = None
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    guess: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +52,8 @@ class Draw:
 
     options: of `GenerateOptions`, without prompts, seed, counts and size.
     lenient: leave out the options that belong to other samplers, as AUTOMATIC1111's interface does.
-    image: the file to begin from, as it was sent; mask: the file of what to paint there.
+    image: what to begin from; mask: what to paint there.
+    controls: what ControlNets follow, in their order.
     task: the other options of `image_to_image` or `inpaint`.
     fit: bring image and mask to (width, height) first: by "resize", "crop" or "pad".
     loras: name -> file, of those that the prompt names.
@@ -34,12 +67,13 @@ class Draw:
     height: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     lenient: bool = False
-    image: bytes | None = None
-    mask: bytes | None = None
+    image: Sent | None = None
+    mask: Sent | None = None
     mask_kind: MaskKind = "white"
     invert_mask: bool = False
     task: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    fit: Literal["resize", "crop", "pad"] | None = None
+    fit: Fit | None = None
+    controls: tuple[Following, ...] = ()
     loras: Mapping[str, str] = field(default_factory=dict[str, str])
     tags: tuple[Any, ...] = ()
     previews: int = 0
@@ -58,11 +92,12 @@ class Piece:
 
     @property
     def shape(self) -> object:
-        """Pieces of equal shapes may be made in one batch; those of edits only with others of the same request."""
+        """Pieces of equal shapes may be made in one batch; those that images are sent for only with
+        others of the same request."""
         draw = self.draw
         if self.is_alone:
             return self.number
-        if draw.image is not None:
+        if draw.image is not None or draw.controls:
             return id(draw)
         return (draw.model, draw.width, draw.height, draw.lenient, draw.tags, repr(sorted(draw.options.items())))
 

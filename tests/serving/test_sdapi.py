@@ -116,7 +116,7 @@ def test_lists(client):
     assert [model["model_name"] for model in client.get_sd_models()] == ["sd1", "sd2"]
     assert {"Euler a", "DPM++ 2M", "DDIM"} <= {sampler["name"] for sampler in client.get_samplers()}
     assert {"automatic", "karras", "sgm_uniform"} <= {each["name"] for each in client.get_schedulers()}
-    assert client.get_loras() == [] and client.get_scripts() == {"txt2img": [], "img2img": []}
+    assert client.get_loras() == [] and client.get_scripts() == {"txt2img": ["controlnet"], "img2img": ["controlnet"]}
     assert client.get_embeddings()["loaded"] == {}
 
 
@@ -150,7 +150,7 @@ def test_another_model_is_chosen(client):
         ("txt2img", {"enable_hr": True, "hr_scale": 4, "steps": 3}, 400, "at most 128 pixels"),
         ("txt2img", {"restore_faces": True}, 422, "restore_faces"),
         ("txt2img", {"script_name": "x/y/z plot"}, 422, "Script 'x/y/z plot' not found"),
-        ("txt2img", {"alwayson_scripts": {"ControlNet": {"args": [{"image": "x"}]}}}, 422, "Script 'ControlNet' not found"),
+        ("txt2img", {"alwayson_scripts": {"ADetailer": {"args": [True, {}]}}}, 422, "Script 'ADetailer' not found"),
         ("txt2img", {"width": 4096}, 400, "at most 128 pixels"),
         ("txt2img", {"batch_size": 3, "n_iter": 3}, 400, "at most 8 images"),
         ("img2img", {}, 404, "Init image not found"),

@@ -18,6 +18,19 @@ export const easel = {
     return found;
   },
 
+  // Of the image, {width, height}; null without one.
+  get size() { return url ? { width: $("picture").width, height: $("picture").height } : null; },
+
+  // White parts of a mask, painted.
+  async paint(source) {
+    const image = await loadImage(await dataUrl(source)), { width, height } = $("brush"), context = $("brush").getContext("2d");
+    context.drawImage(image, 0, 0, width, height);
+    const pixels = context.getImageData(0, 0, width, height);
+    for (let at = 0; at < pixels.data.length; at += 4) pixels.data.set([255, 45, 155, pixels.data[at] > 127 ? 255 : 0], at);
+    context.putImageData(pixels, 0, 0);
+    painted = true;
+  },
+
   async take(source) {
     url = typeof source === "string" ? source : await dataUrl(source);
     const image = await loadImage(url);

@@ -2,6 +2,7 @@
 
 import { $, ask, element } from "./api.js";
 import { easel } from "./brush.js";
+import { controls } from "./controls.js";
 
 const NUMBERS = ["width", "height", "steps", "guidance_scale", "num_images", "seed"];
 const TEXTS = ["prompt", "negative_prompt", "model", "sampler"];
@@ -9,8 +10,9 @@ const SHOWN_APART = ["steps", "guidance_scale", "sampler"];
 const LISTS = ["Numbers", "Interval", "Pair"];
 export let about;
 
-export async function prepare() {
+export async function prepare(failed) {
   about = await ask("api/about");
+  controls.prepare(about, { size, failed });
   fill($("model"), Object.keys(about.models));
   fill($("sampler"), ["", ...about.options.sampler.choices]);
   for (const [name, option] of Object.entries(about.options)) {
@@ -89,24 +91,57 @@ export function values() {
       found[name] = isList ? input.value.split(/[\s,]+/).map(Number) : option.choices ? input.value : Number(input.value);
     }
   }
-  return { prompt: "", ...found, ...easel.values() };
+  return { prompt: "", ...found, ...easel.values(), ...controls.values() };
 }
 
-// Put a recipe's options into the form.
-export function take(options, model) {
+// Width and height of what is drawn, as far as they are known.
+export function size() {
+  const own = easel.size, side = (name) => Number($(name).value || $(name).placeholder) || 0;
+  if (!own) return { width: side("width"), height: side("height") };
+  const [width, height] = [Number($("width").value), Number($("height").value)];
+  if (easel.values().mask || !(width || height)) return own;
+  return { width: width || own.width * height / own.height, height: height || own.height * width / own.width };
+}
+
+// Put a recipe into the form: its options, and what it was made from.
+export async function take(recipe) {
+  const options = recipe.options ?? recipe;
   for (const input of $("form").querySelectorAll("#more input, #more select")) {
     if (input.type === "checkbox") input.checked = false;
     else input.value = "";
   }
-  if (about.models[model] !== undefined) $("model").value = model;
+  if (about.models[recipe.model] !== undefined) $("model").value = recipe.model;
   for (const [name, value] of Object.entries({ num_images: 1, negative_prompt: "", ...options })) {
     const input = $(name), option = about.options[name];
-    if (!input || !$("form").contains(input) || value === null) continue;
+    if (!input || value === null || !(option || NUMBERS.includes(name) || TEXTS.includes(name))) continue;
     if (input.type === "checkbox") input.checked = value;
     else if (option && String(value) === String(option.default) && !SHOWN_APART.includes(name)) input.value = "";
     else input.value = Array.isArray(value) ? value.join(", ") : value;
   }
+  await takeSources(recipe);
   $("prompt").dispatchEvent(new Event("input", { bubbles: true }));
+}
+
+const TASK = ["strength", "blur", "only_masked", "remove"];
+
+async function takeSources({ sources = {}, controls: recorded = [], task_settings: settings = {} }) {
+  easel.drop();
+  await controls.take([], fetched);
+  if (sources.image) await easel.take(await fetched(sources.image.file));
+  if (sources.mask) await easel.paint(await fetched(sources.mask.file));
+  if (sources.image) [$("width").value, $("height").value] = [settings.width ?? "", settings.height ?? ""];
+  for (const name of TASK) {
+    if ($(name).type === "checkbox") $(name).checked = settings[name] ?? false;
+    else $(name).value = settings[name] ?? $(name).defaultValue;
+  }
+  await controls.take(recorded, fetched);
+}
+
+// What an image of this server was made from.
+async function fetched(name) {
+  const answer = name ? await fetch(`api/inputs/${encodeURIComponent(name)}`) : { ok: false };
+  if (!answer.ok) throw new Error(`what it was made from is not here${name ? `: ${name}` : ""}; choose that image yourself`);
+  return answer.blob();
 }
 
 let waiting, latest = 0;
@@ -116,7 +151,7 @@ export function watchPrompt() {
 
 async function explain() {
   const number = ++latest;
-  const { image, mask, seed, num_images, strength, grow, blur, only_masked, remove, ...fields } = values();
+  const { image, mask, seed, num_images, strength, grow, blur, only_masked, remove, controls: followed, control_guess, ...fields } = values();
   if (!fields.prompt && !fields.negative_prompt) return tell({});
   try {
     const found = await ask("api/explain", fields);

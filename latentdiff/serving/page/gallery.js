@@ -37,18 +37,12 @@ export function figure(url, caption, recipe, command) {
   const made = element("figure", {}, shown(url, caption, { onclick: () => view(url, caption, known), loading: "lazy" }),
     element("figcaption", {},
       element("span", { className: "grow", textContent: caption, title: caption }),
-      button("Again", "Make this image again", async () => { const { options, model } = asOptions(await known()); take(options, model); show("draw"); again(); }),
-      button("Settings", "Put its settings into the form", async () => { const { options, model } = asOptions(await known()); take(options, model); show("draw"); }),
+      button("Again", "Make this image again", async () => { show("draw"); await take(await known()); again(); }),
+      button("Settings", "Put its settings into the form", async () => { show("draw"); await take(await known()); }),
       button("Change", "Begin from this image", async () => { await easel.take(await urlOf(url)); show("draw"); }),
       command ? button("Command", "Copy the command line that makes it", () => copy(command)) : null,
       button("Choose", "Choose for a comparison", async () => choose(made, url, caption, known))));
   return made;
-}
-
-// A recipe as the server writes it, or the account of one, as fields of the form.
-function asOptions(recipe) {
-  const options = recipe.options ?? recipe;
-  return { options, model: recipe.model };
 }
 
 async function urlOf(url) {
@@ -121,7 +115,7 @@ export async function read(file) {
   try {
     const found = await ask("api/recipe", file);
     const url = URL.createObjectURL(file);
-    const use = element("button", { type: "button", className: "primary", textContent: "Use these settings", onclick: () => { take(found.options, found.model); show("draw"); } });
+    const use = element("button", { type: "button", className: "primary", textContent: "Use these settings", onclick: () => { show("draw"); take(found).catch(failed); } });
     const rows = found.fields.map((one) => element("tr", {}, element("th", { textContent: one.name, scope: "row" }),
       element("td", { textContent: one.value }), element("td", { className: one.verdict, textContent: one.verdict }), element("td", { textContent: one.why })));
     place.replaceChildren(element("div", { className: "row" }, shown(url, file.name, { width: 160 }),

@@ -2,7 +2,7 @@
 
 import { $, ask, copy, draw } from "./api.js";
 import { easel, prepareBrush } from "./brush.js";
-import { about, habits, prepare, take, values, watchPrompt } from "./form.js";
+import { about, habits, prepare, values, watchPrompt } from "./form.js";
 import { figure, prepareGallery, refresh } from "./gallery.js";
 import { prepareGrid } from "./grid.js";
 import { prepareTraining } from "./train.js";
@@ -110,7 +110,7 @@ function prepareKeys() {
 }
 
 async function start() {
-  await prepare();
+  await prepare(failed);
   await prepareTraining();
   prepareTabs();
   prepareBrush(failed);
