@@ -13,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
 from PIL import Image, PngImagePlugin
 
+from latentdiff.checkpoints.embedded import embedded_model
 from latentdiff.cli import run
 from latentdiff.image import open_image
 from latentdiff.recipe import read_recipe
@@ -28,6 +31,7 @@ from selenium import webdriver  # noqa: E402
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.select import Select  # noqa: E402
 
 from latentdiff.serving.settings import Limits, WorkerSettings  # noqa: E402
 
@@ -44,10 +48,24 @@ def site(tmp_path_factory) -> Iterator[Running]:
             Path("data/squares").mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (96, 96), colour).save(f"data/squares/{colour}.png")
             Path(f"data/squares/{colour}.txt").write_text(f"a {colour} square")
-        places = {"out": Path("images"), "data": Path("data")}
+        controlnet(Path("controlnets"))
+        places = {"out": Path("images"), "data": Path("data"), "controls": Path("controlnets")}
         with running(worker=worker, devices=("cpu",), **places, limits=Limits(steps=100)) as found:
             wait_for(lambda: found.engine.workers.ready)
             yield found
+
+
+def controlnet(folder: Path) -> None:
+    """A ControlNet for the embedded model that nobody has trained, of which something is seen."""
+    config = UNet2DConditionModel.load_config(embedded_model() / "unet")
+    shared = ("down_block_types", "block_out_channels", "attention_head_dim", "cross_attention_dim", "norm_num_groups")
+    same = {name: config[name] for name in (*shared, "layers_per_block", "use_linear_projection", "in_channels")}
+    torch.manual_seed(0)
+    net = ControlNetModel(**same, conditioning_embedding_out_channels=(8, 16, 16, 32))
+    with torch.no_grad():
+        for conv in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
+            conv.weight.normal_(std=0.05)
+    net.save_pretrained(folder / "edges")
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +210,14 @@ def test_inpaint_with_the_brush(page, site, scene, tmp_path):
     words[words.index("--out") + 1] = str(tmp_path / "same.png")
     assert run(words[1:]) == 0
     assert np.array_equal(pixels(open_image(tmp_path / "same.png")), pixels(kept(site, image)))
+    assert run(["reproduce", str(site.engine.settings.out / image.get_attribute("src").rpartition("/")[2])]) == 0
+    original = pixels(kept(site, image))
+    page.type(prompt="a dog")
+    page.click("drop-image")
+    press(page, "#results figure button", "Again")
+    wait_for(lambda: [each.id for each in page.all("#results img")] not in ([], [image.id]))
+    [again] = page.drawn()
+    assert np.array_equal(pixels(kept(site, again)), original)
 
 
 def test_paint_with_the_keyboard_and_begin_from_a_result(page, site):
@@ -202,6 +228,54 @@ def test_paint_with_the_keyboard_and_begin_from_a_result(page, site):
     wait_for(lambda: page["brush"].is_displayed())
     page["brush"].send_keys(Keys.ARROW_RIGHT, Keys.SPACE)
     assert "mask" in page.script("return import('./page/form.js').then((form) => Object.keys(form.values()))")
+
+
+def test_an_image_is_followed(page, site, scene, tmp_path):
+    """What the command says is the same, and so is what "Again" makes of the image in the gallery."""
+    page.type(prompt="a cat", steps=3, seed=4)
+    page.script("document.getElementById('follow').open = true")
+    page.click("add-control")
+    page["controls"].find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(scene))
+    wait_for(lambda: page["controls"].find_element(By.CSS_SELECTOR, "img").is_displayed())
+    strength, _, end = page.all("#controls input[type=number]")
+    strength.send_keys("0.8"), end.send_keys("0.7")
+    Select(page.all("#controls select")[1]).select_by_visible_text("the image without details (tile)")
+    page.script("arguments[0].scrollIntoView({block: 'center'})", page["controls"])
+    page.picture("control")
+    page.click("go")
+    [image] = page.drawn()
+    first = kept(site, image)
+    (recorded,) = read_recipe(first.info).controls
+    assert (recorded.scale, recorded.end, recorded.prepare, recorded.model["file"]) == (0.8, 0.7, "tile", "edges")
+    words = shlex.split(page["command"].text)
+    words[words.index("--out") + 1] = str(tmp_path / "same.png")
+    assert run(words[1:]) == 0
+    assert np.array_equal(pixels(open_image(tmp_path / "same.png")), pixels(first))
+    places = ["--source", "control_model1=controlnets/edges"]
+    assert run(["reproduce", str(site.engine.settings.out / image.get_attribute("src").rpartition("/")[2]), *places]) == 0
+    page.browser.refresh()
+    wait_for(lambda: page.script("return document.documentElement.dataset.ready"))
+    page.show("gallery")
+    wait_for(lambda: page.all("#gallery-images figure img"))
+    press(page, "#gallery-images figure:first-child button", "Again")
+    wait_for(lambda: page.all("#results figure:not(.waiting) img"))
+    [again] = page.drawn()
+    assert np.array_equal(pixels(kept(site, again)), pixels(first))
+
+
+def test_a_hint_of_other_proportions_is_cut(page, site, tmp_path):
+    Image.effect_mandelbrot((160, 80), (-2, -1, 1, 1), 30).save(tmp_path / "wide.png")
+    page.type(prompt="a cat", steps=2, seed=4)
+    page.script("document.getElementById('follow').open = true")
+    page.click("add-control")
+    page["controls"].find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(tmp_path / "wide.png"))
+    wait_for(lambda: page["controls"].find_element(By.CSS_SELECTOR, "img").is_displayed())
+    page.click("go")
+    [image] = page.drawn()
+    (recorded,) = read_recipe(kept(site, image).info).controls
+    assert open_image(site.engine.settings.out / "inputs" / recorded.image["file"]).size == (80, 80)
+    press(page, "#controls button", "Remove")
+    assert "controls" not in page.script("return import('./page/form.js').then((form) => Object.keys(form.values()))")
 
 
 def press(page: Page, selector: str, text: str) -> None:

@@ -19,7 +19,7 @@ export const easel = {
   },
 
   // Of the image, {width, height}; null without one.
-  get size() { return url ? { width: $("picture").width, height: $("picture").height } : null; },
+  get size() { return url ? { width: $("edited").width, height: $("edited").height } : null; },
 
   // White parts of a mask, painted.
   async paint(source) {

@@ -55,7 +55,7 @@ function add() {
   card.model = select(Object.keys(about.controls).map((name) => [name, name]));
   card.kind = select(["", ...about.preparations].map((kind) => [kind, MEANING[kind] ?? kind]));
   card.place = element("fieldset", { className: "control" }, element("legend", { textContent: "ControlNet" }),
-    card.shown, element("label", {}, "Image", card.image),
+    card.shown, element("label", {}, "Image ", card.image),
     element("label", {}, "ControlNet", card.model), element("label", {}, "Make of the image first", card.kind),
     element("div", { className: "fields" }, number("scale", "Strength", "1"), number("start", "From", "0", 1), number("end", "To", "1", 1)),
     element("button", { type: "button", textContent: "Remove", onclick: () => remove(card) }));
