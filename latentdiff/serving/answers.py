@@ -12,7 +12,7 @@ from latentdiff.reading.texts import texts_of
 from latentdiff.recipe import JSON_CHUNK, TEXT_CHUNK, Recipe, read_account, read_recipe
 from latentdiff.request.domains import Choice, Real, Whole
 from latentdiff.request.option_texts import texts
-from latentdiff.request.options import OPTIONS, PREPARATIONS
+from latentdiff.request.options import CONTROL_MODES, OPTIONS, PREPARATIONS
 from latentdiff.serving.asked import NAMES, OptionFields
 from latentdiff.serving.engine import Engine
 from latentdiff.serving.errors import Refused
@@ -55,6 +55,7 @@ def about(engine: Engine) -> dict[str, Any]:
         "embeddings": engine.catalogue.embeddings,
         "controls": {name: path.name for name, path in engine.catalogue.controls.items()},
         "preparations": PREPARATIONS,
+        "control_modes": CONTROL_MODES,
         "limits": {"side": limits.side, "steps": limits.steps, "images": limits.images, "prompt": limits.prompt,
                    "controls": limits.controls},
         "words": words.kinds if words else None,

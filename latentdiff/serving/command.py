@@ -28,6 +28,7 @@ class NamedControl:
     scale: float
     start: float
     end: float
+    mode: str | None
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -35,7 +36,8 @@ class NamedControl:
         share = "" if (self.start, self.end) == (0.0, 1.0) else f"@{_plain(self.start)}-{_plain(self.end)}"
         scale = "" if self.scale == 1.0 else f":{_plain(self.scale)}"
         kind = f"{self.prepare}=" if self.prepare else ""
-        return "--control", f"{kind}{self.image}", "--control-model", f"{self.model}{scale}{share}"
+        mode = f"{self.mode}=" if self.mode else ""
+        return "--control", f"{kind}{self.image}", "--control-model", f"{mode}{self.model}{scale}{share}"
 
 
 def _plain(number: float) -> str:

@@ -146,5 +146,7 @@ def _controls(pipe: Pipeline, draw: Draw, image: ImageInput | None, open_control
 def _control(following: Following, network: ControlNet, size: tuple[int, int]) -> Control:
     options: dict[str, Any] = {name: getattr(following, name) for name in ("scale", "start", "end", "guess")}
     if following.fit is None:
-        return network(_given(following.image, "the image of a control"), prepare=following.prepare, **options)
-    return network(hint(following, size), **options)
+        image = _given(following.image, "the image of a control")
+        return network(image, prepare=following.prepare, mode=following.mode, **options)
+    mode = following.mode or following.prepare  # which it may have to be told, as it does not prepare the hint
+    return network(hint(following, size), mode=mode if network.modes else None, **options)

@@ -35,6 +35,10 @@ FITS: dict[str | int, Fit] = {
     "Inner Fit (Scale to Fit)": "crop", "Scale to Fit (Inner Fit)": "crop", "Outer Fit (Shrink to Fit)": "pad",
     "Envelope (Outer Fit)": "pad",
 }  # fmt: skip
+UNIONS = {
+    "Unknown": None, "OpenPose": "openpose", "Depth": "depth", "Soft Edge": "scribble", "Hard Edge": "canny",
+    "Normal Map": "normal", "Segmentation": "segment",
+}  # fmt: skip
 GUESS = {0: False, 2: True, "Balanced": False, "ControlNet is more important": True}
 
 
@@ -58,6 +62,7 @@ class Unit(BaseModel):
     pixel_perfect: bool = False
     control_mode: str | int = "Balanced"
     hr_option: str = "Both"
+    union_control_type: str = "Unknown"
     advanced_weighting: Any = None
     effective_region_mask: Any = None
     ipadapter_input: Any = None
@@ -100,7 +105,8 @@ def _following(engine: Engine, unit: Unit, size: tuple[int, int], image: Sent | 
     names = ("mask", "advanced_weighting", "effective_region_mask", "ipadapter_input")
     if found := [name for name in names if getattr(unit, name)]:
         raise Refused(422, f"ControlNet: {', '.join(found)}: this is not done here; leave it out")
-    for name, choices in (("control_mode", GUESS), ("resize_mode", FITS), ("hr_option", ("Both",))):
+    chosen = {"control_mode": GUESS, "resize_mode": FITS, "union_control_type": UNIONS, "hr_option": ("Both",)}
+    for name, choices in chosen.items():
         if (value := getattr(unit, name)) not in choices:
             known = ", ".join(choice for choice in choices if isinstance(choice, str))
             raise Refused(422, f"ControlNet: expected a {name} of {known}, found {value}")
@@ -127,6 +133,7 @@ def _following(engine: Engine, unit: Unit, size: tuple[int, int], image: Sent | 
         start=unit.guidance_start,
         end=unit.guidance_end,
         guess=GUESS[unit.control_mode],
+        mode=UNIONS[unit.union_control_type],
     )
 
 

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from pydantic import Field
 
-from latentdiff.request.options import PREPARATIONS
+from latentdiff.request.options import CONTROL_MODES, PREPARATIONS
 from latentdiff.serving import answers
 from latentdiff.serving.asked import NAMES, OptionFields, Strict, decoded, options_in, seeds_from, size_of
 from latentdiff.serving.command import TASK, NamedControl, command_line
@@ -37,6 +37,7 @@ class AskedControl(Strict):
     scale: float = Field(1.0, ge=0)
     start: float = Field(0.0, ge=0, le=1)
     end: float = Field(1.0, ge=0, le=1)
+    mode: Literal[CONTROL_MODES] | None = None  # type: ignore[valid-type]
 
 
 class Asked(OptionFields):
@@ -161,12 +162,13 @@ class Studio:
             start=asked.start,
             end=asked.end,
             guess=guess,
+            mode=asked.mode,
         )
 
     def _named(self, asked: AskedControl) -> NamedControl:
         place = self.engine.catalogue.control(asked.model)
         image = self._kept_input("image of a control", asked.image) or Path("hint.png")
-        return NamedControl(image, asked.prepare, place, asked.scale, asked.start, asked.end)
+        return NamedControl(image, asked.prepare, place, asked.scale, asked.start, asked.end, asked.mode)
 
     def _sent(self, name: str, text: str | None) -> Sent | None:
         """A file that was sent, under the name that it has in the gallery."""

@@ -31,7 +31,7 @@ class Following:
     prepare: what to make the hint by, one of `PREPARATIONS`; preparation: options of that.
     resolution: the shorter side in pixels at which the hint is prepared; None is that of the image.
     fit: bring the hint to the size of what is made: by "resize", "crop" or "pad". None leaves that to the pipeline.
-    scale, start, end, guess: see `ControlNet.__call__`.
+    scale, start, end, guess, mode: see `ControlNet.__call__`.
     """
 
     model: str
@@ -44,6 +44,7 @@ class Following:
     start: float = 0.0
     end: float = 1.0
     guess: bool = False
+    mode: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

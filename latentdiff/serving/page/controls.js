@@ -20,6 +20,7 @@ export const controls = {
     const found = cards.filter((card) => card.url).map((card) => {
       const control = { model: card.model.value, image: cut(card) };
       if (card.kind.value) control.prepare = card.kind.value;
+      if (card.mode.value) control.mode = card.mode.value;
       for (const name of ["scale", "start", "end"]) if (card[name].value !== "") control[name] = Number(card[name].value);
       return control;
     });
@@ -37,6 +38,7 @@ export const controls = {
       const card = add();
       card.model.value = name;
       card.kind.value = one.prepare ?? "";
+      card.mode.value = one.mode ?? "";
       for (const part of ["scale", "start", "end"]) card[part].value = one[part];
       await put(card, await fetched(one.image.file));
     }
@@ -54,9 +56,11 @@ function add() {
   card.shown = element("img", { alt: "the image that is followed", hidden: true });
   card.model = select(Object.keys(about.controls).map((name) => [name, name]));
   card.kind = select(["", ...about.preparations].map((kind) => [kind, MEANING[kind] ?? kind]));
+  card.mode = select(["", ...about.control_modes].map((mode) => [mode, mode || "it was trained on one kind"]));
   card.place = element("fieldset", { className: "control" }, element("legend", { textContent: "ControlNet" }),
     card.shown, element("label", {}, "Image ", card.image),
     element("label", {}, "ControlNet", card.model), element("label", {}, "Make of the image first", card.kind),
+    element("label", {}, "Kind of hint, for a ControlNet of several", card.mode),
     element("div", { className: "fields" }, number("scale", "Strength", "1"), number("start", "From", "0", 1), number("end", "To", "1", 1)),
     element("button", { type: "button", textContent: "Remove", onclick: () => remove(card) }));
   card.image.addEventListener("change", ({ target }) => target.files[0] && put(card, target.files[0]).catch(failed));
