@@ -241,7 +241,7 @@ def test_an_image_is_followed(page, site, scene, tmp_path):
     strength.send_keys("0.8"), end.send_keys("0.7")
     Select(page.all("#controls select")[1]).select_by_visible_text("the image without details (tile)")
     page.script("arguments[0].scrollIntoView({block: 'center'})", page["controls"])
-    page.picture("control")
+    page.screenshot("control")
     page.click("go")
     [image] = page.drawn()
     first = kept(site, image)
