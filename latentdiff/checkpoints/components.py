@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from latentdiff.checkpoints.conversion import Choices, convert, read_model
 from latentdiff.checkpoints.families import family_with
 from latentdiff.checkpoints.folder import model_index, write_folder
+from latentdiff.checkpoints.habits import take_habit, with_habit
 from latentdiff.checkpoints.hashing import model_hash
 from latentdiff.checkpoints.inspection import Report, inspect
 from latentdiff.checkpoints.mapping import fill
@@ -73,7 +74,11 @@ def load_components(
         ConfigError: the configuration describes another architecture.
     """
     raw = read_model(source, Choices(**choices))
+    name = _name(source, raw)
+    habit = take_habit(raw, name, prediction_type=choices.get("prediction_type"))
     schedule_config = parse_config("scheduler", raw.configs["scheduler"])
+    if habit is not None:
+        schedule_config = with_habit(schedule_config, habit, name)
     for warning in (*raw.warnings, *schedule_config.drawing.notes):
         warnings.warn(warning, stacklevel=2)
     modules: dict[str, Any] = {}
@@ -89,7 +94,7 @@ def load_components(
         **modules,
         stored=stored,
         schedule_config=schedule_config,
-        name=_name(source, raw),
+        name=name,
         hash=model_hash(raw.weight_files),
     )
 

@@ -24,6 +24,7 @@ from latentdiff.checkpoints.control import read_control
 from latentdiff.checkpoints.families import SD, XL, family_in, family_with
 from latentdiff.checkpoints.files import IMAGE, SAFETENSORS, FileWarning, TensorFile, read_tensors, sniff
 from latentdiff.checkpoints.folder import EXTRAS, INDEX, listing, read_folder
+from latentdiff.checkpoints.habits import take_habit, with_habit
 from latentdiff.checkpoints.hashing import SHORT, file_hash, model_hash
 from latentdiff.checkpoints.hub import locate
 from latentdiff.checkpoints.modules import check_fits, parse_config, shapes_of
@@ -212,7 +213,10 @@ def _describe_model(report: Report, raw: RawModel) -> None:
     )
     report.parameters = {part: _count(raw.tensors[part], "") for part in raw.parts}
     report.dtypes = _count_types(tensor for part in raw.parts for tensor in raw.tensors[part].values())
+    name = Path(report.path).stem
+    habit = take_habit(raw, name)
     schedule = parse_config("scheduler", raw.configs["scheduler"])
+    report.notes += [with_habit(schedule, habit, name).drawing.habit] if habit else []
     report.prediction_type = schedule.prediction_type
     report.sampler = _sampler(schedule)
     report.notes += [*raw.warnings, *filter(None, (schedule.drawing.refusal, *schedule.drawing.notes))]

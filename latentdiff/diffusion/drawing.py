@@ -118,6 +118,8 @@ class Drawing:
     sampler: None if the file does not say.
     spacing: even in noise, of that sampler; None is what its schedule says.
     path_noise: whether the noise of a stochastic solver comes from Brownian paths, or from the next draws.
+    steps, guidance_scale: what is customary for this model; None is what is for the sampler.
+    habit: by what these are known, one line; "" if they are not.
     tells_guidance: whether the U-Net is told the guidance scale, and is not evaluated without the prompt.
     refusal: why the sampler cannot be followed; "" if it can.
     notes: keys that are not obeyed, each with what it would do.
@@ -126,6 +128,9 @@ class Drawing:
     sampler: str | None = None
     spacing: str | None = None
     path_noise: bool = True
+    steps: int | None = None
+    guidance_scale: float | None = None
+    habit: str = ""
     tells_guidance: bool = False
     thresholding: Thresholding | None = None
     refusal: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
@@ -41,6 +42,8 @@ class Sampling(Settings):
             UsageError: an option outside its domain.
         """
         own = self.for_model(schedule)
+        if (habit := schedule.config.drawing.habit) and self.left_open & {"steps", "guidance_scale"}:
+            warnings.warn(habit, stacklevel=2)
         if own.controls and own.cache_interval > 1:
             raise UsageError(
                 f"ControlNets act on layers that a cache leaves out; leave cache_interval at 1, found {own.cache_interval}"
@@ -78,7 +81,9 @@ class Sampling(Settings):
         name = changes.get("sampler", self.sampler)
         sampler = SAMPLERS[name]
         guidance = TOLD_GUIDANCE if drawing.tells_guidance else sampler.customary_guidance
-        customary = {"steps": sampler.customary_steps, "guidance_scale": guidance}
+        customary = {
+            "steps": drawing.steps or sampler.customary_steps, "guidance_scale": drawing.guidance_scale or guidance
+        }  # fmt: skip
         changes |= {key: value for key, value in customary.items() if value is not None and key in self.left_open}
         is_theirs = name == drawing.sampler
         if self.sde_noise is None and is_theirs and not drawing.path_noise:
