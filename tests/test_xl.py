@@ -12,6 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 from latentdiff import Pipeline
 from latentdiff.errors import UsageError
 from latentdiff.networks.text_embedding import Reading
+from latentdiff.recipe import read_recipe
 from tests import tiny
 
 PROMPT = "a photo of the cat"
@@ -47,7 +48,7 @@ def difference(image, expected: np.ndarray) -> float:
 def test_text_is_that_of_both_encoders(pipe: Pipeline, peer: StableDiffusionXLPipeline) -> None:
     for skip in (None, 1):
         tokens, _, pooled, _ = peer.encode_prompt(PROMPT, clip_skip=skip)
-        found = pipe.encode([PROMPT], Reading(clip_skip=1 if skip is None else 1 + skip))
+        found = pipe.encode([PROMPT], Reading(clip_skip=1 if skip is None else 2 + skip))
         assert found.shape == (1, 78, tokens.shape[2])
         assert (found[:, :-1] - tokens).abs().max() < 1e-5
         assert (found[:, -1, : tiny.POOLED_WIDTH] - pooled).abs().max() < 1e-5
@@ -60,7 +61,7 @@ def test_text_is_that_of_both_encoders(pipe: Pipeline, peer: StableDiffusionXLPi
         ({}, {}),
         ({"negative_prompt": "dog red"}, {"negative_prompt": "dog red"}),
         ({"guidance_scale": 1.0}, {"guidance_scale": 1.0}),
-        ({"guidance_rescale": 0.7, "clip_skip": 2}, {"guidance_rescale": 0.7, "clip_skip": 1}),
+        ({"guidance_rescale": 0.7, "clip_skip": 3}, {"guidance_rescale": 0.7, "clip_skip": 1}),
         (
             {"original_size": (100, 90), "crop_top_left": (3, 4), "target_size": (64, 80)},
             {"original_size": (100, 90), "crops_coords_top_left": (3, 4), "target_size": (64, 80)},
@@ -88,6 +89,40 @@ def test_zeros_stand_for_an_empty_negative_prompt_only_where_the_model_says_so(t
     assert difference(image, expected) <= 1
 
 
+def test_a_clip_skip_of_two_in_texts_of_web_uis_is_what_the_model_was_trained_on(pipe: Pipeline) -> None:
+    text = f"{PROMPT}\nSteps: 2, Sampler: Euler, Schedule type: SGM Uniform, CFG scale: 5, Seed: 1, Size: 64x64, Clip skip: "
+    read = {skip: read_recipe({"parameters": text + str(skip)}) for skip in (1, 2, 3)}
+    plain, same, other = (pipe.encode([PROMPT], Reading("a1111", read[skip].clip_skip)) for skip in (1, 2, 3))
+    assert torch.equal(plain, same) and not torch.allclose(plain, other, atol=1e-3)
+    with pytest.raises(UsageError, match=r"a clip skip of 1 \(none\) to 3, the layers of the text encoder, found 4"):
+        pipe.encode([PROMPT], Reading("a1111", 4))
+
+
+def test_parts_of_prompts_are_embeddings_of_both_encoders(pipe: Pipeline, peer: StableDiffusionXLPipeline) -> None:
+    """Stages and `AND`: each text as transformers' two encoders embed it, and its own pooled text."""
+    known = {}
+    for text in ("a red cat", "a blue cat", "a dog"):
+        tokens, _, pooled, _ = peer.encode_prompt(text)
+        known[text] = tokens, pooled
+    first, second = pipe.prompt_encoder(Reading("a1111")).prompt("a [red:blue:0.5] cat AND a dog", 4).parts
+    at = {step: first.at(step) for step in (1, 2, 3, 4)}
+    for found, text in ((at[1], "a red cat"), (at[2], "a red cat"), (at[3], "a blue cat"), (at[4], "a blue cat"),
+                        (second.at(1), "a dog")):  # fmt: skip
+        tokens, pooled = known[text]
+        assert (found[:, :-1] - tokens).abs().max() < 1e-5
+        assert (found[:, -1, : tiny.POOLED_WIDTH] - pooled).abs().max() < 1e-5
+
+
+def test_weights_of_comfy_lead_away_from_the_empty_prompt(pipe: Pipeline, peer: StableDiffusionXLPipeline) -> None:
+    """Known values: empty + weight * (text - empty), for both encoders' states alike; pooled text is not weighted."""
+    found = pipe.encode(["a (cat:1.5)"], Reading("comfy"))
+    (tokens, _, pooled, _), (empty, *_) = (peer.encode_prompt(text) for text in ("a cat", ""))
+    weights = torch.ones(1, 77, 1)
+    weights[:, 2] = 1.5
+    assert (found[:, :-1] - (empty + weights * (tokens - empty))).abs().max() < 1e-5
+    assert (found[:, -1, : tiny.POOLED_WIDTH] - pooled).abs().max() < 1e-5
+
+
 def test_an_image_does_not_depend_on_its_batch(pipe: Pipeline) -> None:
     prompts = [PROMPT, "dog (red:1.4) BREAK blue background"]  # of unequal length, so that they run apart
     both = pipe(prompts, steps=3, seed=[1, 2])
@@ -110,8 +145,6 @@ def test_the_pooled_text_of_several_chunks_is_that_of_the_first(pipe: Pipeline) 
 
 
 def test_sizes_are_in_the_recipe_and_refused_of_models_that_are_told_none(pipe: Pipeline) -> None:
-    from latentdiff.recipe import read_recipe
-
     (image,) = pipe(PROMPT, steps=1, seed=0, original_size=(20, 30))
     recipe = read_recipe(image.info)
     assert recipe.original_size == (20, 30) and recipe.crop_top_left == (0, 0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from latentdiff.device import finite_or_float32
 from latentdiff.errors import UsageError
 from latentdiff.networks.pooled import joined_chunks
-from latentdiff.networks.text_encoders import TextEncoders
+from latentdiff.networks.text_encoders import PENULTIMATE, TextEncoders
 from latentdiff.prompts.chunks import Chunk
 from latentdiff.prompts.notice import shortened
 from latentdiff.prompts.syntax import chunks_of, read_prompt, warn_of_lost_text, warn_of_unheeded
@@ -27,7 +27,8 @@ class Reading:
 
     syntax: "a1111", "comfy" or "plain"; see `latentdiff.prompts.syntax`.
     clip_skip: which hidden state of the text encoder is taken, from its end: 1 is the last, as the model was trained,
-        2 the one before it. That is AUTOMATIC1111's counting; diffusers' `clip_skip` is one less.
+        2 the one before it. That is AUTOMATIC1111's counting; diffusers' `clip_skip` is one less. SDXL was trained on the
+        second, which 1 and 2 are there; diffusers' is two less.
     """
 
     syntax: str = "plain"
@@ -150,13 +151,13 @@ class PromptEncoder:
     """
 
     def __init__(self, tokenizer: Any, text_encoder: nn.Module, device: torch.device, reading: Reading = PLAIN) -> None:
-        if not 1 <= reading.clip_skip <= text_encoder.depth:
-            raise UsageError(
-                f"expected a clip skip of 1 (none) to {text_encoder.depth}, the layers of the text encoder, "
-                f"found {reading.clip_skip}"
-            )
         self._tokenizer, self._text_encoder, self._device, self._reading = tokenizer, text_encoder, device, reading
         self._two = text_encoder if isinstance(text_encoder, TextEncoders) else None
+        most = text_encoder.depth + (0 if self._two is None else PENULTIMATE)
+        if not 1 <= reading.clip_skip <= most:
+            raise UsageError(
+                f"expected a clip skip of 1 (none) to {most}, the layers of the text encoder, found {reading.clip_skip}"
+            )
         self._texts: dict[str, Tensor] = {}
 
     def prompt(self, text: str, steps: int, *, negative: bool = False) -> EncodedPrompt:
@@ -238,7 +239,8 @@ class PromptEncoder:
         """Embeddings (1, 77, C), with pooled text (1, 78, C), and weights (1, 77, 1)."""
         ids, weights = chunk.framed(self._tokenizer)
         token_ids = torch.tensor([ids], device=self._device)
-        encoder, skip = self._text_encoder, self._reading.clip_skip - 1
+        own = 1 if self._two is None else 1 + PENULTIMATE  # what the model was trained on
+        encoder, skip = self._text_encoder, max(self._reading.clip_skip - own, 0)
         found = finite_or_float32(
             "the text encoder", encoder, lambda _: encoder(token_ids, skip=skip), where=f"on {shortened(text)}"
         ).float()

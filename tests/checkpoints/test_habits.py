@@ -20,7 +20,7 @@ from latentdiff.recipe import read_recipe
 from latentdiff.request.options import GenerateOptions
 from tests import peers, tiny
 from tests.checkpoints import compvis
-from tests.tasks.pictures import apart
+from tests.tasks.images import apart
 
 
 @pytest.fixture(scope="module")
