@@ -47,6 +47,7 @@ class Parameterization:
     eps: Callable[[Tensor, Tensor, float, float], Tensor]  # (raw, x, a, s)
     target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x0, eps, a, s)
     min_snr_weight: Callable[[Tensor, Tensor, float], Tensor]  # (a, s, gamma)
+    debiased_weight: Callable[[Tensor, Tensor], Tensor]  # (a, s)
 
     def __call__(self, raw: Tensor, x: Tensor, level: Level, *, guided: bool = False) -> Prediction:
         """Read the model's output `raw` for the latents `x`, both (N, C, h, w), at `level`.
@@ -68,25 +69,29 @@ def _divide(numerator: Tensor, denominator: float) -> Tensor:
 
 
 # The min-SNR weights are min(SNR, gamma), the weight on the error in x0, times the square of d x0 / d raw: 1 / SNR,
-# sigma², 1. For v this is min(SNR, gamma) / (SNR + 1). Written so that none divides by zero at zero signal.
+# sigma², 1. For v this is min(SNR, gamma) / (SNR + 1). Written so that none divides by zero at zero signal. The debiased
+# weight on the error in x0 is sqrt(SNR), so 1 / sqrt(SNR) on that in eps, as its paper has it.
 PARAMETERIZATIONS: dict[str, Parameterization] = {
     "epsilon": Parameterization(
         x0=lambda raw, x, a, s: _divide(x - s * raw, a),
         eps=lambda raw, x, a, s: raw,
         target=lambda x0, eps, a, s: eps,
         min_snr_weight=lambda a, s, gamma: (gamma * (s / a).square()).clamp(max=1.0),
+        debiased_weight=lambda a, s: s / a,
     ),
     "v_prediction": Parameterization(
         x0=lambda raw, x, a, s: a * x - s * raw,
         eps=lambda raw, x, a, s: a * raw + s * x,
         target=lambda x0, eps, a, s: a * eps - s * x0,
         min_snr_weight=lambda a, s, gamma: torch.minimum(a.square(), gamma * s.square()),
+        debiased_weight=lambda a, s: a * s,
     ),
     "sample": Parameterization(
         x0=lambda raw, x, a, s: raw,
         eps=lambda raw, x, a, s: _divide(x - a * raw, s),
         target=lambda x0, eps, a, s: x0,
         min_snr_weight=lambda a, s, gamma: (a / s).square().clamp(max=gamma),
+        debiased_weight=lambda a, s: a / s,
     ),
 }
 
@@ -115,3 +120,9 @@ def min_snr_weight(name: str, alpha: Tensor, sigma: Tensor, gamma: float) -> Ten
     """Weight of the squared error of the training target, in the shape of alpha (Hang et al. 2023; gamma is usually
     5)."""
     return parameterization(name).min_snr_weight(alpha, sigma, gamma)
+
+
+def debiased_weight(name: str, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Weight of the squared error of the training target, in the shape of alpha (Yu et al. 2024, "Debias the Training
+    of Diffusion Models")."""
+    return parameterization(name).debiased_weight(alpha, sigma)

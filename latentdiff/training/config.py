@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from latentdiff.errors import ConfigError
 from latentdiff.reading.yaml import parse_yaml
@@ -132,7 +132,33 @@ class StageSection(Section):
     """Newest checkpoints that stay on disk; so does that of the smallest validation loss."""
 
 
-class DenoisingSection(StageSection):
+class ObjectiveSection(Section):
+    """What an error of the U-Net costs."""
+
+    loss: Literal["mse", "huber"] = "mse"
+    """mse: the squared error. huber: the pseudo-Huber loss, on which outliers in the data have less influence."""
+    huber_c: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Errors far above this count linearly under the huber loss."""
+    huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
+    """How `huber_c` falls, from 1 at no noise to its value at the most: with the signal-to-noise ratio, exponentially in the
+    timestep, or not at all."""
+    min_snr_gamma: Positive | None = None
+    """Gamma of the min-SNR loss weight (Hang et al. 2023), 5 is usual; none weighs all timesteps the same. With
+    v-prediction it hardly counts the noisiest timesteps, where layout and colours are decided: the embedded model
+    forgets them with it."""
+    debiased: bool = False
+    """Weigh timesteps by the debiased estimation of Yu et al. 2024, in place of min-SNR: the noisier, the more."""
+
+    @model_validator(mode="after")
+    def _weighs_once(self) -> ObjectiveSection:
+        if self.debiased and self.min_snr_gamma is not None:
+            raise ValueError("debiased and min_snr_gamma both weigh timesteps; give one of them")
+        if self.loss == "mse" and (self.huber_c, self.huber_schedule) != (0.1, "snr"):
+            raise ValueError("huber_c and huber_schedule go with loss huber")
+        return self
+
+
+class DenoisingSection(StageSection, ObjectiveSection):
     """What all stages have in which a U-Net learns to denoise latents under captions."""
 
     # --- what each step sees
@@ -152,16 +178,15 @@ class DenoisingSection(StageSection):
     """Precision of the cached numbers."""
 
     # --- how it is trained
-    min_snr_gamma: Positive | None = None
-    """Gamma of the min-SNR loss weight (Hang et al. 2023), 5 is usual; none weighs all timesteps the same. With
-    v-prediction it hardly counts the noisiest timesteps, where layout and colours are decided: the embedded model
-    forgets them with it."""
     high_noise_share: Fraction = 0.0
     """Share of the timesteps drawn from the noisiest tenth alone, where an image's layout is decided; others are
     uniform."""
     noise_offset: NotNegative = 0.0
     """Strength of noise that is constant over a latent's channel; 0.05 helps with very dark and very bright
     images."""
+    pyramid_noise: Fraction = 0.0
+    """Strength of noise of coarser grids, each half as fine as the one before and counting by this factor less; 0.3
+    helps with images that are dark, bright, or of large plain areas."""
     text_encoder_lr: Positive | None = None
     """Learning rate of the text encoder where it differs from `lr`."""
     gradient_checkpointing: bool = False

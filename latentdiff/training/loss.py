@@ -60,9 +60,11 @@ class DenoisingLoss(nn.Module):
                 (n, H, W, 3) uint8 with `posterior` noise (n, C, h, w); `context` (n, L, width), or `tokens` (n, chunks,
                 L); for U-Nets that are told them, `sizes` (n, 6).
         """
-        errors = self.errors(self.latents(batch), batch["noise"], batch["timesteps"], self.context(batch))
-        weights = self.objective.weights(batch["timesteps"]) * batch["weights"]
-        return {"loss": (weights * errors).mean(), "mse": errors.detach().mean()}
+        timesteps = batch["timesteps"]
+        differences = self.differences(self.latents(batch), batch["noise"], timesteps, self.context(batch))
+        costs = self.objective.costs(differences, timesteps).flatten(1).mean(1)
+        weights = self.objective.weights(timesteps) * batch["weights"]
+        return {"loss": (weights * costs).mean(), "mse": differences.detach().square().mean()}
 
     def latents(self, batch: dict[str, Tensor]) -> Tensor:
         """Latents (n, C, h, w) in float32, drawn from the images' distributions."""
@@ -81,11 +83,15 @@ class DenoisingLoss(nn.Module):
         return SizedText(text, batch["sizes"]) if "sizes" in batch else text
 
     def errors(self, latents: Tensor, noise: Tensor, timesteps: Tensor, context: Tensor | SizedText) -> Tensor:
-        """Squared error of each sample, (n,)."""
+        """Mean squared error of each sample, (n,)."""
+        return self.differences(latents, noise, timesteps, context).square().flatten(1).mean(1)
+
+    def differences(self, latents: Tensor, noise: Tensor, timesteps: Tensor, context: Tensor | SizedText) -> Tensor:
+        """What the predictions are off by, (n, C, h, w) float32."""
         dtype = self.unet.conv_in.weight.dtype
         noisy = self.objective.noisy(latents, noise, timesteps).to(dtype).contiguous(memory_format=torch.channels_last)
         prediction = self.unet(noisy, timesteps, context)
-        return self.objective.errors(prediction, latents, noise, timesteps)
+        return self.objective.differences(prediction, latents, noise, timesteps)
 
 
 @torch.no_grad()

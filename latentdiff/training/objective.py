@@ -6,26 +6,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latentdiff.diffusion.parameterization import min_snr_weight, training_target
+from latentdiff.diffusion.parameterization import debiased_weight, min_snr_weight, training_target
 from latentdiff.diffusion.schedule import Schedule
+from latentdiff.training.config import ObjectiveSection
 from latentdiff.training.data.randomness import Key, uniform
 
 
 class DiffusionObjective(nn.Module):
-    """Noise levels of a schedule as tensors on the device, and the squared error of a prediction.
+    """Noise levels of a schedule as tensors on the device, and what an error of a prediction costs.
 
     Args:
         schedule: the noise schedule; its configuration says what the model predicts.
-        min_snr_gamma: gamma of the min-SNR weight (Hang et al. 2023, eq. 8); None weighs all timesteps the same.
+        settings: the form of the loss, and how much each noise level counts.
     """
 
     alpha: Tensor
     sigma: Tensor
 
-    def __init__(self, schedule: Schedule, min_snr_gamma: float | None) -> None:
+    def __init__(self, schedule: Schedule, settings: ObjectiveSection) -> None:
         super().__init__()
         self._prediction_type = schedule.config.prediction_type
-        self._gamma = min_snr_gamma
+        self._settings = settings
         self.register_buffer("alpha", schedule.alphas_cumprod.sqrt().float(), persistent=False)
         self.register_buffer("sigma", (1 - schedule.alphas_cumprod).sqrt().float(), persistent=False)
 
@@ -34,18 +35,41 @@ class DiffusionObjective(nn.Module):
         alpha, sigma = self._levels(timesteps)
         return alpha * latents + sigma * noise
 
-    def errors(self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Mean squared error of each sample's raw prediction, (N,)."""
+    def differences(self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the raw prediction is off by, (N, C, h, w) in float32."""
         alpha, sigma = self._levels(timesteps)
-        target = training_target(self._prediction_type, latents, noise, alpha, sigma)
-        return (prediction.float() - target).square().flatten(1).mean(1)
+        return prediction.float() - training_target(self._prediction_type, latents, noise, alpha, sigma)
+
+    def costs(self, differences: Tensor, timesteps: Tensor) -> Tensor:
+        """What the differences cost, each for itself: squares, or the pseudo-Huber function of them.
+
+        The latter, 2 c (sqrt(d² + c²) - c), is d² for small d and grows like 2 c |d|; c may depend on the timestep
+        (Khrapov et al. 2024, "Improving Diffusion Models's Data-Corruption Resistance using Scheduled Pseudo-Huber
+        Loss").
+        """
+        if self._settings.loss == "mse":
+            return differences.square()
+        c = self._huber_c(timesteps)
+        return 2 * c * ((differences.square() + c.square()).sqrt() - c)
 
     def weights(self, timesteps: Tensor) -> Tensor:
         """Weight of each sample's error, (N,)."""
         alpha, sigma = self._levels(timesteps)
-        if self._gamma is None:
+        if self._settings.debiased:
+            return debiased_weight(self._prediction_type, alpha, sigma).flatten()
+        if self._settings.min_snr_gamma is None:
             return torch.ones_like(alpha).flatten()
-        return min_snr_weight(self._prediction_type, alpha, sigma, self._gamma).flatten()
+        return min_snr_weight(self._prediction_type, alpha, sigma, self._settings.min_snr_gamma).flatten()
+
+    def _huber_c(self, timesteps: Tensor) -> Tensor:
+        """c of each sample, (N, 1, 1, 1): from 1 at no noise to `huber_c` at the noisiest."""
+        alpha, sigma = self._levels(timesteps)
+        least = self._settings.huber_c
+        if self._settings.huber_schedule == "snr":
+            return (1 - least) / (1 + sigma / alpha).square() + least
+        if self._settings.huber_schedule == "exponential":
+            return (least ** (timesteps / len(self.alpha))).view(alpha.shape)
+        return torch.full_like(alpha, least)
 
     def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1, 1, 1, 1)

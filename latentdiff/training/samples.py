@@ -15,6 +15,7 @@ from latentdiff.training.data.captions import CaptionRules, choose
 from latentdiff.training.data.randomness import generator, normal, uniform
 from latentdiff.training.data.tokens import CaptionTokens
 from latentdiff.training.data.transforms import prepare, told_sizes
+from latentdiff.training.noise import diffusion_noise
 from latentdiff.training.objective import draw_timesteps
 from latentdiff.training.store import row_key
 
@@ -192,13 +193,8 @@ def step_numbers(
         `noise` (n, C, h, w) and `timesteps` (n,); noise (n, C, h, w) to draw latents with; which images are mirrored.
     """
     noise = normal((seed, "noise", step), rows, (2, *latent_shape))
-    diffusion = noise[:, 1]
-    if settings.noise_offset:  # constant over each channel (Guttenberg 2023, "Diffusion with Offset Noise")
-        diffusion = diffusion + settings.noise_offset * normal(
-            (seed, "noise offset", step), rows, (latent_shape[0], 1, 1)
-        )
     flipped = (uniform((seed, "flip", step), rows) < 0.5 * settings.flip).tolist()
     timesteps = draw_timesteps(
         (seed, "timesteps", step), rows, settings.batch_size, num_train_timesteps, settings.high_noise_share
     )
-    return {"noise": diffusion, "timesteps": timesteps}, noise[:, 0], flipped
+    return {"noise": diffusion_noise(noise[:, 1], settings, seed, step, rows), "timesteps": timesteps}, noise[:, 0], flipped

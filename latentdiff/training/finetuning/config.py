@@ -62,6 +62,11 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
     """The LoRA is scaled by alpha / rank; without it, alpha is the rank."""
     targets: Texts = ("attention",)
     """What the LoRA changes: attention, feed_forward, convolutions, text_encoder, or patterns of module names."""
+    prediction_type: Literal["model", "epsilon", "v_prediction"] = "model"
+    """What the U-Net predicts in the end. Another kind than the model's is learned anew, which takes long (method full)."""
+    zero_snr: bool = False
+    """Train on noise levels of which the last holds no signal (Lin et al. 2023), so that images can be as dark or bright
+    as the prompt says; for v_prediction (method full)."""
     word: str | None = None
     """The new word of textual inversion, as prompts and captions will use it, for example <teapot>."""
     initial_word: str | None = None
@@ -146,6 +151,8 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
     def _fits_together(self) -> FinetuneConfig:
         if self.train_text_encoder and self.method != "full":
             raise ValueError("train_text_encoder goes with method full; for lora, put text_encoder into targets")
+        if (self.zero_snr or self.prediction_type != "model") and self.method != "full":
+            raise ValueError("prediction_type and zero_snr change the whole model: they go with method full")
         if self.result == "best" and not (self.validation or self.validation_share):
             raise ValueError("the best step is known from held-out images: give validation or validation_share")
         if self.optimizer == "prodigy" and self.text_encoder_lr is not None:

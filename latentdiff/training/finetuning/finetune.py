@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from accelerate.state import AcceleratorState
 from latentdiff.checkpoints.components import Components, load_components
 from latentdiff.checkpoints.embedded import EMBEDDED_NAME, embedded_model
 from latentdiff.device import computes_in_bf16, is_out_of_memory
+from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.engines.fast_forms import use_fast_forms
 from latentdiff.errors import ConfigError, LatentDiffError, UsageError
@@ -123,6 +125,7 @@ def _run(settings: FinetuneConfig, accelerator: Accelerator, verify_steps: int |
     if settings.model is None:
         parts.name = EMBEDDED_NAME
     _check_model(parts)
+    parts.schedule_config = _schedule_config(parts.schedule_config, settings)
     method = make_method(parts, settings)
     side = settings.resolution / parts.vae.config.downscale if settings.resolution else parts.unet.config.sample_size
     settings = settings.model_copy(update={"attention": attention_backend(settings, side, accelerator)})
@@ -188,6 +191,21 @@ def _check_model(parts: Components) -> None:
         )
 
 
+def _schedule_config(of_model: ScheduleConfig, settings: FinetuneConfig) -> ScheduleConfig:
+    """The schedule that is trained on, and written into the result."""
+    wanted: dict[str, Any] = {} if settings.prediction_type == "model" else {"prediction_type": settings.prediction_type}
+    if settings.zero_snr:
+        predicted = wanted.get("prediction_type", of_model.prediction_type)
+        if predicted == "epsilon":
+            raise ConfigError(
+                "zero_snr needs a model of v-prediction, found epsilon: at the last noise level there is no signal that a"
+                " prediction of the noise could reveal; add --prediction-type v_prediction"
+            )
+        # Samplers must begin at the last level, or what it has learned is not used.
+        wanted |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return replace(of_model, **wanted).with_drawing(of_model.drawing)
+
+
 def _speed_up(
     parts: Any, method: FinetuningMethod, settings: FinetuneConfig, accelerator: Accelerator, stack: ExitStack
 ) -> None:
@@ -218,7 +236,7 @@ def _task(
     module = DenoisingLoss(
         parts.unet.to(memory_format=torch.channels_last),
         parts.text_encoder,
-        DiffusionObjective(schedule, settings.min_snr_gamma),
+        DiffusionObjective(schedule, settings),
         vae=None if of.cached else parts.vae,
         adapter=method.adapter,
         trains_text=method.trains_text,

@@ -66,7 +66,7 @@ def diffusion_task(config: TrainingConfig, parts: Components, of: Material, fold
     if settings.gradient_checkpointing:
         parts.unet.enable_gradient_checkpointing()
     module = DenoisingLoss(
-        parts.unet, parts.text_encoder, DiffusionObjective(schedule, settings.min_snr_gamma),
+        parts.unet, parts.text_encoder, DiffusionObjective(schedule, settings),
         vae=None if of.cached else parts.vae.requires_grad_(False), trains_text=True,
     )  # fmt: skip
     by_part = {
