@@ -57,6 +57,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing latentdiff and what its tests need into $(VENV) ..."
 	@$(INSTALL) --editable '.[test]'
+	@$(INSTALL) --no-deps spandrel einops  # without its torchvision, which would have to be that of the installed torch
 	@touch $(VENV)/installed $@
 
 $(VENV)/installed-serve: pyproject.toml constraints.txt | $(VENV)/bin/python

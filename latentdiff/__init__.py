@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from latentdiff.tasks.inversion.run import invert as invert
     from latentdiff.tasks.restoration.task import restore as restore
     from latentdiff.tasks.translation import translate as translate
+    from latentdiff.tasks.upscaling import upscale as upscale
     from latentdiff.training.finetuning.finetune import finetune as finetune
     from latentdiff.training.stages.train import train as train
+    from latentdiff.upscaling.model import Upscaler as Upscaler
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,7 @@ _HOMES = {
     "ImagePrompt": "latentdiff.control.image_prompts",
     "LatentDiffError": "latentdiff.errors",
     "Pipeline": "latentdiff.pipeline",
+    "Upscaler": "latentdiff.upscaling.model",
     "evaluate": "latentdiff.evaluation.run",
     "finetune": "latentdiff.training.finetuning.finetune",
     "image_to_image": "latentdiff.tasks.editing",
@@ -47,6 +50,7 @@ _HOMES = {
     "save_png": "latentdiff.image",
     "train": "latentdiff.training.stages.train",
     "translate": "latentdiff.tasks.translation",
+    "upscale": "latentdiff.tasks.upscaling",
 }
 __all__ = [
     "ControlNet",
@@ -54,6 +58,7 @@ __all__ = [
     "ImagePrompt",
     "LatentDiffError",
     "Pipeline",
+    "Upscaler",
     "__version__",
     "evaluate",
     "finetune",
@@ -66,6 +71,7 @@ __all__ = [
     "save_png",
     "train",
     "translate",
+    "upscale",
 ]
 
 

@@ -43,7 +43,8 @@ from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice, refusal
 from latentdiff.request.options import GenerateOptions, SamplingOptions
 from latentdiff.request.plan import Plan, Sampling, Start, latent_shape
-from latentdiff.request.second_pass import SecondPass, enlarged_latents, noised
+from latentdiff.request.second_pass import LATENT_MODES, SecondPass, enlarged_latents, noised
+from latentdiff.upscaling.second_pass import enlarged
 
 
 def _tensor(name: str, value: object) -> Tensor:
@@ -161,12 +162,11 @@ class Pipeline(PromptedModel):
         """Latents (N, C, h, w) of a first pass enlarged, noised and walked down again."""
         factor = self.residence.module("vae").config.downscale
         size = asked.size(latents.shape[2] * factor, latents.shape[3] * factor, factor)
-        if asked.hires_upscaler == "lanczos":
-            pixels = size[1] * factor, size[0] * factor
-            images = [image.resize(pixels, Image.Resampling.LANCZOS) for image in to_pil(self.decode(latents))]
-            latents = torch.cat([self.encode_images(to_tensor([image])).mode() for image in images])
-        else:
+        if asked.hires_upscaler in LATENT_MODES:
             latents = enlarged_latents(latents, asked.hires_upscaler, size)
+        else:
+            images = enlarged(to_pil(self.decode(latents)), asked, (size[1] * factor, size[0] * factor), self.device)
+            latents = torch.cat([self.encode_images(to_tensor([image])).mode() for image in images])
 
         def start(part: slice, noise: NoiseStream) -> Start:
             return Start(noised(latents[part], noise(), plan.levels[0]))

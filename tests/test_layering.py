@@ -25,7 +25,7 @@ FLOORS: list[list[set[str]]] = [
     [{"engines"}, {"checkpoints"}, {"training/data"}],
     [{"memory"}],
     [{"adapters"}, {"request"}],
-    [{"control"}],
+    [{"control"}, {"upscaling"}],
     [{"model/adapted"}, {"model/parts"}, {"model/portable"}, {"training"}],
     [{"model"}],
     [{"pipeline"}],

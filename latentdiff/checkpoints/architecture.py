@@ -10,7 +10,9 @@ from latentdiff.checkpoints.families import SD, UNET_PREFIX, Family, family_in
 from latentdiff.checkpoints.keymap import Shape
 from latentdiff.errors import CheckpointError
 
-CONTROL = "ControlNet"
+CONTROL, UPSCALER = "ControlNet", "upscaler of the ESRGAN family"
+UNKNOWN = "unknown architecture"
+WRAPPERS = ("params_ema.", "params.", "module.", "netG.")  # before the names of upscalers
 _TEXT_OF_XL = "conditioner.embedders."
 # Parts of names that only other architectures have. The first that occurs decides.
 _OTHERS = (
@@ -54,6 +56,14 @@ _ADAPTERS = {
 }
 _ADAPTER_ENDS = {kind: re.compile(rf"(.*)[.](?:{end})") for kind, end in _ADAPTERS.items()}
 _ADAPTER_STARTS = ("lora_unet_", "lora_te", "lycoris_", "bundle_emb.")
+# By what upscalers of the ESRGAN family are known: the first code, its later forms, and Real-ESRGAN's small networks.
+_UPSCALERS = (
+    ("model.0.weight", "model.1.sub.0.RDB1.conv1.0.weight"),
+    ("model.0.weight", "model.1.sub.0.RDB1.conv1x1.weight"),
+    ("conv_first.weight", "body.0.rdb1.conv1.weight"),
+    ("conv_first.weight", "RRDB_trunk.0.RDB1.conv1.weight"),
+    ("body.0.weight", "body.1.weight", "body.2.weight", "body.2.bias"),
+)
 _FILL = "use a file saved with all parts, or say where the others are with --vae, --text-encoder or --base MODEL"
 _EMBEDDING = ("emb_params", "string_to_param.*")
 
@@ -64,7 +74,7 @@ class Identity:
 
     Attributes:
         kind: "model" (an original single file), "part" (one part in the diffusers layout, or a VAE or U-Net cut
-            out of a single file), "lora", "embedding", "control" or "other".
+            out of a single file), "lora", "embedding", "control", "upscaler" or "other".
         family: a name for people, "Stable Diffusion 1.x" say.
         parts: which of unet, vae, text_encoder it holds.
         strays: names of tensors that belong to something else, of a model; the majority decides what a file is.
@@ -99,9 +109,11 @@ def identify(shapes: Mapping[str, Shape]) -> Identity:
         return Identity("model", _family_of_original(own), parts, tuple(sorted(adapter)))
     if part := _lone_part(own):
         return Identity("part", *part)
+    if any(all(f"{start}{mark}" in own for mark in marks) for marks in _UPSCALERS for start in ("", *WRAPPERS)):
+        return Identity("upscaler", UPSCALER)
     if is_embedding(shapes):
         return Identity("embedding", "textual-inversion embedding")
-    return Identity("other", "unknown architecture")
+    return Identity("other", UNKNOWN)
 
 
 def is_embedding(shapes: Mapping[str, Shape]) -> bool:
@@ -148,6 +160,8 @@ def require_original(source: object, identity: Identity, names: Iterable[str]) -
     if identity.kind in ("other", "control"):
         first = ", ".join(names[:5]) or "no tensors at all"
         raise CheckpointError(f"{source} is another architecture ({identity.family}); {wanted}, found {first}")
+    if identity.kind == "upscaler":
+        raise CheckpointError(f"{source} is an {UPSCALER}, which `latentdiff upscale` takes, not a model; {wanted}")
     if identity.kind == "part":
         raise CheckpointError(f"{source} holds only a {identity.family}; {wanted}: {_FILL}")
     prefixes = family_in(names).prefixes

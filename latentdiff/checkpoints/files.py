@@ -50,6 +50,7 @@ TYPES = {name: dtype for dtype, name in NAMES_OF_TYPES.items()} | {
     name: getattr(torch, attribute) for name, attribute in _READ_ONLY.items() if hasattr(torch, attribute)
 }
 _FORMATS_LONGEST = 100_000_000  # bytes of a header that the safetensors format allows
+_STATES = ("state_dict", "params_ema", "params")
 _DEEPEST = 32  # levels of containers in a pickle that are looked into for tensors
 
 
@@ -185,14 +186,16 @@ class _Filler:
 
 
 def _unwrap(path: Path, content: Mapping[Any, Any]) -> TensorFile:
-    """Training frameworks put the weights under `state_dict`, beside optimiser states and counters."""
-    state = content.get("state_dict", content)
+    """Training frameworks put the weights under `state_dict`, beside optimiser states and counters; those of upscalers under
+    `params_ema` or `params`."""
+    within = next((name for name in _STATES if isinstance(content.get(name), Mapping) and content[name]), "state_dict")
+    state = content.get(within, content)
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} has a state_dict that is a {type(state).__name__}, expected a dictionary")
     tensors = {str(name): value.detach() for name, value in state.items() if isinstance(value, Tensor)}
     others = {str(name): value for name, value in state.items() if not isinstance(value, Tensor)}
     if state is not content:
-        others |= {str(name): value for name, value in content.items() if name != "state_dict"}
+        others |= {str(name): value for name, value in content.items() if name != within}
     return TensorFile(path, tensors, others=others)
 
 

@@ -156,7 +156,7 @@ def _describe_tensors(report: Report, file: TensorFile, wrapping: str) -> None:
     elif identity.kind == "control":
         _describe_control(report, file, wrapping)
     else:
-        names = {"part": "part of a model", "embedding": "textual inversion"}
+        names = {"part": "part of a model", "embedding": "textual inversion", "upscaler": "upscaler"}
         report.kind = f"{names.get(identity.kind, 'weights')} ({wrapping})"
         report.parameters = {"+".join(identity.parts) or "all": _count(file.tensors, "")}
 

@@ -32,6 +32,7 @@ from latentdiff.cli.serve import serve
 from latentdiff.cli.terminal import Signals, Terminated, close_streams, open_streams
 from latentdiff.cli.train import train
 from latentdiff.cli.translate import translate
+from latentdiff.cli.upscale import upscale
 from latentdiff.cli.words import words
 from latentdiff.errors import LatentDiffError, Stopped, printable
 
@@ -45,7 +46,7 @@ def cli() -> None:
     """Text to image with latent diffusion: generate, inspect, convert, reproduce, train and evaluate."""
 
 
-MAKING = (generate, grid, edit, inpaint, interpolate, invert, translate, restore, reproduce, import_)
+MAKING = (generate, grid, edit, inpaint, interpolate, invert, translate, restore, upscale, reproduce, import_)
 for command in (*MAKING, serve, words, inspect, convert, lora, control, data, train, finetune, report, evaluate):
     cli.add_command(command)
 

@@ -29,7 +29,8 @@ from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
 from latentdiff.prompts.lines import Line, read_lines
 from latentdiff.prompts.notice import shortened
-from latentdiff.request.options import OPTIONS, SAMPLING, GenerateOptions, Settings, SizedOptions, options_of
+from latentdiff.request.options import OPTIONS, SAMPLING, GenerateOptions, SizedOptions, options_of
+from latentdiff.request.settled import Settings
 from latentdiff.request.titles import SAMPLER_TITLES
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from latentdiff.errors import LatentDiffError, UsageError, printable
 from latentdiff.prompts.lines import Line
 from latentdiff.prompts.syntax import read_prompt
 from latentdiff.recipe import recorded_steering
-from latentdiff.request.options import GENERATING, KEPT, OPTIONS, SAMPLING, checked
+from latentdiff.request.options import GENERATING, KEPT, OPTIONS, SAMPLING, SECOND_PASS, checked
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -129,6 +129,7 @@ class Job:
     def _wanted(self, prompt: str, seed: int, own: Mapping[str, Any]) -> dict[str, Any]:
         """What the recipe of an image would say, as far as it decides what the image shows."""
         from latentdiff.request.plan import Sampling
+        from latentdiff.request.second_pass import SecondPass
 
         settings = {**self.settings, **own}
         settled = Sampling(**{name: value for name, value in settings.items() if name in SAMPLING})
@@ -138,6 +139,8 @@ class Job:
         asked |= {name: OPTIONS[name].default if value is None else value for name, value in given.items()}
         height, width = self.pipe.default_size
         asked |= {"height": settings.get("height") or height, "width": settings.get("width") or width}
+        if second := SecondPass.taken_from({name: asked[name] for name in SECOND_PASS}):
+            asked |= second.fields()
         tags = read_prompt(prompt, settled.prompt_syntax).loras
         model = {
             "model_hash": self.pipe.model_hash,

@@ -10,7 +10,7 @@ import click
 
 from latentdiff.cli.loras import ALLOW_PARTIAL, EMBEDDINGS, LORA_DIR, LORAS
 from latentdiff.files import IMAGE_FORMATS
-from latentdiff.request.domains import Factor, Interval, Numbers, Pair, Real, Seeds, Texts, Whole
+from latentdiff.request.domains import ChoiceOrFile, Factor, Interval, Numbers, Pair, Real, Seeds, Texts, Whole
 from latentdiff.request.option_texts import texts
 from latentdiff.request.options import (
     OPTIONS,
@@ -141,7 +141,7 @@ def flags_of(group: type, *, without: tuple[str, ...] = ()) -> Decorator:
 
 
 KINDS: dict[type, Any] = {
-    Whole: int, Seeds: int, Real: float, Factor: str, Interval: float, Pair: int, Numbers: str, Texts: str,
+    Whole: int, Seeds: int, Real: float, Factor: str, Interval: float, Pair: int, Numbers: str, Texts: str, ChoiceOrFile: str,
 }  # fmt: skip
 FIRST = ("negative_prompt", "num_images", "seed", "steps", "guidance_scale")
 HIDDEN = tuple(name for name, option in OPTIONS.items() if option.flags == ())

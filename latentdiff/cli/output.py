@@ -228,6 +228,11 @@ def shown_source(pipe: Pipeline, image: Path) -> Image.Image:
     return to_pil(pipe.decode(found.latents[-1:]))[0].crop((0, 0, *found.size))
 
 
+def free_path(folder: Path, stem: str, ending: str) -> Path:
+    """A file of that name that is not there yet; the next ones get a number."""
+    return next(path for path in (folder / name for name in _numbered(stem, ending)) if not path.exists())
+
+
 def _free(folder: Path, prompt: str, seed: int, ending: str) -> Path:
     return next(path for path in (folder / name for name in _names(prompt, seed, ending)) if not path.exists())
 
@@ -236,7 +241,10 @@ def _names(prompt: str, seed: int, ending: str) -> Iterator[str]:
     slug = re.sub(r"\W+", "-", prompt.lower()).strip("-_").encode()[:LONGEST_SLUG].decode(errors="ignore")
     encoding = sys.getfilesystemencoding()
     slug = slug.encode(encoding, "ignore").decode(encoding)  # what names of files can hold here
-    stem = f"{slug.rstrip('-_') or 'image'}-{seed}"
+    yield from _numbered(f"{slug.rstrip('-_') or 'image'}-{seed}", ending)
+
+
+def _numbered(stem: str, ending: str) -> Iterator[str]:
     yield f"{stem}{ending}"
     yield from (f"{stem}-{number}{ending}" for number in itertools.count(2))
 

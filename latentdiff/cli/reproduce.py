@@ -82,11 +82,14 @@ def reproduce(
     if recipe.given_latents:
         raise DataError(f"{image} was made from given start noise, which a recipe does not hold")
     sources = _sources(recipe, image, source)
-    folders = [lora_dir] if lora_dir else [image.parent, Path()]
-    pipe = _load(recipe, model, device, precision, {**_parts(recipe, image, parts), **_given(parts)})
-    loras = loras_of(offer_loras_of(pipe, recipe, folders), folders)
-    with with_loras(pipe, loras):
-        again = _make(pipe, recipe, sources)
+    if recipe.task == "upscale" and not recipe.model_hash:  # without a model
+        again = _make(None, recipe, sources)
+    else:
+        folders = [lora_dir] if lora_dir else [image.parent, Path()]
+        pipe = _load(recipe, model, device, precision, {**_parts(recipe, image, parts), **_given(parts)})
+        loras = loras_of(offer_loras_of(pipe, recipe, folders), folders)
+        with with_loras(pipe, loras):
+            again = _make(pipe, recipe, sources)
     if out:
         _save(again, out)
         click.echo(out)
@@ -158,12 +161,13 @@ def _save(again: Image.Image | bytes, path: Path) -> None:
         save_image(again, path)
 
 
-def _make(pipe: Pipeline, recipe: Recipe, sources: dict[str, Path]) -> Image.Image | bytes:
-    if recipe.task == "generate":
+def _make(pipe: Pipeline | None, recipe: Recipe, sources: dict[str, Path]) -> Image.Image | bytes:
+    if pipe and recipe.task == "generate":
         from latentdiff.tasks.sources import sampling_of
 
         size = {"width": recipe.width, "height": recipe.height}
-        return pipe(recipe.prompt, **size, **sampling_of(recipe, sources), **recipe.generating())[0]
+        files = {role: path for role, path in sources.items() if role == "hires_upscaler"}
+        return pipe(recipe.prompt, **size, **sampling_of(recipe, sources), **{**recipe.generating(), **files})[0]
     from latentdiff.tasks import TASKS
 
     if recipe.task not in TASKS:

@@ -162,6 +162,21 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class ChoiceOrFile(Choice):
+    """One of some names, or a file."""
+
+    metavar: str = "NAME|FILE"
+
+    def __call__(self, name: str, value: Any) -> str:
+        if isinstance(value, os.PathLike) or (isinstance(value, str) and value not in self.names):
+            path = os.fspath(cast("str | os.PathLike[str]", value))
+            if os.path.isfile(path):
+                return path
+            raise refusal(name, f"one of {', '.join(self.names)}, or a file", path)
+        return super().__call__(name, value)
+
+
+@dataclass(frozen=True)
 class Place:
     """A file, a folder or an id, by its name."""
 

@@ -9,10 +9,12 @@ the same as not given. Loads no heavy library, as the command line's help has to
 # Annotations are evaluated here: the metadata in them is read.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict, Unpack, get_args
+from os import PathLike
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_args
 
 from latentdiff.request.domains import (
     Choice,
+    ChoiceOrFile,
     Factor,
     Function,
     Interval,
@@ -273,9 +275,10 @@ class GenerateOptions(SizedOptions, total=False):
     ]
     """Make the image at its size, enlarge it so many times, and go over it once more there."""
     hires_upscaler: Annotated[
-        UpscalerName | None, Option(Choice(get_args(UpscalerName)), "latent", kept=Kept(str, None, "latent"))
+        UpscalerName | str | PathLike[str] | None,
+        Option(ChoiceOrFile(get_args(UpscalerName)), "latent", kept=Kept(str, None, "latent")),
     ]
-    """With hires: how it is enlarged, as latents or in pixels."""
+    """With hires: how it is enlarged, as latents, by lanczos in pixels, or by the file of an upscaler (ESRGAN)."""
     hires_strength: Annotated[float | None, Option(Real(0.001, 1), 0.5, kept=Kept(float, None, 0.5))]
     """With hires: how far the second pass goes from the enlarged image."""
     hires_steps: Annotated[
@@ -308,41 +311,3 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: a value outside its domain.
     """
     return {name: value if value is None else OPTIONS[name].domain(name, value) for name, value in options.items()}
-
-
-if TYPE_CHECKING:
-
-    class Settings:
-        """All of `SamplingOptions`, checked, with the defaults in place of what was not given."""
-
-        __dataclass_fields__: ClassVar[dict[str, Any]]
-        left_open: set[str]
-
-        def __init__(self, **options: Unpack[SamplingOptions]) -> None: ...
-        def __getattr__(self, name: str) -> Any: ...
-
-else:
-    from dataclasses import field, make_dataclass
-
-    class _Settled:
-        """All of `SamplingOptions`, checked, with the defaults in place of what was not given; `fast` has done its work.
-
-        `left_open` are the names of those that a default decided.
-        """
-
-        def __post_init__(self) -> None:
-            asked = {name: getattr(self, name) for name in SAMPLING}
-            given = {name: value for name, value in checked(asked).items() if value is not None}
-            fast = FAST if given.get("fast") else {}
-            defaults = {name: option.default for name, option in SAMPLING.items()}
-            left_open = SAMPLING.keys() - given.keys() - fast.keys()
-            for name, value in {**defaults, **fast, **given, "fast": False, "left_open": left_open}.items():
-                object.__setattr__(self, name, value)
-
-    Settings = make_dataclass(
-        "Settings",
-        [(name, Any, field(default=None)) for name in SAMPLING],
-        bases=(_Settled,),
-        frozen=True,
-        kw_only=True,
-    )

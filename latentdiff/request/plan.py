@@ -27,7 +27,8 @@ from latentdiff.prompts.syntax import read_prompt
 from latentdiff.prompts.tags import LoRATag
 from latentdiff.prompts.tokenize import as_list
 from latentdiff.recipe import recorded_steering
-from latentdiff.request.options import KEPT, OPTIONS, SAMPLING, Settings
+from latentdiff.request.options import KEPT, OPTIONS, SAMPLING
+from latentdiff.request.settled import Settings
 
 TOLD_GUIDANCE = 8.5  # customary for models that are told it (Luo et al. 2023)
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 File = dict[str, str]
-MODEL_ROLES = ("control_model", "ip_adapter", "image_encoder")  # how roles of files or folders with weights begin
+# How roles of files or folders with weights begin.
+MODEL_ROLES = ("control_model", "ip_adapter", "image_encoder", "upscaler", "hires_upscaler")
 _STRICT: dict[str, Any] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # for pydantic
 
 

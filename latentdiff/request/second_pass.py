@@ -10,15 +10,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from latentdiff.checkpoints.hashing import place_hash
 from latentdiff.diffusion.schedule import Level, Schedule
 from latentdiff.errors import UsageError
-from latentdiff.request.options import OPTIONS, SECOND_PASS
+from latentdiff.request.options import OPTIONS, SECOND_PASS, UpscalerName
 from latentdiff.request.plan import Plan
 
 # How latents are enlarged: torch's mode, and whether it is antialiased. Other upscalers work on pixels.
@@ -57,9 +59,18 @@ class SecondPass:
             return None
         return cls(**{name: OPTIONS[name].default if value is None else value for name, value in given.items()})
 
+    @property
+    def is_by_file(self) -> bool:
+        """Whether a network enlarges."""
+        return self.hires_upscaler not in get_args(UpscalerName)
+
     def fields(self) -> dict[str, Any]:
-        """What a recipe holds of it."""
-        return dict(vars(self))
+        """What a recipe holds of it; a file by its name, and as a source."""
+        if not self.is_by_file:
+            return dict(vars(self))
+        path = Path(self.hires_upscaler)
+        entry = {"file": path.name, "sha256": place_hash(path)}
+        return {**vars(self), "hires_upscaler": path.name, "sources": {"hires_upscaler": entry}}
 
     def size(self, height: int, width: int, factor: int) -> tuple[int, int]:
         """Height and width of the latents for an image of this size in pixels, whose VAE has this factor."""

@@ -147,7 +147,8 @@ def written_pass(options: Mapping[str, Any]) -> dict[str, str]:
     tiling = {"Tiling": "True", "Seamless": options["seamless"]} if options["seamless"] else {}
     if options["hires"] is None:
         return tiling
-    title = next(title for title, name in UPSCALERS.items() if name == options["hires_upscaler"])
+    upscaler = options["hires_upscaler"]  # of a file, its name
+    title = next((title for title, name in UPSCALERS.items() if name == upscaler), upscaler.rpartition(".")[0] or upscaler)
     return tiling | {"Hires upscaler": title, "Denoising strength": str(options["hires_strength"])}
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
-from latentdiff.tasks import editing, inpainting, interpolation, refining, translation
+from latentdiff.tasks import editing, inpainting, interpolation, refining, translation, upscaling
 from latentdiff.tasks.editing import image_to_image as image_to_image
 from latentdiff.tasks.inpainting import inpaint as inpaint
 from latentdiff.tasks.interpolation import interpolate as interpolate
@@ -20,14 +20,16 @@ from latentdiff.tasks.restoration import operators as operators
 from latentdiff.tasks.restoration import task as restoring
 from latentdiff.tasks.restoration.task import restore as restore
 from latentdiff.tasks.translation import translate as translate
+from latentdiff.tasks.upscaling import upscale as upscale
 
 # (model, recipe, files of its sources by role) -> the image once more, or the bytes of an animation; by the `task`
-# that recipes name.
-TASKS: dict[str, Callable[[Pipeline, Recipe, Mapping[str, Path]], Image.Image | bytes]] = {
+# that recipes name. A recipe without a model is made again without one.
+TASKS: dict[str, Callable[[Any, Recipe, Mapping[str, Path]], Image.Image | bytes]] = {
     editing.TASK: editing.again,
     inpainting.TASK: inpainting.again,
     interpolation.TASK: interpolation.again,
     refining.TASK: refining.again,
     restoring.TASK: restoring.again,
     translation.TASK: translation.again,
+    upscaling.TASK: upscaling.again,
 }

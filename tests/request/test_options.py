@@ -21,11 +21,11 @@ from latentdiff.request.options import (
     GenerateOptions,
     SamplingOptions,
     SeededOptions,
-    Settings,
     WalkOptions,
     checked,
     options_of,
 )
+from latentdiff.request.settled import Settings
 from latentdiff.tasks import image_to_image, inpaint, interpolate, restore, translate
 
 TAKERS = {

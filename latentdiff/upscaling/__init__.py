@@ -1,0 +1,1 @@
+"""Enlarging images by networks that were trained for it, of the ESRGAN family, through spandrel."""
