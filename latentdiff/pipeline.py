@@ -9,7 +9,7 @@ Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Mode
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Unpack, cast, overload
 
 import torch
@@ -18,11 +18,10 @@ from torch import Tensor
 
 from latentdiff.control.applied import Steering
 from latentdiff.device import explained_out_of_memory
-from latentdiff.diffusion.denoise import denoise
+from latentdiff.diffusion.denoise import denoise, progress_bar, report
 from latentdiff.diffusion.guidance import Guidance
 from latentdiff.diffusion.latents import NoiseStream
 from latentdiff.diffusion.parameterization import Denoiser, Prediction, parameterization
-from latentdiff.diffusion.progress import progress_bar, report
 from latentdiff.diffusion.schedule import Level
 from latentdiff.diffusion.thresholding import thresholded
 from latentdiff.engines.deepcache import UNCACHED, CacheSettings, DeepCache
@@ -41,7 +40,7 @@ from latentdiff.networks.told_guidance import told_guidance
 from latentdiff.networks.vae import LatentDistribution
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice, refusal
-from latentdiff.request.options import GenerateOptions, SamplingOptions
+from latentdiff.request.options import SECOND_PASS, GenerateOptions, SamplingOptions
 from latentdiff.request.plan import Plan, Sampling, Start, latent_shape
 from latentdiff.request.second_pass import LATENT_MODES, SecondPass, enlarged_latents, noised
 from latentdiff.upscaling.second_pass import enlarged
@@ -123,7 +122,7 @@ class Pipeline(PromptedModel):
         """
         size = options.pop("height", None), options.pop("width", None)
         axes = cast(str | None, options.pop("seamless", None))
-        second = SecondPass.taken_from(cast(dict[str, Any], options))
+        second = SecondPass.taken_from(cast(dict[str, Any], options)) if options.keys() & SECOND_PASS else None
         sampling = Sampling(**cast(SamplingOptions, options))
         given = Given.of(prompt, sampling.negative_prompt, prompt_embeds, negative_prompt_embeds)
         plan = sampling.plan(given.prompts, self.schedule)
@@ -203,8 +202,8 @@ class Pipeline(PromptedModel):
 
             images = slice(first, first + len(piece.prompts))
             is_changed = bool(piece.loras) or piece.cache.interval > 1
-            attached = self.offered.attached(piece.loras, self.load_lora, self.unload_lora)
-            with self.in_use(alone=is_changed), attached:
+            offered = self.offered.attached(piece.loras, self.load_lora, self.unload_lora) if piece.loras else nullcontext()
+            with self.in_use(alone=is_changed), offered:
                 own = text and (text[0][images], text[1][images])
                 made.append(self._sample(piece, shape, start_of, own))
         return torch.cat(made)
@@ -266,7 +265,9 @@ class Pipeline(PromptedModel):
         Raises:
             UsageError: the back end does not run the modules that are told.
         """
-        if self.unet.config.time_cond_proj_dim is not None and self.backend != "torch":
+        if self.unet.config.time_cond_proj_dim is None:
+            return nullcontext()
+        if self.backend != "torch":
             raise UsageError(f"a model that is told the guidance scale needs the back end torch, found {self.backend}")
         return told_guidance(self.unet, scale)
 

@@ -22,8 +22,8 @@ from diffusers import (
 
 from latentdiff import Pipeline
 from latentdiff.device import PrecisionWarning
+from latentdiff.diffusion.denoise import Cancelled
 from latentdiff.diffusion.latents import start_noise
-from latentdiff.diffusion.progress import Cancelled
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.errors import CheckpointError, LatentDiffError, NotFiniteError, UsageError
 from latentdiff.image import to_pil, to_tensor
@@ -354,7 +354,7 @@ def test_progress_bar_counts_all_steps(shared, monkeypatch):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr("latentdiff.diffusion.progress.tqdm", Bar)
+    monkeypatch.setattr("latentdiff.diffusion.denoise.tqdm", Bar)
     shared("cat", steps=3, num_images=3, batch_size=2, seed=0)
     shared("cat", steps=1, seed=0, progress=False)
     assert bars[0].count == bars[0].options["total"] == 6

@@ -21,7 +21,7 @@ from PIL import Image
 
 from latentdiff import Pipeline
 from latentdiff.adapters.lora import save_lora
-from latentdiff.diffusion.progress import Cancelled
+from latentdiff.diffusion.denoise import Cancelled
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.networks.taps import has_taps
 from latentdiff.tasks import image_to_image, inpaint, invert, translate

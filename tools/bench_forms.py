@@ -61,10 +61,10 @@ Case = tuple[str, str, Callable[[], Any], Callable[[], Any]]
 def cases(dtype: Any, tiny: bool) -> Iterator[Case]:
     """Form, shape, and what computes it by torch and by us."""
     import torch
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
 
     from latentdiff.engines.fast_forms import use_fast_forms
     from latentdiff.networks.attention.auto import auto_attention
-    from latentdiff.networks.attention.sdpa import sdpa_attention
 
     generator = torch.Generator().manual_seed(0)
 
@@ -77,7 +77,7 @@ def cases(dtype: Any, tiny: bool) -> Iterator[Case]:
         yield (
             "attention",
             f"{heads}x{tokens}x{keys}x{size}",
-            partial(sdpa_attention, q, k, v),
+            partial(sdpa, q, k, v),
             partial(auto_attention, q, k, v),
         )
     for form, shape, module, inputs in _modules(8 if tiny else 1):

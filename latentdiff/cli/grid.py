@@ -52,7 +52,7 @@ def grid(
     cells(axes, prompt, {})  # what is wrong with them is said before the model is loaded
     path = out if output.is_file(out) else out / "grid.png"
     output.check_image_file("--out", path)
-    from latentdiff.diffusion.progress import progress_bar
+    from latentdiff.diffusion.denoise import progress_bar
     from latentdiff.image import save_image
     from latentdiff.tasks.grid import draw_grid, grid_sheet
 

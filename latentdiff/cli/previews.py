@@ -12,7 +12,7 @@ from latentdiff.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from latentdiff.diffusion.progress import Callback
+    from latentdiff.diffusion.denoise import Callback
     from latentdiff.pipeline import Pipeline
 
     # Latents (N, C, h, w) -> images (N, 3, H, W), about in [-1, 1].
@@ -37,7 +37,7 @@ class PreviewFile:
         self._path, self._decode, self._every = Path(path), decode, every
 
     def __call__(self, step: int, t: float, x0: Tensor) -> None:
-        """See `latentdiff.diffusion.progress.Callback`."""
+        """See `latentdiff.diffusion.denoise.Callback`."""
         from latentdiff.image import contact_sheet, save_image, to_pil
 
         if step % self._every == 0:

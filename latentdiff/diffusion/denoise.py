@@ -6,14 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from latentdiff.diffusion.parameterization import Denoiser, Prediction
 from latentdiff.diffusion.schedule import Level
-from latentdiff.errors import NotFiniteError, UsageError
+from latentdiff.errors import LatentDiffError, NotFiniteError, UsageError
 
 
 class Noise(Protocol):
@@ -30,6 +31,10 @@ class Noise(Protocol):
 
 # (denoiser, x, level, next_level, state, noise) -> (x at next_level, state). Pure; the first state is None.
 Step = Callable[[Denoiser, Tensor, Level, Level, Any, Noise], tuple[Tensor, Any]]
+
+
+# (step from 0, timestep, predicted x0 (N, C, h, w)) -> False to cancel, anything else to go on.
+Callback = Callable[[int, float, Tensor], Any]
 
 
 @dataclass(frozen=True)
@@ -127,3 +132,22 @@ class _NoNoise:
 
     def between(self, sigma_hat: float, next_sigma_hat: float) -> Tensor:
         return self()
+
+
+class Cancelled(LatentDiffError):
+    """The callback returned False; no image was made."""
+
+
+def report(step: DenoiseStep, callback: Callback | None) -> None:
+    """Tell the callback what a step did.
+
+    Raises:
+        Cancelled: it returned False.
+    """
+    if callback is not None and callback(step.index, step.level.t, step.prediction.x0) is False:
+        raise Cancelled(f"cancelled by the callback after step {step.index + 1} of {step.steps}")
+
+
+def progress_bar(total: int, show: bool, unit: str = "step") -> tqdm[NoReturn]:
+    """A bar over `total` steps on a terminal or in a notebook, and nothing elsewhere."""
+    return tqdm(total=total, unit=unit, disable=None if show else True, leave=False)

@@ -53,7 +53,8 @@ class Guidance:
         low, high = self.interval
         if not 0.0 <= low < high:
             raise UsageError(f"guidance interval must be two noise levels, 0 <= low < high, found {low} and {high}")
-        check_kind(self.kind, self.scale, self.rescale)
+        if self.kind != "cfg":
+            check_kind(self.kind, self.scale, self.rescale)
 
     @property
     def is_off(self) -> bool:

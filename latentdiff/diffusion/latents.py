@@ -108,7 +108,8 @@ class NoiseStream:
             if not 0 <= seed < 2**64:
                 raise UsageError(f"a seed must be a whole number from 0 to 2**64 - 1, found {seed}")
         self._draws = [SOURCES[rule.source](seed, tuple(shape), rule) for seed in seeds]
-        self._brownian = BrownianNoise(seeds, tuple(shape))
+        self._seeds, self._shape = seeds, tuple(shape)
+        self._brownian: BrownianNoise | None = None  # which few samplers ask for
         self._device = torch.device(device)
         self._dtype = dtype
 
@@ -118,6 +119,8 @@ class NoiseStream:
 
     def between(self, sigma_hat: float, next_sigma_hat: float) -> Tensor:
         """What the images' Brownian paths add between two noise levels, as unit normal noise (N, C, h, w)."""
+        if self._brownian is None:
+            self._brownian = BrownianNoise(self._seeds, self._shape)
         return self._brownian.between(sigma_hat, next_sigma_hat).to(self._dtype).to(self._device)
 
 

@@ -23,7 +23,7 @@ _SLACK = 64 * 2**20  # what an allocator keeps of memory that was freed, at most
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of the weights of each part, and of the most that a streamed U-Net holds at a time."""
+    """Bytes of the weights of each part, and of the most that the U-Net holds at a time."""
 
     text_encoder: int
     unet: int
@@ -31,9 +31,10 @@ class Weights:
     streamed: int
 
     @classmethod
-    def of(cls, text_encoder: nn.Module, unet: nn.Module, vae: nn.Module) -> Weights:
+    def of(cls, text_encoder: nn.Module, unet: nn.Module, vae: nn.Module, *, streamed: bool) -> Weights:
         """Of these networks, which may lie on the meta device, in the formats that they have."""
-        return cls(weight_bytes(text_encoder), weight_bytes(unet), weight_bytes(vae), block_bytes(unet))
+        held = block_bytes(unet) if streamed else weight_bytes(unet)
+        return cls(weight_bytes(text_encoder), weight_bytes(unet), weight_bytes(vae), held)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class Residence:
         return Workload(
             unet=unet.config,
             vae=vae.config,
-            weights=Weights.of(*(self.module(name) for name in NAMES)),
+            weights=self._weights(streamed=self.low_memory),
             rows=rows,
             height=height,
             width=width,
@@ -145,6 +145,7 @@ class Residence:
         found = (
             f"about {in_gigabytes(need)} of memory for the model and this image, and {in_gigabytes(free)} are free"
         )
+        workload = workload.changed(weights=self._weights(streamed=True))
         options = " or ".join(filter(None, [advice(workload, free), "a smaller --width and --height"]))
         if need > free + free_swap(self.device):
             raise LatentDiffError(f"not enough memory: it takes {found}; try {options}")
@@ -179,6 +180,9 @@ class Residence:
             yield
         finally:
             self._in_use.discard(name)
+
+    def _weights(self, *, streamed: bool) -> Weights:
+        return Weights.of(*(self.module(name) for name in NAMES), streamed=streamed)
 
     def _free(self) -> int | None:
         """Bytes for the model and its work: what is free, and what the parts that are loaded have taken already."""

@@ -1,12 +1,17 @@
-"""The networks of a model, what computes them, and what their sizes say."""
+"""The networks of a model: what computes them, what their sizes say, and which threads may use them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from latentdiff.device import apart_from_torch
+from latentdiff.errors import UsageError
 from latentdiff.memory.residence import Residence
+from latentdiff.memory.sharing import Sharing
 from latentdiff.networks.functions import Decoder, Network
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
@@ -17,9 +22,16 @@ if TYPE_CHECKING:
 
 
 class ModelParts:
-    """Text encoder, U-Net and VAE; each is read from its file when it is first asked for."""
+    """Text encoder, U-Net and VAE; each is read from its file when it is first asked for.
+
+    Threads draw at the same time on a resident model in float32; in all other modes one call waits for the other. What
+    changes the model (`load_lora`, `to`, ...) waits for drawings and is waited for by them. So each image is the one
+    that is made without other threads.
+    """
 
     residence: Residence
+    sharing: Sharing
+    backend: Any
     _network: Network | None = None  # what an engine made of the U-Net
     _decoder: Decoder | None = None
 
@@ -82,3 +94,38 @@ class ModelParts:
             self.residence.module("unet").config.in_channels
             == 2 * self.residence.module("vae").config.latent_channels + 1
         )
+
+    @contextmanager
+    def in_use(self, *, alone: bool = False) -> Generator[None, None, None]:
+        """Inside, no other thread changes the model; with `alone`, no other one uses it either. It may be nested.
+
+        Raises:
+            UsageError: this process was forked from the one that loaded the model, and has not what it needs.
+        """
+        if self.sharing.is_forked:
+            self._check_fork()
+        with self.sharing.entered(alone=alone), apart_from_torch(self.residence.device.type):
+            yield
+
+    @contextmanager
+    def alone(self) -> Generator[None, None, None]:
+        """Keep the model to this thread for several calls: `load_lora`, draw, `unload_lora`, say, which other threads
+        then never see. Prompts that name LoRAs (`offer_loras`) need it not.
+        """
+        with self.in_use(alone=True):
+            yield
+
+    def _check_fork(self) -> None:
+        threads = torch.get_num_threads()
+        reasons = {
+            "another thread was changing the model then": self.sharing.is_spoilt,
+            "a model on a GPU does not come along": self.residence.device.type != "cpu",
+            "the thread that streams its weights did not come along": self.residence.low_memory,
+            f"the threads of the back end {self.backend} did not come along": self.backend != "torch",
+            f"torch's {threads} threads did not come along; call torch.set_num_threads(1)": threads > 1,
+        }
+        if found := next((reason for reason, holds in reasons.items() if holds), None):
+            raise UsageError(
+                f"this process was forked from the one that loaded the model, and {found}; or load the model here, or "
+                "start the process by spawn"
+            )

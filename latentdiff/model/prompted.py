@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -83,6 +83,8 @@ class PromptedModel(LoadedModel):
     def recipe(self, **fields: Any) -> Recipe:
         """A recipe with these fields, and what is to be said about the model and where it runs."""
         tags = read_prompt(fields["prompt"], fields.get("prompt_syntax", "plain")).loras
+        loaded = self.adaptations() if self.adapted_by else []
+        named = self.offered.describe(tags) if tags else []
         return Recipe(
             model=self.name,
             model_hash=self.model_hash,
@@ -94,14 +96,16 @@ class PromptedModel(LoadedModel):
             backend=self.backend,
             device=describe_device(self.device),
             versions=library_versions() | ({"forms": forms} if (forms := forms_in_use()) else {}),
-            loras=[*self.adaptations(), *self.offered.describe(tags)],
+            loras=[*loaded, *named],
             **fields,
         )
 
     def going_around(self, axes: str | None, plan: Plan) -> AbstractContextManager[None]:
         """See `seamless`; of the networks of a plan."""
-        if axes and (self.backend != "torch" or self.precision.name == "int8" or self.residence.low_memory):
+        if axes is None:
+            return nullcontext()
+        if self.backend != "torch" or self.precision.name == "int8" or self.residence.low_memory:
             raise UsageError("seamless needs the back end torch, another precision than int8, and no low memory")
-        beside = control_parts(plan.options.controls or (), self.residence, self.precision.unet) if axes else []
+        beside = control_parts(plan.options.controls or (), self.residence, self.precision.unet)
         networks = (self.residence.module("unet"), self.residence.module("vae"), *(part.module for part in beside))
         return seamless(axes, networks)

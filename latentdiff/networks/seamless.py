@@ -17,12 +17,12 @@ from latentdiff.networks.layers.resnet import Upsample
 
 
 @contextmanager
-def seamless(axes: str | None, networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, the networks' convolutions go around the border along `axes`, "x", "y" or "xy"; None changes nothing.
+def seamless(axes: str, networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the networks' convolutions go around the border along `axes`, "x", "y" or "xy".
 
     Other forms of the modules, which pad with zeros, are laid aside for that time.
     """
-    modules = [module for network in networks for module in network.modules()] if axes else []
+    modules = [module for network in networks for module in network.modules()]
     changed = [module for module in modules if isinstance(module, nn.Conv2d | Upsample)]
     forms = [module.__dict__.pop("forward", None) for module in changed]
     for module in changed:

@@ -216,7 +216,7 @@ class PromptEncoder:
         return self._joined([self._weighted(chunk, text) for chunk in chunks])
 
     def _joined(self, chunks: list[Tensor]) -> Tensor:
-        return joined_chunks(chunks, pooled=self._two is not None)
+        return torch.cat(chunks, dim=1) if self._two is None else joined_chunks(chunks, pooled=True)
 
     def _weighted(self, chunk: Chunk, text: str) -> Tensor:
         """The embeddings of a chunk, (1, 77, C), and pooled text, which has no weight."""

@@ -5,9 +5,6 @@ Latent consistency models are distilled so (Luo et al. 2023, section 4.2; the em
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,12 +15,9 @@ PLACE = "time_embedding"
 SCALING = 1000.0
 
 
-def told_guidance(unet: UNet, scale: float) -> AbstractContextManager[Any]:
-    """Inside, the U-Net follows the prompt with this guidance scale, if it is one that is told; else nothing happens."""
-    width = unet.config.time_cond_proj_dim
-    if width is None:
-        return nullcontext()
-    condition = guidance_embedding(scale, width)
+def told_guidance(unet: UNet, scale: float) -> Tap:
+    """Inside, a U-Net that is told the guidance scale is told this one."""
+    condition = guidance_embedding(scale, unet.config.time_cond_proj_dim)
 
     def add(name: str, arguments: tuple[Tensor]) -> tuple[Tensor]:
         (time,) = arguments  # (N, channels)

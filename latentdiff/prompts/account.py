@@ -9,8 +9,7 @@ from typing import Any
 
 from latentdiff.prompts.chunks import Chunk, room
 from latentdiff.prompts.notice import shortened
-from latentdiff.prompts.syntax import Prompt, chunks_of, read_prompt
-from latentdiff.prompts.tokenize import dropped_text
+from latentdiff.prompts.syntax import Prompt, chunks_of, dropped_text, read_prompt
 from latentdiff.prompts.tokenizer import END_OF_WORD
 
 

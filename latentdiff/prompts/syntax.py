@@ -9,7 +9,7 @@ it stands, cut at the end of the first chunk.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from latentdiff.prompts.chunks import CHUNKING, Chunk, room
 from latentdiff.prompts.notice import LONGEST, shortened, warn
 from latentdiff.prompts.stages import Stage, stages_of
 from latentdiff.prompts.tags import TAG, LoRATag, without_tags
-from latentdiff.prompts.tokenize import dropped_text
 from latentdiff.prompts.tokenizer import END_OF_WORD
 from latentdiff.prompts.weights import Run, Stretch, a1111_runs, comfy_runs
 
@@ -65,12 +64,32 @@ class Prompt:
 
     def stages(self, part: Part, steps: int) -> list[Stage]:
         """The texts of a part over the steps."""
-        return stages_of(part.text, steps) if self.syntax == "a1111" else [Stage(steps, part.text)]
+        is_staged = self.syntax == "a1111" and "[" in part.text
+        return stages_of(part.text, steps) if is_staged else [Stage(steps, part.text)]
 
     @property
     def is_simple(self) -> bool:
         """Whether it says one thing with weight 1 from the first step to the last."""
         return len(self.parts) == 1 and self.parts[0].weight == 1.0 and len(self.stages(self.parts[0], 1000)) == 1
+
+
+def as_list(prompt: str | Sequence[str]) -> list[str]:
+    """One prompt or several as a list of text.
+
+    Raises:
+        UsageError: there is no prompt, or one is not valid text.
+    """
+    if not isinstance(prompt, Iterable):
+        raise UsageError(f"expected a prompt or a list of prompts, found {type(prompt).__name__}: {prompt!r}")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise UsageError("expected a prompt or a list of prompts, found an empty list")
+    for text in prompts:
+        if not isinstance(text, str):
+            raise UsageError(f"expected prompts as text, found {type(text).__name__}: {text!r}")
+        if not text.isascii() and text != text.encode(errors="replace").decode():
+            raise UsageError(f"expected prompts in valid Unicode, found {text!r}")
+    return prompts
 
 
 def read_prompt(text: str, syntax: str, *, negative: bool = False) -> Prompt:
@@ -88,7 +107,7 @@ def read_prompt(text: str, syntax: str, *, negative: bool = False) -> Prompt:
     if negative:
         unheeded = [found.group() for pattern in (_AND, TAG) for found in pattern.finditer(text)]
         return Prompt(syntax, (Part(text),), unheeded=(*unheeded, *_foreign(text, syntax)))
-    text, loras, unheeded = without_tags(text)
+    text, loras, unheeded = without_tags(text) if "<" in text else (text, [], [])
     parts = [_part(piece) for piece in _AND.split(text)]
     return Prompt(syntax, tuple(parts), tuple(loras), (*unheeded, *_foreign(text, syntax)))
 
@@ -120,6 +139,21 @@ def warn_of_unheeded(prompt: Prompt) -> None:
     if prompt.unheeded:
         shown = ", ".join(map(shortened, dict.fromkeys(prompt.unheeded)))
         warn(f"these parts of the prompt have no meaning in the syntax {prompt.syntax!r}: {shown}")
+
+
+def dropped_text(tokenizer: Any, prompt: str) -> str:
+    """The end of the prompt that the model does not read, from the first cut word on; "" if it reads all."""
+    room = tokenizer.model_max_length - 1  # the end mark takes the last place
+    encoded = tokenizer(prompt, truncation=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    if len(encoded["input_ids"]) <= room + 1:
+        return ""
+    tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+    first = room
+    while first > 1 and not tokens[first - 1].endswith(END_OF_WORD):
+        first -= 1
+    if tokenizer.is_fast:
+        return prompt[encoded["offset_mapping"][first][0] :].strip()
+    return tokenizer.decode(encoded["input_ids"][first:-1]).strip()  # transformers 4 may have no offsets
 
 
 def warn_of_lost_text(tokenizer: Any, text: str) -> None:

@@ -18,14 +18,13 @@ from latentdiff.diffusion.guidance_kinds import CFG_PP_SAMPLERS, Projection
 from latentdiff.diffusion.latents import NoiseRule
 from latentdiff.diffusion.samplers import SAMPLERS, Sampler, get_sampler
 from latentdiff.diffusion.schedule import Level, Schedule
-from latentdiff.engines.deepcache import CacheSettings
+from latentdiff.engines.deepcache import UNCACHED, CacheSettings
 from latentdiff.errors import UsageError
 from latentdiff.networks.config import VAEConfig
 from latentdiff.networks.sizes import SizeOptions
 from latentdiff.networks.text_embedding import Reading
-from latentdiff.prompts.syntax import read_prompt
+from latentdiff.prompts.syntax import as_list, read_prompt
 from latentdiff.prompts.tags import LoRATag
-from latentdiff.prompts.tokenize import as_list
 from latentdiff.recipe import recorded_steering
 from latentdiff.request.options import KEPT, OPTIONS, SAMPLING
 from latentdiff.request.settled import Settings
@@ -64,7 +63,9 @@ class Sampling(Settings):
             noise=own.noise_rule(),
             batches=_batches_of_equal_loras(prompts, own.prompt_syntax, own.batch_size),
             spacing=own.spacing,
-            cache=CacheSettings(own.cache_interval, own.cache_branch, own.cache_centre),
+            cache=UNCACHED
+            if own.cache_interval == 1
+            else CacheSettings(own.cache_interval, own.cache_branch, own.cache_centre),
             reading=Reading(own.prompt_syntax, own.clip_skip),
             thresholding=schedule.config.drawing.thresholding_of(own.sampler),
             sizes=SizeOptions(**{field.name: getattr(own, field.name) for field in fields(SizeOptions)}),

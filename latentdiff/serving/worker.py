@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.progress import Cancelled
+from latentdiff.diffusion.denoise import Cancelled
 from latentdiff.errors import DataError, LatentDiffError, UsageError
 from latentdiff.image import to_pil
 from latentdiff.pipeline import Pipeline
@@ -93,7 +93,7 @@ class Watch:
         self._steps = walk_length(pipe, self._pieces[0].draw)
 
     def __call__(self, step: int, t: float, x0: Tensor) -> bool:
-        """See `latentdiff.diffusion.progress.Callback`."""
+        """See `latentdiff.diffusion.denoise.Callback`."""
         self._done += 1  # the repeats of a step, too
         self._connection.send(work.Step(self._numbers, min(self._done, self._steps), self._steps))
         while self._connection.poll():

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.device import explained_out_of_memory
+from latentdiff.diffusion.denoise import Callback, progress_bar
 from latentdiff.diffusion.guidance import UNGUIDED, Guidance, blended_denoiser, guided_denoiser
 from latentdiff.diffusion.parameterization import Denoiser, parameterization
-from latentdiff.diffusion.progress import Callback, progress_bar
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.image import to_pil

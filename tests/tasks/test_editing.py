@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentdiff.diffusion.progress import Cancelled
+from latentdiff.diffusion.denoise import Cancelled
 from latentdiff.errors import DataError, UsageError
 from latentdiff.image import save_png, to_pil, to_tensor
 from latentdiff.recipe import read_recipe

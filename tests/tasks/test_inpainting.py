@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentdiff.diffusion.progress import Cancelled
+from latentdiff.diffusion.denoise import Cancelled
 from latentdiff.diffusion.samplers.restart import down_or_up
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 
-from latentdiff.diffusion.progress import Cancelled
+from latentdiff.diffusion.denoise import Cancelled
 from latentdiff.errors import DataError, UsageError
 from latentdiff.recipe import Recipe, read_recipe
 from latentdiff.tasks import TASKS, interpolate

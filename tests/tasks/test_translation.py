@@ -13,7 +13,7 @@ from diffusers import DDIMInverseScheduler
 from PIL import Image
 from safetensors.torch import save_file
 
-from latentdiff.diffusion.progress import Cancelled
+from latentdiff.diffusion.denoise import Cancelled
 from latentdiff.errors import CheckpointError, DataError, UsageError
 from latentdiff.image import to_tensor
 from latentdiff.recipe import read_recipe

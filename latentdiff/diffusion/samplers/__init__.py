@@ -35,7 +35,7 @@ from latentdiff.diffusion.samplers import (
     tcd,
     unipc,
 )
-from latentdiff.diffusion.samplers.churn import Churn, churned
+from latentdiff.diffusion.samplers.churn import UNSTIRRED, Churn, churned
 from latentdiff.diffusion.samplers.own_levels import own_levels
 from latentdiff.diffusion.samplers.spacing import NOISE_SPACINGS
 from latentdiff.diffusion.samplers.spacing import levels as noise_levels
@@ -88,7 +88,7 @@ class Sampler:
     first_evaluations: int = 1  # in the first step, if more
     customary_steps: int | None = None  # and the guidance scale, where they differ from those of all
     customary_guidance: float | None = None
-    churn: Churn = Churn()
+    churn: Churn = UNSTIRRED
 
     def levels(
         self,
@@ -132,7 +132,7 @@ class Sampler:
             levels = self.make_levels(schedule, asked, spacing)
         if discard_penultimate:
             levels = [*levels[:-2], levels[-1]]
-        return restart.with_repeats(schedule, levels, times, again)
+        return restart.with_repeats(schedule, levels, times, again) if times else levels
 
     def own_levels(
         self, schedule: Schedule, *, sigmas: Sequence[float] | None = None, timesteps: Sequence[float] | None = None
@@ -177,7 +177,7 @@ class Sampler:
             step = partial(churned, step, churn=self.churn, steps=steps, schedule=finite)
         if told == "whole":
             step = partial(telling_whole, step)
-        return replace(self, step=step, asks_schedule=False, churn=Churn())
+        return replace(self, step=step, asks_schedule=False, churn=UNSTIRRED)
 
     def calls(self, levels: Sequence[Level]) -> int:
         """How often a walk over `levels` asks the model."""
@@ -254,7 +254,9 @@ def get_sampler(
         if not 0.0 <= eta <= 1.0:
             raise UsageError(f"eta must lie in 0 to 1, found {eta}")
         step["eta"] = eta
-    churn = Churn(amount=s_churn, low=s_tmin, high=s_tmax, s_noise=s_noise)
+    churn = UNSTIRRED
+    if (s_churn, s_tmin, s_tmax) != (0.0, 0.0, math.inf):
+        churn = Churn(amount=s_churn, low=s_tmin, high=s_tmax, s_noise=s_noise)
     if churn.amount and not sampler.churns:
         takes = ", ".join(one.name for one in SAMPLERS.values() if one.churns)
         raise UsageError(f"s_churn belongs to the samplers {takes}; found {s_churn} with {name}; leave it at 0")

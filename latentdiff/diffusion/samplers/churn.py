@@ -44,6 +44,9 @@ class Churn:
         return schedule.at_sigma_hat(level.sigma_hat * (1.0 + share))
 
 
+UNSTIRRED = Churn()
+
+
 def churned(
     base: Step,
     denoiser: Denoiser,

@@ -20,17 +20,17 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from latentdiff.errors import UsageError
 from latentdiff.networks.attention.auto import auto_attention
-from latentdiff.networks.attention.plain import plain_attention
-from latentdiff.networks.attention.sdpa import AttentionFunction, sdpa_attention
+from latentdiff.networks.attention.plain import AttentionFunction, plain_attention
 from latentdiff.networks.attention.sliced import sliced_attention
 from latentdiff.networks.attention.xformers import xformers_attention
 
 ATTENTION_BACKENDS: dict[str, AttentionFunction] = {
     "auto": auto_attention,
-    "sdpa": sdpa_attention,
+    "sdpa": scaled_dot_product_attention,
     "xformers": xformers_attention,
     "sliced": sliced_attention,
     "plain": plain_attention,
@@ -51,7 +51,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (N, heads, L, d), dtype of `q`.
     """
     # torch.compile cannot read a context variable, and makes kernels of its own of PyTorch's attention.
-    return sdpa_attention(q, k, v) if torch.compiler.is_compiling() else _backend.get()(q, k, v)
+    return scaled_dot_product_attention(q, k, v) if torch.compiler.is_compiling() else _backend.get()(q, k, v)
 
 
 @contextmanager

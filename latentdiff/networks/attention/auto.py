@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from latentdiff.networks.attention.chunked import chunked_attention, chunked_is_possible
 from latentdiff.networks.attention.fastest import cuda_attention
-from latentdiff.networks.attention.sdpa import sdpa_attention
 from latentdiff.networks.kernels.choice import takes_fast_form
 
 MIN_SCORES = 3 * 2**13  # of one head; below, `chunked` takes longer to start than it saves
@@ -24,7 +24,7 @@ def auto_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.is_cuda:
         return cuda_attention(q, k, v)
     is_large = q.shape[2] * k.shape[2] > MIN_SCORES
-    backend = chunked_attention if is_large and chunked_is_possible(q) and _is_faster(q, k, v) else sdpa_attention
+    backend = chunked_attention if is_large and chunked_is_possible(q) and _is_faster(q, k, v) else sdpa
     return backend(q, k, v)
 
 
@@ -38,7 +38,7 @@ def _is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
     def trial() -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
         heads = min(q.shape[1], torch.get_num_threads())
         few = q[:1, :heads, :queries], k[:1, :heads, :keys], v[:1, :heads, :keys]
-        return lambda: sdpa_attention(*few), lambda: chunked_attention(*few)
+        return lambda: sdpa(*few), lambda: chunked_attention(*few)
 
     dtype = str(q.dtype).removeprefix("torch.")
     return takes_fast_form(f"attention {dtype} {queries} queries {k.shape[2]} keys of {k.shape[3]}", trial)

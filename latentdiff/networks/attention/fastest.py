@@ -8,9 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from latentdiff.errors import MissingDependencyError
-from latentdiff.networks.attention.sdpa import AttentionFunction, sdpa_attention
+from latentdiff.networks.attention.plain import AttentionFunction
 from latentdiff.networks.attention.xformers import xformers_attention
 
 SECONDS = 0.02  # of trying, per candidate
@@ -21,7 +22,7 @@ TOLERANCE = 0.02  # relative distance to PyTorch's own choice; bfloat16 kernels 
 def kernel_attention(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's attention by one of its kernels; RuntimeError where that one does not serve."""
     with sdpa_kernel(backend):
-        return sdpa_attention(q, k, v)
+        return sdpa(q, k, v)
 
 
 CUDA_CANDIDATES: dict[str, AttentionFunction] = {
@@ -33,7 +34,7 @@ CUDA_CANDIDATES: dict[str, AttentionFunction] = {
 
 
 class FastestAttention:
-    """Attention by whichever candidate was fastest when a size first came by; `sdpa_attention` until one clearly beats
+    """Attention by whichever candidate was fastest when a size first came by; PyTorch's own until one clearly beats
     it.
 
     A choice holds as long as the program runs, so all images of a program are made by the same kernels. A candidate
@@ -52,13 +53,13 @@ class FastestAttention:
         key = (q.device, q.dtype, q.shape, k.shape)
         if key not in self._choices:
             if torch.is_grad_enabled() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
-                return sdpa_attention(q, k, v)
+                return sdpa(q, k, v)
             self._choices[key] = self._fastest(q, k, v)
         return self._choices[key](q, k, v)
 
     def _fastest(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionFunction:
-        expected = sdpa_attention(q, k, v)
-        best, least = sdpa_attention, seconds(sdpa_attention, q, k, v) * (1 - MIN_GAIN)
+        expected = sdpa(q, k, v)
+        best, least = sdpa, seconds(sdpa, q, k, v) * (1 - MIN_GAIN)
         for function in self._candidates.values():
             try:
                 distance = (function(q, k, v) - expected).norm()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q, k, v) -> out, as `attention`
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from latentdiff.device import explained_out_of_memory
-from latentdiff.diffusion.denoise import Step, denoise
+from latentdiff.diffusion.denoise import Callback, Step, denoise, progress_bar, report
 from latentdiff.diffusion.guidance import UNGUIDED, Guidance, guided_denoiser
 from latentdiff.diffusion.parameterization import Denoiser, Prediction, parameterization
-from latentdiff.diffusion.progress import Callback, progress_bar, report
 from latentdiff.diffusion.samplers import SAMPLERS, ddim
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError

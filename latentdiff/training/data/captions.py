@@ -10,7 +10,7 @@ import numpy as np
 
 from latentdiff.errors import UsageError
 from latentdiff.prompts.chunks import Chunk, chunks_by_commas, cut
-from latentdiff.prompts.tokenize import dropped_text
+from latentdiff.prompts.syntax import dropped_text
 from latentdiff.prompts.weights import Run
 from latentdiff.training.data.randomness import generator
 

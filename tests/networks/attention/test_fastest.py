@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from latentdiff.errors import MissingDependencyError
 from latentdiff.networks.attention import fastest
 from latentdiff.networks.attention.fastest import CUDA_CANDIDATES, FastestAttention
-from latentdiff.networks.attention.sdpa import sdpa_attention
 
 Q = torch.randn(2, 3, 20, 8, generator=torch.Generator().manual_seed(0))
 
@@ -19,7 +19,7 @@ def no_gradients():
         yield
 
 
-def named(name, calls, result=sdpa_attention):
+def named(name, calls, result=sdpa):
     def function(q, k, v):
         calls.append(name)
         return result(q, k, v)
@@ -30,13 +30,13 @@ def named(name, calls, result=sdpa_attention):
 def choice(monkeypatch, times, **results):
     """What is called second, when the choice has been made, if the candidates take these times."""
     calls: list[str] = []
-    candidates = {name: named(name, calls, results.get(name, sdpa_attention)) for name in times if name != "sdpa"}
+    candidates = {name: named(name, calls, results.get(name, sdpa)) for name in times if name != "sdpa"}
     names = {function: name for name, function in candidates.items()}
     monkeypatch.setattr(fastest, "seconds", lambda function, *_: times[names.get(function, "sdpa")])
     attention = FastestAttention(candidates)
     attention(Q, Q, Q)
     calls.clear()
-    torch.testing.assert_close(attention(Q, Q, Q), sdpa_attention(Q, Q, Q))
+    torch.testing.assert_close(attention(Q, Q, Q), sdpa(Q, Q, Q))
     return calls
 
 
@@ -57,7 +57,7 @@ def test_small_gains_are_noise(monkeypatch):
 
 
 def is_far_off(q, k, v):
-    return sdpa_attention(q, k, v) * 1.1
+    return sdpa(q, k, v) * 1.1
 
 
 def is_not_finite(q, k, v):
@@ -92,4 +92,4 @@ def test_nothing_is_tried_under_gradients():
 def test_pytorchs_own_kernels_agree_or_refuse():
     """Those that a CPU has; the others must raise what the choice expects."""
     attention = FastestAttention(CUDA_CANDIDATES | {"xformers": is_missing})
-    torch.testing.assert_close(attention(Q, Q, Q), sdpa_attention(Q, Q, Q))
+    torch.testing.assert_close(attention(Q, Q, Q), sdpa(Q, Q, Q))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from latentdiff import Pipeline
-from latentdiff.diffusion.progress import Cancelled
+from latentdiff.diffusion.denoise import Cancelled
 from latentdiff.errors import DataError, UsageError
 from latentdiff.image import to_pil, to_tensor
 from latentdiff.recipe import read_recipe

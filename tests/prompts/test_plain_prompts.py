@@ -6,8 +6,7 @@ import pytest
 
 from latentdiff.errors import UsageError
 from latentdiff.prompts.notice import PromptWarning
-from latentdiff.prompts.syntax import chunks_of, warn_of_lost_text
-from latentdiff.prompts.tokenize import as_list, dropped_text
+from latentdiff.prompts.syntax import as_list, chunks_of, dropped_text, warn_of_lost_text
 from tests import tiny
 
 
