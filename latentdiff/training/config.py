@@ -16,6 +16,7 @@ from latentdiff.errors import ConfigError
 from latentdiff.reading.yaml import parse_yaml
 from latentdiff.reading.yaml import read_yaml as read_yaml_value
 from latentdiff.training.data import DataSource
+from latentdiff.training.data.captions import CaptionRules
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -36,6 +37,8 @@ class DataEntry(Section):
     """How often each of its images comes up in an epoch."""
     weight: Positive = 1.0
     """Factor on the loss of its images, where a U-Net is trained."""
+    prefix: str = ""
+    """Words before each of its captions, for example a word that stands for what is new."""
 
 
 def _entry(value: Any) -> Any:
@@ -65,7 +68,7 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_list)]
 
 def sources(entries: Sequence[DataEntry]) -> list[DataSource]:
     """The entries as `read_dataset` takes them."""
-    return [DataSource(entry.path, entry.repeats, entry.weight) for entry in entries]
+    return [DataSource(entry.path, entry.repeats, entry.weight, entry.prefix) for entry in entries]
 
 
 class ReadingSection(Section):
@@ -170,6 +173,10 @@ class DenoisingSection(StageSection, ObjectiveSection):
     """Captions with more tokens than the model reads: cut their ends, or read them in several chunks."""
     shuffle_tags: bool = False
     """Shuffle the parts of captions that commas separate."""
+    tag_dropout: Fraction = 0.0
+    """Share of those parts that are left out, drawn anew at each step."""
+    keep_tags: Count = 0
+    """So many first parts are neither shuffled nor left out."""
     caption_dropout: Fraction = 0.1
     """Share of captions replaced by the empty one, so that guidance has an unconditional model."""
     cache_latents: bool = True
@@ -204,6 +211,17 @@ class DenoisingSection(StageSection, ObjectiveSection):
     """Denoising steps of the samples."""
     sample_guidance: NotNegative = 5.0
     """Guidance scale of the samples."""
+
+    @property
+    def caption_rules(self) -> CaptionRules:
+        """What happens to captions at each step."""
+        return CaptionRules(self.caption_dropout, self.shuffle_tags, self.tag_dropout, self.keep_tags)
+
+    @model_validator(mode="after")
+    def _keeps_tags_from_something(self) -> DenoisingSection:
+        if self.keep_tags and not self.caption_rules.rearranges:
+            raise ValueError("keep_tags goes with shuffle_tags or tag_dropout")
+        return self
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

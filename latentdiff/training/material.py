@@ -90,7 +90,7 @@ def build_texts(
     of: Material, text_encoder: TextEncoder, settings: DenoisingSection, folder: Path, accelerator: Accelerator
 ) -> None:
     """Encode the captions where they have fixed embeddings; the samples read from the cache from then on."""
-    if settings.shuffle_tags or settings.long_captions != "cut":
+    if settings.caption_rules.rearranges or settings.long_captions != "cut":
         return  # put together anew at every step, or in batches of different lengths
     captions = {
         caption for samples, indices in of.of() for index in indices for caption in samples.data.captions[index]

@@ -11,7 +11,7 @@ from latentdiff.training.caches import LatentCache, LatentWork, TextCache
 from latentdiff.training.config import DenoisingSection
 from latentdiff.training.data import Dataset
 from latentdiff.training.data.buckets import BatchPlan, Size
-from latentdiff.training.data.captions import CaptionRules, choose
+from latentdiff.training.data.captions import choose
 from latentdiff.training.data.randomness import generator, normal, uniform
 from latentdiff.training.data.tokens import CaptionTokens
 from latentdiff.training.data.transforms import prepare, told_sizes
@@ -148,7 +148,7 @@ class Batches:
         self.fingerprint = f"{samples.data.fingerprint} of {len(indices)} images, captions {captions[:16]}"
         repeats = [samples.data.repeats[index] for index in indices]
         self._plan = BatchPlan([samples.buckets[index] for index in indices], settings.batch_size, seed, repeats)
-        self._rules = CaptionRules(settings.caption_dropout, settings.shuffle_tags)
+        self._rules = settings.caption_rules
 
     def names(self, step: int) -> list[str]:
         """File names of the images of a step."""

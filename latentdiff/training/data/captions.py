@@ -25,20 +25,34 @@ class CaptionRules:
     Attributes:
         dropout: probability of the empty caption, which classifier-free guidance needs (Ho & Salimans 2022).
         shuffle: put the parts between `separator` in another order.
-        keep: so many first parts stay in their place.
+        part_dropout: probability of each part to be left out.
+        keep: so many first parts stay, and in their place.
         separator: between parts.
     """
 
     dropout: float = 0.1
     shuffle: bool = False
+    part_dropout: float = 0.0
     keep: int = 0
     separator: str = ","
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout <= 1:
             raise UsageError(f"expected a caption dropout from 0 to 1, found {self.dropout}")
+        if not 0 <= self.part_dropout < 1:
+            raise UsageError(f"expected a dropout of parts from 0 to below 1, found {self.part_dropout}")
         if self.keep < 0 or not self.separator:
             raise UsageError("expected keep to be at least 0 and a separator that is not empty")
+
+    @property
+    def rearranges(self) -> bool:
+        """Whether a caption is put together anew at every step."""
+        return self.shuffle or self.part_dropout > 0
+
+
+def prefixed(captions: Sequence[str], prefix: str) -> tuple[str, ...]:
+    """Captions behind the words of their source, which an image without a caption has alone."""
+    return tuple(f"{prefix} {caption}".strip() for caption in captions or ("",)) if prefix else tuple(captions)
 
 
 def choose(captions: Sequence[str], rules: CaptionRules, *, seed: int, step: int, row: int) -> str:
@@ -53,13 +67,15 @@ def choose(captions: Sequence[str], rules: CaptionRules, *, seed: int, step: int
     caption = captions[int(rng.integers(len(captions)))]
     if dropped:
         return ""
-    return _shuffled(caption, rules, rng) if rules.shuffle else caption
+    return _rearranged(caption, rules, rng) if rules.rearranges else caption
 
 
-def _shuffled(caption: str, rules: CaptionRules, rng: np.random.Generator) -> str:
+def _rearranged(caption: str, rules: CaptionRules, rng: np.random.Generator) -> str:
     parts = [part.strip() for part in caption.split(rules.separator)]
     first, rest = parts[: rules.keep], parts[rules.keep :]
-    return f"{rules.separator} ".join([*first, *(rest[place] for place in rng.permutation(len(rest)))])
+    order = rng.permutation(len(rest)) if rules.shuffle else range(len(rest))
+    stays = rng.random(len(rest)) >= rules.part_dropout
+    return f"{rules.separator} ".join([*first, *(rest[place] for place in order if stays[place])])
 
 
 def lost_words(tokenizer: Any, caption: str, long: str = "cut", max_chunks: int = MAX_CHUNKS) -> str:

@@ -20,6 +20,7 @@ from latentdiff.files import atomic_path, is_hub_id
 from latentdiff.reading.json import parse_json
 from latentdiff.reading.plain import read_text
 from latentdiff.training.data import huggingface
+from latentdiff.training.data.captions import prefixed
 from latentdiff.training.data.entries import Entry, Listing, Unusable
 from latentdiff.training.data.folders import METADATA, list_folder
 from latentdiff.training.data.images import BACKGROUND, SUFFIXES, image_size, read_image
@@ -40,11 +41,13 @@ class DataSource:
         path: a folder, a tar file or a range of them, a `metadata` file, or the id of a data set on the hub.
         repeats: how often each of its images is seen in an epoch.
         weight: factor of the loss of its images.
+        prefix: words before each of its captions.
     """
 
     path: str | os.PathLike[str]
     repeats: int = 1
     weight: float = 1.0
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or not self.weight > 0:
@@ -222,7 +225,9 @@ def _add(data: Dataset, source: DataSource, listing: Listing, prefix: str, allow
             f" {missing[0].name}; write them, or take the images without with --allow-missing"
         )
     count = len(listing.entries)
-    data.entries += [Entry(f"{prefix}{entry.name}", entry.captions, entry.origin) for entry in listing.entries]
+    data.entries += [
+        Entry(f"{prefix}{entry.name}", prefixed(entry.captions, source.prefix), entry.origin) for entry in listing.entries
+    ]
     data.repeats += [source.repeats] * count
     data.weights += [source.weight] * count
     data.problems += [Unusable(f"{prefix}{problem.name}", problem.reason) for problem in listing.problems]

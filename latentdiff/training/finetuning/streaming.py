@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from latentdiff.errors import DataError, UsageError
 from latentdiff.training.data.buckets import Size
-from latentdiff.training.data.captions import MAX_CHUNKS, CaptionRules, choose
+from latentdiff.training.data.captions import MAX_CHUNKS, choose, prefixed
 from latentdiff.training.data.randomness import generator
 from latentdiff.training.data.shards import find_shards
 from latentdiff.training.data.stream import Sample, ShardStream
@@ -61,7 +61,7 @@ class StreamBatches:
         self._tells_sizes = tells_sizes
         self._shards, self._size, self._tokens, self._settings = shards, size, tokens, settings
         self._stream = ShardStream(tuple(shards), settings.batch_size, settings.seed)
-        self._rules = CaptionRules(settings.caption_dropout, settings.shuffle_tags)
+        self._rules = settings.caption_rules
         channels, downscale = latent
         self._latent_shape = (channels, size[1] // downscale, size[0] // downscale)
         self._timesteps = num_train_timesteps
@@ -101,7 +101,8 @@ class StreamBatches:
             wanted = "x".join(map(str, self._size))
             raise DataError(f"the image {sample.name} has {image.width}x{image.height} pixels, fewer than {wanted}")
         random = self._crop(step, row)
-        caption = choose(sample.captions(settings.caption_column), self._rules, seed=settings.seed, step=step, row=row)
+        captions = prefixed(sample.captions(settings.caption_column), settings.data[0].prefix)
+        caption = choose(captions, self._rules, seed=settings.seed, step=step, row=row)
         return _Item(sample.name, prepare(image, self._size, crop=settings.crop, rng=random), caption, image.size)
 
     def _crop(self, step: int, row: int) -> np.random.Generator | None:
@@ -147,6 +148,8 @@ def shards_to_stream(settings: FinetuneConfig) -> list[Path]:
         raise UsageError(
             "stream reads one folder or range of WebDataset tar files; give it with --data, or leave out stream"
         )
+    if settings.data[0].repeats != 1 or settings.data[0].weight != 1:
+        raise UsageError("a stream is read once from start to end: its data has no repeats and no weight")
     if settings.validation_share:
         raise UsageError("a stream has no images to hold out; give a held-out folder with --validation")
     return shards

@@ -5,7 +5,7 @@ import pytest
 
 from latentdiff.errors import UsageError
 from latentdiff.prompts.syntax import chunks_of
-from latentdiff.training.data.captions import CaptionRules, choose, lost_words, token_chunks
+from latentdiff.training.data.captions import CaptionRules, choose, lost_words, prefixed, token_chunks
 from tests.tiny import tokenizer as tiny_tokenizer
 
 LENGTH = 8  # two marks and six words
@@ -43,13 +43,26 @@ def test_shuffling_keeps_the_first_parts():
     assert {frozenset(caption.split(", ")) for caption in seen} == {frozenset("xbcd")}
 
 
+def test_dropping_parts_keeps_the_first_and_the_order():
+    seen = Counter(chosen(["x, b,c , d"], CaptionRules(dropout=0, part_dropout=0.25, keep=1), 4000))
+    assert set(seen) == {"x, b, c, d", "x, b, c", "x, b, d", "x, c, d", "x, b", "x, c", "x, d", "x"}
+    assert abs(seen["x, b, c, d"] / 4000 - 0.75**3) < 0.03 and seen["x"] < 120
+    shuffled = set(chosen(["x, b, c"], CaptionRules(dropout=0, part_dropout=0.25, shuffle=True), 4000))
+    assert {"x, b, c", "c, b, x", "b", ""} < shuffled
+
+
+def test_prefixes():
+    assert prefixed(("a cat", ""), "sks style,") == ("sks style, a cat", "sks style,")
+    assert prefixed((), "sks") == ("sks",) and prefixed(("a",), "") == ("a",) and prefixed((), "") == ()
+
+
 def test_pure_function_of_its_key():
     rules = CaptionRules(shuffle=True)
     captions = ["a, b, c, d", "e, f, g, h"]
     assert chosen(captions, rules, 40) == chosen(captions, rules, 40) != chosen(captions, rules, 40, seed=1)
 
 
-@pytest.mark.parametrize("wrong", [{"dropout": 1.1}, {"dropout": -0.1}, {"keep": -1}, {"separator": ""}])
+@pytest.mark.parametrize("wrong", [{"dropout": 1.1}, {"dropout": -0.1}, {"keep": -1}, {"separator": ""}, {"part_dropout": 1.0}])
 def test_wrong_rules(wrong):
     with pytest.raises(UsageError):
         CaptionRules(**wrong)

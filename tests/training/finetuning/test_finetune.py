@@ -22,9 +22,18 @@ from safetensors.torch import load_file
 from latentdiff import Pipeline, finetune
 from latentdiff.cli import cli
 from latentdiff.cli import run as run_command
-from latentdiff.errors import DataError, LatentDiffError, MissingDependencyError, NotFiniteError, UsageError
+from latentdiff.errors import (
+    ConfigError,
+    DataError,
+    LatentDiffError,
+    MissingDependencyError,
+    NotFiniteError,
+    UsageError,
+)
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
+from latentdiff.training.data.tokens import CaptionTokens
 from latentdiff.training.finetuning.finetune import resolve, run
+from latentdiff.training.finetuning.streaming import shards_to_stream
 from latentdiff.training.loop import TrainingStopped
 from tests import peers
 from tests.training.finetuning.build import captioned_folder, model_folder, settings, state_of
@@ -218,6 +227,24 @@ def shards_of(tmp, count, per_shard):
                 about.size = len(text)
                 tar.addfile(about, io.BytesIO(text))
     return folder
+
+
+def test_prefixes_and_tags_change_captions_and_caches(tmp, monkeypatch):
+    seen = []
+    tokenize = CaptionTokens._tokenize
+    monkeypatch.setattr(CaptionTokens, "_tokenize", lambda self, caption: seen.append(caption) or tokenize(self, caption))
+    run(settings(tmp, data={"path": str(tmp / "data"), "prefix": "red dog,"}, max_steps=1))
+    assert {caption for caption in seen if not caption.startswith("red dog, ")} == {""}
+    assert (tmp / "run" / "cache").is_dir()
+    with pytest.raises(ConfigError, match="keep_tags goes with shuffle_tags or tag_dropout"):
+        settings(tmp, keep_tags=1)
+    with pytest.raises(UsageError, match="no repeats and no weight"):
+        shards_to_stream(settings(tmp, data=_shard(tmp) + ":2", stream=True))
+
+
+def _shard(tmp):
+    tarfile.open(tmp / "a.tar", "w").close()
+    return str(tmp / "a.tar")
 
 
 def test_a_stream_trains_and_goes_on_where_it_was(tmp):
