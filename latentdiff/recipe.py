@@ -18,7 +18,7 @@ from latentdiff.errors import DataError
 from latentdiff.foreign.account import Account, Field, NamedLoRA
 from latentdiff.request.infotext import joined, read_value, split, written_value
 from latentdiff.request.options import GENERATING, KEPT, SAMPLING
-from latentdiff.request.recorded import RecordedControl, RecordedImagePrompt
+from latentdiff.request.recorded import RecordedControl, RecordedImagePrompt, allowed
 from latentdiff.request.titles import read_method, read_pass, written_method, written_pass
 
 JSON_CHUNK = "latentdiff"
@@ -149,12 +149,12 @@ class Recipe(_Asked):
         """Read what `to_json` wrote.
 
         Raises:
-            DataError: it is not JSON, not a recipe, has fields of the wrong type, or comes from a newer latentdiff.
+            DataError: it is not JSON, not a recipe, has values that no call takes, or comes from a newer latentdiff.
         """
         from pydantic import TypeAdapter, ValidationError
 
         try:
-            return TypeAdapter(cls).validate_json(text)
+            return allowed(TypeAdapter(cls).validate_json(text))
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"])) or "JSON"
@@ -206,7 +206,7 @@ class Recipe(_Asked):
                 }
             )
             asked |= {"prompt": said.prompt, "negative_prompt": said.negative}
-            return cls(
+            recipe = cls(
                 **asked,
                 task=settings.get("Task", "generate"),
                 width=int(width),
@@ -216,6 +216,7 @@ class Recipe(_Asked):
             )
         except (KeyError, ValueError) as error:
             raise DataError(f"the image's parameters text lacks or has an unknown value of: {error}") from error
+        return allowed(recipe)
 
 
 def recorded_steering(controls: Sequence[Any] | None, image_prompts: Sequence[Any] | None) -> dict[str, list[Any]]:
@@ -294,7 +295,7 @@ def _recipe_of(account: Account) -> Recipe:
     absent = {name: kept.absent for name, kept in KEPT.items() if kept.absent is not ...}
     options = {name: value for name, value in account.options.items() if value is not None or name in absent}
     try:
-        return Recipe(
+        recipe = Recipe(
             **{"guidance_scale": 1.0, **options},
             model=account.model,
             model_hash=account.model_hash,
@@ -307,6 +308,7 @@ def _recipe_of(account: Account) -> Recipe:
         )
     except TypeError as error:
         raise DataError(f"the image's parameters text lacks or has an unknown value of: {error}") from error
+    return allowed(recipe)
 
 
 def _account_of(recipe: Recipe) -> Account:

@@ -28,7 +28,7 @@ recipes = st.builds(
     eta=st.floats(0, 1),
     guidance_scale=finite,
     guidance_rescale=st.floats(0, 1),
-    guidance_interval=st.none() | st.tuples(finite, finite),
+    guidance_interval=st.none() | st.tuples(st.floats(0, 5), st.floats(6, 20)),
     spacing=st.none() | st.sampled_from(get_args(SpacingName)),
     noise_source=st.sampled_from(get_args(NoiseName)),
     noise_start=st.none() | st.sampled_from(get_args(StartName)),
@@ -213,6 +213,27 @@ def test_bad_json(content, message):
 def test_bad_parameters(content):
     with pytest.raises(DataError, match="lacks or has an unknown value"):
         Recipe.from_parameters(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("sampler", "ddmi"), ("spacing", "x"), ("noise_source", "x"), ("steps", 0), ("seed", -1), ("eta", 2.0), ("clip_skip", 0),
+     ("hires_upscaler", "x"), ("sigmas", []), ("guidance_interval", [2.0, 1.0]), ("seamless", "z")],
+)  # fmt: skip
+def test_options_that_no_call_takes(name, value):
+    """What is read can be written again and asked for again."""
+    fields = {**json.loads(FOX.to_json()), "hires": 2.0, name: value}
+    with pytest.raises(DataError, match=f"recipe is not valid: expected {name} to be"):
+        Recipe.from_json(json.dumps(fields))
+
+
+@pytest.mark.parametrize("said", ["Seed: -1", "Steps: 0", "Clip skip: 0", "Noise source: x", "Guidance interval: 2.0 to 1.0"])
+def test_options_in_a_text_that_no_call_takes(said):
+    name = said.partition(":")[0]
+    settings = {"Steps": "20", "Sampler": "DDIM", "CFG scale": "7", "Seed": "1", "Size": "64x64", "RNG": "CPU"}
+    text = ", ".join(f"{key}: {value}" for key, value in settings.items() if key != name)
+    with pytest.raises(DataError, match="recipe is not valid: expected"):
+        Recipe.from_parameters(f"cat\n{text}, {said}")
 
 
 @pytest.mark.parametrize("info", [{}, {"parameters": 3}, {"latentdiff": b"{}", "dpi": (72, 72)}])
