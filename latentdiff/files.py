@@ -10,7 +10,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from latentdiff.errors import LatentDiffError, UsageError
+from latentdiff.errors import CheckpointError, LatentDiffError, UsageError
 
 CACHE_VARIABLE = "LATENTDIFF_CACHE"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -67,6 +67,28 @@ def is_hub_id(name: str) -> bool:
     """
     owner = name.partition("/")[0]
     return bool(_HUB_ID.fullmatch(name)) and not _SUFFIX.search(name) and not Path(owner).exists()
+
+
+def check_named(name: str) -> None:
+    """Make sure that a model may be there: something on this machine, or the id of a hub.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    try:
+        is_there = bool(name) and Path(os.path.expanduser(name)).exists()
+    except (OSError, ValueError):  # a name that no file can have
+        is_there = False
+    if not is_there and not is_hub_id(name):
+        raise nothing_at(name)
+
+
+def nothing_at(name: str) -> CheckpointError:
+    """The error for a name of nothing."""
+    return CheckpointError(
+        f"no such folder or file, no model at {name or 'an empty name'}: expected a folder, a file, or a hub id such as "
+        "org/name"
+    )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from latentdiff.checkpoints.folder import CONFIGS, INDEX, shard_names, weight_fi
 from latentdiff.checkpoints.layout import STEMS, weight_candidates
 from latentdiff.checkpoints.raw import PART_LABELS
 from latentdiff.errors import CheckpointError
-from latentdiff.files import is_hub_id
+from latentdiff.files import check_named, nothing_at
 from latentdiff.reading.json import read_object
 from latentdiff.reading.plain import exists
 
@@ -29,16 +29,8 @@ def locate(source: str | os.PathLike[str]) -> Path:
     path = Path(os.path.expanduser(name))
     if name and exists(path):
         return path
-    if not is_hub_id(name):
-        raise _nothing_at(name)
+    check_named(name)
     return _cached(name) or _download(name)
-
-
-def _nothing_at(name: str) -> CheckpointError:
-    return CheckpointError(
-        f"no such folder or file, no model at {name or 'an empty name'}: expected a folder, a file, or a hub id such as "
-        "org/name"
-    )
 
 
 def _cached(hub_id: str) -> Path | None:
@@ -48,7 +40,7 @@ def _cached(hub_id: str) -> Path | None:
     try:
         index = try_to_load_from_cache(hub_id, INDEX)
     except ValueError as error:  # two dots, a hyphen at the end: the hub has rules of its own
-        raise _nothing_at(hub_id) from error
+        raise nothing_at(hub_id) from error
     if not isinstance(index, str):
         return None
     folder = Path(index).parent

@@ -25,6 +25,7 @@ from latentdiff.cli.inspect import inspect
 from latentdiff.cli.interpolate import interpolate
 from latentdiff.cli.invert import invert
 from latentdiff.cli.lora import lora
+from latentdiff.cli.naming import Commands
 from latentdiff.cli.report import report
 from latentdiff.cli.reproduce import reproduce
 from latentdiff.cli.restore import restore
@@ -40,7 +41,7 @@ SELDOM = (50_000, 20, 100)  # for gc.set_threshold
 INTERRUPTED = 130  # 128 + SIGINT, as shells expect
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="latentdiff")
 def cli() -> None:
     """Text to image with latent diffusion: generate, inspect, convert, reproduce, train and evaluate."""

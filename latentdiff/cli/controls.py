@@ -10,7 +10,9 @@ import click
 
 from latentdiff.cli.image_prompts import image_prompt_options, take_image_prompts, with_numbers
 from latentdiff.cli.output import check_image_file
+from latentdiff.cli.places import ImageFile, check_image
 from latentdiff.errors import UsageError
+from latentdiff.files import check_named
 from latentdiff.request.options import CONTROL_MODES, PREPARATIONS
 
 if TYPE_CHECKING:
@@ -70,13 +72,15 @@ def _take_controls(settings: dict[str, Any]) -> None:
         raise UsageError("expected --control and --control-model with --control-guess, found neither")
     if not images:
         return
+    pairs = [(*parse_control(image), *parse_control_model(text)) for image, text in zip(images, models, strict=True)]
+    for _, file, place, _ in pairs:
+        check_image(file)
+        check_named(place)
     from latentdiff.control.model import ControlNet
 
     loaded: dict[str, ControlNet] = {}
     controls: list[Control] = []
-    for image, text in zip(images, models, strict=True):
-        kind, file = parse_control(image)
-        place, options = parse_control_model(text)
+    for kind, file, place, options in pairs:
         if place not in loaded:
             loaded[place] = ControlNet.load(place)
         controls.append(loaded[place](file, guess=guess, prepare=kind, **options))
@@ -113,7 +117,7 @@ def control() -> None:
 
 @control.command()
 @click.argument("kind", type=click.Choice(PREPARATIONS))
-@click.argument("image", type=click.Path(path_type=Path), metavar="IMAGE")
+@click.argument("image", type=ImageFile(), metavar="IMAGE")
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Where to write the hint.")
 @click.option("--low", type=int, metavar="N", help="Of canny and scribble: an edge goes on above this.  [default: 100]")
 @click.option("--high", type=int, metavar="N", help="Of canny and scribble: an edge begins above this.  [default: 200]")

@@ -9,17 +9,20 @@ import click
 
 from latentdiff.cli.options import ANY_PATH, EMA, PARTS_FROM, PREDICTION_TYPE, ZERO_SNR
 from latentdiff.cli.output import check_writable
+from latentdiff.cli.places import written
+from latentdiff.files import check_named
 
 
 @click.command()
 @click.argument("source", metavar="IN")
-@click.argument("target", metavar="OUT", type=ANY_PATH)
+@click.argument("target", metavar="OUT", type=ANY_PATH, callback=written(".safetensors", folder=True))
 @EMA
 @PREDICTION_TYPE
 @ZERO_SNR
 @PARTS_FROM
 def convert(source: str, target: Path, **choices: Any) -> None:
     """Convert the model IN to OUT, loss-free: a name ending in .safetensors is a single file, others a folder."""
+    check_named(source)
     check_writable(target)
     from latentdiff.checkpoints.conversion import convert as convert_model
 

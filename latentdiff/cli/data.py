@@ -9,6 +9,7 @@ import click
 
 from latentdiff.cli.options import ANY_PATH, DEVICE, MODEL
 from latentdiff.cli.output import check_image_file
+from latentdiff.cli.places import check_data
 from latentdiff.errors import printable
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def check(
     """
     if sheet is not None:
         check_image_file("--sheet", sheet)
+    for source in (*sources, *((validation,) if validation else ())):
+        check_data(source)
     from latentdiff.pipeline import Pipeline
     from latentdiff.training.data.captions import lost_words
     from latentdiff.training.data.check import check as look

@@ -9,13 +9,14 @@ import click
 
 from latentdiff.cli.controls import steering_options, take_steering
 from latentdiff.cli.model import drawn_seed, loaded_model
-from latentdiff.cli.options import ANY_PATH, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS
+from latentdiff.cli.options import IMAGE_FILE, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS, within
 from latentdiff.cli.output import Writing, check_results, check_transparency, save_results, shown_source
 from latentdiff.cli.words import remark
+from latentdiff.request.task_options import EDIT
 
 
 @click.command()
-@click.argument("image", type=ANY_PATH, metavar="IMAGE|INVERSION")
+@click.argument("image", type=IMAGE_FILE, metavar="IMAGE|INVERSION")
 @click.argument("prompt")
 @click.option(
     "--strength",
@@ -33,9 +34,8 @@ from latentdiff.cli.words import remark
 @steering_options
 @MODEL_OPTIONS
 @RESULT_OPTIONS
-def edit(
-    image: Path, prompt: str, out: Path, compare: Path | None, seed: int | None, **settings: Any
-) -> None:
+@within(EDIT)
+def edit(image: Path, prompt: str, out: Path, compare: Path | None, seed: int | None, **settings: Any) -> None:
     """Change IMAGE towards PROMPT (image to image): noise it as far as --strength says and denoise it.
 
     What `latentdiff invert` wrote serves as well as an image, and keeps more of it: the walk begins from the image's

@@ -10,6 +10,7 @@ import click
 from latentdiff.cli.loras import LORAS, ScaledFile
 from latentdiff.cli.options import ANY_PATH, DEVICE, MODEL
 from latentdiff.cli.output import check_writable
+from latentdiff.cli.places import FOLDER, folder_there
 from latentdiff.request.options import SamplerName
 
 
@@ -17,7 +18,13 @@ from latentdiff.request.options import SamplerName
 @MODEL
 @LORAS
 @click.option(
-    "--out", type=ANY_PATH, default="evaluation", show_default=True, metavar="FOLDER", help="For scores and images."
+    "--out",
+    type=ANY_PATH,
+    callback=FOLDER,
+    default="evaluation",
+    show_default=True,
+    metavar="FOLDER",
+    help="For scores and images.",
 )
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Prompts of each task.  [default: all]")
 @click.option(
@@ -29,6 +36,7 @@ from latentdiff.request.options import SamplerName
 @click.option(
     "--scenes",
     type=ANY_PATH,
+    callback=folder_there("scenes"),
     metavar="FOLDER",
     help="Real scenes made by tools/make_scenes.py, for the judge's ceiling and floor and the VAE's scores.",
 )

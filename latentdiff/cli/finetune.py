@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 import click
 
 from latentdiff.cli.options import ANY_PATH
+from latentdiff.cli.places import check_data
 from latentdiff.errors import UsageError
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ def finetune(config: Path | None, resume: Path | None, verify_resume: int | None
     """
     if verify_resume and resume is None:
         raise UsageError("--verify-resume goes with --resume RUN")
+    for source in flags.get("data") or ():
+        check_data(source)
     from accelerate import PartialState
 
     from latentdiff.training.finetuning.finetune import resolve, run

@@ -23,13 +23,15 @@ from latentdiff.cli.options import (
     PREVIEW_EVERY,
     WRITING,
 )
+from latentdiff.cli.places import check_there, model_there
 from latentdiff.cli.previews import preview_file
 from latentdiff.cli.ranks import joined
 from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
 from latentdiff.prompts.lines import Line, read_lines
 from latentdiff.prompts.notice import shortened
-from latentdiff.request.options import OPTIONS, SAMPLING, GenerateOptions, SizedOptions, options_of
+from latentdiff.prompts.wildcards import Wildcards
+from latentdiff.request.options import OPTIONS, SAMPLING, GenerateOptions, SizedOptions, check_second_pass, options_of
 from latentdiff.request.settled import Settings
 from latentdiff.request.titles import SAMPLER_TITLES
 
@@ -56,7 +58,12 @@ if TYPE_CHECKING:
 @PREVIEW
 @PREVIEW_EVERY
 @PREVIEW_DECODER
-@click.option("--refiner", metavar="MODEL", help="Let another model take the last steps, as the refiner of SDXL does.")
+@click.option(
+    "--refiner",
+    callback=model_there,
+    metavar="MODEL",
+    help="Let another model take the last steps, as the refiner of SDXL does.",
+)
 @click.option(
     "--refiner-switch",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -108,7 +115,12 @@ def generate(
     output.check_count(out, count)
     if preview_decoder and not preview:
         raise UsageError("expected --preview FILE with --preview-decoder, which only previews use")
+    if preview_decoder:
+        check_there("tiny decoder", str(preview_decoder))
     take_steering(settings)
+    check_second_pass(settings)
+    if wildcards:
+        Wildcards(wildcards)  # what is wrong with them is said before the model is loaded
     if explain:
         return _explain([line.prompt for line in lines], settings)
     output.check_apart({"--out": out, "--sheet": sheet, "--preview": preview})
@@ -185,8 +197,6 @@ def _read_prompts(file: TextIO | None) -> list[Line]:
 
 def _drawn(lines: Sequence[Line], folder: Path, first: int, count: int) -> list[Line]:
     """A line for each image, its prompt drawn with the image's seed."""
-    from latentdiff.prompts.wildcards import Wildcards
-
     wildcards, found = Wildcards(folder), []
     for line in lines:
         own = dict(line.options)

@@ -10,6 +10,7 @@ import click
 from latentdiff.cli import output
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import ANY_PATH, GENERATE_OPTIONS, MODEL_OPTIONS
+from latentdiff.cli.places import IMAGES
 from latentdiff.errors import UsageError
 from latentdiff.request.axes import NAMES, PROMPT, Axis, cells
 
@@ -30,6 +31,7 @@ def _flag(name: str, what: str) -> Any:
 @click.option(
     "--out",
     type=ANY_PATH,
+    callback=IMAGES,
     default="grid.png",
     show_default=True,
     metavar="FILE|FOLDER",

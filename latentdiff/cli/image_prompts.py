@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from latentdiff.cli.places import check_image
 from latentdiff.errors import UsageError
+from latentdiff.files import check_named
 
 if TYPE_CHECKING:
     from latentdiff.control.image_prompts import IPAdapter
@@ -70,14 +72,18 @@ def take_image_prompts(settings: dict[str, Any]) -> None:
         raise UsageError(
             f"expected one --ip-adapter for all image prompts, or {len(images)}, one for each, found {len(adapters)}"
         )
+    asked = [with_numbers(image) for image in images]
+    for file in filter(None, (*(file for file, _ in asked), rest["negative_image_prompt"])):
+        check_image(file)
+    for place in filter(None, (*adapters, rest["image_encoder"])):
+        check_named(place)
     from latentdiff.control.image_prompts import IPAdapter
 
     loaded: dict[str, IPAdapter] = {}
     prompts = []
-    for image, place in zip(images, adapters * (len(images) // len(adapters)), strict=True):
+    for (file, options), place in zip(asked, adapters * (len(images) // len(adapters)), strict=True):
         if place not in loaded:
             loaded[place] = IPAdapter.load(place, image_encoder=rest["image_encoder"])
-        file, options = with_numbers(image)
         more = {"negative": rest["negative_image_prompt"], "blocks": rest["image_prompt_blocks"]}
         prompts.append(loaded[place](file, **options, **more))
     settings["image_prompts"] = prompts

@@ -9,22 +9,23 @@ import click
 
 from latentdiff.cli.controls import steering_options, take_steering
 from latentdiff.cli.model import drawn_seed, loaded_model
-from latentdiff.cli.options import ANY_PATH, INVERT_MASK, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS
+from latentdiff.cli.options import IMAGE_FILE, INVERT_MASK, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS, within
 from latentdiff.cli.output import Writing, check_results, check_transparency, save_results
 from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
+from latentdiff.request.task_options import INPAINT
 
 
 @click.command()
-@click.argument("image", type=ANY_PATH)
+@click.argument("image", type=IMAGE_FILE)
 @click.argument("prompt", default="")
 @click.option(
-    "--mask", type=ANY_PATH, metavar="FILE", help="An image of the same size, white, or transparent, where to paint."
+    "--mask", type=IMAGE_FILE, metavar="FILE", help="An image of the same size, white, or transparent, where to paint."
 )
 @INVERT_MASK
 @click.option(
     "--inversion",
-    type=ANY_PATH,
+    type=IMAGE_FILE,
     metavar="FILE",
     help="What `latentdiff invert` made of IMAGE: paint from its noise, which keeps the layout of what was there.",
 )
@@ -65,12 +66,15 @@ from latentdiff.errors import UsageError
     help="Take each step N times, noised again in between: fits better into the image, at N times the cost.",
 )
 @click.option(
-    "--soft", is_flag=True, help="Let grey say how far a place may go from the image; --blur makes a mask grey at its edge."
+    "--soft",
+    is_flag=True,
+    help="Let grey say how far a place may go from the image; --blur makes a mask grey at its edge.",
 )
 @SAMPLING_OPTIONS
 @steering_options
 @MODEL_OPTIONS
 @RESULT_OPTIONS
+@within(INPAINT)
 def inpaint(
     image: Path,
     prompt: str,
@@ -87,6 +91,8 @@ def inpaint(
     """
     if not prompt and not settings["remove"] and not any(settings["extend"]):
         raise UsageError("expected a PROMPT that says what to paint, or --remove to take away what the mask covers")
+    if mask is None and not any(settings["extend"]):
+        raise UsageError("expected --mask FILE, or --extend, margins to paint beyond the image; found neither")
     writing = Writing.taken_from(settings, out)
     check_results(out, compare, settings["num_images"])
     take_steering(settings)

@@ -13,11 +13,15 @@ from latentdiff.cli.options import (
     MODEL_OPTIONS,
     WRITING,
     flags_of,
+    within,
 )
 from latentdiff.cli.output import Writing, check_count, check_writable
+from latentdiff.cli.places import written
 from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
+from latentdiff.files import IMAGE_FORMATS
 from latentdiff.request.options import SizedOptions
+from latentdiff.request.task_options import INTERPOLATE
 
 
 @click.command()
@@ -32,6 +36,7 @@ from latentdiff.request.options import SizedOptions
 @click.option(
     "--out",
     type=ANY_PATH,
+    callback=written(*IMAGE_FORMATS, ".gif", folder=True),
     default="frames",
     show_default=True,
     metavar="FOLDER|FILE.gif",
@@ -40,6 +45,7 @@ from latentdiff.request.options import SizedOptions
 @flags_of(SizedOptions, without=("num_images",))
 @MODEL_OPTIONS
 @WRITING
+@within(INTERPOLATE)
 def interpolate(prompts: tuple[str, ...], fps: float, out: Path, seed: int | None, **settings: Any) -> None:
     """Make a way of images from the first PROMPT over all others to the last, as frames or as a GIF."""
     if len(prompts) < 2:

@@ -8,15 +8,17 @@ from typing import Any, get_args
 import click
 
 from latentdiff.cli.model import loaded_model
-from latentdiff.cli.options import ANY_PATH, MODEL_OPTIONS, flag
+from latentdiff.cli.options import ANY_PATH, IMAGE_FILE, MODEL_OPTIONS, flag, within
 from latentdiff.cli.output import check_writable
+from latentdiff.cli.places import written
 from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
 from latentdiff.request.options import InversionName
+from latentdiff.request.task_options import INVERT
 
 
 @click.command()
-@click.argument("image", type=ANY_PATH)
+@click.argument("image", type=IMAGE_FILE)
 @click.option("--prompt", default="", metavar="TEXT", help="What the image shows; edict and null-text need it.")
 @click.option(
     "--method",
@@ -49,9 +51,14 @@ from latentdiff.request.options import InversionName
 )
 @click.option("--no-check", is_flag=True, help="Do not sample back to measure the error: saves up to half of the time.")
 @click.option(
-    "--out", type=ANY_PATH, metavar="FILE", help="Where to write.  [default: IMAGE's name with .inversion, here]"
+    "--out",
+    type=ANY_PATH,
+    callback=written(".inversion", folder=False),
+    metavar="FILE.inversion",
+    help="Where to write.  [default: IMAGE's name with .inversion, here]",
 )
 @MODEL_OPTIONS
+@within(INVERT)
 def invert(image: Path, out: Path | None, no_check: bool, **settings: Any) -> None:
     """Invert IMAGE: find the noise, and every step of the way, from which sampling leads back to it.
 

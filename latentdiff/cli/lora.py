@@ -13,6 +13,7 @@ import click
 from latentdiff.cli.loras import ALLOW_PARTIAL, parse_scaled
 from latentdiff.cli.options import ANY_PATH, MODEL
 from latentdiff.cli.output import check_writable
+from latentdiff.cli.places import FOLDER, check_there, written
 from latentdiff.errors import CheckpointError, printable
 from latentdiff.reading.json import parse_json
 from latentdiff.request.options import LoRADialect
@@ -39,16 +40,21 @@ def lora() -> None:
 @click.argument("files", nargs=-1, required=True, metavar="FILE[:STRENGTH]...")
 @MODEL
 @ALLOW_PARTIAL
-@click.option("--out", type=ANY_PATH, required=True, metavar="FOLDER", help="Where to write the adapted model.")
+@click.option(
+    "--out", type=ANY_PATH, required=True, callback=FOLDER, metavar="FOLDER", help="Where to write the adapted model."
+)
 def merge(files: tuple[str, ...], model: str | None, allow_partial: bool, out: Path) -> None:
     """Put one or more LoRAs into a model's weights and write it as a folder in the diffusers layout."""
+    scaled = list(map(parse_scaled, files))
+    for path, _ in scaled:
+        check_there("LoRA file", path)
     check_writable(out)
     from latentdiff.adapters import lora as adapters
     from latentdiff.checkpoints.components import save_folder
 
     parts = _load(model)
     loaded = []
-    for path, scale in map(parse_scaled, files):
+    for path, scale in scaled:
         found, report = adapters.load_lora(path, parts.unet, parts.text_encoder, allow_partial=allow_partial)
         click.echo(f"{path}: {report}", err=True)
         if report.words:
@@ -61,7 +67,7 @@ def merge(files: tuple[str, ...], model: str | None, allow_partial: bool, out: P
 
 @lora.command()
 @click.argument("source", metavar="IN")
-@click.argument("target", metavar="OUT.safetensors", type=ANY_PATH)
+@click.argument("target", metavar="OUT.safetensors", type=ANY_PATH, callback=written(".safetensors", folder=False))
 @click.option(
     "--to",
     "dialect",
@@ -73,6 +79,7 @@ def merge(files: tuple[str, ...], model: str | None, allow_partial: bool, out: P
 @MODEL
 def convert(source: str, target: Path, dialect: str, model: str | None) -> None:
     """Write the LoRA file IN with other names. The model that it was made for tells what the names mean."""
+    check_there("LoRA file", source)
     check_writable(target.parent)
     from latentdiff.adapters import lora as adapters
 
@@ -87,6 +94,7 @@ def convert(source: str, target: Path, dialect: str, model: str | None) -> None:
 @click.argument("file", metavar="FILE")
 def inspect(file: str) -> None:
     """Say what a LoRA file adapts, how strongly, and what it was made from. Executes nothing in it."""
+    check_there("LoRA file", file)
     from latentdiff.adapters.lora import made_for, read_lora
     from latentdiff.checkpoints.hashing import file_hash
 

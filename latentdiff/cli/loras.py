@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from latentdiff.cli.places import check_there, folder_there
 from latentdiff.errors import DataError, UsageError
 from latentdiff.prompts.syntax import read_prompt
 from latentdiff.recipe import Recipe
@@ -46,13 +47,17 @@ def parse_scaled(text: str) -> ScaledFile:
 
 
 def _parse_all(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> list[ScaledFile]:
-    return [parse_scaled(text) for text in texts]
+    found = [parse_scaled(text) for text in texts]
+    for path, _ in found:
+        check_there("LoRA file", path)
+    return found
 
 
 def _embeddings(context: click.Context, parameter: click.Parameter, paths: tuple[str, ...]) -> list[str]:
     """The files, and all embeddings of the folders."""
     files = []
     for path in map(Path, paths):
+        check_there("embedding", str(path))
         found = [path]
         if path.is_dir():
             found = sorted(each for each in path.iterdir() if each.suffix in (".safetensors", ".pt", ".bin"))
@@ -87,6 +92,7 @@ EMBEDDINGS = click.option(
 LORA_DIR = click.option(
     "--lora-dir",
     type=click.Path(path_type=Path),
+    callback=folder_there("LoRAs"),
     metavar="FOLDER",
     help="Where the LoRAs lie that prompts name by <lora:name:weight>; the name is that of the file without its ending.",
 )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
 from latentdiff.cli.loras import ALLOW_PARTIAL, EMBEDDINGS, LORA_DIR, LORAS
+from latentdiff.cli.places import IMAGES, ImageFile, model_there
 from latentdiff.files import IMAGE_FORMATS
 from latentdiff.request.domains import ChoiceOrFile, Factor, Interval, Numbers, Pair, Real, Seeds, Texts, Whole
 from latentdiff.request.option_texts import texts
@@ -38,8 +40,12 @@ def together(*options: Decorator) -> Decorator:
 
 
 ANY_PATH = click.Path(path_type=Path)
+IMAGE_FILE = ImageFile()
 MODEL = click.option(
-    "--model", metavar="FOLDER|HUB_ID|FILE", help="The model; without it, the one that comes with latentdiff."
+    "--model",
+    callback=model_there,
+    metavar="FOLDER|HUB_ID|FILE",
+    help="The model; without it, the one that comes with latentdiff.",
 )
 EMA = click.option("--ema", is_flag=True, help="Take the averaged weights of a .ckpt that holds both.")
 PREDICTION_TYPE = click.option(
@@ -53,12 +59,23 @@ ZERO_SNR = click.option(
     help="Begin in pure noise, as models trained with zero terminal SNR need it, if its file does not say so.",
 )
 VAE = click.option(
-    "--vae", metavar="FILE|FOLDER", help="The VAE, in place of the model's own: a file, a folder, or a TAESD."
+    "--vae",
+    callback=model_there,
+    metavar="FILE|FOLDER",
+    help="The VAE, in place of the model's own: a file, a folder, or a TAESD.",
 )
 TEXT_ENCODER = click.option(
-    "--text-encoder", metavar="FILE|FOLDER", help="The text encoder, in place of the model's own."
+    "--text-encoder",
+    callback=model_there,
+    metavar="FILE|FOLDER",
+    help="The text encoder, in place of the model's own.",
 )
-BASE = click.option("--base", metavar="MODEL", help="The model that parts come from that the file of --model lacks.")
+BASE = click.option(
+    "--base",
+    callback=model_there,
+    metavar="MODEL",
+    help="The model that parts come from that the file of --model lacks.",
+)
 PARTS_FROM = together(VAE, TEXT_ENCODER, BASE)
 DEVICE = click.option(
     "--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:N or mps."
@@ -130,7 +147,24 @@ def flag(name: str, *, default: str | None = None) -> Decorator:
 
 def _checked(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
     """Within the domain of its option, or a UsageError."""
-    return None if value is None else OPTIONS[str(parameter.name)].domain(parameter.opts[-1], value)
+    name = str(parameter.name)
+    return None if value is None else OPTIONS[name].domain(name, value)
+
+
+def within(domains: Mapping[str, Any]) -> Decorator:
+    """Check what a task's command is given before it loads anything; see `request.task_options`."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def call(**given: Any) -> Any:
+            for name in domains.keys() & given.keys():
+                if given[name] is not None:
+                    given[name] = domains[name](name, given[name])
+            return command(**given)
+
+        return call
+
+    return decorate
 
 
 def flags_of(group: type, *, without: tuple[str, ...] = ()) -> Decorator:
@@ -149,6 +183,7 @@ HIDDEN = tuple(name for name, option in OPTIONS.items() if option.flags == ())
 OUT = click.option(
     "--out",
     type=ANY_PATH,
+    callback=IMAGES,
     default="images",
     show_default=True,
     metavar="FOLDER|FILE",

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from latentdiff.errors import DataError
+
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
@@ -15,6 +17,8 @@ def report(run: Path) -> None:
     A training writes it at its end; this does it at any time, also while it runs. The file needs no network and no
     scripts.
     """
+    if not run.exists():
+        raise DataError(f"expected the folder of a training run, found nothing at {run}")
     from latentdiff.training.report.page import write_report
 
     click.echo(write_report(run))

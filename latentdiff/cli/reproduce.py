@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from latentdiff.cli.loras import loras_of, offer_loras_of, with_loras
-from latentdiff.cli.options import ANY_PATH, DEVICE, PARTS_FROM
+from latentdiff.cli.options import ANY_PATH, DEVICE, IMAGE_FILE, PARTS_FROM
 from latentdiff.cli.output import check_image_file, check_writable
 from latentdiff.errors import CheckpointError, DataError, UsageError, printable
 from latentdiff.recipe import Recipe, read_account, read_recipe
@@ -31,7 +31,7 @@ SHORT = 8  # digits of the shortest hash of a model that web UIs wrote; today it
 
 
 @click.command()
-@click.argument("image", type=ANY_PATH)
+@click.argument("image", type=IMAGE_FILE)
 @click.option(
     "--model",
     metavar="FOLDER|HUB_ID|FILE",

@@ -8,11 +8,21 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from latentdiff.cli.model import drawn_seed, loaded_model
-from latentdiff.cli.options import ANY_PATH, INVERT_MASK, MODEL_OPTIONS, RESULT_OPTIONS, flag, flags_of
+from latentdiff.cli.options import (
+    ANY_PATH,
+    IMAGE_FILE,
+    INVERT_MASK,
+    MODEL_OPTIONS,
+    RESULT_OPTIONS,
+    flag,
+    flags_of,
+    within,
+)
 from latentdiff.cli.output import Writing, check_image_file, check_results, save_results
 from latentdiff.cli.words import remark
-from latentdiff.errors import DataError, UsageError
+from latentdiff.errors import UsageError
 from latentdiff.request.options import BorderName, OperatorName, RestorationName, SeededOptions
+from latentdiff.request.task_options import DAMAGE, RESTORE
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,15 +38,16 @@ OWNERS = {
     "kernel": ("deblur", "super-resolution"),
 }
 OWNERS["border"] = OWNERS["kernel"]
+NEEDED = {"inpaint": "mask", "super-resolution": "factor", "deblur": "kernel"}
 
 
 @click.command()
-@click.argument("image", type=ANY_PATH)
+@click.argument("image", type=IMAGE_FILE)
 @click.option(
     "--operator", "name", type=click.Choice(get_args(OperatorName)), required=True, help="What happened to the image."
 )
 @click.option(
-    "--mask", type=ANY_PATH, metavar="FILE", help="inpaint: white, or transparent, where the image is missing."
+    "--mask", type=IMAGE_FILE, metavar="FILE", help="inpaint: white, or transparent, where the image is missing."
 )
 @INVERT_MASK
 @click.option("--factor", type=int, metavar="N", help="super-resolution: how many times larger to make the image.")
@@ -74,6 +85,7 @@ OWNERS["border"] = OWNERS["kernel"]
 @click.option("--uncertainty", type=ANY_PATH, metavar="FILE", help="Also write how far they differ at each pixel.")
 @MODEL_OPTIONS
 @RESULT_OPTIONS
+@within(RESTORE | DAMAGE)
 def restore(
     image: Path,
     name: str,
@@ -134,19 +146,20 @@ def make_operator(
     """The operator that the options name, for a damaged image.
 
     Raises:
-        UsageError: an option is missing or outside its domain.
+        UsageError: an option is outside its domain.
         DataError: a file is missing or cannot be read.
     """
     from latentdiff.tasks import operators
 
+    needed: Any = {"inpaint": mask, "super-resolution": factor, "deblur": kernel}.get(name)  # see `_check_owners`
     edges = {"border": border or "reflect", "noise_std": sigma}
     match name:
         case "inpaint":
-            return operators.Inpaint(_missing(_needed("--mask", mask), damaged.size, invert_mask), noise_std=sigma)
+            return operators.Inpaint(_missing(needed, damaged.size, invert_mask), noise_std=sigma)
         case "super-resolution":
-            return operators.SuperResolution(_needed("--factor", factor), kernel=kernel or "bicubic", **edges)
+            return operators.SuperResolution(needed, kernel=kernel or "bicubic", **edges)
         case "deblur":
-            return operators.Deblur(_blur(_needed("--kernel", kernel)), **edges)
+            return operators.Deblur(_blur(needed), **edges)
         case "denoise":
             if sigma == 0.0:
                 raise UsageError("expected the noise level to remove with --sigma, above 0; found 0")
@@ -172,6 +185,7 @@ def _blur(text: str) -> Tensor:
     import torch
 
     from latentdiff.image import open_image
+    from latentdiff.reading.arrays import read_array
     from latentdiff.reading.colours import as_8_bit
     from latentdiff.tasks.restoration.operators import gaussian_blur, motion_blur
 
@@ -186,18 +200,15 @@ def _blur(text: str) -> Tensor:
         raise UsageError(f"expected a kernel gaussian:STD or motion:LENGTH:ANGLE, found {text!r}")
     if not text.endswith(".npy"):
         return torch.from_numpy(np.asarray(as_8_bit(open_image(text)).convert("L"), dtype=np.float64))
-    try:
-        return torch.from_numpy(np.load(text, allow_pickle=False).astype(np.float64))
-    except FileNotFoundError as error:
-        raise DataError(f"no kernel at {text}") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"cannot read {text} as a kernel of numbers: {error}") from error
+    return torch.from_numpy(read_array(text))
 
 
 def _check_owners(name: str, given: dict[str, Any]) -> None:
     for option, value in given.items():
         if value is not None and name not in OWNERS[option]:
             raise UsageError(f"--{option} belongs to the operator {' or '.join(OWNERS[option])}, found it with {name}")
+    if name in NEEDED and given[NEEDED[name]] is None:
+        raise UsageError(f"the operator {name} needs --{NEEDED[name]}")
 
 
 def _check_places(mean: Path | None, uncertainty: Path | None, samples: int) -> None:
@@ -207,12 +218,6 @@ def _check_places(mean: Path | None, uncertainty: Path | None, samples: int) -> 
         if samples == 1:
             raise UsageError(f"{option} needs 2 or more images; ask for them with -n")
         check_image_file(option, place)
-
-
-def _needed(option: str, value: Any) -> Any:
-    if value is None:
-        raise UsageError(f"this operator needs {option}")
-    return value
 
 
 def _setting(text: str) -> tuple[str, float | bool]:

@@ -14,6 +14,7 @@ from latentdiff.cli.loras import EMBEDDINGS
 from latentdiff.cli.options import ANY_PATH, BACKEND, LOW_MEMORY, PRECISION
 from latentdiff.cli.terminal import Terminated
 from latentdiff.errors import MissingDependencyError, UsageError
+from latentdiff.files import check_named
 
 if TYPE_CHECKING:
     from latentdiff.serving.settings import Limits
@@ -30,6 +31,8 @@ def _models(context: click.Context, parameter: click.Parameter, texts: tuple[str
             name, place = Path(text).stem if Path(text).is_file() else Path(text).name, text
         if not name or not place or name in found:
             raise UsageError(f"expected --model PLACE or NAME=PLACE, each name once, found {text}")
+        if place != EMBEDDED:
+            check_named(place)
         found[name] = None if place == EMBEDDED else place
     return found or {EMBEDDED: None}
 

@@ -7,6 +7,9 @@ from pathlib import Path
 import click
 
 from latentdiff.cli.options import ANY_PATH
+from latentdiff.cli.places import FOLDER
+from latentdiff.errors import ConfigError
+from latentdiff.reading.plain import open_file
 
 
 @click.command()
@@ -23,7 +26,7 @@ from latentdiff.cli.options import ANY_PATH
 )
 @click.option("--out", type=ANY_PATH, metavar="FOLDER", help="Folder of the run, in place of `run` in CONFIG.")
 @click.option(
-    "--export", type=ANY_PATH, metavar="FOLDER", help="Train nothing; write the model as far as it is trained."
+    "--export", type=ANY_PATH, callback=FOLDER, metavar="FOLDER", help="Train nothing; write the model as far as it is trained."
 )
 def train(
     config: Path, stages: tuple[str, ...], overrides: tuple[str, ...], out: Path | None, export: Path | None
@@ -32,6 +35,7 @@ def train(
 
     A run that was stopped goes on where it stood: give the same command again.
     """
+    open_file(config, ConfigError).close()
     from latentdiff.training.stages.config import load_config
     from latentdiff.training.stages.train import STAGES
     from latentdiff.training.stages.train import export as export_model

@@ -10,16 +10,18 @@ import click
 
 from latentdiff.cli.model import loaded_model
 from latentdiff.cli.options import (
-    ANY_PATH,
+    IMAGE_FILE,
     MODEL_OPTIONS,
     RESULT_OPTIONS,
     flag,
     flags_of,
+    within,
 )
 from latentdiff.cli.output import Writing, check_results, save_results, shown_source
 from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
 from latentdiff.request.options import BlendName, TranslationName, WalkOptions
+from latentdiff.request.task_options import INVERT, TRANSLATE
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
@@ -29,7 +31,7 @@ INVERSION_OPTIONS = ("spacing", "iterations", "width", "height")  # of images th
 
 
 @click.command()
-@click.argument("image", type=ANY_PATH, metavar="IMAGE|INVERSION")
+@click.argument("image", type=IMAGE_FILE, metavar="IMAGE|INVERSION")
 @click.argument("prompt")
 @click.option(
     "--method",
@@ -75,6 +77,7 @@ INVERSION_OPTIONS = ("spacing", "iterations", "width", "height")  # of images th
 )
 @MODEL_OPTIONS
 @RESULT_OPTIONS
+@within(INVERT | TRANSLATE)
 def translate(
     image: Path,
     prompt: str,

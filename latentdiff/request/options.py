@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_args
 
+from latentdiff.errors import UsageError
 from latentdiff.request.domains import (
     Choice,
     ChoiceOrFile,
@@ -302,6 +303,17 @@ KEPT = {name: option.kept for name, option in OPTIONS.items() if option.kept is 
 GENERATING = tuple(name for name in KEPT if name not in SAMPLING)  # what is kept of generating alone
 SECOND_PASS = tuple(name for name in GENERATING if name.startswith("hires"))
 FAST = {name: option.fast for name, option in SAMPLING.items() if option.fast is not None}
+
+
+def check_second_pass(options: Mapping[str, Any]) -> None:
+    """Make sure that nothing is said of a second pass that there is not.
+
+    Raises:
+        UsageError: something is.
+    """
+    said = [name for name in SECOND_PASS if options.get(name) not in (None, OPTIONS[name].default)]
+    if said and options.get("hires") is None:
+        raise UsageError(f"expected hires, how much larger, with {said[0]}; found {options[said[0]]!r} alone")
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:

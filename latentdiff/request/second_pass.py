@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from latentdiff.checkpoints.hashing import place_hash
 from latentdiff.diffusion.schedule import Level, Schedule
 from latentdiff.errors import UsageError
-from latentdiff.request.options import OPTIONS, SECOND_PASS, UpscalerName
+from latentdiff.request.options import OPTIONS, SECOND_PASS, UpscalerName, check_second_pass
 from latentdiff.request.plan import Plan
 
 # How latents are enlarged: torch's mode, and whether it is antialiased. Other upscalers work on pixels.
@@ -52,10 +52,8 @@ class SecondPass:
             UsageError: something is said of a second pass that there is not.
         """
         given = {name: options.pop(name, None) for name in SECOND_PASS}
+        check_second_pass(given)
         if given["hires"] is None:
-            said = [name for name, value in given.items() if value not in (None, OPTIONS[name].default)]
-            if said:
-                raise UsageError(f"expected hires, how much larger, with {said[0]}; found {given[said[0]]!r} alone")
             return None
         return cls(**{name: OPTIONS[name].default if value is None else value for name, value in given.items()})
 

@@ -16,11 +16,11 @@ from latentdiff.memory.sharing import one_use
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
-from latentdiff.request.domains import Real
-from latentdiff.request.options import SIDE, SamplingOptions
+from latentdiff.request.options import SamplingOptions
 from latentdiff.request.plan import Plan, Sampling, Start
 from latentdiff.request.second_pass import first_way_down, last_steps
 from latentdiff.request.sources import ImageInput, extended, open_source
+from latentdiff.request.task_options import EDIT
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert
 from latentdiff.tasks.sources import file_of, resized, sampling_of, warn_if_large
@@ -42,7 +42,7 @@ class EditSettings:
     inversion: dict[str, Any] | None = None
 
 
-@public(SamplingOptions, strength=Real(0, 1), width=SIDE, height=SIDE)
+@public(SamplingOptions, **EDIT)
 @one_use()
 def image_to_image(
     pipe: Pipeline,

@@ -23,10 +23,10 @@ from latentdiff.memory.sharing import one_use
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
-from latentdiff.request.domains import Real, Whole, YesNo
 from latentdiff.request.options import SamplingOptions
 from latentdiff.request.plan import Plan, Sampling
 from latentdiff.request.sources import ImageInput, open_source
+from latentdiff.request.task_options import INPAINT
 from latentdiff.tasks.editing import begin_at, following, with_recipes
 from latentdiff.tasks.inpainting_walk import painted, repeated
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
@@ -63,18 +63,7 @@ class InpaintSettings:
     inversion: dict[str, Any] | None = None
 
 
-@public(
-    SamplingOptions,
-    remove=YesNo(),
-    invert_mask=YesNo(),
-    strength=Real(0, 1),
-    grow=Whole(),
-    blur=Real(),
-    only_masked=YesNo(),
-    padding=Whole(0),
-    repeats=Whole(1),
-    soft=YesNo(),
-)
+@public(SamplingOptions, **INPAINT)
 @one_use()
 def inpaint(
     pipe: Pipeline,

@@ -18,9 +18,9 @@ from latentdiff.memory.sharing import one_use
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe, read_recipe
 from latentdiff.request.calls import public
-from latentdiff.request.domains import Whole, YesNo
-from latentdiff.request.options import SIDE, SamplingOptions
+from latentdiff.request.options import SamplingOptions
 from latentdiff.request.plan import Sampling, Start, latent_shape, seed_of_each
+from latentdiff.request.task_options import INTERPOLATE
 from latentdiff.tasks.sources import sampling_of
 
 TASK = "interpolate"
@@ -40,7 +40,7 @@ class InterpolateSettings:
     fps: float | None = None  # of an animation
 
 
-@public(SamplingOptions, frames=Whole(2), same_noise=YesNo(), width=SIDE, height=SIDE)
+@public(SamplingOptions, **INTERPOLATE)
 @one_use()
 def interpolate(
     pipe: Pipeline,

@@ -30,6 +30,7 @@ from latentdiff.request.domains import Choice
 from latentdiff.request.options import OPTIONS, BlendName, TranslationName, WalkOptions
 from latentdiff.request.plan import batches, make_guidance, one_per_image
 from latentdiff.request.sources import ImageInput
+from latentdiff.request.task_options import TRANSLATE
 from latentdiff.tasks.features import PnPSpec, default_spec, replay, with_source_features
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert, null_text_denoiser, walk_down, with_null_text
@@ -72,13 +73,7 @@ class TranslateSettings:
     pnp: PnPSpec | None
 
 
-@public(
-    WalkOptions,
-    method=Choice(get_args(TranslationName)),
-    negative_prompt=OPTIONS["negative_prompt"].domain,
-    steps=OPTIONS["steps"].domain,
-    guidance_scale=OPTIONS["guidance_scale"].domain,
-)
+@public(WalkOptions, **TRANSLATE)
 @one_use(alone=True)
 @torch.no_grad()
 def translate(

@@ -73,7 +73,7 @@ def test_existing_images_are_known_by_their_controls(command, sd1, net):
         (["--control-guess"], "--control and --control-model with --control-guess"),
         (["--control", "magic=hint.png", "--control-model", "NET"], "KIND of canny, scribble, tile"),
         (["--control", "hint.png", "--control-model", "NET", "--width", 128], "in the proportions of what is made"),
-        (["--control", "hint.png", "--control-model", "NET", "--cache-interval", 2], "leave cache_interval at 1"),
+        (["--control", "hint.png", "--control-model", "NET", "--cache-interval", 2], "leave --cache-interval at 1"),
         (["--control", "hint.png", "--control-model", "SD1"], "expected"),
         (["--control", "none.png", "--control-model", "NET"], "no image at none.png"),
     ],

@@ -168,5 +168,5 @@ def test_the_embedded_model_needs_no_name(command):
 
 def test_a_place_in_a_batch_belongs_to_comfy(command, sd1):
     done = command("generate", "--model", sd1, "--steps", 1, "a cat", "--noise-index", 2, "--out", "a.png")
-    assert done.code == 2 and "noise_index belongs to the noise of comfy" in done.errors[0]
+    assert done.code == 2 and "--noise-index belongs to the noise of comfy" in done.errors[0]
     assert peers.folder("sd1").exists()

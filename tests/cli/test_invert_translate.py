@@ -81,9 +81,9 @@ def test_the_options_of_features_and_negatives_arrive(command, workplace, sd1, p
     [
         (("invert", "nothing.png"), "no image at nothing.png"),
         (("invert", "photo.png", "--steps", 0), "steps to be a whole number of 1 or more"),
-        (("invert", "photo.png", "--out", "photo.png"), "is there already"),
+        (("invert", "photo.png", "--out", "photo.png"), "expected an ending of .inversion"),
         (("translate", "photo.png", "x", "--negative-alpha", 0.5), "needs a --negative-schedule"),
-        (("translate", "photo.png", "x", "--tau-features", 2), "tau_f in 0 to 1"),
+        (("translate", "photo.png", "x", "--tau-features", 2), "expected --tau-features to be a finite number of 0 to 1"),
         (("translate", "photo.png", "x", "--feature-block", "mid_block"), "expected mid_block to be a ResnetBlock"),
         (("translate", "photo.png", "x", "--method", "ddim", "--tau-features", 0.5), "no choice of features"),
         (("translate", "nothing.png", "x"), "no image at nothing.png"),

@@ -56,7 +56,9 @@ def test_wrong_usage(command, arguments):
     assert done.code == 2 and "Traceback" not in done.err
 
 
-def test_unreadable_file_is_one_line(command, monkeypatch):
+def test_unreadable_file_is_one_line(command, monkeypatch, workplace):
+    (workplace / "model.ckpt").touch()
+
     def fail(source):
         raise PermissionError(13, "Permission denied", source)
 
@@ -79,9 +81,10 @@ def test_inspect_for_programs(command, sd1):
 
 def test_inspect_what_is_no_model(command, workplace):
     (workplace / "page.safetensors").write_text("<!DOCTYPE html><html>")
-    for source in ("page.safetensors", "nothing"):
+    (workplace / "empty").mkdir()
+    for source, said in (("page.safetensors", "HTML"), ("nothing", "no model at nothing"), ("empty", "expected model_index")):
         done = command("inspect", source)
-        assert "Traceback" not in done.err and (done.code == 1 or "HTML" in done.out)
+        assert done.code == 1 and said in done.out + done.err
 
 
 def test_convert_there_and_back(command, sd1, workplace):

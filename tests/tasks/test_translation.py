@@ -282,7 +282,7 @@ def test_translation_is_cancelled_by_the_callback():
         ({"method": "direct", "tau_f": 0.5}, "takes no features"),
         ({"method": "negative-prompt", "negative_prompt": "x"}, "which has its own"),
         ({"method": "edict"}, "needs an inversion by edict, found one by fixed-point"),
-        ({"tau_attn": 2.0}, "tau_attn in 0 to 1"),
+        ({"tau_attn": 2.0}, "tau_attn to be a finite number of 0 to 1"),
         ({"spec": PnPSpec(("up_blocks.9.resnets.0",), ())}, "name of a module"),
         ({"steps": 9}, "1 to 4 steps"),
         ({"source_prompt": "a cat"}, "inverted already"),

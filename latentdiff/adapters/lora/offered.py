@@ -23,7 +23,7 @@ class OfferedLoRAs:
 
     def __init__(self) -> None:
         self._files: dict[str, Path] = {}
-        self._hashes: dict[Path, str] = {}
+        self._hashes: dict[Path, tuple[tuple[int, int, int], str]] = {}  # with what tells that a file is another
 
     def add_folder(self, folder: str | os.PathLike[str]) -> None:
         """Offer all files of a folder and the folders in it.
@@ -95,9 +95,11 @@ class OfferedLoRAs:
         ]
 
     def _hash(self, path: Path) -> str:
-        if path not in self._hashes:
-            self._hashes[path] = file_hash(path)
-        return self._hashes[path]
+        stat = path.stat()
+        mark = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if path not in self._hashes or self._hashes[path][0] != mark:
+            self._hashes[path] = (mark, file_hash(path))
+        return self._hashes[path][1]
 
     def _shown(self) -> str:
         more = f" and {len(self._files) - _NAMED} more" if len(self._files) > _NAMED else ""

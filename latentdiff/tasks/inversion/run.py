@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +24,9 @@ from latentdiff.networks.conditioning import Conditioning
 from latentdiff.networks.functions import checked_model
 from latentdiff.pipeline import Pipeline
 from latentdiff.request.calls import public
-from latentdiff.request.domains import Choice, Real, Whole, YesNo
-from latentdiff.request.options import OPTIONS, SIDE, InversionName, SpacingName
+from latentdiff.request.options import InversionName, SpacingName
 from latentdiff.request.sources import ImageInput, extended, open_source
+from latentdiff.request.task_options import INVERT
 from latentdiff.tasks.inversion import edict
 from latentdiff.tasks.inversion.artefact import Inversion, psnr
 from latentdiff.tasks.inversion.ddim import Quantity, high_step, low_step, quantity_of
@@ -38,19 +37,7 @@ EDICT_GUIDANCE = 3.0  # the paper's
 LARGEST_NOISE_STD = 1.3  # above, EDICT's two latents have drifted apart
 
 
-@public(
-    method=Choice(get_args(InversionName)),
-    steps=OPTIONS["steps"].domain,
-    iterations=Whole(0),
-    guidance_scale=OPTIONS["guidance_scale"].domain,
-    mixing=Real(0, 1),
-    spacing=OPTIONS["spacing"].domain,
-    width=SIDE,
-    height=SIDE,
-    measure=YesNo(),
-    callback=OPTIONS["callback"].domain,
-    progress=OPTIONS["progress"].domain,
-)
+@public(**INVERT)
 @one_use()
 @torch.no_grad()
 def invert(

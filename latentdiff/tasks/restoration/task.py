@@ -22,10 +22,10 @@ from latentdiff.memory.sharing import one_use
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
-from latentdiff.request.domains import Real, YesNo
-from latentdiff.request.options import OPTIONS, RestorationName, SeededOptions, options_of
+from latentdiff.request.options import RestorationName, SeededOptions, options_of
 from latentdiff.request.plan import Plan, Sampling, Start
 from latentdiff.request.sources import ImageInput, open_source
+from latentdiff.request.task_options import RESTORE
 from latentdiff.tasks.editing import with_recipes
 from latentdiff.tasks.restoration.methods import (
     Autoencoder,
@@ -100,14 +100,7 @@ class RestoreSettings:
     samples: int = 0
 
 
-@public(
-    SeededOptions,
-    samples=OPTIONS["num_images"].domain,
-    noise_std=Real(0),
-    steps=OPTIONS["steps"].domain,
-    guidance_scale=OPTIONS["guidance_scale"].domain,
-    keep_measurement=YesNo(),
-)
+@public(SeededOptions, **RESTORE)
 @one_use()
 def restore(
     pipe: Pipeline,

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from latentdiff.adapters.lora import save_lora
+from latentdiff.checkpoints.hashing import file_hash
 from latentdiff.errors import UsageError
+from latentdiff.prompts.syntax import read_prompt
 from tests import peers
 from tests.adapters.lora.conftest import make
 
@@ -48,3 +50,12 @@ def test_unknown_names(pipe):
         pipe("cat <lora:three:1>", **OPTIONS)
     with pytest.raises(UsageError, match="--lora-dir"):
         peers.ours("sd1")("cat <lora:one:1>", **OPTIONS)
+
+
+def test_a_file_that_changed_is_another_one(pipe, tmp_path):
+    """The recipe names what was drawn with, however long the pipeline lives."""
+    tags = read_prompt("cat <lora:one:1>", "a1111").loras
+    (before,) = pipe.offered.describe(tags)
+    save_lora(make(pipe, seed=9), tmp_path / "one.safetensors")
+    (after,) = pipe.offered.describe(tags)
+    assert before["sha256"] != after["sha256"] == file_hash(tmp_path / "one.safetensors")

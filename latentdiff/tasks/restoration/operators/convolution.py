@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentdiff.errors import UsageError
+from latentdiff.request.task_options import FACTOR
 from latentdiff.tasks.restoration.operators.kernels import box_kernel, check_kernel, cubic_kernel, gaussian_kernel
 from latentdiff.tasks.restoration.operators.operator import Operator, Shape, conjugate_gradient
 from latentdiff.tasks.restoration.operators.separable import LONGEST, Axis, filtered_back, lines_of
@@ -220,14 +221,13 @@ class SuperResolution(Convolution):
             (of standard deviation factor / 2).
 
     Raises:
-        UsageError: an unknown kernel, or a factor below 2.
+        UsageError: an unknown kernel, or a factor below 2 or above 64.
     """
 
     def __init__(
         self, factor: int, *, kernel: str = "bicubic", border: str = "reflect", noise_std: float = 0.0
     ) -> None:
-        if factor < 2:
-            raise UsageError(f"expected a factor of 2 or more to make images larger by, found {factor}")
+        factor = FACTOR("factor", factor)
         if kernel not in RESAMPLING_KERNELS:
             raise UsageError(f"expected the kernel {', '.join(RESAMPLING_KERNELS)}, found {kernel!r}")
         match kernel:

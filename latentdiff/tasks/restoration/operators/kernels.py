@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UsageError
+from latentdiff.request.domains import Real
+from latentdiff.request.task_options import BLUR, MOTION
 
 # How many points the path of a moving camera is drawn with, for each pixel of its length.
 POINTS_PER_PIXEL = 32
@@ -17,9 +19,9 @@ def gaussian_blur(std: float) -> Tensor:
     """The kernel (k, k) of Gaussian blur with that standard deviation in pixels, cut at 4 of them.
 
     Raises:
-        UsageError: the standard deviation is not a positive number.
+        UsageError: the standard deviation is not a number above 0 up to 128.
     """
-    if not 0.0 < std < math.inf:
+    if not BLUR("the standard deviation of the blur", std):
         raise UsageError(f"expected a standard deviation above 0 pixels for the blur, found {std}")
     line = gaussian_kernel(std, size=2 * math.ceil(4 * std) + 1)
     return torch.outer(line, line)
@@ -30,10 +32,9 @@ def motion_blur(length: float, angle: float = 0.0) -> Tensor:
     rightwards.
 
     Raises:
-        UsageError: the length is below 1, or the angle is not finite.
+        UsageError: the length is below 1 or above 1024, or the angle is not finite.
     """
-    if not 1.0 <= length < math.inf or not math.isfinite(angle):
-        raise UsageError(f"expected a motion of 1 pixel or more and an angle in degrees, found {length} and {angle}")
+    length, angle = MOTION("the motion in pixels", length), Real()("the angle in degrees", angle)
     radius = math.ceil((length - 1.0) / 2.0)
     # The exposure is a line from the centre of the first pixel to that of the last; every point of it is shared
     # among the four pixels around it.
