@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from latentdiff import __version__, foreign
-from latentdiff.errors import DataError
+from latentdiff.errors import DataError, UsageError
 from latentdiff.foreign.account import Account, Field, NamedLoRA
 from latentdiff.request.infotext import joined, read_value, split, written_value
-from latentdiff.request.options import GENERATING, KEPT, SAMPLING
-from latentdiff.request.recorded import RecordedControl, RecordedImagePrompt, allowed
+from latentdiff.request.options import GENERATING, KEPT, SAMPLING, checked
+from latentdiff.request.recorded import RecordedControl, RecordedImagePrompt
 from latentdiff.request.titles import read_method, read_pass, written_method, written_pass
 
 JSON_CHUNK = "latentdiff"
@@ -154,7 +154,7 @@ class Recipe(_Asked):
         from pydantic import TypeAdapter, ValidationError
 
         try:
-            return allowed(TypeAdapter(cls).validate_json(text))
+            return _allowed(TypeAdapter(cls).validate_json(text))
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"])) or "JSON"
@@ -216,7 +216,7 @@ class Recipe(_Asked):
             )
         except (KeyError, ValueError) as error:
             raise DataError(f"the image's parameters text lacks or has an unknown value of: {error}") from error
-        return allowed(recipe)
+        return _allowed(recipe)
 
 
 def recorded_steering(controls: Sequence[Any] | None, image_prompts: Sequence[Any] | None) -> dict[str, list[Any]]:
@@ -225,6 +225,15 @@ def recorded_steering(controls: Sequence[Any] | None, image_prompts: Sequence[An
         "controls": [control.describe() for control in controls or ()],
         "image_prompts": [prompt.describe() for prompt in image_prompts or ()],
     }
+
+
+def _allowed(recipe: Recipe) -> Recipe:
+    """The recipe, if a call takes its options; else a DataError."""
+    try:
+        checked({name: getattr(recipe, name) for name in KEPT})
+    except UsageError as error:
+        raise DataError(f"the image's recipe is not valid: {error}") from error
+    return recipe
 
 
 def library_versions() -> dict[str, str]:
@@ -308,7 +317,7 @@ def _recipe_of(account: Account) -> Recipe:
         )
     except TypeError as error:
         raise DataError(f"the image's parameters text lacks or has an unknown value of: {error}") from error
-    return allowed(recipe)
+    return _allowed(recipe)
 
 
 def _account_of(recipe: Recipe) -> Account:

@@ -1,21 +1,14 @@
-"""What recipes keep of what steers besides the prompt, and which options they may. Files are {"file": name, "sha256": ...}.
-
-Loads no heavy library.
-"""
+"""What recipes keep of what steers besides the prompt. Files are {"file": name, "sha256": ...}. Loads no heavy library."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-from latentdiff.errors import DataError, UsageError
-from latentdiff.request.options import KEPT, checked
+from typing import Any
 
 File = dict[str, str]
 # How roles of files or folders with weights begin.
 MODEL_ROLES = ("control_model", "ip_adapter", "image_encoder", "upscaler", "hires_upscaler")
 _STRICT: dict[str, Any] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # for pydantic
-Recipe = TypeVar("Recipe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +54,3 @@ class RecordedImagePrompt:
         images = {f"image_prompt{number}{f'_{n}' * (n > 1)}": entry for n, entry in enumerate(self.images, 1)}
         negative = {} if self.negative is None else {f"negative_image_prompt{number}": self.negative}
         return {**images, **negative, f"ip_adapter{number}": self.adapter, f"image_encoder{number}": self.encoder}
-
-
-def allowed(recipe: Recipe) -> Recipe:
-    """A recipe that was read, if a call takes its options.
-
-    Raises:
-        DataError: it does not.
-    """
-    try:
-        checked({name: getattr(recipe, name) for name in KEPT})
-    except UsageError as error:
-        raise DataError(f"the image's recipe is not valid: {error}") from error
-    return recipe
