@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from latentdiff import __version__, foreign
 from latentdiff.errors import DataError, UsageError
 from latentdiff.foreign.account import Account, Field, NamedLoRA
+from latentdiff.request.domains import Choice, ChoiceOrFile
 from latentdiff.request.infotext import joined, read_value, split, written_value
-from latentdiff.request.options import GENERATING, KEPT, SAMPLING, checked
+from latentdiff.request.options import GENERATING, KEPT, OPTIONS, SAMPLING, checked
 from latentdiff.request.recorded import RecordedControl, RecordedImagePrompt
 from latentdiff.request.titles import read_method, read_pass, written_method, written_pass
 
@@ -228,9 +229,14 @@ def recorded_steering(controls: Sequence[Any] | None, image_prompts: Sequence[An
 
 
 def _allowed(recipe: Recipe) -> Recipe:
-    """The recipe, if a call takes its options; else a DataError."""
+    """The recipe, if a call takes its options, those that are files by their sources alone; else a DataError."""
+    elsewhere = {*recipe.sources, *(["steps"] if recipe.task != "generate" else [])}  # some tasks take none
     try:
-        checked({name: getattr(recipe, name) for name in KEPT})
+        for name in KEPT.keys() - elsewhere:
+            value = getattr(recipe, name)
+            if isinstance(domain := OPTIONS[name].domain, ChoiceOrFile):
+                Choice(domain.names)(name, value)  # never a path that a recipe names
+            checked({name: value})
     except UsageError as error:
         raise DataError(f"the image's recipe is not valid: {error}") from error
     return recipe

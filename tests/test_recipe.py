@@ -227,6 +227,17 @@ def test_options_that_no_call_takes(name, value):
         Recipe.from_json(json.dumps(fields))
 
 
+def test_a_recipe_names_no_file_anywhere(tmp_path):
+    """What is there, too: files come from beside the image, by their hashes."""
+    (tmp_path / "up.pth").touch()
+    path = str(tmp_path / "up.pth")
+    fields = {**json.loads(FOX.to_json()), "hires": 2.0, "hires_upscaler": path}
+    with pytest.raises(DataError, match="expected hires_upscaler to be one of"):
+        Recipe.from_json(json.dumps(fields))
+    known = {"sources": {"hires_upscaler": {"file": "up.pth", "sha256": "0"}}, "hires_upscaler": "up.pth"}
+    assert Recipe.from_json(json.dumps(fields | known)).hires_upscaler == "up.pth"
+
+
 @pytest.mark.parametrize("said", ["Seed: -1", "Steps: 0", "Clip skip: 0", "Noise source: x", "Guidance interval: 2.0 to 1.0"])
 def test_options_in_a_text_that_no_call_takes(said):
     name = said.partition(":")[0]

@@ -10,6 +10,7 @@ import click
 from latentdiff.cli.options import ANY_PATH, EMA, PARTS_FROM, PREDICTION_TYPE, ZERO_SNR
 from latentdiff.cli.output import check_writable
 from latentdiff.cli.places import written
+from latentdiff.errors import UsageError
 from latentdiff.files import check_named
 
 
@@ -23,7 +24,9 @@ from latentdiff.files import check_named
 def convert(source: str, target: Path, **choices: Any) -> None:
     """Convert the model IN to OUT, loss-free: a name ending in .safetensors is a single file, others a folder."""
     check_named(source)
-    check_writable(target)
+    check_writable(target.parent if target.suffix.lower() == ".safetensors" else target)
+    if target.suffix.lower() == ".safetensors" and target.is_dir():
+        raise UsageError(f"cannot write {target}: it is a folder")
     from latentdiff.checkpoints.conversion import convert as convert_model
 
     for note in convert_model(source, target, **choices):

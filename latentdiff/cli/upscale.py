@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from latentdiff.cli.options import ANY_PATH, DEVICE, OUT, WRITING
+from latentdiff.cli.options import DEVICE, IMAGE_FILE, OUT, WRITING
 from latentdiff.cli.output import Writing, check_transparency, check_writable, free_path, is_file
-from latentdiff.errors import UsageError
+from latentdiff.errors import CheckpointError, UsageError
 
 
 @click.command()
-@click.argument("image", type=ANY_PATH)
+@click.argument("image", type=IMAGE_FILE)
 @click.option(
     "--model",
     metavar="FILE",
@@ -37,6 +37,8 @@ def upscale(image: Path, model: str, tile: int, device: str, out: Path, **settin
     check_writable(out)
     if is_file(out) and out.exists():
         raise UsageError(f"{out} is there already; remove it or choose another name with --out")
+    if not Path(model).exists():
+        raise CheckpointError(f"no upscaler at {model}")
     check_transparency(out, writing, image)
     from latentdiff.tasks.upscaling import upscale as enlarge
     from latentdiff.upscaling.model import Upscaler

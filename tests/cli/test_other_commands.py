@@ -87,6 +87,17 @@ def test_inspect_what_is_no_model(command, workplace):
         assert done.code == 1 and said in done.out + done.err
 
 
+def test_convert_again_is_the_same(command, sd1, workplace):
+    """As after a kill in the last moment, when the file is there already."""
+    assert command("convert", sd1, "model.safetensors").code == 0
+    first = (workplace / "model.safetensors").read_bytes()
+    assert command("convert", sd1, "model.safetensors").code == 0
+    assert (workplace / "model.safetensors").read_bytes() == first
+    (workplace / "folder.safetensors").mkdir()
+    done = command("convert", sd1, "folder.safetensors")
+    assert done.code == 2 and "it is a folder" in done.errors[0]
+
+
 def test_convert_there_and_back(command, sd1, workplace):
     assert command("convert", sd1, "model.safetensors").out == "model.safetensors\n"
     assert command("convert", "model.safetensors", "again").out == "again\n"
