@@ -6,14 +6,14 @@
 
 The folder is an image folder as Hugging Face datasets reads it: PNG files and a `metadata.jsonl` with, for each, the
 caption (`text`) and the scene itself (`scene`: objects with noun, colour and box). Scene i depends on the seed and on i
-alone.
+alone. With --layouts, a hint for ControlNets lies beside each image, NAME.hint.png: where things stand, white on black.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from itertools import combinations
 from multiprocessing import Pool
@@ -160,7 +160,18 @@ def relation_holds(relation: str, a: Box, b: Box) -> bool:
     return along > 1.3 * abs(across) and along > 10
 
 
-def make_scene(index: int, *, out: Path, split: str, seed: int, size: int, font: Path) -> dict[str, Any]:
+def layout(boxes: Sequence[Box], size: int) -> Image.Image:
+    """Where things stand: their boxes, white on black."""
+    picture = Image.new("RGB", (size, size))
+    draw = ImageDraw.Draw(picture)
+    for left, top, right, bottom in boxes:
+        draw.rectangle((left, top, right - 1, bottom - 1), fill="white")
+    return picture
+
+
+def make_scene(
+    index: int, *, out: Path, split: str, seed: int, size: int, font: Path, layouts: bool = False
+) -> dict[str, Any]:
     """Draw scene number `index` into its file; returns its line of the metadata."""
     rng = Random(f"{seed}/{split}/{index}")
     while True:
@@ -171,6 +182,8 @@ def make_scene(index: int, *, out: Path, split: str, seed: int, size: int, font:
     name = f"{index // PER_FOLDER:04d}/{index:07d}.png"
     (out / name).parent.mkdir(parents=True, exist_ok=True)
     image.save(out / name, compress_level=1)
+    if layouts:
+        layout(boxes, size).save((out / name).with_suffix(".hint.png"))
     scene = plan.as_json()
     for entry, box in zip(scene["objects"], boxes, strict=True):
         entry["box"] = list(box)
@@ -218,6 +231,7 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 @click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
 @click.option("--size", type=click.IntRange(32), default=96, show_default=True, help="Pixels per side.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--layouts", is_flag=True, help="Write NAME.hint.png beside each image: where things stand.")
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes.")
 @click.option(
     "--font", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Path of NotoColorEmoji.ttf."
@@ -227,7 +241,7 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 )
 @click.option("--per-task", type=click.IntRange(1), default=50, show_default=True, help="Prompts per task.")
 def main(
-    out: Path | None, count: int, split: str, size: int, seed: int, workers: int, font: Path | None,
+    out: Path | None, count: int, split: str, size: int, seed: int, layouts: bool, workers: int, font: Path | None,
     prompts: Path | None, per_task: int,
 ) -> None:  # fmt: skip
     try:
@@ -237,7 +251,7 @@ def main(
         elif out is None:
             raise click.UsageError("name the folder to write to")
         else:
-            work = partial(make_scene, out=out, split=split, seed=seed, size=size, font=font)
+            work = partial(make_scene, out=out, split=split, seed=seed, size=size, font=font, layouts=layouts)
             with Pool(workers) as pool:
                 lines = list(
                     tqdm(pool.imap(work, range(count), chunksize=50), total=count, unit="scene", mininterval=1.0)

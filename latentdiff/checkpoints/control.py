@@ -6,10 +6,11 @@ on; they are added up when it meets a U-Net.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from latentdiff.checkpoints import tables
 from latentdiff.checkpoints.architecture import identify
 from latentdiff.checkpoints.files import read_tensors
-from latentdiff.checkpoints.folder import weight_files
+from latentdiff.checkpoints.folder import replaced_folder, save_tensors, weight_files
 from latentdiff.checkpoints.hub import locate
 from latentdiff.checkpoints.infer import infer_unet
 from latentdiff.checkpoints.keymap import KeyMap, Shape, compare
@@ -29,10 +30,12 @@ from latentdiff.errors import CheckpointError
 from latentdiff.networks.config import UNetConfig
 from latentdiff.networks.controlnet import ControlNetConfig, ControlNetwork
 from latentdiff.networks.union import UnionNetwork
-from latentdiff.reading.json import read_object
+from latentdiff.reading.json import parse_object, read_object
 from latentdiff.request.options import CONTROL_MODES
 
 DIFFERENCE = "difference"
+_STATED = "latentdiff.controlnet"  # in the metadata of a file in the original layout, the configuration
+_CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _PREFIX = "control_model."
 _MARK, _ORIGINAL_MARK = "controlnet_cond_embedding.conv_in.weight", "input_hint_block.0.weight"
 _MOST_HINT_WIDTHS = 8
@@ -48,6 +51,9 @@ class ControlWeights:
     Attributes:
         guessed: the configuration is read off the tensors, in which not all of it shows.
         is_difference: the way down is to be added to that of a U-Net.
+        prefix: before each name of the original layout, where the file is in that.
+        settings: the configuration as it is stated.
+        metadata: of the file.
     """
 
     path: Path
@@ -55,6 +61,9 @@ class ControlWeights:
     config: ControlNetConfig
     guessed: bool
     is_difference: bool
+    prefix: str | None = None
+    settings: Mapping[str, Any] | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def is_control(names: Iterable[str]) -> bool:
@@ -77,16 +86,21 @@ def read_control(source: str | os.PathLike[str], *, pools: bool | None = None) -
     files = weight_files(path.parent, path.name, "unet") if path.is_dir() else [path]
     tensors: dict[str, Tensor] = {}
     others: set[str] = set()
+    metadata: dict[str, str] = {}
     for file in files:
         found = read_tensors(file)
         tensors |= unwrapped(found.tensors)
         others |= found.others.keys()
+        metadata |= found.metadata
     is_difference = tensors.pop(DIFFERENCE, None) is not None or DIFFERENCE in others
-    beside = (path if path.is_dir() else path.parent) / "config.json"
+    beside = (path if path.is_dir() else path.parent) / _CONFIG
     settings = read_object(beside) if _MARK in tensors and beside.exists() else None
     if settings is not None and path.is_file() and settings.get("_class_name") not in _CLASSES:
         settings = None  # of something else in the same folder
-    if any(name.startswith(_PREFIX) for name in tensors):
+    if settings is None and _STATED in metadata:
+        settings = parse_object(metadata[_STATED], f"the entry {_STATED} of {path}", remedy="convert it from its source again")
+    prefix = _PREFIX if any(name.startswith(_PREFIX) for name in tensors) else ""
+    if prefix:
         tensors = {name.removeprefix(_PREFIX): part for name, part in tensors.items() if name.startswith(_PREFIX)}
     if not is_control(tensors):
         raise CheckpointError(f"expected a {_LABEL} in {path}, found {_found(tensors)}")
@@ -100,13 +114,33 @@ def read_control(source: str | os.PathLike[str], *, pools: bool | None = None) -
         config = _with_pools(config, named if pools is None else pools)
     elif pools is not None:
         config = _with_pools(config, pools)
-    if _ORIGINAL_MARK in tensors:
+    is_original = _ORIGINAL_MARK in tensors
+    if is_original:
         tensors = to_ours(tensors, config, path)
     compare(_LABEL, expected_shapes(config), shapes_of(tensors)).raise_unless_fits(path)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"the {_LABEL} in {path} holds {tensor.dtype} weights ({name}), expected floats")
-    return ControlWeights(path, tensors, config, settings is None, is_difference)
+    return ControlWeights(
+        path, tensors, config, settings is None, is_difference, prefix if is_original else None, settings, metadata
+    )
+
+
+def write_control_folder(
+    tensors: Mapping[str, Tensor], config: ControlNetConfig, folder: Path, metadata: Mapping[str, str]
+) -> None:
+    """Write a ControlNet as a folder that opens in diffusers, too; whole or not at all.
+
+    Args:
+        tensors: under the names of the diffusers layout; they keep their types.
+        metadata: beside them in their file.
+
+    Raises:
+        CheckpointError: `folder` holds something else than a ControlNet, or cannot be written.
+    """
+    with replaced_folder(folder, (_CONFIG, _WEIGHTS), _CONFIG) as temporary:
+        (temporary / _CONFIG).write_text(json.dumps(config.to_diffusers(), indent=2, sort_keys=True) + "\n")
+        save_tensors(tensors, temporary / _WEIGHTS, {"format": "pt", **metadata})
 
 
 def to_ours(tensors: Mapping[str, Tensor], config: ControlNetConfig, path: Path) -> dict[str, Tensor]:

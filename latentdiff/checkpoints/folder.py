@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ EXTRAS = "original_extras.safetensors"  # what an original single file holds bey
 CONFIGS = {**{part: f"{part}/config.json" for part in STEMS}, "scheduler": "scheduler/scheduler_config.json"}
 # Parts that published folders have and that have no place in a single file and no use here.
 _IGNORED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
+_IN_MODELS = frozenset({INDEX, EXTRAS, words.FILE, "tokenizer", "tokenizer_2", "scheduler", *STEMS, *_IGNORED_PARTS})
 # The classes whose parts are read here. The pipelines differ in what they do with them.
 _CLASSES = {
     "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderTiny"), "text_encoder": ("CLIPTextModel",),
@@ -110,7 +111,7 @@ def write_folder(raw: RawModel, folder: Path) -> None:
         CheckpointError: `folder` holds something else than a model.
         LatentDiffError: it cannot be written.
     """
-    with _replaced_folder(folder) as temporary:
+    with replaced_folder(folder) as temporary:
         for name in (*raw.parts, "scheduler", "model_index"):
             config = _explicit(raw.configs[name]) if is_text(name) else raw.configs[name]
             path = temporary / {**CONFIGS, "model_index": INDEX}[name]
@@ -271,9 +272,17 @@ def _write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _replaced_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder beside `folder` that takes its place when the block ends well."""
-    _check_replaceable(folder)
+def replaced_folder(folder: Path, known: Collection[str] = _IN_MODELS, mark: str = INDEX) -> Iterator[Path]:
+    """Give an empty folder beside `folder` that takes its place when the block ends well.
+
+    Args:
+        known: names that a folder holds which may be replaced.
+        mark: the one of them that it holds in any case.
+
+    Raises:
+        CheckpointError: `folder` holds something else, or cannot be written.
+    """
+    _check_replaceable(folder, known, mark)
     mark = secrets.token_hex(4)
     temporary, old = folder.with_name(f".{folder.name}-{mark}"), folder.with_name(f".{folder.name}-{mark}-old")
     try:
@@ -293,7 +302,7 @@ def _replaced_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _check_replaceable(folder: Path) -> None:
+def _check_replaceable(folder: Path, known: Collection[str], mark: str) -> None:
     here = Path.cwd()
     if folder.resolve() in (here, *here.parents):
         raise CheckpointError(f"cannot write a model folder to {folder}: this program runs in it; name a new folder")
@@ -301,9 +310,8 @@ def _check_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise CheckpointError(f"cannot write a model folder to {folder}: a file of that name exists")
-    known = {INDEX, EXTRAS, words.FILE, "tokenizer", "tokenizer_2", "scheduler", *STEMS, *_IGNORED_PARTS}
     foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in known)
-    if foreign or (any(folder.iterdir()) and not (folder / INDEX).exists()):
+    if foreign or (any(folder.iterdir()) and not (folder / mark).exists()):
         raise CheckpointError(
             f"refusing to replace {folder}: it holds {listing(folder)}, not only a model; choose a new folder"
         )

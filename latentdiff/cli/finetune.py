@@ -23,6 +23,8 @@ _FIRST = ("data", "method", "model", "out")
 _PLACEHOLDERS = {
     "data": "FOLDER[:REPEATS]",
     "validation": "FOLDER",
+    "hints": "FOLDER|COLUMN",
+    "control_model": "FILE|FOLDER|HUB_ID",
     "model": "FOLDER|HUB_ID|FILE",
     "out": "FOLDER",
     "cache": "FOLDER",
@@ -106,8 +108,8 @@ def _default(name: str, field: FieldInfo) -> str:
 def finetune(config: Path | None, resume: Path | None, verify_resume: int | None, **flags: Any) -> None:
     """Fine-tune a model on captioned images.
 
-    The result is OUT/lora.safetensors, OUT/model or OUT/embedding.safetensors, by method; OUT/report.html tells how it
-    went. Every key of the YAML is also a flag.
+    The result is OUT/lora.safetensors, OUT/model, OUT/embedding.safetensors or OUT/controlnet, by method; OUT/report.html
+    tells how it went. Every key of the YAML is also a flag.
     """
     if verify_resume and resume is None:
         raise UsageError("--verify-resume goes with --resume RUN")
@@ -129,7 +131,9 @@ def finetune(config: Path | None, resume: Path | None, verify_resume: int | None
 def _next_command(settings: FinetuneConfig, result: Path) -> str:
     """The command that draws with the result of a run."""
     model = ["--model", str(settings.model)] if settings.model and settings.method != "full" else []
-    how = ["--model" if settings.method == "full" else "--lora", str(result)]  # words are loaded as LoRAs are
+    how = [{"full": "--model", "controlnet": "--control-model"}.get(settings.method, "--lora"), str(result)]  # or a word
+    if settings.method == "controlnet":
+        how = ["--control", f"{settings.control_kind}=IMAGE" if settings.control_kind else "HINT", *how]
     prompt = f"a picture of {settings.word}" if settings.word else "what its captions say"
     return shlex.join(["latentdiff", "generate", prompt, *model, *how])
 

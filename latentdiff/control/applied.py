@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from latentdiff.checkpoints.control import empty_control, whole_weights
+from latentdiff.checkpoints.control import ControlWeights, empty_control, whole_weights
 from latentdiff.control.hints import hint_tensor
 from latentdiff.control.image_prompts import ImagePrompt
 from latentdiff.control.model import Control, ControlNet
@@ -18,8 +18,9 @@ from latentdiff.memory.parts import Part
 from latentdiff.memory.residence import Residence
 from latentdiff.networks.conditioning import Applied
 from latentdiff.networks.config import UNetConfig
-from latentdiff.networks.controlnet import AppliedControl, matched
+from latentdiff.networks.controlnet import AppliedControl, ControlNetwork, matched
 from latentdiff.networks.rows import window_of
+from latentdiff.networks.unet import UNet
 
 
 class Steering:
@@ -72,7 +73,7 @@ def control_parts(controls: Sequence[Control], residence: Residence, dtype: torc
     """
     unet = residence.module("unet").config
     for control in controls:
-        _check_fits(control.model, unet, residence.module("vae").config.downscale)
+        check_fits(control.model.weights, unet, residence.module("vae").config.downscale)
     return [_part(control.model, residence, dtype) for control in controls]
 
 
@@ -113,8 +114,24 @@ def _part(model: ControlNet, residence: Residence, dtype: torch.dtype) -> Part:
     return part
 
 
-def _check_fits(model: ControlNet, unet: UNetConfig, factor: int) -> None:
-    own = model.weights.config
+def network_for(weights: ControlWeights, unet: UNet) -> ControlNetwork:
+    """The network of a ControlNet for a U-Net with its weights in memory, which it is trained beside; in float32."""
+    network = empty_control(matched(weights.config, unet.config) if weights.guessed else weights.config)
+    whole = whole_weights(weights, unet.state_dict())
+    network.load_state_dict({name: tensor.float().clone() for name, tensor in whole.items()}, assign=True)
+    return network
+
+
+def check_fits(weights: ControlWeights, unet: UNetConfig, factor: int) -> None:
+    """Refuse a ControlNet that was made for a U-Net of another shape.
+
+    Args:
+        factor: pixels for a latent.
+
+    Raises:
+        CheckpointError: it was.
+    """
+    own = weights.config
     facts = {
         "text width": (own.unet.cross_attention_dim, unet.cross_attention_dim),
         "widths": (own.unet.block_out_channels, unet.block_out_channels),
@@ -126,6 +143,6 @@ def _check_fits(model: ControlNet, unet: UNetConfig, factor: int) -> None:
     for name, (found, expected) in facts.items():
         if found != expected:
             raise CheckpointError(
-                f"{model.weights.path.name} is a ControlNet for another model: {name} {found}, expected {expected}; take one "
+                f"{weights.path.name} is a ControlNet for another model: {name} {found}, expected {expected}; take one "
                 "that was made for the family of this model"
             )

@@ -99,6 +99,17 @@ class ControlNetConfig:
         }
 
 
+def control_config(unet: UNetConfig, downscale: int) -> ControlNetConfig:
+    """That of a new ControlNet for a U-Net, as published ones are: hints pass through 16, 32, 96 and 256 channels at 8 pixels
+    for a latent, through fewer for fewer, and go on with the last for more.
+
+    Args:
+        downscale: pixels for a latent along one side, a power of two.
+    """
+    levels = downscale.bit_length()
+    return ControlNetConfig(unet=unet, hint_widths=(16, 32, 96, *[256] * (levels - 3))[:levels])
+
+
 class _HintEmbedding(nn.Module):
     """Convolutions from the hint in pixels to the width of the U-Net at the size of the latents."""
 
@@ -130,6 +141,16 @@ class ControlNetwork(UNetEncoder):
             skips += [width] * (layers + (level < len(widths) - 1))
         self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(width, width, 1) for width in skips)
         self.controlnet_mid_block = nn.Conv2d(widths[-1], widths[-1], 1)
+
+    @torch.no_grad()
+    def start_from(self, unet: UNetEncoder) -> None:
+        """Begin as training does: the way down is the U-Net's, and what is added to it and to its skips is zero (Zhang et
+        al. 2023, section 3.1)."""
+        beneath = unet.state_dict()
+        self.load_state_dict({name: beneath.get(name, own) for name, own in self.state_dict().items()})
+        for conv in (self.controlnet_cond_embedding.conv_out, *self.controlnet_down_blocks, self.controlnet_mid_block):
+            nn.init.zeros_(conv.weight)
+            nn.init.zeros_(conv.bias)
 
     def embed_hint(self, hint: Tensor, mode: int | None = None) -> Tensor:
         """A hint (N, 3, H, W), RGB from 0 to 1, -1 where it is masked -> (N, C, h, w), once for all steps.

@@ -66,6 +66,12 @@ class UNetEncoder(nn.Module):
         projected.added = added
         return projected
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Train with less memory: recompute each block's activations in the backward pass (Chen et al. 2016)."""
+        for module in self.modules():
+            if isinstance(module, _Level):
+                module.checkpointing = True
+
     def _told(self, context: Tensor | SizedText) -> tuple[Tensor, Tensor | None]:
         """The text for the cross-attentions, and what pooled text and sizes add to the embedding of the timestep."""
         config = self.config
@@ -115,12 +121,6 @@ class UNet(UNetEncoder):
         for level in self.up_blocks:
             x = level(x, time, context, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Train with less memory: recompute each block's activations in the backward pass (Chen et al. 2016)."""
-        for module in self.modules():
-            if isinstance(module, _Level):
-                module.checkpointing = True
 
 
 class _Level(nn.Module):

@@ -123,10 +123,9 @@ class DenoisingTask(Task):
                 "noise": noise[:, 1],
                 "timesteps": timesteps,
             }
-            module = self.module
-            device = module.objective.alpha.device
+            device = self.module.objective.alpha.device
             batch = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in arrays.items()}
-            return module.errors(module.latents(batch), batch["noise"], batch["timesteps"], module.context(batch))
+            return self.module.errors(batch)
 
         return banded_losses(
             indices,

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from latentdiff.networks.controlnet import ControlNetwork
 from latentdiff.networks.layers.transformer import SizedText
 from latentdiff.networks.pooled import joined_chunks
 from latentdiff.networks.text_encoder import TextEncoder
@@ -15,7 +16,7 @@ from latentdiff.networks.text_encoders import TextEncoders
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE, LatentDistribution
 from latentdiff.training.config import DenoisingSection
-from latentdiff.training.data.transforms import to_signed
+from latentdiff.training.data.transforms import to_signed, to_unsigned
 from latentdiff.training.objective import DiffusionObjective
 
 # Latents of up to this many entries a channel are attended to faster without PyTorch's fused kernels, on a CPU in
@@ -34,6 +35,7 @@ class DenoisingLoss(nn.Module):
         objective: noise levels, target and weights.
         vae: encodes the images of batches that bring images; None where all latents are cached.
         adapter: what is trained beside the model (a LoRA, the embedding of a word), so that it is part of this module.
+        control: a ControlNet that is trained beside the U-Net and follows the batch's `hints`.
         trains_text: whether gradients must reach through the text encoder.
     """
 
@@ -45,12 +47,13 @@ class DenoisingLoss(nn.Module):
         *,
         vae: VAE | None = None,
         adapter: nn.Module | None = None,
+        control: ControlNetwork | None = None,
         trains_text: bool = False,
     ) -> None:
         super().__init__()
         self._trains_text = trains_text
         self.unet, self.text_encoder, self.objective = unet, text_encoder, objective
-        self.vae, self.adapter = vae, adapter
+        self.vae, self.adapter, self.control = vae, adapter, control
 
     def forward(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Weighted loss and plain mean squared error.
@@ -58,10 +61,9 @@ class DenoisingLoss(nn.Module):
         Args:
             batch: `noise` (n, C, h, w), `timesteps` (n,), `weights` (n,); `latents` (n, C, h, w), or `images`
                 (n, H, W, 3) uint8 with `posterior` noise (n, C, h, w); `context` (n, L, width), or `tokens` (n, chunks,
-                L); for U-Nets that are told them, `sizes` (n, 6).
+                L); for U-Nets that are told them, `sizes` (n, 6); for a ControlNet `hints` (n, H, W, 3) uint8.
         """
-        timesteps = batch["timesteps"]
-        differences = self.differences(self.latents(batch), batch["noise"], timesteps, self.context(batch))
+        timesteps, differences = batch["timesteps"], self.differences(batch)
         costs = self.objective.costs(differences, timesteps).flatten(1).mean(1)
         weights = self.objective.weights(timesteps) * batch["weights"]
         return {"loss": (weights * costs).mean(), "mse": differences.detach().square().mean()}
@@ -82,16 +84,28 @@ class DenoisingLoss(nn.Module):
         text = text.to(self.unet.conv_in.weight.dtype)
         return SizedText(text, batch["sizes"]) if "sizes" in batch else text
 
-    def errors(self, latents: Tensor, noise: Tensor, timesteps: Tensor, context: Tensor | SizedText) -> Tensor:
-        """Mean squared error of each sample, (n,)."""
-        return self.differences(latents, noise, timesteps, context).square().flatten(1).mean(1)
+    def errors(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean squared error of each sample, (n,); see `forward`."""
+        return self.differences(batch).square().flatten(1).mean(1)
 
-    def differences(self, latents: Tensor, noise: Tensor, timesteps: Tensor, context: Tensor | SizedText) -> Tensor:
+    def differences(self, batch: dict[str, Tensor]) -> Tensor:
         """What the predictions are off by, (n, C, h, w) float32."""
-        dtype = self.unet.conv_in.weight.dtype
+        latents, noise, timesteps = self.latents(batch), batch["noise"], batch["timesteps"]
+        context, dtype = self.context(batch), self.unet.conv_in.weight.dtype
         noisy = self.objective.noisy(latents, noise, timesteps).to(dtype).contiguous(memory_format=torch.channels_last)
-        prediction = self.unet(noisy, timesteps, context)
+        prediction = self.unet(noisy, timesteps, context, self._residuals(noisy, timesteps, context, batch))
         return self.objective.differences(prediction, latents, noise, timesteps)
+
+    def _residuals(
+        self, noisy: Tensor, timesteps: Tensor, context: Tensor | SizedText, batch: dict[str, Tensor]
+    ) -> list[Tensor] | None:
+        """What the ControlNet adds to the skips; it computes in its own precision, that of what is trained."""
+        if self.control is None:
+            return None
+        own, dtype = self.control.conv_in.weight.dtype, noisy.dtype
+        text = SizedText(context.text.to(own), context.sizes) if isinstance(context, SizedText) else context.to(own)
+        hint = self.control.embed_hint(to_unsigned(batch["hints"]).to(own))
+        return [one.to(dtype) for one in self.control(noisy.to(own), timesteps, text, hint)]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from PIL import Image
 
 from latentdiff.files import atomic_path
 from latentdiff.networks.text_encoder import TextEncoder
@@ -44,9 +45,23 @@ class Material:
 
     def prompts(self, settings: DenoisingSection, seed: int) -> list[str]:
         """What is drawn during training: the prompts of `settings`, or captions, of held-out images if there are any."""
-        samples, images = self.held_out if len(self.held_out[1]) else (self.samples, self.training)
+        samples, images = self._shown()
         captions = [samples.data.captions[index][0] for index in images]
         return list(settings.prompts) or sample_prompts(captions, settings.sample_count, seed)
+
+    def hints(self, settings: DenoisingSection, seed: int) -> list[Image.Image]:
+        """The hint for each of `prompts`: that of the image whose caption it is, or of any one for prompts of `settings`."""
+        samples, images = self._shown()
+        if settings.prompts:
+            chosen = [int(images[place % len(images)]) for place in range(len(settings.prompts))]
+        else:
+            first = {samples.data.captions[index][0]: int(index) for index in reversed(images)}
+            chosen = [first[caption] for caption in self.prompts(settings, seed)]
+        return [Image.fromarray(samples.hint(index)) for index in chosen]
+
+    def _shown(self) -> tuple[Samples, np.ndarray]:
+        """The images whose captions are drawn."""
+        return self.held_out if len(self.held_out[1]) else (self.samples, self.training)
 
     def summary(self, batch_size: int) -> dict[str, Any]:
         """What the report says about the data."""

@@ -15,6 +15,7 @@ from latentdiff.training.data.captions import choose
 from latentdiff.training.data.randomness import generator, normal, uniform
 from latentdiff.training.data.tokens import CaptionTokens
 from latentdiff.training.data.transforms import prepare, told_sizes
+from latentdiff.training.hints import CropKey, Hints
 from latentdiff.training.noise import diffusion_noise
 from latentdiff.training.objective import draw_timesteps
 from latentdiff.training.store import row_key
@@ -35,6 +36,7 @@ class Samples:
         settings: how images are cropped and captions are chosen.
         latent: channels of the latents, and pixels per latent.
         tells_sizes: the U-Net is told the sizes of images, as those of SDXL are.
+        hints: what a ControlNet follows, if one is trained.
     """
 
     def __init__(
@@ -46,8 +48,9 @@ class Samples:
         latent: tuple[int, int],
         *,
         tells_sizes: bool = False,
+        hints: Hints | None = None,
     ) -> None:
-        self.tells_sizes = tells_sizes
+        self.tells_sizes, self.hints = tells_sizes, hints
         self.data, self.buckets, self.tokens = data, list(buckets), tokens
         self._settings = settings
         self.latent = self._channels, self._downscale = latent
@@ -60,7 +63,7 @@ class Samples:
         width, height = self.buckets[index]
         return self._channels, height // self._downscale, width // self._downscale
 
-    def pixels(self, index: int, *, flipped: bool = False, crop_key: tuple[int | str, ...] | None = None) -> np.ndarray:
+    def pixels(self, index: int, *, flipped: bool = False, crop_key: CropKey = None) -> np.ndarray:
         """An image in its bucket, (H, W, 3) uint8; with a `crop_key`, where the crop lies depends on it."""
         random = None if crop_key is None else generator(*crop_key)
         image = prepare(self.data.load(index), self.buckets[index], crop="random" if random else "center", rng=random)
@@ -90,24 +93,24 @@ class Samples:
         posterior: np.ndarray,
         *,
         flipped: Sequence[bool] | None = None,
-        crop_keys: Sequence[tuple[int | str, ...] | None] | None = None,
+        crop_keys: Sequence[CropKey] | None = None,
     ) -> Arrays:
         """Images of one bucket: their latents where these are cached, otherwise their pixels and the noise to draw
-        with."""
+        with; and their hints."""
         mirrored = [False] * len(indices) if flipped is None else flipped
         keys = [None] * len(indices) if crop_keys is None else crop_keys
-        sizes = self._sizes(indices, mirrored, keys)
+        others = self._sizes(indices, mirrored, keys) | self._hints(indices, mirrored, keys)
         if self.latents is not None:
             rows = [self.latent_key(index, flipped=flip) for index, flip in zip(indices, mirrored, strict=True)]
-            return {"latents": self.latents.sample(rows, posterior), **sizes}
+            return {"latents": self.latents.sample(rows, posterior), **others}
         pixels = [
             self.pixels(index, flipped=flip, crop_key=key)
             for index, flip, key in zip(indices, mirrored, keys, strict=True)
         ]
-        return {"images": np.stack(pixels), "posterior": posterior, **sizes}
+        return {"images": np.stack(pixels), "posterior": posterior, **others}
 
     def _sizes(
-        self, indices: Sequence[int], flipped: Sequence[bool], crop_keys: Sequence[tuple[int | str, ...] | None]
+        self, indices: Sequence[int], flipped: Sequence[bool], crop_keys: Sequence[CropKey]
     ) -> Arrays:
         if not self.tells_sizes:
             return {}
@@ -122,6 +125,18 @@ class Samples:
             for index, flip, key in zip(indices, flipped, crop_keys, strict=True)
         ]
         return {"sizes": np.array(rows, np.float32)}
+
+    def hint(self, index: int, *, flipped: bool = False, crop_key: CropKey = None) -> np.ndarray:
+        """The hint of an image as `pixels` gives the image, (H, W, 3) uint8."""
+        assert self.hints is not None
+        hint = self.hints.pixels(index, self.buckets[index], crop_key, partial(self.pixels, index, crop_key=crop_key))
+        return np.ascontiguousarray(hint[:, ::-1] if flipped else hint)
+
+    def _hints(self, indices: Sequence[int], flipped: Sequence[bool], crop_keys: Sequence[CropKey]) -> Arrays:
+        if self.hints is None:
+            return {}
+        rows = zip(indices, flipped, crop_keys, strict=True)
+        return {"hints": np.stack([self.hint(index, flipped=flip, crop_key=key) for index, flip, key in rows])}
 
     def text(self, captions: Sequence[str], chunks: int) -> Arrays:
         """Captions: their embeddings where these are cached, otherwise their token ids (n, chunks, L)."""
@@ -146,6 +161,8 @@ class Batches:
         self.indices = indices
         captions = row_key(*(samples.data.captions[index] for index in indices))
         self.fingerprint = f"{samples.data.fingerprint} of {len(indices)} images, captions {captions[:16]}"
+        if samples.hints is not None:
+            self.fingerprint += f", hints {samples.hints.fingerprint}"
         repeats = [samples.data.repeats[index] for index in indices]
         self._plan = BatchPlan([samples.buckets[index] for index in indices], settings.batch_size, seed, repeats)
         self._rules = settings.caption_rules

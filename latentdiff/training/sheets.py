@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from latentdiff.checkpoints.components import Components
+from latentdiff.checkpoints.control import ControlWeights
+from latentdiff.control.model import ControlNet
 from latentdiff.image import contact_sheet, save_png
 from latentdiff.networks.attention import use_attention_backend
+from latentdiff.networks.controlnet import ControlNetwork
 from latentdiff.pipeline import Pipeline
 from latentdiff.training.config import DenoisingSection
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A ControlNet that is trained, and the hint for each prompt, of the size that is drawn."""
+
+    network: ControlNetwork
+    hints: Sequence[Image.Image]
 
 
 class SampleSheets:
@@ -26,11 +37,19 @@ class SampleSheets:
         settings: steps and guidance.
         folder: of the stage; the images lie in `samples/` there.
         seed: of the run; image i has seed `seed + i`.
+        followed: what the images follow beside their prompts.
     """
 
     def __init__(
-        self, parts: Components, prompts: Sequence[str], settings: DenoisingSection, folder: Path, seed: int
+        self,
+        parts: Components,
+        prompts: Sequence[str],
+        settings: DenoisingSection,
+        folder: Path,
+        seed: int,
+        followed: Followed | None = None,
     ) -> None:
+        self._followed = followed
         self._parts, self._prompts, self._settings = parts, list(prompts), settings
         self._folder, self._seed = folder, seed
         self.written: list[Path] = []
@@ -46,9 +65,11 @@ class SampleSheets:
         name = f"{self._parts.name}, trained in {self._folder.name}, step {step}, {weights} weights"
         pipe = Pipeline.from_components(replace(self._parts, name=name, hash=""))
         make = partial(pipe, steps=settings.sample_steps, guidance_scale=settings.sample_guidance, progress=False)
-        folder = sample_folder(self._folder, step, weights)
+        folder, hints = sample_folder(self._folder, step, weights), []
+        if self._followed is not None:
+            make, hints = _following(make, self._followed, name), self._followed.hints
         with use_attention_backend("sdpa"):
-            write_samples(make, self._prompts, folder, seed=self._seed)
+            write_samples(make, self._prompts, folder, seed=self._seed, hints=hints)
         if weights == "ema":
             self.written = [folder / f"{number:02d}.png" for number in range(len(self._prompts))]
         for network, mode in zip(networks, modes, strict=True):
@@ -58,7 +79,23 @@ class SampleSheets:
 class MakeImages(Protocol):
     """The public Pipeline with the settings of the samples already given, or anything that is called like it."""
 
-    def __call__(self, prompt: Sequence[str], *, seed: Sequence[int]) -> list[Image.Image]: ...
+    def __call__(self, prompt: Sequence[str], *, seed: Sequence[int], **options: Any) -> list[Image.Image]: ...
+
+
+def _following(make: MakeImages, followed: Followed, name: str) -> MakeImages:
+    """The same, but each image follows its hint."""
+    network = followed.network
+    weights = ControlWeights(Path(name), network.state_dict(), network.control, guessed=False, is_difference=False)
+    control = ControlNet(weights)
+    control.entry = {"file": name, "sha256": ""}  # as of the model: what it is at this step lies in no file
+
+    def follow(prompts: Sequence[str], *, seed: Sequence[int], **options: Any) -> list[Image.Image]:
+        made: list[Image.Image] = []
+        for prompt, own, hint in zip(prompts, seed, followed.hints, strict=True):
+            made += make([prompt], seed=[own], controls=[control(hint)], width=hint.width, height=hint.height, **options)
+        return made
+
+    return follow
 
 
 def sample_folder(run: Path, step: int, weights: str) -> Path:
@@ -66,14 +103,22 @@ def sample_folder(run: Path, step: int, weights: str) -> Path:
     return run / "samples" / f"step-{step:08d}" / weights
 
 
-def write_samples(make: MakeImages, prompts: Sequence[str], folder: Path, *, seed: int) -> list[Image.Image]:
+def write_samples(
+    make: MakeImages, prompts: Sequence[str], folder: Path, *, seed: int, hints: Sequence[Image.Image] = ()
+) -> list[Image.Image]:
     """Make one image of each prompt, write each with its recipe as `00.png`, `01.png` ..., and all of them as
-    `sheet.png`.
+    `sheet.png`, each beside the hint that it followed.
 
     Image i has seed `seed + i`; the same prompts and seed at every step show what the steps changed.
     """
     images = make(prompts, seed=[seed + index for index in range(len(prompts))])
     for index, image in enumerate(images):
         save_png(image, folder / f"{index:02d}.png")
-    save_png(contact_sheet(images, prompts), folder / "sheet.png")
+    if hints:
+        shown = [image for pair in zip(hints, images, strict=True) for image in pair]
+        texts = [text for prompt in prompts for text in ("hint", prompt)]
+        shown = [ImageOps.pad(image, shown[0].size, color="white") for image in shown]
+    else:
+        shown, texts = images, list(prompts)
+    save_png(contact_sheet(shown, texts), folder / "sheet.png")
     return images

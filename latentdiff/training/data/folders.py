@@ -18,6 +18,7 @@ from latentdiff.training.data.images import SUFFIXES
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDECARS = (".txt", ".caption")
 FILE_NAME = "file_name"
+MARK = ".hint"  # in the name of a hint for ControlNets beside its image: cat.png, cat.hint.png
 UNREAD = (".heic", ".heif", ".jxl", ".svg", ".psd", ".raw", ".cr2", ".nef", ".dng", ".arw")  # images in formats not read
 HELD_OUT = ("validation", "valid", "val", "test", "dev")
 
@@ -36,7 +37,7 @@ def list_folder(folder: Path, column: str | None) -> Listing:
             folder = folder / "train"
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder))
     metadata = [path for path in paths if path.name in METADATA]
-    images = [path for path in paths if path.suffix.lower() in SUFFIXES]
+    images, hints = _without_hints([path for path in paths if path.suffix.lower() in SUFFIXES])
     if not images and not metadata:
         raise DataError(f"no images in {folder}: looked for {_looked_for()}; found {_there(paths)}")
     listing = _from_metadata(folder, metadata, images, column) if metadata else _from_sidecars(folder, images, paths)
@@ -50,16 +51,25 @@ def list_folder(folder: Path, column: str | None) -> Listing:
     unread = Counter(path.suffix.lower() for path in paths if path.suffix.lower() in UNREAD)
     if unread:
         listing.notes.append(f"{_counted(unread)} files are left out: convert them to one of {', '.join(sorted(SUFFIXES))}")
+    if hints:
+        listing.notes.append(f"{hints} images are hints of others, as {MARK} in their names says, and are not trained on")
     if folder != whole:
         listing.notes.append(f"took train/ and left {', '.join(f'{name}/' for name in others)}")
     return listing
+
+
+def _without_hints(images: list[Path]) -> tuple[list[Path], int]:
+    """The images that are not the hint of another, as cat.hint.png is of cat.png; and how many are."""
+    stems = {path.with_suffix("") for path in images}
+    kept = [path for path in images if not (path.stem.endswith(MARK) and path.with_name(path.stem[: -len(MARK)]) in stems)]
+    return kept, len(images) - len(kept)
 
 
 def _from_metadata(folder: Path, metadata: list[Path], images: list[Path], column: str | None) -> Listing:
     listing = Listing(" and ".join(sorted({path.name for path in metadata})), [])
     named = set()
     for table in metadata:
-        rows = list(_rows(table))
+        rows = list(rows_of(table))
         found = (
             caption_column(dict.fromkeys(name for _, row in rows for name in row), column, str(table)) if rows else ""
         )
@@ -109,7 +119,7 @@ def _from_sidecars(folder: Path, images: list[Path], paths: list[Path]) -> Listi
     return listing
 
 
-def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows_of(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of a metadata file with their numbers, from 1."""
     if table.suffix == ".parquet":
         yield from enumerate(_parquet_rows(table), start=1)

@@ -20,6 +20,7 @@ def prepare(
     crop: str = "center",
     flip: bool = False,
     rng: np.random.Generator | None = None,
+    like: Size | None = None,
 ) -> np.ndarray:
     """Scale an image so that it just covers its bucket, with Lanczos resampling, and cut off what stands out.
 
@@ -31,6 +32,7 @@ def prepare(
         crop: "center", or "random" for another place at each call.
         flip: mirror left and right with probability one half.
         rng: where random crops and flips are drawn from; needed for both.
+        like: the size of another image of these proportions, whose part is taken.
 
     Returns:
         (H, W, 3) uint8.
@@ -39,11 +41,14 @@ def prepare(
         raise UsageError(f"expected crop to be one of {', '.join(CROPS)}, found {crop!r}")
     if rng is None and (flip or crop == "random"):
         raise UsageError("random crops and flips need a generator")
-    scale, (left, top) = placed(image.size, bucket, crop, rng)
+    width, height = like or image.size
+    scale, (left, top) = placed((width, height), bucket, crop, rng)
     window = tuple(side / scale for side in bucket)  # what is kept, in pixels of the image
     if scale == 1:
         left, top = int(left), int(top)  # so that pixels are copied, not resampled
-    box = (left, top, min(left + window[0], image.width), min(top + window[1], image.height))
+    box = (left, top, min(left + window[0], width), min(top + window[1], height))
+    if (width, height) != image.size:
+        box = tuple(side * own / whole for side, own, whole in zip(box, image.size * 2, (width, height) * 2, strict=True))
     if image.size != bucket or box != (0, 0, *image.size):
         image = image.resize(bucket, Image.Resampling.LANCZOS, box=box)
     if flip and rng is not None and rng.random() < 0.5:
@@ -79,6 +84,11 @@ def told_sizes(
 def to_signed(images: Tensor) -> Tensor:
     """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in [-1, 1], channels last in memory."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_unsigned(images: Tensor) -> Tensor:
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in [0, 1], channels last in memory, as ControlNets see hints."""
+    return images.permute(0, 3, 1, 2).float() / 255
 
 
 def to_bytes(images: Tensor) -> Tensor:

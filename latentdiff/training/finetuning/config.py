@@ -25,7 +25,7 @@ from latentdiff.training.config import (
     read_yaml,
 )
 
-METHODS = ("lora", "full", "textual_inversion")
+METHODS = ("lora", "full", "textual_inversion", "controlnet")
 
 # What differs between the methods; everything else has one default, given with its key.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -38,6 +38,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
         "ema_decay": 0.99,
         "caption_dropout": 0.0,
     },
+    "controlnet": {"lr": 1e-5, "max_steps": 5000, "ema_decay": 0.999},
 }
 
 
@@ -45,9 +46,9 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
     """A fine-tuning."""
 
     # --- what is trained
-    method: Literal["lora", "full", "textual_inversion"] = "lora"
+    method: Literal["lora", "full", "textual_inversion", "controlnet"] = "lora"
     """lora: small matrices beside the weights, a small file. full: all weights of the U-Net. textual_inversion: the
-    embedding of one new word."""
+    embedding of one new word. controlnet: a network that lets the model follow hints, such as edges."""
     model: str | None = None
     """Folder, file or hub id of the model to start from; without it, the one that comes with latentdiff."""
     out: Path = Path("runs/finetune")
@@ -71,6 +72,8 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
     """The new word of textual inversion, as prompts and captions will use it, for example <teapot>."""
     initial_word: str | None = None
     """A word of the model's vocabulary whose embedding the new word starts from."""
+    control_model: str | None = None
+    """Folder, file or hub id of a ControlNet to start from; without it, it starts as a copy of the U-Net's way down."""
 
     # --- what is learned from
     data: Entries = ()
@@ -80,6 +83,11 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
     """Held-out captioned images that are never trained on; replaces `validation_share`."""
     validation_share: Fraction = 0.0
     """Share of the images of `data` to hold out, chosen by the seed."""
+    hints: str | None = None
+    """What a ControlNet is to follow: a folder of images with the names of those of `data`, or the column of the metadata
+    that names them; without it, NAME.hint.png beside each image NAME."""
+    control_kind: Literal["canny", "scribble", "tile"] | None = None
+    """Make the hints of the images themselves, in place of reading them."""
     stream: bool = False
     """Read WebDataset shards in sequence, without an index in memory: for millions of images; square crops, no
     caches."""
@@ -159,9 +167,20 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
             raise ValueError("prodigy knows one learning rate only; leave out text_encoder_lr")
         if self.method == "textual_inversion" and not self.word:
             raise ValueError("textual_inversion needs the new word, for example --word '<teapot>'")
+        self._hints_fit()
         if self.validation and self.validation_share:
             raise ValueError("give either validation or validation_share, not both")
         return self
+
+    def _hints_fit(self) -> None:
+        of_controls = {"control_model": self.control_model, "hints": self.hints, "control_kind": self.control_kind}
+        given = [name for name, value in of_controls.items() if value is not None]
+        if given and self.method != "controlnet":
+            raise ValueError(f"{given[0]} goes with method controlnet")
+        if self.hints and self.control_kind:
+            raise ValueError("give either hints that exist or a control_kind to make them by, not both")
+        if self.stream and self.method == "controlnet":
+            raise ValueError("a stream of shards brings no hints; leave out stream, or write the images out as a folder")
 
 
 def load_finetune_config(path: Path | None, flags: Mapping[str, Any]) -> FinetuneConfig:

@@ -41,7 +41,7 @@ from latentdiff.training.report.log import best_step
 from latentdiff.training.report.memorization import check_copies
 from latentdiff.training.report.page import write_report
 from latentdiff.training.sharding import is_sharding
-from latentdiff.training.sheets import SampleSheets
+from latentdiff.training.sheets import Followed, SampleSheets
 from latentdiff.training.validation import fixed_part
 
 CONFIG = "config.yaml"
@@ -68,7 +68,8 @@ def finetune(
         settings: any key of `FinetuneConfig`, which replace those of the file: method, out, max_steps, lr ...
 
     Returns:
-        The result: `OUT/lora.safetensors` for method lora, the model folder `OUT/model` for method full.
+        The result: `OUT/lora.safetensors` for method lora, the model folder `OUT/model` for method full, the ControlNet
+        `OUT/controlnet` for method controlnet.
 
     Raises:
         UsageError: there is no data, or `out` holds a run already.
@@ -135,7 +136,7 @@ def _run(settings: FinetuneConfig, accelerator: Accelerator, verify_steps: int |
     material = read_material(settings, parts, shards)
     summary = material.summary(settings.batch_size) | ({"shards": len(shards)} if shards else {})
     announce(summary, settings.out / "data.json", accelerator)
-    sheets = SampleSheets(parts, material.prompts(settings, settings.seed), settings, settings.out, settings.seed)
+    sheets = _sheets(settings, method, material)
     with ExitStack() as stack:
         stack.enter_context(use_attention_backend(settings.attention))
         _speed_up(parts, method, settings, accelerator, stack)
@@ -211,6 +212,7 @@ def _speed_up(
 ) -> None:
     """Give the networks their fast forms on a CPU, until the `stack` is closed."""
     trained = [parts.unet, *([parts.text_encoder] if method.trains_text else [])]
+    trained += [method.control] if method.control else []
     if accelerator.device.type != "cpu":
         return
     for network in (parts.vae, parts.text_encoder):
@@ -231,14 +233,16 @@ def _task(
     settings: FinetuneConfig, method: FinetuningMethod, of: Material, sheets: SampleSheets, shards: Sequence[Path]
 ) -> DenoisingTask:
     parts, schedule = method.parts, Schedule(method.parts.schedule_config)
-    if settings.gradient_checkpointing:
-        parts.unet.enable_gradient_checkpointing()
+    for network in (parts.unet, method.control):
+        if network is not None and settings.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
     module = DenoisingLoss(
         parts.unet.to(memory_format=torch.channels_last),
         parts.text_encoder,
         DiffusionObjective(schedule, settings),
         vae=None if of.cached else parts.vae,
         adapter=method.adapter,
+        control=None if method.control is None else method.control.to(memory_format=torch.channels_last),
         trains_text=method.trains_text,
     )
     return DenoisingTask(
@@ -255,6 +259,14 @@ def _task(
         draws_raw=True,
         resume_hint=f"go on with: latentdiff finetune --resume {settings.out}",
     )
+
+
+def _sheets(settings: FinetuneConfig, method: FinetuningMethod, material: Material) -> SampleSheets:
+    prompts, seed = material.prompts(settings, settings.seed), settings.seed
+    if method.control is None:
+        return SampleSheets(method.parts, prompts, settings, settings.out, seed)
+    followed = Followed(method.control, material.hints(settings, seed))
+    return SampleSheets(method.parts, prompts, settings, settings.out, seed, followed)
 
 
 def _finish(
@@ -304,4 +316,5 @@ def _facts(settings: FinetuneConfig, material: Material) -> dict[str, Any]:
 
 
 def _result(settings: FinetuneConfig) -> Path:
-    return settings.out / {"lora": "lora.safetensors", "full": "model"}.get(settings.method, "embedding.safetensors")
+    names = {"lora": "lora.safetensors", "full": "model", "controlnet": "controlnet"}
+    return settings.out / names.get(settings.method, "embedding.safetensors")

@@ -15,6 +15,7 @@ from latentdiff.training.data.buckets import Size, assign, default_step
 from latentdiff.training.data.tokens import CaptionTokens
 from latentdiff.training.finetuning.config import FinetuneConfig
 from latentdiff.training.finetuning.streaming import StreamBatches
+from latentdiff.training.hints import Hints
 from latentdiff.training.material import Material, material
 from latentdiff.training.samples import Batches, Samples
 from latentdiff.training.validation import split
@@ -77,6 +78,7 @@ def _samples(
         index=settings.out / "index",
     )
     vae = parts.vae.config
+    is_control = settings.method == "controlnet"
     return Samples(
         data,
         _buckets(data, settings, parts),
@@ -84,6 +86,7 @@ def _samples(
         settings,
         (vae.latent_channels, vae.downscale),
         tells_sizes=parts.unet.config.added_dim is not None,
+        hints=Hints.find(data, settings.hints, settings.control_kind) if is_control else None,
     )
 
 

@@ -15,7 +15,11 @@ from torch import nn
 from latentdiff.adapters.lora import LoRA, LoRASpec, lora_metadata, save_lora
 from latentdiff.adapters.textual_inversion import NewWord
 from latentdiff.checkpoints.components import Components, save_folder
+from latentdiff.checkpoints.control import read_control, write_control_folder
+from latentdiff.control.applied import check_fits, network_for
+from latentdiff.networks.controlnet import ControlNetwork, control_config
 from latentdiff.networks.text_encoders import unused_by
+from latentdiff.training.data.randomness import torch_seed
 from latentdiff.training.denoising import text_and_unet
 from latentdiff.training.finetuning.config import FinetuneConfig
 from latentdiff.training.optimizer import ParameterGroup
@@ -35,6 +39,9 @@ class FinetuningMethod(ABC):
 
     adapter: nn.Module | None = None
     """What is trained beside the model's own weights."""
+
+    control: ControlNetwork | None = None
+    """The ControlNet that is trained beside the U-Net."""
 
     trains_text: bool = False
     """Whether the embeddings of captions change during training."""
@@ -163,11 +170,44 @@ class TextualInversionMethod(FinetuningMethod):
         return path
 
 
+class ControlNetMethod(FinetuningMethod):
+    """A ControlNet beside the model, which stays as it is (Zhang et al. 2023)."""
+
+    def __init__(self, parts: Components, settings: FinetuneConfig) -> None:
+        super().__init__(parts, settings)
+        unet, factor = parts.unet, parts.vae.config.downscale
+        if settings.control_model is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(torch_seed(settings.seed, "controlnet"))
+                self.control = ControlNetwork(control_config(unet.config, factor))
+            self.control.start_from(unet)
+        else:
+            weights = read_control(settings.control_model)
+            check_fits(weights, unet.config, factor)
+            self.control = network_for(weights, unet)
+        self.control.float().requires_grad_(True)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        assert self.control is not None
+        return [ParameterGroup("all", {f"controlnet.{name}": p for name, p in self.control.named_parameters()})]
+
+    def save(self, run: Path, facts: Mapping[str, Any]) -> Path:
+        assert self.control is not None
+        settings, parts = self.settings, self.parts
+        self.control.to(TYPES.get(settings.result_precision) or self.file_types["unet"])
+        about = {"model": parts.name, "model_hash": parts.hash, "hints": settings.control_kind or "given"}
+        write_control_folder(
+            self.control.state_dict(), self.control.control, run / "controlnet", {**about, "training": json.dumps(facts)}
+        )
+        return run / "controlnet"
+
+
 def make_method(parts: Components, settings: FinetuneConfig) -> FinetuningMethod:
     """The method that `settings` names, applied to a model."""
     methods: dict[str, type[FinetuningMethod]] = {
         "full": FullMethod,
         "lora": LoRAMethod,
         "textual_inversion": TextualInversionMethod,
+        "controlnet": ControlNetMethod,
     }
     return methods[settings.method](parts, settings)
