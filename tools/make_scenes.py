@@ -162,11 +162,11 @@ def relation_holds(relation: str, a: Box, b: Box) -> bool:
 
 def layout(boxes: Sequence[Box], size: int) -> Image.Image:
     """Where things stand: their boxes, white on black."""
-    picture = Image.new("RGB", (size, size))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (size, size))
+    draw = ImageDraw.Draw(image)
     for left, top, right, bottom in boxes:
         draw.rectangle((left, top, right - 1, bottom - 1), fill="white")
-    return picture
+    return image
 
 
 def make_scene(

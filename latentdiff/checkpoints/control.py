@@ -6,7 +6,6 @@ on; they are added up when it meets a U-Net.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,7 @@ from torch import Tensor
 from latentdiff.checkpoints import tables
 from latentdiff.checkpoints.architecture import identify
 from latentdiff.checkpoints.files import read_tensors
-from latentdiff.checkpoints.folder import replaced_folder, save_tensors, weight_files
+from latentdiff.checkpoints.folder import weight_files
 from latentdiff.checkpoints.hub import locate
 from latentdiff.checkpoints.infer import infer_unet
 from latentdiff.checkpoints.keymap import KeyMap, Shape, compare
@@ -34,9 +33,9 @@ from latentdiff.reading.json import parse_object, read_object
 from latentdiff.request.options import CONTROL_MODES
 
 DIFFERENCE = "difference"
-_STATED = "latentdiff.controlnet"  # in the metadata of a file in the original layout, the configuration
-_CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-_PREFIX = "control_model."
+STATED = "latentdiff.controlnet"  # in the metadata of a file in the original layout, the configuration
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+PREFIX = "control_model."
 _MARK, _ORIGINAL_MARK = "controlnet_cond_embedding.conv_in.weight", "input_hint_block.0.weight"
 _MOST_HINT_WIDTHS = 8
 _CLASSES = ("ControlNetModel", "ControlNetUnionModel", "ControlNetModel_Union", None)
@@ -68,7 +67,7 @@ class ControlWeights:
 
 def is_control(names: Iterable[str]) -> bool:
     """Whether these are the tensors of a ControlNet, alone or beside a model."""
-    return any(name in (_MARK, _ORIGINAL_MARK, _PREFIX + _ORIGINAL_MARK) for name in names)
+    return any(name in (_MARK, _ORIGINAL_MARK, PREFIX + _ORIGINAL_MARK) for name in names)
 
 
 def read_control(source: str | os.PathLike[str], *, pools: bool | None = None) -> ControlWeights:
@@ -93,15 +92,15 @@ def read_control(source: str | os.PathLike[str], *, pools: bool | None = None) -
         others |= found.others.keys()
         metadata |= found.metadata
     is_difference = tensors.pop(DIFFERENCE, None) is not None or DIFFERENCE in others
-    beside = (path if path.is_dir() else path.parent) / _CONFIG
+    beside = (path if path.is_dir() else path.parent) / CONFIG
     settings = read_object(beside) if _MARK in tensors and beside.exists() else None
     if settings is not None and path.is_file() and settings.get("_class_name") not in _CLASSES:
         settings = None  # of something else in the same folder
-    if settings is None and _STATED in metadata:
-        settings = parse_object(metadata[_STATED], f"the entry {_STATED} of {path}", remedy="convert it from its source again")
-    prefix = _PREFIX if any(name.startswith(_PREFIX) for name in tensors) else ""
+    if settings is None and STATED in metadata:
+        settings = parse_object(metadata[STATED], f"the entry {STATED} of {path}", remedy="convert it from its source again")
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
     if prefix:
-        tensors = {name.removeprefix(_PREFIX): part for name, part in tensors.items() if name.startswith(_PREFIX)}
+        tensors = {name.removeprefix(PREFIX): part for name, part in tensors.items() if name.startswith(PREFIX)}
     if not is_control(tensors):
         raise CheckpointError(f"expected a {_LABEL} in {path}, found {_found(tensors)}")
     shapes = shapes_of(tensors)
@@ -126,23 +125,6 @@ def read_control(source: str | os.PathLike[str], *, pools: bool | None = None) -
     )
 
 
-def write_control_folder(
-    tensors: Mapping[str, Tensor], config: ControlNetConfig, folder: Path, metadata: Mapping[str, str]
-) -> None:
-    """Write a ControlNet as a folder that opens in diffusers, too; whole or not at all.
-
-    Args:
-        tensors: under the names of the diffusers layout; they keep their types.
-        metadata: beside them in their file.
-
-    Raises:
-        CheckpointError: `folder` holds something else than a ControlNet, or cannot be written.
-    """
-    with replaced_folder(folder, (_CONFIG, _WEIGHTS), _CONFIG) as temporary:
-        (temporary / _CONFIG).write_text(json.dumps(config.to_diffusers(), indent=2, sort_keys=True) + "\n")
-        save_tensors(tensors, temporary / _WEIGHTS, {"format": "pt", **metadata})
-
-
 def to_ours(tensors: Mapping[str, Tensor], config: ControlNetConfig, path: Path) -> dict[str, Tensor]:
     """From the names of the original layout, without `control_model.`, to those of diffusers.
 
@@ -156,10 +138,10 @@ def to_ours(tensors: Mapping[str, Tensor], config: ControlNetConfig, path: Path)
     return {str(table.to_ours(name)): tensor for name, tensor in tensors.items()}
 
 
-def to_original(tensors: Mapping[str, Tensor], config: ControlNetConfig) -> dict[str, Tensor]:
-    """Inverse of `to_ours`, with `control_model.`."""
+def to_original(tensors: Mapping[str, Tensor], config: ControlNetConfig, prefix: str = PREFIX) -> dict[str, Tensor]:
+    """Inverse of `to_ours`, with a prefix before each name."""
     table = control_map(config)
-    return {f"{_PREFIX}{table.to_theirs(name)}": tensor for name, tensor in tensors.items()}
+    return {f"{prefix}{table.to_theirs(name)}": tensor for name, tensor in tensors.items()}
 
 
 def control_map(config: ControlNetConfig) -> KeyMap:

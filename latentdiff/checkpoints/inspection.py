@@ -179,6 +179,9 @@ def _describe_control(report: Report, file: TensorFile, wrapping: str) -> None:
     report.family = f"ControlNet for {made_for}"
     report.notes += ["differences from the weights of a U-Net, which are added when it is used"] * control.is_difference
     report.notes += ["its outputs are averaged over the image"] * control.config.pools
+    report.notes.append(f"in the names of {'diffusers' if control.prefix is None else 'the original code'}")
+    if "hints" in control.metadata and "model" in control.metadata:
+        report.notes.append(f"trained here beside {control.metadata['model']}, on hints: {control.metadata['hints']}")
     if control.config.modes:
         kinds = ", ".join(CONTROL_MODES[: control.config.modes])
         report.notes.append(f"takes several kinds of hints, one of which is named with it: {kinds}")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from latentdiff.cli.image_prompts import image_prompt_options, take_image_prompts, with_numbers
-from latentdiff.cli.output import check_image_file
+from latentdiff.cli.options import ANY_PATH
+from latentdiff.cli.output import check_image_file, check_writable
 from latentdiff.cli.places import ImageFile, check_image
 from latentdiff.errors import UsageError
 from latentdiff.files import check_named
@@ -17,6 +18,10 @@ from latentdiff.request.options import CONTROL_MODES, PREPARATIONS
 
 if TYPE_CHECKING:
     from latentdiff.control.model import Control
+
+DEPTH = "depth"
+_EDGES, _LINES = {"low", "high"}, {"sigma"}
+_OPTIONS = {"canny": _EDGES, "scribble": _EDGES, "tile": {"factor"}, "xdog": _LINES, "sobel": _LINES}
 
 CONTROL = click.option(
     "--control",
@@ -112,25 +117,58 @@ def parse_control_model(text: str) -> tuple[str, dict[str, Any]]:
 
 @click.group()
 def control() -> None:
-    """Prepare the images that ControlNets follow."""
+    """Prepare the images that ControlNets follow, and convert ControlNets."""
 
 
 @control.command()
-@click.argument("kind", type=click.Choice(PREPARATIONS))
+@click.argument("kind", metavar=f"[{'|'.join((*PREPARATIONS, DEPTH))}]")
 @click.argument("image", type=ImageFile(), metavar="IMAGE")
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Where to write the hint.")
 @click.option("--low", type=int, metavar="N", help="Of canny and scribble: an edge goes on above this.  [default: 100]")
 @click.option("--high", type=int, metavar="N", help="Of canny and scribble: an edge begins above this.  [default: 200]")
 @click.option("--factor", type=int, metavar="N", help="Of tile: how much smaller the details are.  [default: 8]")
-def prepare(kind: str, image: Path, out: Path, **options: int | None) -> None:
-    """Make the hint of a ControlNet of IMAGE: edges (canny), strokes (scribble), or the image without details (tile)."""
+@click.option("--sigma", type=float, metavar="X", help="Of xdog and sobel: blur in pixels, for broader lines.  [default: 1]")
+@click.option("--model", metavar="FOLDER", help="Of depth: a folder of transformers' AutoModelForDepthEstimation.")
+def prepare(kind: str, image: Path, out: Path, model: str | None, **options: float | None) -> None:
+    """Make the hint of a ControlNet of IMAGE.
+
+    canny: edges. scribble: strokes. xdog: drawn lines, for lineart. sobel: soft edges. tile: the image without details.
+    depth: how near things are, by a model that you name.
+    """
     check_image_file("--out", out)
     from latentdiff.control.preparation import prepared
     from latentdiff.image import open_image, save_image
 
     given = {name: value for name, value in options.items() if value is not None}
-    foreign = given.keys() - ({"factor"} if kind == "tile" else {"low", "high"})
-    if foreign:
+    takes = _OPTIONS.get(kind, set())
+    if foreign := given.keys() - takes:
         raise UsageError(f"{kind} takes no --{sorted(foreign)[0]}; leave it out")
-    save_image(prepared(open_image(image), kind, **given), out, metadata=False)
+    if (kind == DEPTH) != (model is not None):
+        raise UsageError(
+            f"expected --model FOLDER with {DEPTH} and with nothing else, found {'none' if model is None else kind};"
+            " take a folder of transformers, such as Depth Anything's"
+        )
+    if model is not None:
+        from latentdiff.control.depth import DepthModel
+
+        hint = DepthModel.load(model)(open_image(image))
+    else:
+        hint = prepared(open_image(image), kind, **given)
+    save_image(hint, out, metadata=False)
     click.echo(out)
+
+
+@control.command()
+@click.argument("source", metavar="IN")
+@click.argument("target", metavar="OUT", type=ANY_PATH)
+@click.option("--base", metavar="MODEL", help="Of a file with differences: the model that they are added to.")
+def convert(source: str, target: Path, base: str | None) -> None:
+    """Convert the ControlNet IN to OUT: a name ending in .safetensors is the original layout, others a diffusers folder.
+
+    There and back, every tensor has the same name, type and bits.
+    """
+    check_writable(target)
+    from latentdiff.checkpoints.control_layouts import convert_control
+
+    convert_control(source, target, base)
+    click.echo(target)

@@ -100,14 +100,15 @@ class ControlNetConfig:
 
 
 def control_config(unet: UNetConfig, downscale: int) -> ControlNetConfig:
-    """That of a new ControlNet for a U-Net, as published ones are: hints pass through 16, 32, 96 and 256 channels at 8 pixels
-    for a latent, through fewer for fewer, and go on with the last for more.
+    """That of a new ControlNet for a U-Net. In published ones, beside a U-Net that is 320 wide, hints pass through 16, 32, 96
+    and 256 channels at 8 pixels for a latent; beside others in proportion, through fewer for fewer pixels.
 
     Args:
         downscale: pixels for a latent along one side, a power of two.
     """
-    levels = downscale.bit_length()
-    return ControlNetConfig(unet=unet, hint_widths=(16, 32, 96, *[256] * (levels - 3))[:levels])
+    levels, scale = downscale.bit_length(), unet.block_out_channels[0] / 320
+    widths = (16, 32, 96, *[256] * (levels - 3))[:levels]
+    return ControlNetConfig(unet=unet, hint_widths=tuple(max(8, 8 * round(width * scale / 8)) for width in widths))
 
 
 class _HintEmbedding(nn.Module):

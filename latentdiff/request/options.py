@@ -64,7 +64,7 @@ UpscalerName = Literal[
     "latent", "latent-antialiased", "latent-bicubic", "latent-bicubic-antialiased", "latent-nearest", "latent-nearest-exact",
     "lanczos",
 ]  # fmt: skip
-PREPARATIONS = ("canny", "scribble", "tile")  # of hints for ControlNets
+PREPARATIONS = ("canny", "scribble", "xdog", "sobel", "tile")  # of hints for ControlNets
 # Kinds of hints of "union" ControlNets (the first six) and of "promax", in the order of their places.
 CONTROL_MODES = ("openpose", "depth", "scribble", "canny", "normal", "segment", "tile", "repaint")
 # Blocks of SDXL that decide style and layout (Wang et al. 2024, InstantStyle).

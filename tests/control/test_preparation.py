@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from latentdiff.control.preparation import prepared
 from latentdiff.errors import MissingDependencyError, UsageError
@@ -44,11 +45,50 @@ def test_scribbles_are_broad_edges():
     assert 2 * edges.sum() < strokes.sum() < 0.5 * strokes.size
 
 
+def blurred(sigma: float) -> np.ndarray:
+    """By scipy: luminance from 0 to 1 under a Gaussian."""
+    grey = np.asarray(photograph().convert("L"), dtype=np.float32) / 255
+    return ndimage.gaussian_filter(grey, sigma, mode="mirror", truncate=4.0)
+
+
+@pytest.mark.parametrize("sigma", [0.7, 1.0, 2.0])
+def test_xdog_is_its_equation_over_the_gaussians_of_scipy(sigma):
+    pytest.importorskip("cv2")
+    difference = blurred(sigma) - 0.98 * blurred(1.6 * sigma)
+    paper = np.where(difference >= -0.01, 1.0, 1 + np.tanh(100 * (difference + 0.01)))  # black lines on white
+    found = np.asarray(prepared(photograph(), "xdog", sigma=sigma))[..., 0].astype(int)
+    assert np.abs(found - (1 - paper) * 255).max() <= 4 and found.max() > 200 and (found == 0).mean() > 0.4
+
+
+@pytest.mark.parametrize("sigma", [0.7, 1.0, 2.0])
+def test_sobel_is_that_of_scipy(sigma):
+    pytest.importorskip("cv2")
+    slope = np.hypot(*(ndimage.sobel(blurred(sigma), axis, mode="mirror") for axis in (0, 1)))
+    found = np.asarray(prepared(photograph(), "sobel", sigma=sigma))[..., 0].astype(int)
+    assert np.abs(found - slope / slope.max() * 255).max() <= 1.5 and found.max() == 255
+
+
+def test_flat_images_have_no_lines():
+    pytest.importorskip("cv2")
+    for grey in (0, 90, 255):
+        flat = Image.new("RGB", (40, 30), (grey,) * 3)
+        assert not any(np.asarray(prepared(flat, kind)).any() for kind in ("xdog", "sobel", "canny"))
+
+
+@pytest.mark.parametrize("kind", ["pose", "openpose", "depth", "lineart", "softedge", "hed"])
+def test_kinds_that_need_weights_say_what_to_do(kind):
+    with pytest.raises(UsageError, match="controlnet_aux|prepare depth|xdog|sobel") as error:
+        prepared(photograph(), kind)
+    assert "\n" not in str(error.value)
+
+
 def test_what_cannot_be_prepared(monkeypatch):
     with pytest.raises(UsageError, match="one of canny|preparation of canny"):
         prepared(photograph(), "magic")
     with pytest.raises(UsageError, match="0 <= low <= high"):
         prepared(photograph(), "canny", low=9, high=3)
+    with pytest.raises(UsageError, match="sigma above 0"):
+        prepared(photograph(), "sobel", sigma=0)
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'latentdiff\[control\]'") as error:
         prepared(photograph(), "canny")

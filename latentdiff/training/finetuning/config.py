@@ -86,7 +86,7 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
     hints: str | None = None
     """What a ControlNet is to follow: a folder of images with the names of those of `data`, or the column of the metadata
     that names them; without it, NAME.hint.png beside each image NAME."""
-    control_kind: Literal["canny", "scribble", "tile"] | None = None
+    control_kind: Literal["canny", "scribble", "xdog", "sobel", "tile"] | None = None
     """Make the hints of the images themselves, in place of reading them."""
     stream: bool = False
     """Read WebDataset shards in sequence, without an index in memory: for millions of images; square crops, no

@@ -15,8 +15,10 @@ from torch import nn
 from latentdiff.adapters.lora import LoRA, LoRASpec, lora_metadata, save_lora
 from latentdiff.adapters.textual_inversion import NewWord
 from latentdiff.checkpoints.components import Components, save_folder
-from latentdiff.checkpoints.control import read_control, write_control_folder
+from latentdiff.checkpoints.control import read_control
+from latentdiff.checkpoints.control_layouts import write_control_folder
 from latentdiff.control.applied import check_fits, network_for
+from latentdiff.errors import UsageError
 from latentdiff.networks.controlnet import ControlNetwork, control_config
 from latentdiff.networks.text_encoders import unused_by
 from latentdiff.training.data.randomness import torch_seed
@@ -183,6 +185,11 @@ class ControlNetMethod(FinetuningMethod):
             self.control.start_from(unet)
         else:
             weights = read_control(settings.control_model)
+            if weights.config.modes:
+                raise UsageError(
+                    f"{weights.path.name} is a ControlNet for several kinds of hints, which cannot be trained here; take one"
+                    " for a single kind"
+                )
             check_fits(weights, unet.config, factor)
             self.control = network_for(weights, unet)
         self.control.float().requires_grad_(True)
@@ -196,9 +203,9 @@ class ControlNetMethod(FinetuningMethod):
         settings, parts = self.settings, self.parts
         self.control.to(TYPES.get(settings.result_precision) or self.file_types["unet"])
         about = {"model": parts.name, "model_hash": parts.hash, "hints": settings.control_kind or "given"}
-        write_control_folder(
-            self.control.state_dict(), self.control.control, run / "controlnet", {**about, "training": json.dumps(facts)}
-        )
+        about["training"] = json.dumps(facts)
+        config = self.control.control.to_diffusers()
+        write_control_folder(self.control.state_dict(), config, run / "controlnet", about)
         return run / "controlnet"
 
 

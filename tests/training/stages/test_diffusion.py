@@ -104,8 +104,7 @@ def test_loss_starts_at_the_variance_of_the_target(tmp_path, tokenizer):
 def test_loss_is_weighted_by_min_snr(tmp_path, tokenizer):
     made = task(tmp_path, tokenizer, min_snr_gamma=5.0)
     batch = tensors(made.batch(0, range(8)))
-    context = made.module.text_encoder(batch["tokens"][:, 0])
-    errors = made.module.errors(batch["latents"], batch["noise"], batch["timesteps"], context)
+    errors = made.module.errors(batch)
     alpha_squared = made.module.objective.alpha[batch["timesteps"]] ** 2
     snr = alpha_squared / (1 - alpha_squared)
     expected = (snr.clamp(max=5) / (snr + 1) * errors).mean()
