@@ -114,7 +114,7 @@ def test_it_starts_as_diffusers_starts_from_a_unet(tmp_path, monkeypatch):
     """The way down is the U-Net's, what is added is zero, and only the zero convolutions get a gradient at first."""
     batch, ours = one_step(tmp_path, "sd1", monkeypatch)
     pipe = peers.theirs.__wrapped__("sd1")
-    control = ControlNetModel.from_unet(pipe.unet)
+    control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 8, 8, 16))
     with torch.no_grad():
         down, middle = control(
             torch.randn(1, 4, 8, 8), 5, torch.randn(1, 77, 32), controlnet_cond=torch.rand(1, 3, 64, 64), return_dict=False
