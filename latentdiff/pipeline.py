@@ -9,7 +9,7 @@ Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Mode
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Literal, Unpack, cast, overload
 
 import torch
@@ -36,7 +36,6 @@ from latentdiff.networks.functions import checked_model, decode_latents, encode_
 from latentdiff.networks.sizes import Told
 from latentdiff.networks.steering import prompted_denoiser
 from latentdiff.networks.text_embedding import EncodedPrompt, Given
-from latentdiff.networks.told_guidance import told_guidance
 from latentdiff.networks.vae import LatentDistribution
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice, refusal
@@ -201,7 +200,7 @@ class Pipeline(PromptedModel):
                 return start(slice(first + part.start, first + part.stop), noise)
 
             images = slice(first, first + len(piece.prompts))
-            is_changed = bool(piece.loras) or piece.cache.interval > 1
+            is_changed = bool(piece.loras or piece.options.taps()) or piece.cache.interval > 1
             offered = self.offered.attached(piece.loras, self.load_lora, self.unload_lora) if piece.loras else nullcontext()
             with self.in_use(alone=is_changed), offered:
                 own = text and (text[0][images], text[1][images])
@@ -219,6 +218,8 @@ class Pipeline(PromptedModel):
         rows = max(map(plan.rows, plan.batches))
         sizes = self.told_of_latents(shape, plan.sizes)
         options, engine = plan.options, (self.backend, self.precision.name)
+        if (taps := options.taps()) and (self.backend != "torch" or self.precision.name == "int8"):
+            raise UsageError(f"{taps} need the back end torch and fp32, bf16 or fp16, found {' in '.join(engine)}")
         steering = Steering(
             options.controls or (), options.image_prompts or (), self.residence, self.precision.unet, engine
         )
@@ -231,7 +232,8 @@ class Pipeline(PromptedModel):
         self.residence.make_room("unet", denoising_bytes(workload) + workload.beside)
         finished: list[Tensor] = []
         bar = progress_bar(plan.steps * len(plan.batches), options.progress)
-        with self.residence.using("unet"), bar, self.told_guidance(options.guidance_scale):
+        told = self.told_guidance(options.guidance_scale)
+        with self.residence.using("unet"), bar, told, self.factored(options.freeu):
             applied = [*prompted, *steering.controls(shape, plan.levels)]
             for part in plan.batches:
                 noise = NoiseStream(plan.seeds[part], shape, rule=plan.noise, device=self.device)
@@ -258,18 +260,6 @@ class Pipeline(PromptedModel):
                     x = step.x
                 finished.append(x)
         return torch.cat(finished)
-
-    def told_guidance(self, scale: float) -> AbstractContextManager[Any]:
-        """Inside, a U-Net that is told the guidance scale is told this one.
-
-        Raises:
-            UsageError: the back end does not run the modules that are told.
-        """
-        if self.unet.config.time_cond_proj_dim is None:
-            return nullcontext()
-        if self.backend != "torch":
-            raise UsageError(f"a model that is told the guidance scale needs the back end torch, found {self.backend}")
-        return told_guidance(self.unet, scale)
 
     @one_use()
     @torch.no_grad()
@@ -333,15 +323,6 @@ class Pipeline(PromptedModel):
                 return denoise(x, level)
 
         return in_use
-
-    def check_text_to_image(self) -> None:
-        """Raise a UsageError if the model cannot do without an image and a mask."""
-        if self.is_for_inpainting:
-            latent, found = self.vae.config.latent_channels, self.unet.config.in_channels
-            raise UsageError(
-                f"expected a text-to-image model with {latent} U-Net input channels, found {found}: this model is for "
-                "inpainting and needs an image and a mask"
-            )
 
 
 def _as_prompts(texts: Texts) -> list[EncodedPrompt]:

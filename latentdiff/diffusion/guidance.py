@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.diffusion.guidance_kinds import Combine, Projection, check_kind, nearest_negative, projected, renoised
+from latentdiff.diffusion.guidance_kinds import (
+    Combine,
+    Projection,
+    Weakening,
+    check_kind,
+    nearest_negative,
+    projected,
+    renoised,
+    thresholded_guidance,
+)
 from latentdiff.diffusion.parameterization import Denoiser, Parameterization, Prediction
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
@@ -34,6 +43,8 @@ class Guidance:
         followed.
     kind: what is made of the two outputs; see `guidance_kinds`.
     projection: the numbers of the kind apg.
+    percentile: of the kind threshold, the share of values that are not clipped.
+    weakening: what is led away from besides, at the same noise levels, whatever the scale.
 
     Raises:
         UsageError: a value outside its domain.
@@ -44,6 +55,8 @@ class Guidance:
     interval: tuple[float, float] = (0.0, math.inf)
     kind: str = "cfg"
     projection: Projection = Projection()
+    percentile: float = 0.995
+    weakening: Weakening | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
@@ -55,6 +68,8 @@ class Guidance:
             raise UsageError(f"guidance interval must be two noise levels, 0 <= low < high, found {low} and {high}")
         if self.kind != "cfg":
             check_kind(self.kind, self.scale, self.rescale)
+        if self.weakening and self.kind == "cfg++":
+            raise UsageError("pag and seg go with other kinds of guidance than cfg++, which is found; leave one of them out")
 
     @property
     def is_off(self) -> bool:
@@ -63,8 +78,22 @@ class Guidance:
 
     def acts_at(self, level: Level) -> bool:
         """Whether the unconditional half is needed at `level`."""
+        return not self.is_off and self._covers(level)
+
+    def pusher(self, weakened: Model | None) -> Callable[[Tensor, Tensor, Level, Any], Tensor | None]:
+        """(positive, x, level, context) -> what leads away from the weakened model, added to the guided output; None where it
+        does not act."""
+
+        def push(positive: Tensor, x: Tensor, level: Level, context: Any) -> Tensor | None:
+            if self.weakening is None or weakened is None or not self._covers(level):
+                return None
+            return self.weakening.scale * (positive - weakened(x, level.t, context).to(x.dtype))
+
+        return push
+
+    def _covers(self, level: Level) -> bool:
         low, high = self.interval
-        return not self.is_off and low < level.sigma_hat <= high
+        return low < level.sigma_hat <= high
 
     def combiner(self, parameterization: Parameterization) -> Combine:
         """What is followed on one walk, of its kind."""
@@ -73,16 +102,19 @@ class Guidance:
         if self.kind == "apg":
             return projected(self.scale, parameterization, self.projection)
 
-        def combine(negative: Tensor, positive: Tensor, x: Tensor, level: Level) -> Prediction:
-            return parameterization(self.combine(negative, positive), x, level, guided=True)
+        if self.kind == "threshold":
+            return thresholded_guidance(self.scale, parameterization, self.percentile)
+
+        def combine(negative: Tensor, positive: Tensor, x: Tensor, level: Level, push: Tensor | None) -> Prediction:
+            return parameterization(self.combine(negative, positive, push), x, level, guided=True)
 
         return combine
 
-    def combine(self, negative: Tensor, positive: Tensor) -> Tensor:
-        """The guided output from the two raw outputs, all (N, C, h, w), of the kinds cfg and zero-star."""
+    def combine(self, negative: Tensor, positive: Tensor, push: Tensor | None = None) -> Tensor:
+        """The guided output from the two raw outputs, all (N, C, h, w), of the kinds cfg and zero-star, and a push."""
         if self.kind == "zero-star":
             negative = nearest_negative(negative, positive)
-        guided = negative + self.scale * (positive - negative)
+        guided = pushed(negative + self.scale * (positive - negative), push)
         if self.rescale == 0.0:
             return guided
         image = tuple(range(1, guided.ndim))
@@ -93,12 +125,18 @@ class Guidance:
 UNGUIDED = Guidance()
 
 
+def pushed(raw: Tensor, push: Tensor | None) -> Tensor:
+    """The sum of the two."""
+    return raw if push is None else raw + push
+
+
 def guided_denoiser(
     model: Model,
     parameterization: Parameterization,
     context: Any,
     negative_context: Any = None,
     guidance: Guidance = UNGUIDED,
+    weakened: Model | None = None,
 ) -> Denoiser:
     """A denoiser that follows `context` and avoids `negative_context`.
 
@@ -106,11 +144,12 @@ def guided_denoiser(
 
     Args:
         context, negative_context: of batch N; tensors (N, L, D), or a type that joins its instances with its own `cat`.
+        weakened: the model that `guidance.weakening` means.
 
     Raises:
         UsageError: guidance was asked for without a negative context.
     """
-    combine = guidance.combiner(parameterization)
+    combine, push = guidance.combiner(parameterization), guidance.pusher(weakened)
     if guidance.is_off:
         both = None
     elif negative_context is None:
@@ -123,8 +162,10 @@ def guided_denoiser(
     def denoise(x: Tensor, level: Level) -> Prediction:
         if guidance.acts_at(level):
             negative, positive = model(torch.cat([x, x]), level.t, both).to(x.dtype).chunk(2)
-            return combine(negative, positive, x, level)
-        return parameterization(model(x, level.t, context).to(x.dtype), x, level)
+            return combine(negative, positive, x, level, push(positive, x, level, context))
+        positive = model(x, level.t, context).to(x.dtype)
+        found = push(positive, x, level, context)
+        return parameterization(pushed(positive, found), x, level, guided=found is not None)
 
     return denoise
 
@@ -149,6 +190,7 @@ def composed_denoiser(
     composition: Composition,
     negative_context: Any,
     guidance: Guidance = UNGUIDED,
+    weakened: Model | None = None,
 ) -> Denoiser:
     """Like `guided_denoiser`, for images that follow several texts: D = D_neg + sum_i w_i (D_i - D_neg) is what is
     followed, so that guidance gives D_neg + sum_i w_i scale (D_i - D_neg).
@@ -158,7 +200,7 @@ def composed_denoiser(
     Args:
         negative_context: of batch N.
     """
-    combine = guidance.combiner(parameterization)
+    combine, push = guidance.combiner(parameterization), guidance.pusher(weakened)
     every = getattr(type(composition.context), "cat", torch.cat)([negative_context, composition.context])
 
     def denoise(x: Tensor, level: Level) -> Prediction:
@@ -167,9 +209,12 @@ def composed_denoiser(
         raw = model(torch.cat([x, x[images]]), level.t, every).to(x.dtype)
         negative, texts = raw[: len(x)], raw[len(x) :]
         followed = negative.index_add(0, images, weights * (texts - negative[images]))
+        found = push(texts, x[images], level, composition.context)
+        if found is not None:
+            found = torch.zeros_like(x).index_add(0, images, weights * found)
         if guidance.acts_at(level):
-            return combine(negative, followed, x, level)
-        return parameterization(followed, x, level)
+            return combine(negative, followed, x, level, found)
+        return parameterization(pushed(followed, found), x, level, guided=found is not None)
 
     return denoise
 

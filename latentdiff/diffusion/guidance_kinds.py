@@ -4,6 +4,9 @@ cfg        negative + scale (positive - negative), of the raw outputs (Ho & Sali
 cfg++      the guided x0, and the noise of the negative prompt; scale 0 to 1 (Chung et al. 2024, algorithm 2)
 apg        of x0: the part across the positive prediction, bounded, with momentum (Sadat et al. 2024, algorithm 1)
 zero-star  as cfg, the negative output scaled first to lie nearest to the positive (Fan et al. 2025, eq. 8)
+threshold  as cfg, its x0 brought back to the range of the positive one (dynamic thresholding, Saharia et al. 2022, section 2.3)
+
+All but cfg++ may be led away from weakened attention besides: + scale (positive - weakened), of the raw outputs.
 """
 
 from __future__ import annotations
@@ -16,14 +19,16 @@ from torch import Tensor
 
 from latentdiff.diffusion.parameterization import Parameterization, Prediction
 from latentdiff.diffusion.schedule import Level
+from latentdiff.diffusion.thresholding import clipped
 from latentdiff.errors import UsageError
 
-GUIDANCE_KINDS = ("cfg", "cfg++", "apg", "zero-star")
+GUIDANCE_KINDS = ("cfg", "cfg++", "apg", "zero-star", "threshold")
 # Samplers whose step is alpha' x0 + sigma' eps, with noise added or not: in others, cfg++ has no meaning.
 CFG_PP_SAMPLERS = ("ddim", "euler", "euler-a")
 
-# (negative, positive, x, level) -> what is followed; raw outputs and latents (N, C, h, w).
-Combine = Callable[[Tensor, Tensor, Tensor, Level], Prediction]
+# (negative, positive, x, level, push) -> what is followed; raw outputs and latents (N, C, h, w). The push is what is added to
+# the guided raw output; None is nothing.
+Combine = Callable[[Tensor, Tensor, Tensor, Level, Tensor | None], Prediction]
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,23 @@ class Projection:
     momentum: float = -0.5
 
 
+@dataclass(frozen=True)
+class Weakening:
+    """What guidance leads away from besides: the model with weakened self-attention in its middle.
+
+    scale: how strongly; 0 is not at all.
+    blur: None lets each place see itself alone (PAG, Ahn et al. 2024, eq. 13). A number blurs the queries with that standard
+        deviation in cells, and infinity takes their mean (SEG, Hong 2024, eq. 9).
+    """
+
+    scale: float
+    blur: float | None = None
+
+
 def renoised(scale: float, parameterization: Parameterization) -> Combine:
     """cfg++."""
 
-    def combine(negative: Tensor, positive: Tensor, x: Tensor, level: Level) -> Prediction:
+    def combine(negative: Tensor, positive: Tensor, x: Tensor, level: Level, push: Tensor | None) -> Prediction:
         guided = parameterization(negative + scale * (positive - negative), x, level, guided=True)
         return replace(guided, eps=parameterization(negative, x, level).eps)
 
@@ -55,7 +73,7 @@ def projected(scale: float, parameterization: Parameterization, projection: Proj
     last: Tensor | None = None
     before = float("inf")
 
-    def combine(negative: Tensor, positive: Tensor, x: Tensor, level: Level) -> Prediction:
+    def combine(negative: Tensor, positive: Tensor, x: Tensor, level: Level, push: Tensor | None) -> Prediction:
         nonlocal last, before
         followed = parameterization(positive, x, level).x0
         difference = followed - parameterization(negative, x, level).x0
@@ -63,11 +81,33 @@ def projected(scale: float, parameterization: Parameterization, projection: Proj
             difference = difference + projection.momentum * last
         last, before = difference, level.sigma_hat
         x0 = followed + (scale - 1.0) * projected_update(difference, followed, projection)
-        eps = (x - level.alpha * x0) / level.sigma
-        alpha, sigma = (torch.tensor(share, dtype=x.dtype, device=x.device) for share in (level.alpha, level.sigma))
-        return Prediction(x0, eps, parameterization.target(x0, eps, alpha, sigma), guided=True)
+        found = predicted(x0, x, level, parameterization)
+        return found if push is None else parameterization(found.raw + push, x, level, guided=True)
 
     return combine
+
+
+def thresholded_guidance(scale: float, parameterization: Parameterization, percentile: float) -> Combine:
+    """Dynamic thresholding: where the values of a guided x0 at `percentile` exceed the range of the positive x0, larger
+    ones are clipped and all are divided, so that it keeps to that range.
+
+    In the paper the range is that of pixels, -1 to 1; latents have none, and the positive prediction has that of the image.
+    """
+
+    def combine(negative: Tensor, positive: Tensor, x: Tensor, level: Level, push: Tensor | None) -> Prediction:
+        guided = negative + scale * (positive - negative)
+        guided = parameterization(guided if push is None else guided + push, x, level).x0
+        followed = parameterization(positive, x, level).x0
+        return predicted(clipped(guided, percentile, followed.flatten(1).abs().amax(1)), x, level, parameterization)
+
+    return combine
+
+
+def predicted(x0: Tensor, x: Tensor, level: Level, parameterization: Parameterization) -> Prediction:
+    """The guided prediction that says `x0` of `x`."""
+    eps = (x - level.alpha * x0) / level.sigma
+    alpha, sigma = (torch.tensor(share, dtype=x.dtype, device=x.device) for share in (level.alpha, level.sigma))
+    return Prediction(x0, eps, parameterization.target(x0, eps, alpha, sigma), guided=True)
 
 
 def projected_update(difference: Tensor, followed: Tensor, projection: Projection) -> Tensor:
@@ -94,5 +134,5 @@ def check_kind(kind: str, scale: float, rescale: float) -> None:
         raise UsageError(f"expected a kind of guidance of {', '.join(GUIDANCE_KINDS)}, found {kind!r}")
     if kind == "cfg++" and not 0.0 <= scale <= 1.0:
         raise UsageError(f"expected a guidance scale of 0 to 1 with cfg++, found {scale:g}; 0.6 is about 7.5 of cfg")
-    if kind in ("cfg++", "apg") and rescale:
+    if kind in ("cfg++", "apg", "threshold") and rescale:
         raise UsageError(f"guidance rescale goes with cfg and zero-star, found {rescale:g} with {kind}; leave it at 0")

@@ -126,7 +126,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-_CHANGING = ("controls", "image_prompts", "seamless")  # options
+_CHANGING = ("controls", "image_prompts", "seamless", "pag_scale", "seg_scale", "freeu")  # options
 
 
 def one_use(*, alone: bool = False) -> Callable[[Function], Function]:

@@ -14,10 +14,12 @@ from latentdiff.device import describe_device
 from latentdiff.errors import UsageError
 from latentdiff.memory.sharing import one_use
 from latentdiff.model.loaded import LoadedModel
+from latentdiff.networks.freeu import freeu
 from latentdiff.networks.kernels.choice import forms_in_use
 from latentdiff.networks.seamless import seamless
 from latentdiff.networks.sizes import SizeOptions, Told
 from latentdiff.networks.text_embedding import PLAIN, EncodedPrompt, PromptEncoder, Reading
+from latentdiff.networks.told_guidance import told_guidance
 from latentdiff.prompts.account import Account, account
 from latentdiff.prompts.syntax import read_prompt
 from latentdiff.recipe import Recipe, library_versions
@@ -76,6 +78,15 @@ class PromptedModel(LoadedModel):
         """
         return account(self.tokenizer, prompt, prompt_syntax, steps, negative=negative)
 
+    def check_text_to_image(self) -> None:
+        """Raise a UsageError if the model cannot do without an image and a mask."""
+        if self.is_for_inpainting:
+            latent, found = self.vae.config.latent_channels, self.unet.config.in_channels
+            raise UsageError(
+                f"expected a text-to-image model with {latent} U-Net input channels, found {found}: this model is for "
+                "inpainting and needs an image and a mask"
+            )
+
     def prompt_encoder(self, reading: Reading = PLAIN) -> PromptEncoder:
         """What embeds prompts, and remembers them."""
         return PromptEncoder(self.tokenizer, self.text_encoder, self.device, reading)
@@ -99,6 +110,22 @@ class PromptedModel(LoadedModel):
             loras=[*loaded, *named],
             **fields,
         )
+
+    def told_guidance(self, scale: float) -> AbstractContextManager[Any]:
+        """Inside, a U-Net that is told the guidance scale is told this one.
+
+        Raises:
+            UsageError: the back end does not run the modules that are told.
+        """
+        if self.unet.config.time_cond_proj_dim is None:
+            return nullcontext()
+        if self.backend != "torch":
+            raise UsageError(f"a model that is told the guidance scale needs the back end torch, found {self.backend}")
+        return told_guidance(self.unet, scale)
+
+    def factored(self, factors: Sequence[float] | None) -> AbstractContextManager[None]:
+        """See `freeu`; of the U-Net."""
+        return nullcontext() if factors is None else freeu(self.unet, factors)
 
     def going_around(self, axes: str | None, plan: Plan) -> AbstractContextManager[None]:
         """See `seamless`; of the networks of a plan."""

@@ -22,6 +22,7 @@ from latentdiff.networks.conditioning import AnyConditioning, Applied, Condition
 from latentdiff.networks.sizes import Told
 from latentdiff.networks.text_embedding import EncodedPrompt
 from latentdiff.networks.unet import UNet
+from latentdiff.networks.weakened import weakened_model
 
 
 def prompted_denoiser(
@@ -47,6 +48,7 @@ def prompted_denoiser(
         sizes: what U-Nets of SDXL are told beside the texts.
         controls: what steers besides.
     """
+    weakened = weakened_model(model, unet, guidance.weakening) if guidance.weakening else None
     images = [image for image, prompt in enumerate(positive) for _ in prompt.parts]
     weights = [part.weight for prompt in positive for part in prompt.parts]
     made: dict[tuple[int, ...], Denoiser] = {}
@@ -69,10 +71,10 @@ def prompted_denoiser(
             followed = conditioning(texts, images, sizes and sizes.positive)
             away = conditioning(avoided, range(len(negative)), sizes and sizes.negative, avoided=True)
             if all(prompt.is_plain for prompt in positive):
-                made[key] = guided_denoiser(model, parameterization, followed, away, guidance)
+                made[key] = guided_denoiser(model, parameterization, followed, away, guidance, weakened)
             else:
                 made[key] = composed_denoiser(
-                    model, parameterization, Composition(followed, images, weights), away, guidance
+                    model, parameterization, Composition(followed, images, weights), away, guidance, weakened
                 )
         return made[key]
 

@@ -107,8 +107,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Some finite numbers, or a text that has them between commas."""
+    """Some finite numbers of `low` or more, or a text that has them between commas; `count` of them, or any."""
 
+    count: int | None = None
+    low: float = -math.inf
     metavar: str = "X,X,..."
 
     def __call__(self, name: str, value: Any) -> tuple[float, ...]:
@@ -116,8 +118,10 @@ class Numbers:
             numbers = tuple(map(float, value.split(",") if isinstance(value, str) else value))
         except (TypeError, ValueError):
             numbers = ()
-        if not numbers or not all(map(math.isfinite, numbers)):
-            raise refusal(name, "some finite numbers", value)
+        is_right = numbers and self.count in (None, len(numbers))
+        if not is_right or not all(math.isfinite(number) and number >= self.low for number in numbers):
+            of_low = "" if self.low == -math.inf else f" of {self.low:g} or more"
+            raise refusal(name, f"{self.count or 'some'} finite numbers{of_low}", value)
         return numbers
 
 

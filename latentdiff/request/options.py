@@ -57,7 +57,7 @@ TranslationName = Literal["features", "direct", "null-text", "negative-prompt", 
 BlendName = Literal["linear", "constant", "exponential"]
 OperatorName = Literal["inpaint", "super-resolution", "deblur", "denoise", "colourise"]
 RestorationName = Literal["diffpir", "dps", "psld", "resample", "graikos"]
-GuidanceName = Literal["cfg", "cfg++", "apg", "zero-star"]
+GuidanceName = Literal["cfg", "cfg++", "apg", "zero-star", "threshold"]
 AxesName = Literal["x", "y", "xy"]
 BorderName = Literal["reflect", "periodic"]
 UpscalerName = Literal[
@@ -158,14 +158,31 @@ class SamplingOptions(SeededOptions, total=False):
     guidance_kind: Annotated[
         GuidanceName | None, Option(Choice(get_args(GuidanceName)), "cfg", kept=Kept(str, "Guidance kind", "cfg"))
     ]
-    """What is made of the prompt and the negative one: classifier-free guidance; cfg++ with a scale of 0 to 1; apg, which
-    keeps colours at large scales; zero-star."""
+    """What is made of the prompt and the negative one: classifier-free guidance; cfg++ with a scale of 0 to 1; apg and
+    threshold, which keep colours at large scales; zero-star."""
     apg_eta: Annotated[float | None, Option(Real(0, 1), 0.0, kept=Kept(float, "APG eta", 0.0))]
     """With apg: share of the change that only raises contrast."""
     apg_bound: Annotated[float | None, Option(Real(0), 15.0, kept=Kept(float, "APG bound", 15.0))]
     """With apg: longest change of an image's latents before the scale; 0 is no bound."""
     apg_momentum: Annotated[float | None, Option(Real(-1, 1), -0.5, kept=Kept(float, "APG momentum", -0.5))]
     """With apg: share of the last change that is added."""
+    threshold_percentile: Annotated[
+        float | None, Option(Real(0.5, 1), 0.995, kept=Kept(float, "Threshold percentile", 0.995))
+    ]
+    """With threshold: share of the values of the latents that are not clipped."""
+    pag_scale: Annotated[float | None, Option(Real(0), 0.0, kept=Kept(float, "PAG scale", 0.0))]
+    """How strongly to lead away from an image whose parts do not see one another (PAG, Ahn et al. 2024); 3 is customary, 0
+    is none. A third evaluation at each step."""
+    seg_scale: Annotated[float | None, Option(Real(0), 0.0, kept=Kept(float, "SEG scale", 0.0))]
+    """The same away from an image whose parts all look for the same (SEG, Hong 2024)."""
+    seg_blur: Annotated[float | None, Option(Real(0), unset="their mean", kept=Kept(float | None, "SEG blur", None))]
+    """With seg_scale: how far what parts look for is blurred, in cells of the smallest feature map."""
+    freeu: Annotated[
+        Sequence[float] | None,
+        Option(Numbers(count=4, low=0.0), unset="none", kept=Kept(tuple[float, ...] | None, None, None)),
+    ]
+    """Four factors in the first two levels of the way up: of half of the features, and of the coarse part of the skips
+    (FreeU, Si et al. 2023): 1.5,1.6,0.9,0.2 for SD 1.x, 1.4,1.6,0.9,0.2 for 2.x, 1.3,1.4,0.9,0.2 for XL."""
     sampler: Annotated[
         SamplerName | None,
         Option(

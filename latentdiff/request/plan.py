@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from latentdiff.diffusion.drawing import Thresholding
 from latentdiff.diffusion.guidance import UNGUIDED, Guidance
-from latentdiff.diffusion.guidance_kinds import CFG_PP_SAMPLERS, Projection
+from latentdiff.diffusion.guidance_kinds import CFG_PP_SAMPLERS, Projection, Weakening
 from latentdiff.diffusion.latents import NoiseRule
 from latentdiff.diffusion.samplers import SAMPLERS, Sampler, get_sampler
 from latentdiff.diffusion.schedule import Level, Schedule
@@ -26,8 +25,8 @@ from latentdiff.networks.text_embedding import Reading
 from latentdiff.prompts.syntax import as_list, read_prompt
 from latentdiff.prompts.tags import LoRATag
 from latentdiff.recipe import recorded_steering
-from latentdiff.request.options import KEPT, OPTIONS, SAMPLING
-from latentdiff.request.settled import Settings
+from latentdiff.request.options import KEPT, SAMPLING
+from latentdiff.request.settled import Settings, batches_of_equal_loras, one_per_image, seed_of_each
 
 TOLD_GUIDANCE = 8.5  # customary for models that are told it (Luo et al. 2023)
 
@@ -44,9 +43,9 @@ class Sampling(Settings):
         own = self.for_model(schedule)
         if (habit := schedule.config.drawing.habit) and self.left_open & {"steps", "guidance_scale"}:
             warnings.warn(habit, stacklevel=2)
-        if own.controls and own.cache_interval > 1:
+        if own.cache_interval > 1 and (deep := "ControlNets" if own.controls else own.taps()):
             raise UsageError(
-                f"ControlNets act on layers that a cache leaves out; leave cache_interval at 1, found {own.cache_interval}"
+                f"{deep} act on layers that a cache leaves out; leave cache_interval at 1, found {own.cache_interval}"
             )
         prompts, negatives = one_per_image(prompt, own.negative_prompt, own.num_images)
         method = own.method()
@@ -61,7 +60,7 @@ class Sampling(Settings):
             levels=levels,
             start_scale=own.start_scale(method, schedule, levels[0]),
             noise=own.noise_rule(),
-            batches=_batches_of_equal_loras(prompts, own.prompt_syntax, own.batch_size),
+            batches=batches_of_equal_loras(prompts, own.prompt_syntax, own.batch_size),
             spacing=own.spacing,
             cache=UNCACHED
             if own.cache_interval == 1
@@ -110,18 +109,42 @@ class Sampling(Settings):
             guidance = make_guidance(
                 self.guidance_scale, self.guidance_rescale, self.guidance_interval, self.guidance_kind
             )
-            return replace(guidance, projection=Projection(self.apg_eta, self.apg_bound, self.apg_momentum))
+            return replace(
+                guidance,
+                projection=Projection(self.apg_eta, self.apg_bound, self.apg_momentum),
+                percentile=self.threshold_percentile,
+                weakening=self.weakening(),
+            )
         if (
             self.guidance_rescale
             or self.guidance_interval
             or self.guidance_kind != "cfg"
+            or self.weakening()
             or any(as_list(self.negative_prompt))
         ):
             raise UsageError(
                 "this model is told the guidance scale and is not evaluated without the prompt; leave out negative "
-                "prompt, guidance rescale and guidance interval"
+                "prompt, guidance kind, rescale and interval, and pag or seg"
             )
         return UNGUIDED
+
+    def weakening(self) -> Weakening | None:
+        """What is led away from besides the negative prompt.
+
+        Raises:
+            UsageError: two of them.
+        """
+        if self.pag_scale and self.seg_scale:
+            raise UsageError(
+                f"expected pag_scale or seg_scale, found both, {self.pag_scale:g} and {self.seg_scale:g}; leave one at 0"
+            )
+        if self.seg_scale:
+            return Weakening(self.seg_scale, math.inf if self.seg_blur is None else self.seg_blur)
+        return Weakening(self.pag_scale) if self.pag_scale else None
+
+    def taps(self) -> str:
+        """The name of what is put on modules in the middle of the U-Net, if anything is."""
+        return "PAG and SEG" if self.weakening() else "FreeU's factors" if self.freeu else ""
 
     def _own_steps(self) -> int:
         """The number of steps over levels that the caller wrote down.
@@ -267,38 +290,6 @@ class Plan:
             yield {**same, "prompt": prompt, "negative_prompt": negative, "seed": seed}
 
 
-def one_per_image(
-    prompt: str | Sequence[str], negative_prompt: str | Sequence[str], num_images: int
-) -> tuple[list[str], list[str]]:
-    """Prompts and negative prompts, one of each per image, all images of a prompt in a row.
-
-    Raises:
-        UsageError: there is no prompt, or the two do not pair up.
-    """
-    prompts, negatives = as_list(prompt), as_list(negative_prompt)
-    if len(negatives) == 1:
-        negatives = negatives * len(prompts)
-    if len(negatives) != len(prompts):
-        raise UsageError(f"expected one negative prompt or {len(prompts)}, one for each prompt, found {len(negatives)}")
-    repeated = range(num_images)
-    return [text for text in prompts for _ in repeated], [text for text in negatives for _ in repeated]
-
-
-def seed_of_each(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """Seeds, one per image: image i has seed + i; a list is taken as it is, and None draws the first.
-
-    Raises:
-        UsageError: a list of another length.
-    """
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-    if isinstance(seed, int):
-        return [seed + i for i in range(count)]
-    if len(seed) != count:
-        raise UsageError(f"expected one seed or {count}, one for each image, found {len(seed)}")
-    return list(seed)
-
-
 def latent_shape(
     asked: tuple[int | None, int | None],
     trained: tuple[int, int],
@@ -334,18 +325,3 @@ def make_guidance(scale: float, rescale: float, interval: tuple[float, float] | 
     if interval is None:
         return Guidance(scale=scale, rescale=rescale, kind=kind)
     return Guidance(scale=scale, rescale=rescale, interval=interval, kind=kind)
-
-
-def batches(count: int, batch_size: int | None) -> list[slice]:
-    """Cut `count` images into parts of at most `batch_size`; None is the default."""
-    size = OPTIONS["batch_size"].default if batch_size is None else batch_size
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def _batches_of_equal_loras(prompts: Sequence[str], syntax: str, batch_size: int) -> list[slice]:
-    """Batches whose prompts name the same LoRAs with the same strengths."""
-    found: list[slice] = []
-    for _, some in groupby(prompts, key=lambda text: read_prompt(text, syntax).loras):
-        start = found[-1].stop if found else 0
-        found += [slice(start + part.start, start + part.stop) for part in batches(len(list(some)), batch_size)]
-    return found

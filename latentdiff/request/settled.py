@@ -1,8 +1,15 @@
-"""The options of a walk as they are when all is decided."""
+"""The options of a walk as they are when all is decided; and what is asked of several images, with one entry for each."""
 
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
-from latentdiff.request.options import SAMPLING, SamplingOptions, checked
+from latentdiff.errors import UsageError
+from latentdiff.prompts.syntax import as_list, read_prompt
+from latentdiff.request.options import OPTIONS, SAMPLING, SamplingOptions, checked
 
 if TYPE_CHECKING:
 
@@ -42,3 +49,50 @@ else:
         frozen=True,
         kw_only=True,
     )
+
+
+def one_per_image(
+    prompt: str | Sequence[str], negative_prompt: str | Sequence[str], num_images: int
+) -> tuple[list[str], list[str]]:
+    """Prompts and negative prompts, one of each per image, all images of a prompt in a row.
+
+    Raises:
+        UsageError: there is no prompt, or the two do not pair up.
+    """
+    prompts, negatives = as_list(prompt), as_list(negative_prompt)
+    if len(negatives) == 1:
+        negatives = negatives * len(prompts)
+    if len(negatives) != len(prompts):
+        raise UsageError(f"expected one negative prompt or {len(prompts)}, one for each prompt, found {len(negatives)}")
+    repeated = range(num_images)
+    return [text for text in prompts for _ in repeated], [text for text in negatives for _ in repeated]
+
+
+def seed_of_each(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """Seeds, one per image: image i has seed + i; a list is taken as it is, and None draws the first.
+
+    Raises:
+        UsageError: a list of another length.
+    """
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+    if isinstance(seed, int):
+        return [seed + i for i in range(count)]
+    if len(seed) != count:
+        raise UsageError(f"expected one seed or {count}, one for each image, found {len(seed)}")
+    return list(seed)
+
+
+def batches(count: int, batch_size: int | None) -> list[slice]:
+    """Cut `count` images into parts of at most `batch_size`; None is the default."""
+    size = OPTIONS["batch_size"].default if batch_size is None else batch_size
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def batches_of_equal_loras(prompts: Sequence[str], syntax: str, batch_size: int) -> list[slice]:
+    """Batches whose prompts name the same LoRAs with the same strengths."""
+    found: list[slice] = []
+    for _, some in groupby(prompts, key=lambda text: read_prompt(text, syntax).loras):
+        start = found[-1].stop if found else 0
+        found += [slice(start + part.start, start + part.stop) for part in batches(len(list(some)), batch_size)]
+    return found

@@ -19,7 +19,8 @@ from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe, read_recipe
 from latentdiff.request.calls import public
 from latentdiff.request.options import SamplingOptions
-from latentdiff.request.plan import Sampling, Start, latent_shape, seed_of_each
+from latentdiff.request.plan import Sampling, Start, latent_shape
+from latentdiff.request.settled import seed_of_each
 from latentdiff.request.task_options import INTERPOLATE
 from latentdiff.tasks.sources import sampling_of
 

@@ -28,7 +28,8 @@ from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice
 from latentdiff.request.options import OPTIONS, BlendName, TranslationName, WalkOptions
-from latentdiff.request.plan import batches, make_guidance, one_per_image
+from latentdiff.request.plan import make_guidance
+from latentdiff.request.settled import batches, one_per_image
 from latentdiff.request.sources import ImageInput
 from latentdiff.request.task_options import TRANSLATE
 from latentdiff.tasks.features import PnPSpec, default_spec, replay, with_source_features

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
 from hypothesis import given
@@ -44,7 +45,7 @@ def test_neutral_values_are_plain_guidance(scale, name):
         assert found.guided == expected.guided
 
 
-@pytest.mark.parametrize("kind", ["apg", "zero-star"])
+@pytest.mark.parametrize("kind", ["apg", "zero-star", "threshold"])
 def test_scale_one_follows_the_prompt_alone(kind):
     x, (positive, negative) = randn(2, 4, 3, 5), contexts()
     spy = Spy()
@@ -98,6 +99,22 @@ def test_zero_star_is_that_of_diffusers():
     close(double(x, LEVELS[0]).raw, 2.0 * x)
 
 
+@pytest.mark.parametrize("percentile", [0.8, 0.95, 1.0])
+def test_threshold_is_that_of_diffusers(percentile):
+    """Whose range is -1 to 1: so x0 is given in units of the largest value of the positive prediction."""
+    x, (positive, negative), level = randn(2, 4, 3, 5), contexts(), LEVELS[1]
+    guidance = Guidance(scale=9.0, kind="threshold", percentile=percentile)
+    found = guided_denoiser(Spy(), EPSILON, positive, negative, guidance)(x, level)
+    plain = guided_denoiser(Spy(), EPSILON, positive, negative, Guidance(scale=9.0))(x, level)
+    unit = EPSILON(x + positive, x, level).x0.abs().amax((1, 2, 3), keepdim=True)
+    theirs = DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=percentile, sample_max_value=math.inf)
+    expected = unit * theirs._threshold_sample(plain.x0 / unit)
+    torch.testing.assert_close(found.x0, expected, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(found.x0, plain.x0)
+    close(level.alpha * found.x0 + level.sigma * found.eps, x)
+    assert (found.x0.abs() <= unit * (1 + 1e-6)).all()
+
+
 @given(st.floats(0, 1))
 def test_cfg_plus_plus_step(scale):
     """The DDIM step of the paper: x' = alpha' x0(guided) + sigma' eps(negative)."""
@@ -111,7 +128,7 @@ def test_cfg_plus_plus_step(scale):
         close(found.x0, EPSILON(x + negative, x, level).x0)
 
 
-@pytest.mark.parametrize("kind", ["cfg++", "apg", "zero-star"])
+@pytest.mark.parametrize("kind", ["cfg++", "apg", "zero-star", "threshold"])
 def test_composed_prompts_are_guided_alike(kind):
     x, (positive, negative) = randn(2, 4, 3, 5), contexts()
     guidance = Guidance(scale=0.7, kind=kind)
@@ -125,6 +142,7 @@ def test_composed_prompts_are_guided_alike(kind):
     [
         ({"kind": "cfg++", "scale": 5.0}, "scale of 0 to 1 with cfg\\+\\+, found 5"),
         ({"kind": "apg", "rescale": 0.5}, "goes with cfg and zero-star, found 0.5 with apg"),
+        ({"kind": "threshold", "rescale": 0.5}, "goes with cfg and zero-star, found 0.5 with threshold"),
         ({"kind": "magic"}, "kind of guidance of cfg"),
     ],
 )
@@ -140,6 +158,7 @@ def test_in_a_pipeline():
     for options in (
         {"guidance_kind": "apg"},
         {"guidance_kind": "zero-star"},
+        {"guidance_kind": "threshold", "guidance_scale": 15.0, "threshold_percentile": 0.9},
         {"guidance_kind": "cfg++", "guidance_scale": 0.6},
     ):
         image = pipe("cat", **options, **quick)[0]
