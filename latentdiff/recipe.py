@@ -173,7 +173,7 @@ class Recipe(_Asked):
             for name, kept in KEPT.items()
             if kept.title and (value := getattr(self, name)) != kept.absent
         }
-        asked = written_method(self.sampling()) | written_pass(self.generating()) | asked
+        asked = (written_method(self.sampling()) if self.sampler else {}) | written_pass(self.generating()) | asked
         model = {"Size": f"{self.width}x{self.height}", "Model hash": self.model_hash[:10], "Model": self.model}
         is_literal = self.prompt_syntax == "plain" and _LOOKS_LIKE_GRAMMAR.search(self.prompt + self.negative_prompt)
         done = {
@@ -230,9 +230,9 @@ def recorded_steering(controls: Sequence[Any] | None, image_prompts: Sequence[An
 
 def _allowed(recipe: Recipe) -> Recipe:
     """The recipe, if a call takes its options, those that are files by their sources alone; else a DataError."""
-    elsewhere = {*recipe.sources, *(["steps"] if recipe.task != "generate" else [])}  # some tasks take none
+    is_walk = recipe.task == "generate" or recipe.steps or recipe.sampler  # upscalers take no steps
     try:
-        for name in KEPT.keys() - elsewhere:
+        for name in KEPT.keys() - recipe.sources.keys() - (set() if is_walk else {"steps", "sampler"}):
             value = getattr(recipe, name)
             if isinstance(domain := OPTIONS[name].domain, ChoiceOrFile):
                 Choice(domain.names)(name, value)  # never a path that a recipe names

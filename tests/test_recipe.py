@@ -227,6 +227,14 @@ def test_options_that_no_call_takes(name, value):
         Recipe.from_json(json.dumps(fields))
 
 
+def test_a_task_without_steps():
+    fields = {**json.loads(FOX.to_json()), "task": "upscale", "steps": 0, "sampler": ""}
+    assert "Task: upscale" in Recipe.from_json(json.dumps(fields)).to_parameters()
+    for wrong in ({"task": "generate"}, {"sampler": "x"}, {"steps": 1}):
+        with pytest.raises(DataError, match="expected (steps|sampler) to be"):
+            Recipe.from_json(json.dumps(fields | wrong))
+
+
 def test_a_recipe_names_no_file_anywhere(tmp_path):
     """What is there, too: files come from beside the image, by their hashes."""
     (tmp_path / "up.pth").touch()
