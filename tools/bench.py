@@ -1,6 +1,6 @@
 """latentdiff against the libraries that people would use instead: same weights, threads and seed, in turns, in one run.
 
-    python tools/bench.py                                    all of it, at the shape of Stable Diffusion 1.5 (hours, 20
+    python tools/bench.py                                    all but xl, at the shape of Stable Diffusion 1.5 (hours, 20
     GB) python tools/bench.py --only step,decode --repeat 5      a part of it
     python tools/bench.py --peers diffusers                  without OpenVINO
     python tools/bench.py --device cuda                      on a GPU: other contenders, same table
@@ -18,6 +18,8 @@ What is measured:
     cold       a program from its start to its first PNG, with the embedded model
     forms      each fast form of the CPU against torch's, under three instruction sets; a table of its own
     growth     time and memory against image size, batch and steps; with --plots as images
+    xl         one guided step at the shape of Stable Diffusion XL, 1024x1024 in bf16, one contender after the other
+    xl-small   the same in fp32 at 512x512; either with its peak memory
 
 Contenders are processes of their own that wait for their turn; the table shows medians. Weights are random, which
 changes neither time nor memory. "Difference" is the largest one to the output of the first contender, relative to its
@@ -93,11 +95,15 @@ def _cells(result: Result, first: Result) -> list[str]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join([*CASES, "forms"]), help="cases, separated by commas (default: all)")
+    usual = ",".join([name for name in CASES if not name.startswith("xl")] + ["forms"])
+    parser.add_argument("--only", default=usual, help="cases, separated by commas (default: all but those of xl)")
     parser.add_argument("--peers", default=",".join(PEERS), help=f"of {', '.join(PEERS)} (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeat", type=int, default=5, help="timed runs of each contender (default: 5)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
+    parser.add_argument(
+        "--clock", choices=("wall", "processor"), default="wall", help="processor: where others work beside, one thread"
+    )
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, to see that everything runs")
     parser.add_argument(
         "--model", type=Path, default=ROOT / "weights", help="the model of the cases cold and agreement"
@@ -128,10 +134,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.random_model or Path(scratch)
         shape = "tiny" if args.tiny else "sd15"
-        if not (folder / "model_index.json").exists():
+        if not all(case.startswith("xl") for case in chosen) and not (folder / "model_index.json").exists():
             run_program([sys.executable, str(ROOT / "tools" / "bench_models.py"), str(folder), "--shape", shape])
+        xl = folder / "sdxl"
+        if any(case.startswith("xl") for case in chosen) and not (xl / "model_index.json").exists():
+            program = [sys.executable, str(ROOT / "tools" / "bench_models.py"), str(xl)]
+            run_program([*program, "--shape", "tiny-sdxl" if args.tiny else "sdxl"])
         settings = Settings(
-            model=folder, embedded=args.model, device=args.device, threads=args.threads, repeat=args.repeat,
+            model=folder, model_xl=xl, clock=args.clock,
+            embedded=args.model, device=args.device, threads=args.threads, repeat=args.repeat,
             peers=tuple(args.peers.split(",")), size=64 if args.tiny else 512,
         )  # fmt: skip
         for case in chosen:

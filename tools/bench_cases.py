@@ -25,6 +25,8 @@ class Settings:
     repeat: int
     peers: tuple[str, ...]
     size: int  # of images, in pixels
+    model_xl: Path | None = None  # of SDXL's shape
+    clock: str = "wall"
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -39,6 +41,7 @@ class Settings:
             precision=precision,
             device=self.device,
             size=self.size,
+            clock=self.clock,
             **more,
         )
         specs = {"latentdiff": ours}
@@ -197,6 +200,23 @@ def _grown(case: str, settings: Settings, point: dict[str, int]) -> list[Result]
     return results
 
 
+def xl(settings: Settings) -> list[Result]:
+    """The size and precision that people draw in."""
+    return _alone("xl", settings, "bf16", 2 * settings.size)
+
+
+def xl_small(settings: Settings) -> list[Result]:
+    """What machines without bfloat16 and with little memory can do."""
+    return _alone("xl-small", settings, "fp32", settings.size)
+
+
+def _alone(case: str, settings: Settings, precision: str, size: int) -> list[Result]:
+    """Contenders of SDXL's shape one after the other: two of them do not fit into 24 GB."""
+    specs = replace(settings, model=settings.model_xl or settings.model, size=size).contenders("step", precision)
+    what = f"{precision}, {size}x{size}"
+    return [result for name in specs for result in race(case, what, {name: specs[name]}, settings.repeat)]
+
+
 def native_size(folder: Path) -> int:
     """Pixels of one side of the images that the model in `folder` was trained on."""
     return json.loads((folder / "vae" / "config.json").read_text())["sample_size"]
@@ -213,4 +233,6 @@ CASES: dict[str, Callable[[Settings], list[Result]]] = {
     "memory": memory,
     "cold": cold,
     "growth": growth,
+    "xl": xl,
+    "xl-small": xl_small,
 }

@@ -1,6 +1,7 @@
 """Models with random weights for `bench.py`: speed and memory do not depend on what the weights say.
 
 python tools/bench_models.py FOLDER --precision bf16        Stable Diffusion 1.5's shape, as diffusers saves it
+python tools/bench_models.py FOLDER --shape sdxl            Stable Diffusion XL's
 """
 
 from __future__ import annotations
@@ -27,20 +28,40 @@ class Shape:
     vocabulary: int
     groups: int
     latent_size: int  # latent height and width; an image is 8 times that
+    depth: tuple[int, ...] = ()  # of SDXL: transformer blocks by level
+    second: tuple[int, int, int] = (0, 0, 0)  # and its second text encoder's width, layers, pooled width
 
 
 SHAPES = {
     "sd15": Shape((320, 640, 1280, 1280), (128, 256, 512, 512), 768, 12, 49408, 32, 64),
     "tiny": Shape((32, 64, 64, 64), (32, 32, 32, 32), 32, 2, 1000, 8, 8),
+    "sdxl": Shape((320, 640, 1280), (128, 256, 512, 512), 768, 12, 49408, 32, 128, (1, 2, 10), (1280, 32, 1280)),
+    "tiny-sdxl": Shape((64, 64, 64), (32, 32, 32, 32), 32, 2, 1000, 8, 8, (1, 1, 2), (64, 2, 32)),
 }
+_SIZES, _SIZE_WIDTH = 6, 256  # that SDXL is told, and the width of each
 
 
 def unet(shape: Shape) -> Any:
-    """A diffusers U-Net of Stable Diffusion 1.5's architecture."""
+    """A diffusers U-Net of Stable Diffusion 1.5's architecture, or of XL's."""
     import torch
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
+    if shape.depth:
+        return UNet2DConditionModel(
+            sample_size=shape.latent_size,
+            block_out_channels=shape.unet_widths,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=shape.depth,
+            attention_head_dim=[width // 64 for width in shape.unet_widths],
+            use_linear_projection=True,
+            cross_attention_dim=shape.text_width + shape.second[0],
+            addition_embed_type="text_time",
+            addition_time_embed_dim=_SIZE_WIDTH,
+            projection_class_embeddings_input_dim=shape.second[2] + _SIZES * _SIZE_WIDTH,
+            norm_num_groups=shape.groups,
+        ).eval()
     return UNet2DConditionModel(
         sample_size=shape.latent_size,
         block_out_channels=shape.unet_widths,
@@ -51,7 +72,7 @@ def unet(shape: Shape) -> Any:
 
 
 def vae(shape: Shape) -> Any:
-    """A diffusers AutoencoderKL of Stable Diffusion 1.5's architecture."""
+    """A diffusers AutoencoderKL of Stable Diffusion's architecture."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -63,14 +84,15 @@ def vae(shape: Shape) -> Any:
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
         norm_num_groups=shape.groups,
+        scaling_factor=0.13025 if shape.depth else 0.18215,
     ).eval()
 
 
 def save_model(shape: Shape, folder: Path, precision: str = "fp32") -> None:
     """Write a whole model of this shape as diffusers saves it, its weights in the number format `precision`."""
     import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     from latentdiff.diffusion.config import ScheduleConfig
     from tests.tiny import tokenizer
@@ -86,11 +108,22 @@ def save_model(shape: Shape, folder: Path, precision: str = "fp32") -> None:
         bos_token_id=words.bos_token_id,
         eos_token_id=words.eos_token_id,
     )
-    StableDiffusionPipeline(
-        vae=vae(shape).to(dtype), unet=unet(shape).to(dtype), text_encoder=CLIPTextModel(text).to(dtype), tokenizer=words,
-        scheduler=DDIMScheduler.from_config(ScheduleConfig().to_diffusers()),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(folder)  # fmt: skip
+    parts: dict[str, Any] = {
+        "vae": vae(shape).to(dtype), "unet": unet(shape).to(dtype), "text_encoder": CLIPTextModel(text).to(dtype),
+        "tokenizer": words, "scheduler": DDIMScheduler.from_config(ScheduleConfig().to_diffusers()),
+    }  # fmt: skip
+    if not shape.depth:
+        own = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        StableDiffusionPipeline(**parts, **own).save_pretrained(folder)
+        return
+    width, layers, pooled = shape.second
+    own = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "projection_dim": pooled}
+    heads = {"num_attention_heads": width // min(64, width), "hidden_act": "gelu"}
+    second = CLIPTextModelWithProjection(CLIPTextConfig(**{**text.to_dict(), **own, **heads})).to(dtype)
+    other = tokenizer(folder / "other-words", pad_token="!")
+    StableDiffusionXLPipeline(
+        **parts, text_encoder_2=second, tokenizer_2=other, add_watermarker=False
+    ).save_pretrained(folder)
 
 
 def main() -> None:
