@@ -10,8 +10,10 @@ import pytest
 
 from latentdiff.checkpoints.conversion import convert
 from latentdiff.cli import run
+from latentdiff.image import open_image
 from tests import peers
-from tests.tasks.images import an_image, mask
+from tests.control.nets import saved
+from tests.tasks.images import an_image, apart, mask
 from tests.test_readme import FENCE, ROOT
 
 # Of the embedded model alone: its words, its making, its measurement, and an image that it made; and what does not end.
@@ -62,6 +64,42 @@ def added(name: str, rest: list[str]) -> list[object]:
     if name in STEPPED and "--steps" not in rest and not rest[0].endswith(".inversion"):
         options += ["--steps", 4]
     return options
+
+
+MASKED = ("--mask", "mask.png")
+PAINT = ("inpaint", "source.png", *MASKED)
+CONTROL = ("--control", "source.png", "--control-model", "net:0.8")
+# The families of docs/editing.md and docs/steering.md that the README does not show.
+EDITORS = [
+    [*PAINT, "--remove"],
+    [*PAINT, "a fox", "--soft"],
+    [*PAINT, "a fox", "--inversion", "source.inversion"],
+    ["edit", "source.inversion", "a dog", "--strength", 0.8],
+    *(["translate", "source.png", "a dog", "--method", method] for method in ("direct", "negative-prompt", "edict", "ddim")),
+    ["restore", "source.png", "--operator", "inpaint", *MASKED],
+    ["restore", "source.png", "--operator", "deblur", "--kernel", "gaussian:1"],
+    ["restore", "source.png", "--operator", "denoise", "--sigma", 0.1],
+    ["restore", "source.png", "--operator", "colourise"],
+    ["generate", "a cat", *CONTROL],
+    ["edit", "source.png", "a dog", *CONTROL],
+    [*PAINT, "a fox", *CONTROL],
+    ["generate", "a cat", "--hires", "1.5x", "--width", 64, "--height", 64],
+    ["generate", "a [cat:dog:0.5] AND (fox:1.2)", "--guidance-kind", "apg"],
+]
+
+
+@pytest.mark.parametrize("arguments", EDITORS, ids=lambda arguments: " ".join(map(str, arguments)))
+def test_an_editor(command, workplace: Path, arguments: list[object]) -> None:
+    an_image().save("source.png")
+    mask((16, 16, 48, 48)).save("mask.png")
+    saved(workplace, "xl").rename("net")
+    same = ("--model", peers.folder("xl"), "--steps", 3)
+    if any(str(argument).endswith(".inversion") for argument in arguments):
+        made = command("invert", "source.png", "--prompt", "a cat", *same, "--out", "source.inversion")
+        assert made.code == 0, made.err
+    done = command(*arguments, *same, "--out", "made.png")
+    assert done.code == 0, done.err
+    assert apart(open_image("made.png").resize((64, 64)), an_image()) > 5
 
 
 MADE = {
