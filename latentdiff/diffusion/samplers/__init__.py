@@ -1,6 +1,13 @@
 """The samplers by name.
 
 To add one, write its step (and its levels, if they are its own) in a file of this folder and name it in `SAMPLERS`.
+
+A step may ask the denoiser more than once: at `level` first, then at `next_level` or at a level of its own between
+the two, whose timestep the schedule tells (`Sampler.over` binds it). Previews and callbacks show the first answer;
+`after_step` acts on what the step returns and never between its evaluations; DeepCache counts evaluations, in their
+order, and `Sampler.calls` says beforehand how many there are. A pair that goes up in noise (Restart, RePaint) is a
+draw from q(x_next | x): a step without an evaluation, which shows the answer before it and ends a solver's history. A
+solver with a memory keeps it in `state` and starts again where guidance switches on or off.
 """
 
 from __future__ import annotations
