@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from latentdiff.cli import output
+from latentdiff.cli.controls import steering_options, take_steering
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import ANY_PATH, GENERATE_OPTIONS, MODEL_OPTIONS
 from latentdiff.cli.places import IMAGES
@@ -38,6 +39,7 @@ def _flag(name: str, what: str) -> Any:
     help="The sheet; in a folder it is called grid.png. The images themselves are not kept.",
 )
 @GENERATE_OPTIONS
+@steering_options
 @MODEL_OPTIONS
 def grid(
     prompt: str, x: Axis | None, y: Axis | None, z: Axis | None, out: Path, seed: int | None, **settings: Any
@@ -54,6 +56,7 @@ def grid(
     cells(axes, prompt, {})  # what is wrong with them is said before the model is loaded
     path = out if output.is_file(out) else out / "grid.png"
     output.check_image_file("--out", path)
+    take_steering(settings)
     from latentdiff.diffusion.denoise import progress_bar
     from latentdiff.image import save_image
     from latentdiff.tasks.grid import draw_grid, grid_sheet

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from latentdiff.cli.controls import steering_options, take_steering
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import (
     ANY_PATH,
@@ -43,6 +44,7 @@ from latentdiff.request.task_options import INTERPOLATE
     help="A new or empty folder for frame-000.png, ..., or an animation, in 256 colours a frame.",
 )
 @flags_of(SizedOptions, without=("num_images",))
+@steering_options
 @MODEL_OPTIONS
 @WRITING
 @within(INTERPOLATE)
@@ -53,6 +55,7 @@ def interpolate(prompts: tuple[str, ...], fps: float, out: Path, seed: int | Non
     writing = Writing.taken_from(settings, out)
     is_animation = out.suffix.lower() == ".gif"
     _check_place(out, is_animation, settings["frames"])
+    take_steering(settings)
     remark(settings, prompts)
     from latentdiff import tasks
     from latentdiff.files import atomic_path

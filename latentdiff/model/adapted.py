@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from latentdiff.adapters.lora.loaded import LoadedLoRAs
 from latentdiff.adapters.lora.offered import OfferedLoRAs
-from latentdiff.adapters.lora.reading import read_lora
 from latentdiff.adapters.lora.strength import Strength
 from latentdiff.adapters.textual_inversion import LoadedEmbeddings, is_word_file, read_embedding, read_words
 from latentdiff.device import Precision
@@ -63,7 +62,7 @@ class AdaptedModel:
             return self.load_embedding(path, name)
         for part in ("text_encoder", "unet"):  # what is loaded goes where they lie
             self.residence.ready(part)
-        file = read_lora(path)
+        file = self.loras.read(path)
         report = self.loras.load(file, scale, name, allow_partial=allow_partial, precision=self.precision)
         if file.words:
             try:

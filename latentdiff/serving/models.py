@@ -18,6 +18,7 @@ from latentdiff.request.plan import Sampling
 from latentdiff.serving.settings import WorkerSettings
 from latentdiff.serving.work import Loaded
 
+KEPT_LORAS = 8  # of each model, that prompts have named
 log = logging.getLogger(__name__)
 
 
@@ -85,6 +86,7 @@ class Models:
 
     def _load(self, name: str) -> Pipeline:
         pipe = Pipeline.load(self._settings.models[name], device=self._device, **self._settings.load)
+        pipe.loras.keep = KEPT_LORAS
         for file in self._settings.embeddings:
             try:
                 pipe.load_embedding(file)

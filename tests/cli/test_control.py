@@ -58,6 +58,23 @@ def test_two_prepared_first_and_in_other_tasks(command, sd1, net):
         assert command("reproduce", f"{name}.png", "--model", sd1).code == 0
 
 
+def test_grids_and_ways_follow_them(command, sd1, net):
+    same = ["--model", sd1, "--steps", 2, "--seed", 1]
+    control = ["--control", "hint.png", "--control-model", f"{net}:0.8"]
+    assert command("generate", "cat", *same, *control, "--out", "one.png").code == 0
+    done = command("grid", "cat", "--x", "steps=2,3", *same, *control, "--out", "grid.png")
+    assert done.code == 0, done.err
+    one, sheet = open_image("one.png"), open_image("grid.png")
+    cells = [sheet.crop((x, y, x + 64, y + 64)) for x in range(sheet.width - 63) for y in range(sheet.height - 63)]
+    assert min(apart(cell, one) for cell in cells) <= 1
+    done = command("interpolate", "cat", "dog", "--frames", 2, *same, *control, "--out", "way")
+    assert done.code == 0, done.err
+    assert apart(open_image("way/frame-000.png"), one) <= 1
+    assert [each.scale for each in read_recipe(open_image("way/frame-001.png").info).controls] == [0.8]
+    assert command("reproduce", "way/frame-001.png", "--model", sd1, "--source", "control_image1=hint.png", "--source",
+                   f"control_model1={net}").code == 0  # fmt: skip
+
+
 def test_existing_images_are_known_by_their_controls(command, sd1, net):
     same = ["generate", "cat", "--model", sd1, "--steps", 2, "--seed", 1]
     control = ["--control", "hint.png", "--control-model", net]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import OrderedDict
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 
 from latentdiff.adapters.lora.adapter import LoRA
 from latentdiff.adapters.lora.loading import LoadReport, load_lora
-from latentdiff.adapters.lora.reading import LoRAFile
+from latentdiff.adapters.lora.reading import LoRAFile, read_lora
 from latentdiff.adapters.lora.strength import Strength
 from latentdiff.checkpoints.hashing import file_hash
 from latentdiff.device import Precision
@@ -20,14 +22,32 @@ from latentdiff.networks.text_encoder import TextEncoder
 from latentdiff.networks.text_encoders import TextEncoders
 from latentdiff.networks.unet import UNet
 
+Stamp = tuple[int, int, int]  # what tells that a file is another: its node, bytes, time of the last change in nanoseconds
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    file: LoRAFile
+    lora: LoRA
+    report: LoadReport
+    sha256: str
+    stamp: Stamp | None
+
 
 @dataclass(frozen=True)
 class _Entry:
-    lora: LoRA
+    kept: _Kept
     scale: Strength
-    path: Path
-    sha256: str
     taps: ExitStack
+
+
+def _stamp(path: Path) -> Stamp | None:
+    """What changes with a file; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class LoadedLoRAs:
@@ -35,14 +55,31 @@ class LoadedLoRAs:
 
     Args:
         unet, text_encoder: the model. Its weights are never touched.
+
+    Attributes:
+        keep: how many that were unloaded stay in memory, the least recently used one goes first; for programs that
+            attach the same ones again and again.
     """
 
     def __init__(self, unet: UNet, text_encoder: TextEncoder | TextEncoders) -> None:
         self._unet, self._text_encoder = unet, text_encoder
         self._entries: dict[str, _Entry] = {}
+        self.keep = 0
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
 
     def __contains__(self, name: str | None) -> bool:
         return name in self._entries
+
+    def read(self, path: str | os.PathLike[str]) -> LoRAFile:
+        """The file, or what is kept of it as long as it is the same; for `load`.
+
+        Raises:
+            CheckpointError: nothing is there, it is damaged, or it is no adapter.
+        """
+        kept = self._kept.get(os.fspath(path))
+        if kept is not None and kept.stamp == _stamp(kept.report.path):
+            return kept.file
+        return read_lora(path)
 
     def load(
         self,
@@ -60,12 +97,26 @@ class LoadedLoRAs:
             raise UsageError(
                 f"a LoRA called {name!r} is loaded already; unload it first, or give this one another name"
             )
-        lora, report = load_lora(file, self._unet, self._text_encoder, allow_partial=allow_partial)
+        used = [entry.kept.lora for entry in self._entries.values()]
+        kept = next((kept for kept in self._kept.values() if kept.file is file and kept.lora not in used), None)
+        if kept is None:
+            stamp = _stamp(file.path)
+            lora, report = load_lora(file, self._unet, self._text_encoder, allow_partial=allow_partial)
+            kept = _Kept(file, lora, report, file_hash(report.path), stamp)
         taps = ExitStack()
-        taps.enter_context(lora.attached(strength))
-        self._entries[name] = _Entry(lora, strength, report.path, file_hash(report.path), taps)
+        taps.enter_context(kept.lora.attached(strength))
+        self._entries[name] = _Entry(kept, strength, taps)
+        if self.keep and not allow_partial:
+            self._remember(kept)
         self.to(self._unet.conv_in.weight.device, precision)
-        return report
+        return kept.report
+
+    def _remember(self, kept: _Kept) -> None:
+        place = os.fspath(kept.report.path)
+        self._kept[place] = kept
+        self._kept.move_to_end(place)
+        while len(self._kept) > self.keep:
+            self._kept.popitem(last=False)
 
     def unload(self, name: str | None) -> None:
         """Detach one LoRA, or all of them; the model is again what it was without."""
@@ -77,9 +128,12 @@ class LoadedLoRAs:
     def to(self, device: torch.device | str, precision: Precision) -> None:
         """Follow the model to `device` and `precision`."""
         for entry in self._entries.values():
-            for name, layer in entry.lora.layers.items():
+            for name, layer in entry.kept.lora.layers.items():
                 layer.follow(device, precision.unet if name.startswith("unet.") else precision.text_encoder)
 
     def describe(self) -> list[dict[str, Any]]:
         """What recipes say of them."""
-        return [{"file": e.path.name, "sha256": e.sha256, "scale": e.scale.as_json} for e in self._entries.values()]
+        entries = [(entry.kept, entry.scale) for entry in self._entries.values()]
+        return [
+            {"file": kept.report.path.name, "sha256": kept.sha256, "scale": scale.as_json} for kept, scale in entries
+        ]

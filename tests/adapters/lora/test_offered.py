@@ -59,3 +59,35 @@ def test_a_file_that_changed_is_another_one(pipe, tmp_path):
     save_lora(make(pipe, seed=9), tmp_path / "one.safetensors")
     (after,) = pipe.offered.describe(tags)
     assert before["sha256"] != after["sha256"] == file_hash(tmp_path / "one.safetensors")
+
+
+def test_what_is_kept_is_read_once_and_acts_as_if_it_were_read_again(pipe, tmp_path, monkeypatch):
+    from latentdiff.adapters.lora import loaded
+
+    read = []
+    monkeypatch.setattr(loaded, "read_lora", lambda path, own=loaded.read_lora: read.append(path.stem) or own(path))
+    prompts = ["cat <lora:one:0.5>", "cat <lora:two:1><lora:one:-1>", "cat <lora:one:0.5>", "cat"]
+    expected = [pipe(prompt, **OPTIONS) for prompt in prompts]
+    assert read == ["one", "two", "one", "one"]
+    pipe.loras.keep = 2
+    read.clear()
+    for prompt, image in zip(prompts, expected, strict=True):
+        assert torch.equal(pipe(prompt, **OPTIONS), image)
+    assert read == ["one", "two"]
+    save_lora(make(pipe, seed=3), tmp_path / "one.safetensors")
+    changed = pipe(prompts[0], **OPTIONS)
+    assert not torch.equal(changed, expected[0]) and read == ["one", "two", "one"]
+    pipe.loras.keep = 1
+    pipe(prompts[1], **OPTIONS)  # two was kept; then one goes
+    pipe("cat <lora:one:1>", **OPTIONS)
+    pipe("cat <lora:two:1>", **OPTIONS)
+    assert read[-1] == "two"
+    pipe.load_lora(tmp_path / "one.safetensors", 0.5)
+    assert torch.equal(pipe("cat", **OPTIONS), changed)
+    pipe.load_lora(tmp_path / "one.safetensors", 0.25, "again")
+    twice = pipe("cat", **OPTIONS)
+    pipe.unload_lora()
+    pipe.loras.keep = 0
+    pipe.load_lora(tmp_path / "one.safetensors", 0.5)
+    pipe.load_lora(tmp_path / "one.safetensors", 0.25, "again")
+    assert torch.equal(pipe("cat", **OPTIONS), twice)
