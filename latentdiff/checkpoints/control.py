@@ -40,6 +40,7 @@ _MARK, _ORIGINAL_MARK = "controlnet_cond_embedding.conv_in.weight", "input_hint_
 _MOST_HINT_WIDTHS = 8
 _CLASSES = ("ControlNetModel", "ControlNetUnionModel", "ControlNetModel_Union", None)
 _UNION_MARK, _UNION_SIZES = "task_embedding", "control_add_embedding"
+_LOW_RANK, _LLLITE = "lora_controlnet", "lllite_"
 _LABEL = "ControlNet"
 
 
@@ -91,6 +92,10 @@ def read_control(source: str | os.PathLike[str], *, pools: bool | None = None) -
         tensors |= unwrapped(found.tensors)
         others |= found.others.keys()
         metadata |= found.metadata
+    if _LOW_RANK in tensors or any(name.startswith(_LLLITE) for name in tensors):
+        raise CheckpointError(
+            f"{path} is a Control-LoRA or a ControlNet-LLLite, which change the U-Net itself and are not here; take a {_LABEL}"
+        )
     is_difference = tensors.pop(DIFFERENCE, None) is not None or DIFFERENCE in others
     beside = (path if path.is_dir() else path.parent) / CONFIG
     settings = read_object(beside) if _MARK in tensors and beside.exists() else None

@@ -88,6 +88,11 @@ def infer_unet(shapes: Shapes, *, large: bool, family: Family | None = None, poo
         family = SD if added is None else REFINER if added == _ADDED_OF_REFINER else XL
     large = large and added is None
     middle = _count(shapes, "middle_block.1.transformer_blocks")
+    if not middle or any(len(set(depths)) > 1 for depths in depth):
+        raise CheckpointError(
+            "the U-Net has no transformers in its middle, or of several depths in a level, as SSD-1B and Vega: another "
+            "architecture than Stable Diffusion 1.x, 2.x or XL"
+        )
     to_k = next(shape for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight"))
     return UNetConfig(
         in_channels=shapes["input_blocks.0.0.weight"][1],

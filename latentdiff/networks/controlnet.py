@@ -96,7 +96,13 @@ class ControlNetConfig:
             "conditioning_embedding_out_channels": list(self.hint_widths),
             "controlnet_conditioning_channel_order": self.order,
             "global_pool_conditions": self.pools,
+            **(self._of_unions() if self.modes else {}),
         }
+
+    def _of_unions(self) -> dict[str, Any]:
+        width = self.unet.block_out_channels[0]
+        values = (self.modes, width, 8, self.mixing_layers, width)  # the number of heads changes nothing; see `union`
+        return {"_class_name": "ControlNetUnionModel", **dict(zip(_OF_UNIONS, values, strict=True))}
 
 
 def control_config(unet: UNetConfig, downscale: int) -> ControlNetConfig:

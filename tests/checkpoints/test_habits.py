@@ -15,7 +15,7 @@ from latentdiff import Pipeline
 from latentdiff.checkpoints.conversion import convert
 from latentdiff.checkpoints.habits import habit_of
 from latentdiff.checkpoints.inspection import inspect
-from latentdiff.errors import ConfigError
+from latentdiff.errors import CheckpointError, ConfigError
 from latentdiff.recipe import read_recipe
 from latentdiff.request.options import GenerateOptions
 from tests import peers, tiny
@@ -133,6 +133,14 @@ def test_a_folder_says_itself_how_it_is_drawn(tmp_path):
     with pytest.warns(UserWarning, match="Turbo models are: 1 step and guidance 1, euler, leading"):
         (image,) = Pipeline.load(place, device="cpu", precision="fp32")("a cat", seed=1, progress=False)
     assert image.size == (64, 64)
+
+
+def test_a_file_without_transformers_in_the_middle_is_refused(tmp_path):
+    shapes = {name: shape for name, shape in compvis.tiny_xl().items() if ".middle_block.1." not in name}
+    save_file(compvis.tensors(shapes), tmp_path / "ssd-1b.safetensors")
+    with pytest.raises(CheckpointError, match="no transformers in its middle.*as SSD-1B and Vega") as error:
+        Pipeline.load(tmp_path / "ssd-1b.safetensors")
+    assert "\n" not in str(error.value)
 
 
 def test_unets_with_blocks_of_unequal_depth_are_refused(tmp_path):

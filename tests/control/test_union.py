@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLControlNetUnionImg2ImgPipeline, StableDiffusionXLControlNetUnionPipeline
+from diffusers import (
+    ControlNetUnionModel,
+    StableDiffusionXLControlNetUnionImg2ImgPipeline,
+    StableDiffusionXLControlNetUnionPipeline,
+)
 from safetensors.torch import load_file, save_file
 
 from latentdiff import ControlNet, Pipeline, image_to_image
+from latentdiff.checkpoints.control_layouts import convert_control
 from latentdiff.checkpoints.inspection import inspect
 from latentdiff.cli.controls import parse_control_model
 from latentdiff.errors import CheckpointError, UsageError
@@ -118,6 +123,21 @@ def test_refusals(folder, tmp_path):
     union(9).save_pretrained(tmp_path / "nine")
     with pytest.raises(CheckpointError, match="takes 9 kinds of hints, of which 8 are known"):
         ControlNet.load(tmp_path / "nine")
+
+
+def test_a_file_becomes_a_folder_that_diffusers_opens(folder, tmp_path):
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    save_file(tensors, tmp_path / "alone.safetensors")
+    convert_control(tmp_path / "alone.safetensors", tmp_path / "made")
+    made = ControlNetUnionModel.from_pretrained(tmp_path / "made").state_dict()
+    assert made.keys() == tensors.keys() and all(torch.equal(made[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("name", ["lora_controlnet", "lllite_unet_input_blocks_4_1_attn1_to_q.cond_emb.weight"])
+def test_other_kinds_of_controls_are_refused(name, tmp_path):
+    save_file({name: torch.zeros(1), "input_hint_block.0.weight": torch.zeros(16, 3, 3, 3)}, tmp_path / "c.safetensors")
+    with pytest.raises(CheckpointError, match="Control-LoRA or a ControlNet-LLLite"):
+        ControlNet.load(tmp_path / "c.safetensors")
 
 
 @pytest.mark.parametrize(
