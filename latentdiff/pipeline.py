@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.control.applied import Steering
 from latentdiff.device import explained_out_of_memory
 from latentdiff.diffusion.denoise import denoise, progress_bar, report
 from latentdiff.diffusion.guidance import Guidance
@@ -25,7 +24,6 @@ from latentdiff.diffusion.parameterization import Denoiser, Prediction, paramete
 from latentdiff.diffusion.schedule import Level
 from latentdiff.diffusion.thresholding import thresholded
 from latentdiff.engines.deepcache import UNCACHED, CacheSettings, DeepCache
-from latentdiff.errors import UsageError
 from latentdiff.image import to_pil, to_tensor
 from latentdiff.memory.estimate import decoding_bytes, denoising_bytes
 from latentdiff.memory.sharing import one_use
@@ -217,24 +215,19 @@ class Pipeline(PromptedModel):
         """`sample` of images whose prompts name the same LoRAs, which are attached."""
         rows = max(map(plan.rows, plan.batches))
         sizes = self.told_of_latents(shape, plan.sizes)
-        options, engine = plan.options, (self.backend, self.precision.name)
-        if (taps := options.taps()) and (self.backend != "torch" or self.precision.name == "int8"):
-            raise UsageError(f"{taps} need the back end torch and fp32, bf16 or fp16, found {' in '.join(engine)}")
-        steering = Steering(
-            options.controls or (), options.image_prompts or (), self.residence, self.precision.unet, engine
-        )
+        options, steering = plan.options, self.steering(plan.options)
         quadratic = attention_backend() == "plain"
-        beside, before = steering.beside, steering.before
+        beside, before = (steering.beside, steering.before) if steering else ((), ())
         workload = self.residence.workload(rows, *shape[-2:], quadratic=quadratic, beside=beside, before=before)
         self.residence.check(workload)
         positive, negative = map(_as_prompts, text or self.encoded(plan))
-        prompted = steering.image_prompts(plan.levels)
+        early = steering.early(shape, plan.levels) if steering else []
         self.residence.make_room("unet", denoising_bytes(workload) + workload.beside)
         finished: list[Tensor] = []
         bar = progress_bar(plan.steps * len(plan.batches), options.progress)
         told = self.told_guidance(options.guidance_scale)
         with self.residence.using("unet"), bar, told, self.factored(options.freeu):
-            applied = [*prompted, *steering.controls(shape, plan.levels)]
+            applied = [*early, *steering.controls(shape, plan.levels)] if steering else []
             for part in plan.batches:
                 noise = NoiseStream(plan.seeds[part], shape, rule=plan.noise, device=self.device)
                 begun = start(part, noise)

@@ -10,9 +10,11 @@ from latentdiff.checkpoints.families import SD, UNET_PREFIX, Family, family_in
 from latentdiff.checkpoints.keymap import Shape
 from latentdiff.errors import CheckpointError
 
-CONTROL, UPSCALER = "ControlNet", "upscaler of the ESRGAN family"
+CONTROL, IMAGE_PROMPT, T2I = STEERING = ("ControlNet", "IP-Adapter", "T2I-Adapter")
+UPSCALER = "upscaler of the ESRGAN family"
 UNKNOWN = "unknown architecture"
 WRAPPERS = ("params_ema.", "params.", "module.", "netG.")  # before the names of upscalers
+OF_IP_ADAPTER = ("image_proj", "ip_adapter")  # the two parts of its file
 _TEXT_OF_XL = "conditioner.embedders."
 # Parts of names that only other architectures have. The first that occurs decides.
 _OTHERS = (
@@ -32,8 +34,12 @@ _OTHERS = (
     ("control_model.", CONTROL),
     ("controlnet_cond_embedding.", CONTROL),
     ("input_hint_block.", CONTROL),
-    ("t2i_adapter.", "T2I-Adapter"),
-    ("ip_adapter.", "IP-Adapter"),
+    ("t2i_adapter.", T2I),
+    ("body.0.block1.", T2I),
+    ("body.0.body.0.block1.", T2I),
+    ("body.0.resnets.0.block1.", T2I),
+    ("transformer_layes.", T2I),
+    ("ip_adapter.", "a part of an IP-Adapter"),
     ("depth_model.", "depth-conditioned Stable Diffusion"),
     ("noise_augmentor.", "unCLIP"),
     ("class_embedding.", "class-conditional U-Net (upscaler, unCLIP)"),
@@ -74,7 +80,7 @@ class Identity:
 
     Attributes:
         kind: "model" (an original single file), "part" (one part in the diffusers layout, or a VAE or U-Net cut
-            out of a single file), "lora", "embedding", "control", "upscaler" or "other".
+            out of a single file), "lora", "embedding", "control" (what steers one), "upscaler" or "other".
         family: a name for people, "Stable Diffusion 1.x" say.
         parts: which of unet, vae, text_encoder it holds.
         strays: names of tensors that belong to something else, of a model; the majority decides what a file is.
@@ -88,6 +94,8 @@ class Identity:
 
 def identify(shapes: Mapping[str, Shape]) -> Identity:
     """Recognise a file by the names and shapes of its tensors."""
+    if is_ip_adapter(shapes):  # also one that holds LoRAs
+        return Identity("control", IMAGE_PROMPT)
     adapter = {name for name in shapes if _is_of_adapter(name)}
     if 2 * len(adapter) >= len(shapes) > 0:
         return Identity("lora", f"{', '.join(adapter_kinds(shapes)) or 'LoRA'} ({lora_dialect(shapes)} names)")
@@ -102,7 +110,7 @@ def identify(shapes: Mapping[str, Shape]) -> Identity:
         adapter |= set(others) if 2 * len(others) < len(shapes) else set()
     for marker, family in _OTHERS:
         if any(marker in name for name in own) and (of_sd or marker != _TEXT_OF_XL):
-            return Identity("control" if family == CONTROL else "other", family)
+            return Identity("control" if family in STEERING else "other", family)
     if of_sd and f"{UNET_PREFIX}label_emb.0.0.weight" in own and "text_encoder" in parts:
         return Identity("other", "class-conditional U-Net (upscaler, unCLIP)")
     if parts:
@@ -114,6 +122,11 @@ def identify(shapes: Mapping[str, Shape]) -> Identity:
     if is_embedding(shapes):
         return Identity("embedding", "textual-inversion embedding")
     return Identity("other", UNKNOWN)
+
+
+def is_ip_adapter(names: Iterable[str]) -> bool:
+    """Whether these are the tensors of an IP-Adapter of any kind."""
+    return {name.partition(".")[0] for name in names} >= set(OF_IP_ADAPTER)
 
 
 def is_embedding(shapes: Mapping[str, Shape]) -> bool:
@@ -222,6 +235,8 @@ def _lone_part(shapes: Mapping[str, Shape]) -> tuple[str, tuple[str, ...]] | Non
         return "VAE (diffusers layout)", ("vae",)
     if "decoder.conv_in.weight" in shapes and any(name.startswith("decoder.up.") for name in shapes):
         return "VAE (original layout)", ("vae",)
+    if any(name.endswith("embeddings.patch_embedding.weight") for name in shapes):
+        return "image encoder (CLIP)", ("image_encoder",)
     if any(name.endswith("embeddings.token_embedding.weight") for name in shapes):
         return "text encoder (CLIP)", ("text_encoder",)
     return None

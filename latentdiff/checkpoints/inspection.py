@@ -20,21 +20,21 @@ from latentdiff.checkpoints.architecture import (
     identify,
     lora_dialect,
 )
-from latentdiff.checkpoints.control import read_control
-from latentdiff.checkpoints.families import SD, XL, family_in, family_with
+from latentdiff.checkpoints.families import family_in, family_with
 from latentdiff.checkpoints.files import IMAGE, SAFETENSORS, FileWarning, TensorFile, read_tensors, sniff
 from latentdiff.checkpoints.folder import EXTRAS, INDEX, listing, read_folder
 from latentdiff.checkpoints.habits import take_habit, with_habit
 from latentdiff.checkpoints.hashing import SHORT, file_hash, model_hash
 from latentdiff.checkpoints.hub import locate
+from latentdiff.checkpoints.ip_adapter import joined_names
 from latentdiff.checkpoints.modules import check_fits, parse_config, shapes_of
 from latentdiff.checkpoints.original import has_ema, read_original
 from latentdiff.checkpoints.prefixes import unwrapped
 from latentdiff.checkpoints.raw import RawModel
+from latentdiff.checkpoints.steering_facts import facts_of
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.errors import DataError, LatentDiffError, printable
 from latentdiff.recipe import COMMENT, JSON_CHUNK, TEXT_CHUNK, has_comment
-from latentdiff.request.options import CONTROL_MODES
 
 _LABELS = {
     "kind": "kind",
@@ -137,7 +137,7 @@ def _describe_tensors(report: Report, file: TensorFile, wrapping: str) -> None:
     tensors = (
         {f"string_to_param.{name}": tensor for name, tensor in vectors.items()} if isinstance(vectors, dict) else None
     )
-    file = replace(file, tensors=tensors or unwrapped(file.tensors))
+    file = replace(file, tensors=tensors or unwrapped(joined_names(file)))
     identity = identify(shapes_of(file.tensors))
     report.family = identity.family
     report.dtypes = _count_types(file.tensors.values())
@@ -154,37 +154,20 @@ def _describe_tensors(report: Report, file: TensorFile, wrapping: str) -> None:
         report.kind = f"LoRA ({wrapping})"
         report.lora = _lora(file)
     elif identity.kind == "control":
-        _describe_control(report, file, wrapping)
+        _describe_steering(report, file, identity.family, wrapping)
     else:
         names = {"part": "part of a model", "embedding": "textual inversion", "upscaler": "upscaler"}
         report.kind = f"{names.get(identity.kind, 'weights')} ({wrapping})"
         report.parameters = {"+".join(identity.parts) or "all": _count(file.tensors, "")}
 
 
-def _describe_control(report: Report, file: TensorFile, wrapping: str) -> None:
-    report.kind, report.parameters = f"ControlNet ({wrapping})", {"all": _count(file.tensors, "")}
+def _describe_steering(report: Report, file: TensorFile, what: str, wrapping: str) -> None:
+    report.kind, report.parameters = f"{what} ({wrapping})", {"all": _count(file.tensors, "")}
     try:
-        control = read_control(file.path)
+        report.family, notes = facts_of(what, file.path)
+        report.notes += notes
     except LatentDiffError as error:
         report.problem = str(error)
-        return
-    unet = control.config.unet
-    made_for = family_name(
-        SD if unet.added_dim is None else XL,
-        linear=unet.use_linear_projection,
-        extra_channels=0,
-        width=unet.block_out_channels[0],
-        context=unet.cross_attention_dim,
-    )
-    report.family = f"ControlNet for {made_for}"
-    report.notes += ["differences from the weights of a U-Net, which are added when it is used"] * control.is_difference
-    report.notes += ["its outputs are averaged over the image"] * control.config.pools
-    report.notes.append(f"in the names of {'diffusers' if control.prefix is None else 'the original code'}")
-    if "hints" in control.metadata and "model" in control.metadata:
-        report.notes.append(f"trained here beside {control.metadata['model']}, on hints: {control.metadata['hints']}")
-    if control.config.modes:
-        kinds = ", ".join(CONTROL_MODES[: control.config.modes])
-        report.notes.append(f"takes several kinds of hints, one of which is named with it: {kinds}")
 
 
 def _inspect_folder(folder: Path) -> Report:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.checkpoints.architecture import identify
+from latentdiff.checkpoints.architecture import OF_IP_ADAPTER, identify, is_ip_adapter
 from latentdiff.checkpoints.files import TensorFile, read_tensors
 from latentdiff.checkpoints.folder import listing
 from latentdiff.checkpoints.keymap import Shape, compare
@@ -26,7 +26,6 @@ from latentdiff.networks.ip_adapter import HEAD, IPAdapterConfig, IPAdapterNetwo
 from latentdiff.reading.plain import exists
 
 LABEL = "IP-Adapter"
-PARTS = ("image_proj", "ip_adapter")
 _LAYER = re.compile(r"ip_adapter\.(\d{1,4})\.to_k_ip\.weight")
 _SUFFIXES = (".safetensors", ".bin")
 _MOST_LAYERS = 512
@@ -41,16 +40,10 @@ class IPAdapterWeights:
     config: IPAdapterConfig
 
 
-def is_ip_adapter(names: Iterable[str]) -> bool:
-    """Whether these are the tensors of an IP-Adapter of any kind."""
-    starts = {name.partition(".")[0] for name in names}
-    return set(PARTS) <= starts
-
-
 def joined_names(file: TensorFile) -> dict[str, Tensor]:
     """The tensors of a file under the names of the safetensors form: those of nested dictionaries with a dot."""
     nested: dict[str, Tensor] = {}
-    for part in PARTS:
+    for part in OF_IP_ADAPTER:
         inside = file.others.get(part)
         if isinstance(inside, Mapping):
             nested |= {f"{part}.{name}": value for name, value in inside.items() if isinstance(value, Tensor)}

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from latentdiff.checkpoints.control import ControlWeights, empty_control, whole_weights
+from latentdiff.checkpoints.t2i_adapter import T2IAdapterWeights
+from latentdiff.control.adapters import adapter_part, applied_adapter
 from latentdiff.control.hints import hint_tensor
 from latentdiff.control.image_prompts import ImagePrompt
 from latentdiff.control.model import Control, ControlNet
@@ -49,19 +51,26 @@ class Steering:
             )
         if image_prompts and backend != "torch":
             raise UsageError(f"image prompts need the back end torch, found {backend}")
-        self._controls, self._residence, self._dtype = controls, residence, dtype
+        self._residence, self._dtype = residence, dtype
         self._image_prompts = image_prompts
-        self.beside = control_parts(controls, residence, dtype)
-        self.before = image_prompt_parts(image_prompts, residence, dtype) if image_prompts else []
+        self._adapters = [
+            (one, one.model.weights) for one in controls if isinstance(one.model.weights, T2IAdapterWeights)
+        ]
+        self._controls = [one for one in controls if isinstance(one.model.weights, ControlWeights)]
+        self.beside = control_parts(self._controls, residence, dtype)
+        self.before = image_prompt_parts(image_prompts, residence, dtype)
+        self.before += [adapter_part(weights, residence, dtype) for _, weights in self._adapters]
 
-    def image_prompts(self, levels: Sequence[Level]) -> list[Applied]:
-        """What image prompts are on a walk over `levels`; before the U-Net is in use."""
-        if not self._image_prompts:
-            return []
-        return [*applied_image_prompts(self._image_prompts, self._residence, self._dtype, levels)]
+    def early(self, shape: Sequence[int], levels: Sequence[Level]) -> list[Applied]:
+        """What image prompts and T2I-Adapters are on a walk of latents (..., h, w); before the U-Net is in use."""
+        where = self._residence, self._dtype
+        found: list[Applied] = [
+            applied_adapter(control, weights, *where, shape, levels) for control, weights in self._adapters
+        ]
+        return [*found, *applied_image_prompts(self._image_prompts, *where, levels)]
 
     def controls(self, shape: Sequence[int], levels: Sequence[Level]) -> list[Applied]:
-        """What controls are on a walk of latents (..., h, w)."""
+        """What ControlNets are on a walk of latents (..., h, w); they walk along."""
         return [*applied_controls(self._controls, self._residence, self._dtype, shape, levels)]
 
 
@@ -71,10 +80,14 @@ def control_parts(controls: Sequence[Control], residence: Residence, dtype: torc
     Raises:
         CheckpointError: one was made for another model.
     """
-    unet = residence.module("unet").config
+    found: list[Part] = []
     for control in controls:
-        check_fits(control.model.weights, unet, residence.module("vae").config.downscale)
-    return [_part(control.model, residence, dtype) for control in controls]
+        weights = control.model.weights
+        is_adapter = isinstance(weights, T2IAdapterWeights)
+        found.append(
+            adapter_part(weights, residence, dtype) if is_adapter else _part(control.model, weights, residence, dtype)
+        )
+    return found
 
 
 @torch.no_grad()
@@ -100,9 +113,10 @@ def applied_controls(
     return applied
 
 
-def _part(model: ControlNet, residence: Residence, dtype: torch.dtype) -> Part:
+def _part(model: ControlNet, weights: ControlWeights, residence: Residence, dtype: torch.dtype) -> Part:
+    check_fits(weights, residence.module("unet").config, residence.module("vae").config.downscale)
     if model not in residence.beside:
-        weights, unet = model.weights, residence.parts["unet"]
+        unet = residence.parts["unet"]
         config = matched(weights.config, unet.module.config) if weights.guessed else weights.config
         base = unet.weights() if weights.is_difference else {}
         network = empty_control(config).to(dtype)

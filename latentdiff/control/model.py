@@ -12,6 +12,7 @@ from PIL import Image
 
 from latentdiff.checkpoints.control import ControlWeights, read_control
 from latentdiff.checkpoints.hashing import place_hash
+from latentdiff.checkpoints.t2i_adapter import T2IAdapterWeights, read_t2i_adapter
 from latentdiff.control.preparation import prepared
 from latentdiff.errors import UsageError
 from latentdiff.request.calls import public
@@ -25,19 +26,20 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 class ControlNet:
-    """A ControlNet of Stable Diffusion 1.x, 2.x or XL, mapped from its file; its weights are read where it is used.
+    """A ControlNet of Stable Diffusion 1.x, 2.x or XL, or a T2I-Adapter, mapped from its file; its weights are read where it
+    is used.
 
     edges = ControlNet.load("control_v11p_sd15_canny.safetensors")
     pipe("a house", controls=[edges("edges.png", scale=0.8, end=0.6)])
     """
 
-    def __init__(self, weights: ControlWeights) -> None:
+    def __init__(self, weights: ControlWeights | T2IAdapterWeights) -> None:
         self.weights = weights
 
     @classmethod
     @public(source=Place(), pools=YesNo())
     def load(cls, source: str | os.PathLike[str], *, pools: bool | None = None) -> Self:
-        """Map a ControlNet.
+        """Map a ControlNet, or a T2I-Adapter.
 
         Args:
             source: a diffusers folder, a hub id, or a file in the diffusers or the original layout; also one with
@@ -48,8 +50,14 @@ class ControlNet:
         Raises:
             CheckpointError: nothing is there, or it is damaged, incomplete, or something else.
             ConfigError: it is of another architecture.
+            UsageError: `pools` of a T2I-Adapter.
         """
-        return cls(read_control(source, pools=pools))
+        adapter = read_t2i_adapter(source)
+        if adapter is None:
+            return cls(read_control(source, pools=pools))
+        if pools is not None:
+            raise UsageError(f"{adapter.path.name} is a T2I-Adapter, whose outputs are not averaged; leave pools out")
+        return cls(adapter)
 
     @public(
         scale=Real(0),
@@ -89,6 +97,10 @@ class ControlNet:
         """
         if start >= end:
             raise UsageError(f"expected the start of a control before its end, found {start} and {end}")
+        if isinstance(self.weights, T2IAdapterWeights) and (guess or mask is not None):
+            raise UsageError(
+                f"{self.weights.path.name} is a T2I-Adapter, which knows no guess mode and no mask; leave guess and mask out"
+            )
         mode = mode or (prepare if self.modes else None)
         self.index_of(mode)
         source, hidden = open_source(image), None if mask is None else open_source(mask)
@@ -108,7 +120,7 @@ class ControlNet:
     @property
     def modes(self) -> tuple[str, ...]:
         """The kinds of hints that it is told apart; none for a network that was trained on one."""
-        return CONTROL_MODES[: self.weights.config.modes]
+        return CONTROL_MODES[: self.weights.config.modes] if isinstance(self.weights, ControlWeights) else ()
 
     def index_of(self, mode: str | None) -> int | None:
         """The place of a kind of hint among `modes`; None for a network that was trained on one.
@@ -132,6 +144,8 @@ class ControlNet:
 
     def __repr__(self) -> str:
         """Its file and what it was made for."""
+        if isinstance(self.weights, T2IAdapterWeights):
+            return f"<ControlNet {self.weights.path.name}, a T2I-Adapter>"
         return f"<ControlNet {self.weights.path.name}, text width {self.weights.config.unet.cross_attention_dim}>"
 
 

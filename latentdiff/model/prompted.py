@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.control.applied import control_parts
+from latentdiff.control.applied import Steering, control_parts
 from latentdiff.device import describe_device
 from latentdiff.errors import UsageError
 from latentdiff.memory.sharing import one_use
@@ -23,7 +23,7 @@ from latentdiff.networks.told_guidance import told_guidance
 from latentdiff.prompts.account import Account, account
 from latentdiff.prompts.syntax import read_prompt
 from latentdiff.recipe import Recipe, library_versions
-from latentdiff.request.plan import Plan
+from latentdiff.request.plan import Plan, Sampling
 
 
 class PromptedModel(LoadedModel):
@@ -126,6 +126,21 @@ class PromptedModel(LoadedModel):
     def factored(self, factors: Sequence[float] | None) -> AbstractContextManager[None]:
         """See `freeu`; of the U-Net."""
         return nullcontext() if factors is None else freeu(self.unet, factors)
+
+    def steering(self, options: Sampling) -> Steering | None:
+        """The controls and image prompts among the options, on this model; None if there are none.
+
+        Raises:
+            CheckpointError: one was made for another model.
+            UsageError: the back end or the precision does not go with them, or with what else acts inside the U-Net.
+        """
+        engine = self.backend, self.precision.name
+        if (taps := options.taps()) and (self.backend != "torch" or self.precision.name == "int8"):
+            raise UsageError(f"{taps} need the back end torch and fp32, bf16 or fp16, found {' in '.join(engine)}")
+        controls, prompts = options.controls or (), options.image_prompts or ()
+        if not controls and not prompts:
+            return None
+        return Steering(controls, prompts, self.residence, self.precision.unet, engine)
 
     def going_around(self, axes: str | None, plan: Plan) -> AbstractContextManager[None]:
         """See `seamless`; of the networks of a plan."""

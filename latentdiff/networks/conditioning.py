@@ -7,6 +7,7 @@ then need no change, and `functions.checked_model` is where a field is handed to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, Self
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from latentdiff.networks.layers.transformer import Context, Further, ProjectedContext, SizedText
 from latentdiff.networks.rows import Rows
+from latentdiff.networks.taps import Tap
 from latentdiff.networks.unet import UNet
 
 
@@ -99,6 +101,14 @@ class Conditioning:
             projected = own if isinstance(own, ProjectedContext) else unet.project_context(own)
             self._contexts[key] = projected.with_further(further)
         return self._contexts[key]
+
+    def with_features(self, unet: UNet, t: float, dtype: torch.dtype) -> AbstractContextManager[Any]:
+        """Inside, modules of the network give more by what is added to them on the way down."""
+        total: dict[str, Tensor] = {}
+        for rows in self.controls:
+            for name, one in rows.features(t, dtype).items():
+                total[name] = total[name] + one if name in total else one
+        return Tap(unet, total, output=lambda name, arguments, output: output + total[name]) if total else nullcontext()
 
     def residuals(self, x: Tensor, t: float, dtype: torch.dtype) -> list[Tensor] | None:
         """What is added to the skips and the middle for latents (N, C, h, w); None if nothing is."""

@@ -94,7 +94,8 @@ def checked_model(network: Network, unet: UNet, levels: Sequence[Level]) -> Mode
             computes = network if dtype == conditioning.dtype else unet
             residuals = conditioning.residuals(latents, t, dtype)
             added = () if residuals is None else (residuals,)
-            return computes(x.to(dtype), t, conditioning.context_in(dtype, t, unet), *added)
+            with conditioning.with_features(unet, t, dtype):
+                return computes(x.to(dtype), t, conditioning.context_in(dtype, t, unet), *added)
 
         if is_asynchronous(x.device) and conditioning.dtype in _AS_WIDE_AS_FLOAT32:
             return compute(

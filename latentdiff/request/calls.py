@@ -35,6 +35,8 @@ OTHERWISE = {
     "crops_coords_top_left": "give `crop_top_left`",
     "denoising_end": "give the whole to `latentdiff.tasks.refine`, which takes a `switch`",
     "cross_attention_kwargs": "give the scale of a LoRA to `load_lora`",
+    "ip_adapter_image": "give `image_prompts`: [IPAdapter.load(file)(image)]",
+    "ip_adapter_image_embeds": "give `image_prompts`: [IPAdapter.load(file)(image)]",
     "torch_dtype": 'give `precision`: "fp32", "bf16", "fp16" or "int8"',
     "dtype": 'give `precision`: "fp32", "bf16", "fp16" or "int8"',
     "device_map": "give `device`",

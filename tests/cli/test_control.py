@@ -88,7 +88,7 @@ def test_existing_images_are_known_by_their_controls(command, sd1, net):
     [
         (["--control", "hint.png"], "a --control-model for each --control, found 0 for 1"),
         (["--control-guess"], "--control and --control-model with --control-guess"),
-        (["--control", "magic=hint.png", "--control-model", "NET"], "KIND of canny, scribble, tile"),
+        (["--control", "magic=hint.png", "--control-model", "NET"], "KIND of canny, scribble"),
         (["--control", "hint.png", "--control-model", "NET", "--width", 128], "in the proportions of what is made"),
         (["--control", "hint.png", "--control-model", "NET", "--cache-interval", 2], "leave --cache-interval at 1"),
         (["--control", "hint.png", "--control-model", "SD1"], "expected"),
