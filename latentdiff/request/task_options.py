@@ -47,7 +47,7 @@ RESTORE: dict[str, Any] = {
     "keep_measurement": YesNo(),
     **_STEPS,
 }
-# Of what happened to a picture: how many times smaller it is, its noise, pixels of blur. The kernels grow with the square.
+# Of what happened to an image: how many times smaller it is, its noise, pixels of blur. The kernels grow with the square.
 FACTOR, NOISE, BLUR, MOTION = Whole(2, 64), Real(0), Real(0, 128), Real(1, 1024)
 DAMAGE: dict[str, Any] = {"factor": FACTOR, "sigma": NOISE}
 

@@ -15,7 +15,7 @@ from latentdiff.cli import cli
 from latentdiff.control.depth import DepthModel
 from latentdiff.errors import CheckpointError
 from tests import tiny
-from tests.tasks.pictures import picture
+from tests.tasks.images import an_image
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_depths_are_those_of_transformers(folder):
-    image = picture(96, 64)
+    image = an_image(96, 64)
     expected = pipeline("depth-estimation", model=str(folder), device="cpu")(image)["depth"]
     found = np.asarray(DepthModel.load(folder)(image)).astype(int)
     assert found.shape == (64, 96, 3) and found.min() == 0 and found.max() == 255
@@ -41,7 +41,7 @@ def test_depths_are_those_of_transformers(folder):
 
 
 def test_models_of_metres_are_turned_round(folder):
-    model, image = DepthModel.load(folder), picture(96, 64)
+    model, image = DepthModel.load(folder), an_image(96, 64)
     near = np.asarray(model(image))[..., 0].astype(int)
     model._network.config.depth_estimation_type = "metric"
     metric = np.asarray(model(image))[..., 0].astype(int)
@@ -50,7 +50,7 @@ def test_models_of_metres_are_turned_round(folder):
 
 def test_the_command(folder, tmp_path):
     run = lambda *words: CliRunner().invoke(cli, ["control", "prepare", *map(str, words)])  # noqa: E731
-    picture(96, 64).save(tmp_path / "photo.png")
+    an_image(96, 64).save(tmp_path / "photo.png")
     done = run("depth", tmp_path / "photo.png", "--model", folder, "--out", tmp_path / "depth.png")
     assert done.exit_code == 0, done.output
     assert Image.open(tmp_path / "depth.png").size == (96, 64)
