@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal, Unpack, cast, overload
 
 import torch
@@ -35,11 +36,13 @@ from latentdiff.networks.sizes import Told
 from latentdiff.networks.steering import prompted_denoiser
 from latentdiff.networks.text_embedding import EncodedPrompt, Given
 from latentdiff.networks.vae import LatentDistribution
+from latentdiff.networks.windows import Windows, windowed
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice, refusal
 from latentdiff.request.options import SECOND_PASS, GenerateOptions, SamplingOptions
 from latentdiff.request.plan import Plan, Sampling, Start, latent_shape
 from latentdiff.request.second_pass import LATENT_MODES, SecondPass, enlarged_latents, noised
+from latentdiff.request.windows import windows_of
 from latentdiff.upscaling.second_pass import enlarged
 
 
@@ -122,7 +125,7 @@ class Pipeline(PromptedModel):
         second = SecondPass.taken_from(cast(dict[str, Any], options)) if options.keys() & SECOND_PASS else None
         sampling = Sampling(**cast(SamplingOptions, options))
         given = Given.of(prompt, sampling.negative_prompt, prompt_embeds, negative_prompt_embeds)
-        plan = sampling.plan(given.prompts, self.schedule)
+        plan = replace(sampling.plan(given.prompts, self.schedule), around=axes or "")
         self.check_text_to_image()
         shape = latent_shape(size, self.default_size, self.residence.module("vae").config, latents, len(plan.prompts))
 
@@ -134,13 +137,14 @@ class Pipeline(PromptedModel):
         chunk = self.text_encoder.context_length if given.is_given and self.told_count else None
         text = given.instead_of(self.encoded(plan), width, chunk) if given.is_given else None
         larger = second and second.plan(plan, self.schedule)
-        with self.going_around(axes, plan):
+        with self.going_around(plan):
             made = self.sample(plan, shape, start, text=text)
             if second and larger:
                 made = self._second_pass(made, second, larger, text)
             if output == "latents":
                 return made
-            images, factor = to_pil(self.decode(made)), self.residence.module("vae").config.downscale
+            images = to_pil(self.decode(made, tile=plan.options.vae_tile))
+        factor = self.residence.module("vae").config.downscale
         for image, fields in zip(images, plan.recipe_fields(), strict=True):
             own = self.recipe(
                 **fields,
@@ -161,8 +165,9 @@ class Pipeline(PromptedModel):
         if asked.hires_upscaler in LATENT_MODES:
             latents = enlarged_latents(latents, asked.hires_upscaler, size)
         else:
-            images = enlarged(to_pil(self.decode(latents)), asked, (size[1] * factor, size[0] * factor), self.device)
-            latents = torch.cat([self.encode_images(to_tensor([image])).mode() for image in images])
+            tile, pixels = plan.options.vae_tile, (size[1] * factor, size[0] * factor)
+            images = enlarged(to_pil(self.decode(latents, tile=tile)), asked, pixels, self.device)
+            latents = torch.cat([self.encode_images(to_tensor([image]), tile=tile).mode() for image in images])
 
         def start(part: slice, noise: NoiseStream) -> Start:
             return Start(noised(latents[part], noise(), plan.levels[0]))
@@ -216,9 +221,13 @@ class Pipeline(PromptedModel):
         rows = max(map(plan.rows, plan.batches))
         sizes = self.told_of_latents(shape, plan.sizes)
         options, steering = plan.options, self.steering(plan.options)
-        quadratic = attention_backend() == "plain"
+        is_cut = options.window or options.window_stride
+        windows = windows_of(plan, self.residence.module("vae").config.downscale) if is_cut else None
         beside, before = (steering.beside, steering.before) if steering else ((), ())
-        workload = self.residence.workload(rows, *shape[-2:], quadratic=quadratic, beside=beside, before=before)
+        workload = self.residence.workload(
+            rows, *shape[-2:], quadratic=attention_backend() == "plain", beside=beside, before=before,
+            window=windows and windows.side, tile=options.vae_tile,
+        )  # fmt: skip
         self.residence.check(workload)
         positive, negative = map(_as_prompts, text or self.encoded(plan))
         early = steering.early(shape, plan.levels) if steering else []
@@ -226,7 +235,8 @@ class Pipeline(PromptedModel):
         finished: list[Tensor] = []
         bar = progress_bar(plan.steps * len(plan.batches), options.progress)
         told = self.told_guidance(options.guidance_scale)
-        with self.residence.using("unet"), bar, told, self.factored(options.freeu):
+        around = self.latents_going_around(plan, windows.covers(*shape[-2:]) if windows else "xy")
+        with self.residence.using("unet"), bar, told, self.factored(options.freeu), around:
             applied = [*early, *steering.controls(shape, plan.levels)] if steering else []
             for part in plan.batches:
                 noise = NoiseStream(plan.seeds[part], shape, rule=plan.noise, device=self.device)
@@ -239,6 +249,7 @@ class Pipeline(PromptedModel):
                     extra_channels=begun.extra_channels,
                     sizes=sizes,
                     controls=applied,
+                    windows=windows,
                     cache=plan.cache,
                     calls=plan.sampler.calls(plan.levels),
                 )
@@ -257,18 +268,23 @@ class Pipeline(PromptedModel):
     @one_use()
     @torch.no_grad()
     @explained_out_of_memory()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents (N, C, h, w) to images (N, 3, H, W), about in [-1, 1], float32, one at a time."""
-        workload = self.residence.workload(1, *latents.shape[-2:])
+    def decode(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
+        """Decode latents (N, C, h, w) to images (N, 3, H, W), about in [-1, 1], float32, one at a time.
+
+        Args:
+            tile: in overlapping tiles of so many pixels; None is whole, or as memory allows.
+        """
+        workload = self.residence.workload(1, *latents.shape[-2:], tile=tile)
         self.residence.make_room("vae", decoding_bytes(workload))
-        return decode_latents(self.decoder, self.vae, latents, self.device, tiled=workload.is_tiled)
+        return decode_latents(self.decoder, self.vae, latents, self.device, tile=workload.tile_in_use)
 
     @one_use()
     @torch.no_grad()
     @explained_out_of_memory()
-    def encode_images(self, images: Tensor) -> LatentDistribution:
-        """Latents of images (N, 3, H, W) in [-1, 1], float32; H and W are multiples of the VAE's factor."""
-        return encode_images(self.vae, images, self.device)
+    def encode_images(self, images: Tensor, *, tile: int | None = None) -> LatentDistribution:
+        """Latents of images (N, 3, H, W) in [-1, 1], float32; H and W are multiples of the VAE's factor; `tile` as in
+        `decode`."""
+        return encode_images(self.vae, images, self.device, tile=tile)
 
     def denoiser(
         self,
@@ -280,6 +296,7 @@ class Pipeline(PromptedModel):
         extra_channels: Tensor | None = None,
         sizes: Told | None = None,
         controls: Sequence[Applied] = (),
+        windows: Windows | None = None,
         cache: CacheSettings = UNCACHED,
         calls: int | None = None,
     ) -> Denoiser:
@@ -292,15 +309,17 @@ class Pipeline(PromptedModel):
             extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
             sizes: what a U-Net of SDXL is told beside the texts, see `told`.
             controls: what steers besides: controls, image prompts.
+            windows: what the U-Net sees of the latents at once; None is all.
             cache: for a denoiser that is called in the order of a walk; others have to compute all.
             calls: how often; None is once a level.
         """
         network = self.network
         if cache.interval > 1:
             network = DeepCache(network, self.unet, cache, calls or len(levels) - 1)
+        model = checked_model(network, self.unet, levels)
         denoise = prompted_denoiser(
             self.unet,
-            checked_model(network, self.unet, levels),
+            windowed(model, windows) if windows else model,
             parameterization(self.schedule.config.prediction_type),
             _as_prompts(positive),
             _as_prompts(negative),

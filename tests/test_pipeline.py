@@ -422,10 +422,10 @@ def test_float16_overflow_is_computed_again_in_float32(pipe, part, weight, name)
 def test_decoding_falls_back_to_tiles(pipe):
     whole = pipe.decoder
 
-    def decode(latents, *, tiled=False):
-        if not tiled:
+    def decode(latents, *, tile=None):
+        if not tile:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(latents, tiled=True)
+        return whole(latents, tile=tile)
 
     pipe.decoder = decode
     with pytest.warns(UserWarning, match="decoding it in tiles"):
@@ -436,10 +436,10 @@ def test_decoding_falls_back_to_tiles(pipe):
 def test_the_failed_decoding_is_forgotten_before_the_tiles(pipe):
     held, alive = [], []
 
-    def decode(latents, *, tiled=False):
-        if tiled:
+    def decode(latents, *, tile=None):
+        if tile:
             alive.append(held[0]() is not None)
-            return pipe.vae.decode(latents, tiled=True)
+            return pipe.vae.decode(latents, tile=tile)
         large = torch.zeros(1000)
         held.append(weakref.ref(large))
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -104,8 +104,7 @@ LOW_MEMORY = click.option(
     is_flag=True,
     help="Pass the weights through memory block by block and decode large images in tiles: slower, the same image.",
 )
-MODEL_OPTIONS = together(
-    MODEL,
+OTHER_MODEL_OPTIONS = together(
     EMA,
     PREDICTION_TYPE,
     ZERO_SNR,
@@ -120,7 +119,8 @@ MODEL_OPTIONS = together(
     COMPILE,
     ATTENTION,
     LOW_MEMORY,
-)  # see `loaded_model`
+)
+MODEL_OPTIONS = together(MODEL, OTHER_MODEL_OPTIONS)  # see `loaded_model`
 
 
 def flag(name: str, *, default: str | None = None) -> Decorator:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
-from latentdiff.cli.options import DEVICE, IMAGE_FILE, OUT, WRITING
+from latentdiff.cli.model import drawn_seed, loaded_model
+from latentdiff.cli.options import IMAGE_FILE, OTHER_MODEL_OPTIONS, OUT, WRITING, flags_of
 from latentdiff.cli.output import Writing, check_transparency, check_writable, free_path, is_file
 from latentdiff.errors import CheckpointError, UsageError
+from latentdiff.request.options import SamplingOptions
+
+OURS = ("image", "upscaler", "tile", "diffusion", "device", "out", "file_format", "quality", "no_metadata")
 
 
 @click.command()
 @click.argument("image", type=IMAGE_FILE)
 @click.option(
     "--model",
+    "upscaler",
     metavar="FILE",
     required=True,
     help="An upscaler of the ESRGAN family, .safetensors or .pth; it says how many times larger.",
@@ -28,23 +34,50 @@ from latentdiff.errors import CheckpointError, UsageError
     metavar="PIXELS",
     help="Side of what the upscaler sees at once, 128 or more: memory grows with it and not with the image.",
 )
-@DEVICE
+@click.option(
+    "--diffusion",
+    is_flag=False,
+    flag_value="",
+    metavar="[FOLDER|HUB_ID|FILE]",
+    help="Let a text-to-image model go over the enlarged image, in windows; without a name, the one that comes with "
+    "latentdiff. The options below are of this pass.",
+)
+@click.option("--prompt", metavar="TEXT", help="What the image shows.")
+@click.option("--strength", type=float, metavar="X", help="0 to 1: how far the model goes.  [default: 0.3]")
+@flags_of(SamplingOptions, without=("num_images",))
+@OTHER_MODEL_OPTIONS
 @OUT
 @WRITING
-def upscale(image: Path, model: str, tile: int, device: str, out: Path, **settings: Any) -> None:
+def upscale(
+    image: Path, upscaler: str, tile: int, diffusion: str | None, seed: int | None, out: Path, **settings: Any
+) -> None:
     """Make IMAGE larger by a network that was trained for it."""
     writing = Writing.taken_from(settings, out)
     check_writable(out)
     if is_file(out) and out.exists():
         raise UsageError(f"{out} is there already; remove it or choose another name with --out")
-    if not Path(model).exists():
-        raise CheckpointError(f"no upscaler at {model}")
+    if not Path(upscaler).exists():
+        raise CheckpointError(f"no upscaler at {upscaler}")
     check_transparency(out, writing, image)
+    if diffusion is None:
+        _check_nothing_said()
     from latentdiff.tasks.upscaling import upscale as enlarge
     from latentdiff.upscaling.model import Upscaler
 
-    upscaler = Upscaler.load(model, device=device)
-    result = enlarge(image, upscaler, tile=tile)
-    path = out if is_file(out) else free_path(out, f"{image.stem}-{upscaler.factor}x", writing.ending)
+    loaded = Upscaler.load(upscaler, device=settings["device"])
+    settings["model"] = diffusion or None
+    with nullcontext() if diffusion is None else loaded_model(settings) as pipe:
+        walk = {} if pipe is None else {**settings, "pipe": pipe, "seed": drawn_seed(seed)}
+        result = enlarge(image, loaded, tile=tile, **walk)
+    path = out if is_file(out) else free_path(out, f"{image.stem}-{loaded.factor}x", writing.ending)
     writing.save(result, path)
     click.echo(path)
+
+
+def _check_nothing_said() -> None:
+    """Raise a UsageError if something is said to a model that there is not."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if name not in OURS and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise UsageError(f"expected --diffusion with {parameter.opts[-1]}, which the upscaler has no use for")

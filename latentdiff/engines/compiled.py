@@ -69,11 +69,11 @@ class CompiledDecoder:
         self._regions = _Regions(vae.decoder)
         self._graph = GraphedFunction(self._compute)
 
-    def __call__(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+    def __call__(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
         """See `VAE.decode`."""
         refuse_gradients(_NAME, latents)
-        if tiled or plain_steps_in(self._vae, _NAME):
-            return self._vae.decode(latents, tiled=tiled)
+        if tile or plain_steps_in(self._vae, _NAME):
+            return self._vae.decode(latents, tile=tile)
         return self._graph(state_of(self._vae), latents)
 
     def _compute(self, latents: Tensor) -> Tensor:

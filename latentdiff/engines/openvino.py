@@ -77,11 +77,11 @@ class OpenVINODecoder:
         self._vae = vae
         self._compiled = _Compiled(vae, partial(converted, vae, _FlatDecoder(vae)))
 
-    def __call__(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+    def __call__(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
         """See `VAE.decode`."""
         refuse_gradients(_NAME, latents)
-        if tiled or plain_steps_in(self._vae, _NAME):
-            return self._vae.decode(latents, tiled=tiled)
+        if tile or plain_steps_in(self._vae, _NAME):
+            return self._vae.decode(latents, tile=tile)
         return self._compiled(latents)
 
 

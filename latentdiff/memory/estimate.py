@@ -46,6 +46,8 @@ class Workload:
         height, width: of the latents.
         unet_bytes, vae_bytes: of one number in each.
         quadratic: whether attention holds its whole matrix of weights.
+        window: largest side of what the U-Net sees at once, in latents; None is all.
+        tile: side in pixels of what the VAE sees at once, if that is asked for.
         low_memory: the U-Net's weights are streamed, and large images decoded in tiles.
         beside: bytes of the weights of ControlNets.
         before: bytes of the weights of the largest network that is used before the U-Net, an image encoder say.
@@ -61,6 +63,8 @@ class Workload:
     vae_bytes: int
     quadratic: bool = False
     low_memory: bool = False
+    window: int | None = None
+    tile: int | None = None
     beside: int = 0
     before: int = 0
 
@@ -70,6 +74,11 @@ class Workload:
         saved."""
         tile = self.vae.sample_size // self.vae.downscale
         return self.low_memory and max(self.height, self.width) > tile
+
+    @property
+    def tile_in_use(self) -> int | None:
+        """Side in pixels of what the decoder sees at once; None is all."""
+        return self.tile or (self.vae.sample_size if self.is_tiled else None)
 
     def changed(self, **fields: object) -> Workload:
         """The same with other fields."""
@@ -84,7 +93,8 @@ def weight_bytes(module: nn.Module) -> int:
 def denoising_bytes(workload: Workload) -> int:
     """Activations of one call of the U-Net."""
     config, levels = workload.unet, range(len(workload.unet.block_out_channels))
-    sizes = [(_ceil(workload.height, 2**level), _ceil(workload.width, 2**level)) for level in levels]
+    height, width = (min(side, workload.window or side) for side in (workload.height, workload.width))
+    sizes = [(_ceil(height, 2**level), _ceil(width, 2**level)) for level in levels]
     maps = [workload.rows * h * w * width for (h, w), width in zip(sizes, config.block_out_channels, strict=True)]
     kept = sum((config.layers_per_block + 1) * count for count in maps)  # the skips
     kept *= 2 if workload.beside else 1  # and as many residuals
@@ -102,8 +112,9 @@ def denoising_bytes(workload: Workload) -> int:
 
 def decoding_bytes(workload: Workload) -> int:
     """Activations of the decoder for one image."""
-    factor, tile = workload.vae.downscale, max(1, workload.vae.sample_size // workload.vae.downscale)
-    height, width = (min(side, tile) if workload.low_memory else side for side in (workload.height, workload.width))
+    factor, pixels = workload.vae.downscale, workload.tile_in_use
+    tile = max(workload.height, workload.width) if pixels is None else max(1, pixels // factor)
+    height, width = (min(side, tile) for side in (workload.height, workload.width))
     widths = workload.vae.block_out_channels
     # At the size of the image the decoder comes from the second level's width and goes to the first's.
     whole = _DECODER * widths[min(1, len(widths) - 1)] * height * width * factor**2 * workload.vae_bytes

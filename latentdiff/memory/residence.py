@@ -112,6 +112,8 @@ class Residence:
         quadratic: bool = False,
         beside: Sequence[Part] = (),
         before: Sequence[Part] = (),
+        window: int | None = None,
+        tile: int | None = None,
     ) -> Workload:
         """What it takes to make images of latents of this size; see `Workload`.
 
@@ -132,6 +134,8 @@ class Residence:
             vae_bytes=next(vae.parameters()).element_size(),
             quadratic=quadratic,
             low_memory=self.low_memory,
+            window=window,
+            tile=tile,
             beside=sum(size(part.module) for part in beside),
             before=max((weight_bytes(part.module) for part in before), default=0),
         )

@@ -111,6 +111,28 @@ class PromptedModel(LoadedModel):
             **fields,
         )
 
+    def going_around(self, plan: Plan) -> AbstractContextManager[None]:
+        """Inside, the VAE sees the edges of a plan's images continue; see `seamless`.
+
+        Raises:
+            UsageError: it cannot be had with the rest of what is asked for.
+        """
+        if not plan.around:
+            return nullcontext()
+        if self.backend != "torch" or self.precision.name == "int8" or self.residence.low_memory:
+            raise UsageError("seamless needs the back end torch, another precision than int8, and no low memory")
+        if plan.options.vae_tile:
+            raise UsageError("seamless sees around the border of the whole image; leave vae_tile out")
+        return seamless(plan.around, (self.residence.module("vae"),))
+
+    def latents_going_around(self, plan: Plan, axes: str) -> AbstractContextManager[None]:
+        """Inside, the U-Net and what steers it see them continue along those of `axes` that do."""
+        along = "".join(axis for axis in plan.around if axis in axes)
+        if not along:
+            return nullcontext()
+        beside = control_parts(plan.options.controls or (), self.residence, self.precision.unet)
+        return seamless(along, (self.residence.module("unet"), *(part.module for part in beside)))
+
     def told_guidance(self, scale: float) -> AbstractContextManager[Any]:
         """Inside, a U-Net that is told the guidance scale is told this one.
 
@@ -141,13 +163,3 @@ class PromptedModel(LoadedModel):
         if not controls and not prompts:
             return None
         return Steering(controls, prompts, self.residence, self.precision.unet, engine)
-
-    def going_around(self, axes: str | None, plan: Plan) -> AbstractContextManager[None]:
-        """See `seamless`; of the networks of a plan."""
-        if axes is None:
-            return nullcontext()
-        if self.backend != "torch" or self.precision.name == "int8" or self.residence.low_memory:
-            raise UsageError("seamless needs the back end torch, another precision than int8, and no low memory")
-        beside = control_parts(plan.options.controls or (), self.residence, self.precision.unet)
-        networks = (self.residence.module("unet"), self.residence.module("vae"), *(part.module for part in beside))
-        return seamless(axes, networks)

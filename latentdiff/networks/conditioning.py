@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from latentdiff.networks.layers.transformer import Context, Further, ProjectedContext, SizedText
-from latentdiff.networks.rows import Rows
+from latentdiff.networks.rows import Area, Rows
 from latentdiff.networks.taps import Tap
 from latentdiff.networks.unet import UNet
 
@@ -84,6 +84,11 @@ class Conditioning:
         """What goes through the network at once, with its rows in the batch."""
         return [(slice(None), self)]
 
+    def cut(self, area: Area) -> Conditioning:
+        """The same for a part of the latents."""
+        extra = None if self.extra_channels is None else self.extra_channels[..., *area]
+        return replace(self, extra_channels=extra, controls=tuple(rows.cut(area) for rows in self.controls))
+
     def context_in(self, dtype: torch.dtype, t: float, unet: UNet) -> Context:
         """What the cross-attentions are told at a timestep: the projections; or the bare embeddings where the U-Net is in
         another dtype now than it was then. What is attended to besides needs projections, and a context that stays the
@@ -149,6 +154,10 @@ class Ragged:
                 (torch.cat([rows for rows, _ in some]), _joined([part for _, part in some])) for some in found.values()
             )
         )
+
+    def cut(self, area: Area) -> Ragged:
+        """See `Conditioning.cut`."""
+        return Ragged(tuple((rows, part.cut(area)) for rows, part in self.parts))
 
     def groups(self) -> list[tuple[Tensor | slice, Conditioning]]:
         """See `Conditioning.groups`."""

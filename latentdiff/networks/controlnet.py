@@ -18,7 +18,7 @@ from latentdiff.device import in_float32
 from latentdiff.errors import ConfigError
 from latentdiff.networks.config import UNetConfig
 from latentdiff.networks.layers.transformer import Context, ProjectedContext
-from latentdiff.networks.rows import Rows, acts_at
+from latentdiff.networks.rows import Area, Rows, acts_at
 from latentdiff.networks.unet import UNetEncoder
 
 _ORDERS = ("rgb", "bgr")
@@ -226,6 +226,10 @@ class ControlRows(Rows):
         """Join along the batch."""
         projected = ProjectedContext.cat([part.projected for part in parts])
         return cls(parts[0].control, projected, torch.cat([part.acts for part in parts]))
+
+    def cut(self, area: Area) -> ControlRows:
+        """See `Rows.cut`."""
+        return replace(self, control=replace(self.control, hint=self.control.hint[..., *area]))
 
     def residuals(self, x: Tensor, t: float, text: Context, dtype: torch.dtype) -> list[Tensor] | None:
         """What is added at the rows of x (N, C, h, w), in `dtype`; None if nothing is.

@@ -31,16 +31,18 @@ _AS_WIDE_AS_FLOAT32 = (torch.bfloat16, torch.float32)  # in their exponents
 class Decoder(Protocol):
     """What `VAE.decode` is: latents to images."""
 
-    def __call__(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+    def __call__(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
         """Latents (N, C, h, w) -> images (N, 3, H, W), about in [-1, 1]."""
         ...
 
 
-def encode_images(vae: VAE, images: Tensor, device: torch.device) -> LatentDistribution:
-    """The latents of images (N, 3, H, W) in [-1, 1], float32."""
+def encode_images(
+    vae: VAE, images: Tensor, device: torch.device, *, tile: int | None = None
+) -> LatentDistribution:
+    """The latents of images (N, 3, H, W) in [-1, 1], float32; `tile` as `VAE.encode` takes it."""
 
     def compute(image: Tensor, dtype: torch.dtype) -> Tensor:
-        found = vae.encode(image.to(device, dtype))
+        found = vae.encode(image.to(device, dtype), tile=tile)
         return torch.cat([found.mean, found.logvar], dim=1)  # (1, 2 C, h, w)
 
     encoded = [
@@ -49,31 +51,31 @@ def encode_images(vae: VAE, images: Tensor, device: torch.device) -> LatentDistr
     return LatentDistribution(*torch.cat(encoded).chunk(2, dim=1))
 
 
-def decode_latents(decoder: Decoder, vae: VAE, latents: Tensor, device: torch.device, *, tiled: bool = False) -> Tensor:
+def decode_latents(decoder: Decoder, vae: VAE, latents: Tensor, device: torch.device, *, tile: int | None = None) -> Tensor:
     """The images (N, 3, H, W) of latents (N, C, h, w), about in [-1, 1], float32; in tiles where memory is short.
 
     Args:
         decoder: what computes `vae.decode`; that itself, or what an engine made of it.
-        tiled: decode in tiles at once; see `VAE.decode`.
+        tile: decode in tiles of so many pixels at once; see `VAE.decode`.
     """
-    return torch.cat([_decode_one(decoder, vae, latent, device, tiled) for latent in latents.split(1)])
+    return torch.cat([_decode_one(decoder, vae, latent, device, tile) for latent in latents.split(1)])
 
 
-def _decode_one(decoder: Decoder, vae: VAE, latent: Tensor, device: torch.device, tiled: bool) -> Tensor:
+def _decode_one(decoder: Decoder, vae: VAE, latent: Tensor, device: torch.device, tile: int | None) -> Tensor:
     own = next(vae.parameters()).dtype
 
-    def compute(dtype: torch.dtype, tiled: bool = tiled) -> Tensor:
+    def compute(dtype: torch.dtype, tile: int | None = tile) -> Tensor:
         computes = decoder if dtype == own else vae.decode
-        return computes(latent.to(device, dtype), tiled=tiled)
+        return computes(latent.to(device, dtype), tile=tile)
 
     try:
         return finite_or_float32("the VAE's decoder", vae, compute).float()
     except (RuntimeError, MemoryError) as error:
-        if tiled or not is_out_of_memory(error):
+        if tile or not is_out_of_memory(error):
             raise
     # Outside of the block above: as long as the error is handled, it keeps everything alive that the decoder had made.
     warnings.warn("not enough memory to decode the image whole; decoding it in tiles", stacklevel=2)
-    return finite_or_float32("the VAE's decoder", vae, partial(compute, tiled=True)).float()
+    return finite_or_float32("the VAE's decoder", vae, partial(compute, tile=vae.config.sample_size)).float()
 
 
 def checked_model(network: Network, unet: UNet, levels: Sequence[Level]) -> Model:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from latentdiff.networks.layers.transformer import Context, Further
 
+Area = tuple[Tensor, Tensor]  # rows (h, 1) and columns (w,) of latents
+
 
 class Rows:
     """One thing that steers; each kind adds in one of these ways, and nothing in the others."""
@@ -22,6 +24,10 @@ class Rows:
     def residuals(self, x: Tensor, t: float, text: Context, dtype: torch.dtype) -> list[Tensor] | None:
         """What is added to the skips from the first to the last, and to the middle, for latents (N, C, h, w)."""
         return None
+
+    def cut(self, area: Area) -> Self:
+        """The same for a part of the latents; what adds at places has to cut it out."""
+        return self
 
     def attends(self, t: float) -> bool:
         """Whether `attended` adds anything."""

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentdiff.errors import UsageError
 from latentdiff.networks.config import UNetConfig
 from latentdiff.networks.layers.transformer import Context
-from latentdiff.networks.rows import Rows, acts_at
+from latentdiff.networks.rows import Area, Rows, acts_at
 
 _LUMA = (0.299, 0.587, 0.114)  # of RGB (ITU-R BT.601), for adapters that see grey
 
@@ -151,6 +152,10 @@ class AppliedAdapter(Rows):
     def cat(cls, parts: Sequence[AppliedAdapter]) -> AppliedAdapter:
         """Join along the batch."""
         return parts[0]
+
+    def cut(self, area: Area) -> AppliedAdapter:
+        """Refuse it: the maps of the lower levels have no place for windows that begin at any latent."""
+        raise UsageError("T2I-Adapters do not go with windows; leave window out, or take a ControlNet")
 
     def features(self, t: float, dtype: torch.dtype) -> Mapping[str, Tensor]:
         """See `Rows`."""

@@ -48,12 +48,12 @@ class TinyVAE(nn.Module):
         self.encoder = TinyEncoder(config.latent_channels)
         self.decoder = TinyDecoder(config.latent_channels)
 
-    def encode(self, images: Tensor) -> LatentDistribution:
-        """Images (N, 3, H, W) in [-1, 1] -> latents (N, C, h, w), all but certain."""
+    def encode(self, images: Tensor, *, tile: int | None = None) -> LatentDistribution:
+        """Images (N, 3, H, W) in [-1, 1] -> latents (N, C, h, w), all but certain; without tiles, as `decode`."""
         mean = self.encoder(images)
         return LatentDistribution(mean, torch.full_like(mean, _NO_VARIANCE))
 
-    def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+    def decode(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
         """Latents (N, C, h, w) -> images (N, 3, H, W), about in [-1, 1]; it takes too little memory to need tiles."""
         return self.decoder(latents)
 

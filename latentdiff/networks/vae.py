@@ -56,42 +56,52 @@ class VAE(nn.Module):
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
-    def encode(self, images: Tensor) -> LatentDistribution:
-        """Images (N, 3, H, W) in [-1, 1] -> distribution of latents (N, C, h, w)."""
-        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+    def encode(self, images: Tensor, *, tile: int | None = None) -> LatentDistribution:
+        """Images (N, 3, H, W) in [-1, 1] -> distribution of latents (N, C, h, w); `tile` as in `decode`."""
+        moments = self._encode(images) if tile is None else self._encode_tiled(images, self._latents_of(tile))
+        mean, logvar = moments.chunk(2, dim=1)
         # Beyond these bounds the variance is zero or infinite in float32 anyway; inside, nothing changes.
         logvar = logvar.clamp(-30.0, 20.0)
         scale = self.config.scaling_factor
         return LatentDistribution(mean * scale, logvar + 2 * math.log(scale))
 
-    def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+    def decode(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
         """Latents (N, C, h, w) -> images (N, 3, H, W), about in [-1, 1] and not clipped.
 
         Args:
             latents: what `encode` gave or the denoise loop made.
-            tiled: decode overlapping tiles of the training size and blend them. Memory then does not grow with the
+            tile: decode overlapping tiles of so many pixels and blend them. Memory then does not grow with the
                 image; tiles differ a little from the whole because each is normalised by its own statistics.
         """
         latents = latents / self.config.scaling_factor
-        return self._decode_tiled(latents) if tiled else self._decode(latents)
+        return self._decode(latents) if tile is None else self._decode_tiled(latents, self._latents_of(tile))
+
+    def _latents_of(self, pixels: int) -> int:
+        return max(1, pixels // self.config.downscale)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(images))
+
+    def _encode_tiled(self, images: Tensor, tile: int) -> Tensor:
+        factor = self.config.downscale
+        height, width = images.shape[-2] // factor, images.shape[-1] // factor
+        total = images.new_zeros(len(images), 2 * self.config.latent_channels, height, width)
+        weights = images.new_zeros(height, width)
+        for top, left in _corners(height, width, tile):
+            seen = images[..., top * factor : (top + tile) * factor, left * factor : (left + tile) * factor]
+            _blend(total, weights, self._encode(seen), top, left)
+        return total / weights
 
     def _decode(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z))
 
-    def _decode_tiled(self, z: Tensor) -> Tensor:
+    def _decode_tiled(self, z: Tensor, tile: int) -> Tensor:
         factor = self.config.downscale
-        tile = max(1, self.config.sample_size // factor)
-        rows, columns = _tile_starts(z.shape[-2], tile), _tile_starts(z.shape[-1], tile)
         shape = (z.shape[0], self.config.out_channels, z.shape[-2] * factor, z.shape[-1] * factor)
         total, weights = z.new_zeros(shape), z.new_zeros(shape[-2:])
-        for top in rows:
-            for left in columns:
-                image = self._decode(z[..., top : top + tile, left : left + tile])
-                height, width = image.shape[-2:]
-                window = _feather(height, image)[:, None] * _feather(width, image)[None, :]
-                area = (..., slice(top * factor, top * factor + height), slice(left * factor, left * factor + width))
-                total[area] += image * window
-                weights[area] += window
+        for top, left in _corners(*z.shape[-2:], tile):
+            image = self._decode(z[..., top : top + tile, left : left + tile])
+            _blend(total, weights, image, top * factor, left * factor)
         return total / weights
 
 
@@ -198,6 +208,20 @@ def _resnets(config: VAEConfig, in_channels: int, out_channels: int, count: int)
         ResnetBlock(channels, out_channels, time_channels=None, groups=config.norm_num_groups, eps=_EPS)
         for channels in inputs
     )
+
+
+def _corners(height: int, width: int, tile: int) -> list[tuple[int, int]]:
+    """Top and left of tiles over latents."""
+    return [(top, left) for top in _tile_starts(height, tile) for left in _tile_starts(width, tile)]
+
+
+def _blend(total: Tensor, weights: Tensor, piece: Tensor, top: int, left: int) -> None:
+    """Add a tile to the weighted sum and to the sum of the weights."""
+    height, width = piece.shape[-2:]
+    feather = _feather(height, piece)[:, None] * _feather(width, piece)[None, :]
+    area = (..., slice(top, top + height), slice(left, left + width))
+    total[area] += piece * feather
+    weights[area] += feather
 
 
 def _tile_starts(size: int, tile: int) -> list[int]:

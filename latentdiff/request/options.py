@@ -268,6 +268,12 @@ class SamplingOptions(SeededOptions, total=False):
         Option(Made("is_image_prompt", "a list of what an IPAdapter makes of images: image_prompts=[faces(image)]"), flags=()),
     ]
     """Images to resemble, by an IP-Adapter: `image_prompts=[IPAdapter.load(file)(image, scale=0.6)]`."""
+    window: Annotated[int | None, Option(SIDE, unset="the whole", kept=Kept(int | None, "Window", None))]
+    """Predict in windows of so many pixels, averaged where they overlap, for images larger than those of the training."""
+    window_stride: Annotated[int | None, Option(SIDE, unset="half a window", kept=Kept(int | None, "Window stride", None))]
+    """With window: pixels from one window to the next."""
+    vae_tile: Annotated[int | None, Option(Whole(32, metavar="PIXELS"), unset="whole", kept=Kept(int | None, "VAE tile", None))]
+    """Encode and decode in overlapping tiles of so many pixels; where memory is short, tiles are decoded anyway."""
     cache_interval: Annotated[int | None, Option(Whole(1), 1, kept=Kept(int, "Cache interval", 1))]
     """Compute the deep layers of the U-Net at every Nth step only (DeepCache, Ma et al. 2024); 1 is every step."""
     cache_branch: Annotated[int | None, Option(Whole(0), 0, kept=Kept(int, "Cache branch", 0))]

@@ -247,6 +247,7 @@ class Plan:
     reading: Reading
     thresholding: Thresholding | None = None
     sizes: SizeOptions = SizeOptions()
+    around: str = ""  # axes along which the edges continue at the other side
 
     @property
     def steps(self) -> int:
@@ -255,8 +256,7 @@ class Plan:
 
     def rows(self, part: slice) -> int:
         """How many inputs the U-Net sees at once for a batch: each part of a prompt, and each negative prompt."""
-        texts = self.prompts[part]
-        return len(texts) + sum(len(read_prompt(text, self.reading.syntax).parts) for text in texts)
+        return sum(1 + len(read_prompt(text, self.reading.syntax).parts) for text in self.prompts[part])
 
     def pieces(self) -> list[tuple[int, Plan]]:
         """The plan cut where the prompts name other LoRAs; each piece with the place of its first image."""

@@ -91,7 +91,7 @@ def image_to_image(
     plan = begin_at(Sampling(**options).plan(prompt, pipe.schedule), strength)
     colours = source.colours()
     shown = resized(colours.on("white"), width, height)
-    images = _walk(pipe, shown, plan) if plan.steps else [shown.copy() for _ in plan.prompts]
+    images = walked(pipe, shown, plan) if plan.steps else [shown.copy() for _ in plan.prompts]
     images = [finished(image, colours) for image in images]
     settings = EditSettings(strength=strength, width=width, height=height)
     return with_recipes(pipe, images, plan, TASK, asdict(settings), {"image": source.entry})
@@ -177,14 +177,17 @@ def _from_inversion(
     channels, height, width = begin.shape[1:]
     shape = (channels, height, width)
     latents = pipe.sample(plan, shape, start) if plan.steps else begin.repeat(len(plan.prompts), 1, 1, 1)
-    images = [image.crop((0, 0, *found.size)) for image in to_pil(pipe.decode(latents))]
+    images = [image.crop((0, 0, *found.size)) for image in to_pil(pipe.decode(latents, tile=plan.options.vae_tile))]
     anew = {"prompt": found.prompt, **found.settings} if "image" in sources else None
     return with_recipes(pipe, images, plan, TASK, asdict(EditSettings(strength=strength, inversion=anew)), sources)
 
 
-def _walk(pipe: Pipeline, image: Image.Image, plan: Plan) -> list[Image.Image]:
-    warn_if_large(pipe, image, "give a smaller width and height")
-    encoded = pipe.encode_images(to_tensor([extended(image, pipe.vae.config.downscale)]))
+def walked(pipe: Pipeline, image: Image.Image, plan: Plan) -> list[Image.Image]:
+    """An image, RGB, noised to the first level of a plan and walked down again, once for each of its seeds."""
+    if plan.options.window is None:
+        warn_if_large(pipe, image, "give a smaller width and height")
+    pixels = to_tensor([extended(image, pipe.vae.config.downscale)])
+    encoded = pipe.encode_images(pixels, tile=plan.options.vae_tile)
     first = plan.levels[0]
 
     def start(part: slice, noise: NoiseStream) -> Start:
@@ -193,4 +196,4 @@ def _walk(pipe: Pipeline, image: Image.Image, plan: Plan) -> list[Image.Image]:
 
     channels, height, width = encoded.mean.shape[1:]
     latents = pipe.sample(plan, (channels, height, width), start)
-    return [one.crop((0, 0, *image.size)) for one in to_pil(pipe.decode(latents))]
+    return [one.crop((0, 0, *image.size)) for one in to_pil(pipe.decode(latents, tile=plan.options.vae_tile))]

@@ -65,7 +65,7 @@ def painted(
         soft: grey is how far a place may go; see `soft_inpainting`.
     """
     factor = pipe.vae.config.downscale
-    encoded = pipe.encode_images(to_tensor([extended(image, factor)]))
+    encoded = pipe.encode_images(to_tensor([extended(image, factor)]), tile=plan.options.vae_tile)
     cells = latent_mask(mask, factor).to(pipe.device)  # (1, 1, h, w)
     if soft:
         start = starts_softly(mean_mask(mask, factor).to(pipe.device), encoded, plan, from_noise=from_noise)
@@ -76,7 +76,7 @@ def painted(
     else:
         start = _starts_with_blending(cells, encoded, plan, from_noise=from_noise)
     latents = pipe.sample(plan, tuple(encoded.mean.shape[1:]), start)
-    return [one.crop((0, 0, *image.size)) for one in to_pil(pipe.decode(latents))]
+    return [one.crop((0, 0, *image.size)) for one in to_pil(pipe.decode(latents, tile=plan.options.vae_tile))]
 
 
 def starts_on_trajectory(
@@ -137,7 +137,7 @@ def _starts_with_extra_channels(
     visible = torch.from_numpy(np.asarray(mask) == 0)  # (H, W)
     right, bottom = -mask.width % factor, -mask.height % factor
     visible = F.pad(visible[None, None].float(), (0, right, 0, bottom), value=1.0)
-    shown = pipe.encode_images(to_tensor([extended(image, factor)]) * visible)
+    shown = pipe.encode_images(to_tensor([extended(image, factor)]) * visible, tile=plan.options.vae_tile)
 
     def start(part: slice, noise: NoiseStream) -> Start:
         count = part.stop - part.start

@@ -165,7 +165,7 @@ def _frames(
         return Start(plan.start_scale * x[part])
 
     latents = pipe.sample(plan, shape, start, text=(positive, pipe.encode(plan.negatives, plan.reading, negative=True)))
-    images = to_pil(pipe.decode(latents))
+    images = to_pil(pipe.decode(latents, tile=plan.options.vae_tile))
     for image, fields, way in zip(images, plan.recipe_fields(), ways, strict=True):
         recipe = pipe.recipe(**fields, width=image.width, height=image.height, task=TASK, task_settings=asdict(way))
         image.info = {**recipe.to_chunks()}

@@ -75,7 +75,7 @@ def refine(
     def start(part: slice, noise: NoiseStream) -> Start:
         return Start(latents[part].to(refiner.device))
 
-    images = to_pil(refiner.decode(refiner.sample(second, shape, start)))
+    images = to_pil(refiner.decode(refiner.sample(second, shape, start), tile=plan.options.vae_tile))
     source = {"refiner": {"file": refiner.name, "sha256": refiner.model_hash}}
     return with_recipes(pipe, images, plan, TASK, asdict(RefineSettings(switch)), source)
 

@@ -32,6 +32,16 @@ def test_upscale_and_reproduce(command, sources, workplace):
     assert done.out == "images/photo-2x-2.png\n"
 
 
+def test_diffusion_and_reproduce(command, sd1, sources, workplace):
+    options = ("--model", "2x.safetensors", "--diffusion", sd1, "--prompt", "a cat", "--strength", 0.7, *QUICK)
+    done = command("upscale", "photo.png", *options, "--out", "large.png")
+    assert done.code == 0, done.err
+    done = command("reproduce", "large.png", "--model", sd1)
+    assert (done.code, done.out) == (0, "identical: every pixel is the same\n")
+    done = command("upscale", "photo.png", "--model", "2x.safetensors", "--steps", 3)
+    assert done.code == 2 and "expected --diffusion with --steps" in done.err
+
+
 def test_another_upscaler_is_noticed(command, sources, workplace):
     command("upscale", "photo.png", "--model", "2x.safetensors", "--out", "large.png")
     upscalers.saved(upscalers.esrgan(2, seed=1), workplace / "2x.safetensors")
@@ -91,7 +101,7 @@ def test_hires_by_a_file_is_the_upscaler_between_the_passes():
     quick = {"steps": 2, "seed": 3, "progress": False}
     first = pipe("cat", output="latents", **quick)
     seen = []
-    pipe.encode_images, encode = lambda images: seen.append(images) or encode(images), pipe.encode_images
+    pipe.encode_images, encode = lambda images, **own: seen.append(images) or encode(images, **own), pipe.encode_images
     pipe("cat", hires=2, hires_upscaler=path, **quick)
     expected = Upscaler.load(path)(to_pil(pipe.decode(first))[0])
     torch.testing.assert_close(seen[0], to_tensor([expected]))

@@ -65,7 +65,7 @@ def test_decoder_agrees(pipe: Pipeline) -> None:
     for size in ((8, 8), (4, 12)):
         latents = torch.randn(1, 4, *size)
         assert relative(decoder(latents), pipe.vae.decode(latents)) < 1e-5
-    assert torch.equal(decoder(latents, tiled=True), pipe.vae.decode(latents, tiled=True))
+    assert torch.equal(decoder(latents, tile=32), pipe.vae.decode(latents, tile=32))
 
 
 @torch.no_grad()

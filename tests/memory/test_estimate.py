@@ -146,6 +146,12 @@ def test_tiles_bound_the_decoder():
     assert decoding_bytes(workload(low_memory=True)) == decoding_bytes(workload())
 
 
+def test_windows_and_tiles_of_ones_own_bound_both_networks():
+    whole, part = workload(256), workload(256, window=64, tile=8 * SIZE)
+    assert denoising_bytes(part) == denoising_bytes(workload(64)) < denoising_bytes(whole) / 4
+    assert decoding_bytes(part) == decoding_bytes(workload(256, low_memory=True))
+
+
 def test_one_part_at_a_time_takes_less():
     at_once, staged, streamed = (
         needed(workload(), at_once=True),

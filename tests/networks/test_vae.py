@@ -67,7 +67,7 @@ def test_kl_equals_diffusers(pair) -> None:
 def test_one_tile_is_the_whole_image(pair) -> None:
     _, vae = pair
     latents = torch.randn(1, 4, 8, 8)
-    torch.testing.assert_close(vae.decode(latents, tiled=True), vae.decode(latents))
+    torch.testing.assert_close(vae.decode(latents, tile=vae.config.sample_size), vae.decode(latents))
 
 
 @pytest.mark.parametrize("size", [(9, 8), (20, 13), (40, 8)])
@@ -78,7 +78,33 @@ def test_tiles_cover_every_pixel_with_weights_that_sum_to_one(pair, size, monkey
     monkeypatch.setattr(vae, "_decode", lambda z: enlarge(z[:, :3]))
     latents = torch.randn(1, 4, *size)
     expected = enlarge(latents[:, :3]) / vae.config.scaling_factor
-    torch.testing.assert_close(vae.decode(latents, tiled=True), expected)
+    torch.testing.assert_close(vae.decode(latents, tile=vae.config.sample_size), expected)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (136, 72), (320, 64)])
+@torch.no_grad()
+def test_tiles_of_images_cover_every_latent(pair, size, monkeypatch) -> None:
+    _, vae = pair
+    shrink = torch.nn.AvgPool2d(8)
+    monkeypatch.setattr(vae, "_encode", lambda images: shrink(images).repeat(1, 3, 1, 1)[:, :8])
+    images = torch.rand(1, 3, *size) * 2 - 1
+    torch.testing.assert_close(vae.encode(images, tile=64).mean, vae.encode(images).mean)
+
+
+@torch.no_grad()
+def test_tiles_leave_no_seams(pair) -> None:
+    """Where tiles of a smooth image meet, it changes no more than elsewhere, which is not so where they are only joined."""
+    _, vae = pair
+    latents = 2 * torch.randn(1, 4, 1, 1) + torch.linspace(-3, 3, 36)[None, None, None, :].expand(1, 4, 8, 36)
+    found = vae.decode(latents, tile=96)  # 12 latents, from 0, 8, 16, 24
+    joined = torch.cat([vae.decode(part) for part in latents.split(12, dim=-1)], dim=-1)
+
+    def steps(images: torch.Tensor) -> torch.Tensor:
+        return images.diff(dim=-1).abs().mean(dim=(0, 1, 2))
+
+    assert steps(joined)[95] > 2 * steps(joined)[40:56].max()
+    inside = steps(found)[8:-8]
+    assert inside[87] < 2 * inside.median() and inside.max() < 0.8 * steps(joined)[95]
 
 
 def test_downscale_follows_the_number_of_levels() -> None:

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentdiff import Upscaler, upscale
+from latentdiff import Upscaler, image_to_image, upscale
+from latentdiff.errors import UsageError
 from latentdiff.image import open_image, save_png
 from latentdiff.recipe import read_recipe
 from latentdiff.tasks import TASKS
-from tests import upscalers
-from tests.tasks.images import an_image
+from tests import peers, upscalers
+from tests.tasks.images import an_image, apart
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,29 @@ def test_transparency_is_kept(two):
     on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     opaque = kept == 255
     assert np.array_equal(np.asarray(found)[opaque][:, :3], np.asarray(upscale(on_white, two))[opaque])
+
+
+def test_a_model_goes_over_it_in_windows(two, tmp_path):
+    pipe = peers.ours("sd1")
+    save_png(an_image(48, 40), tmp_path / "photo.png")
+    walk = {"strength": 0.6, "steps": 4, "seed": 3, "progress": False}
+    made = upscale(tmp_path / "photo.png", two, pipe=pipe, prompt="cat", **walk)
+    large = upscale(tmp_path / "photo.png", two)
+    (expected,) = image_to_image(pipe, large, "cat", window=64, vae_tile=64, **walk)
+    assert made.size == (96, 80) and apart(made, expected) == 0 and apart(made, large) > 1
+    save_png(made, tmp_path / "large.png")
+    recipe = read_recipe(open_image(tmp_path / "large.png").info)
+    assert (recipe.window, recipe.vae_tile, recipe.prompt) == (64, 64, "cat")
+    again = TASKS["upscale"](pipe, recipe, {"image": tmp_path / "photo.png", "upscaler": two})
+    assert apart(made, again) == 0
+
+
+@pytest.mark.parametrize(
+    "options, line", [({"prompt": "cat"}, "expected pipe"), ({"steps": 3}, "with steps"), ({"tile": 100}, "128 pixels")]
+)
+def test_bad_values(two, options, line):
+    with pytest.raises(UsageError, match=line):
+        upscale(an_image(8, 8), two, **options)
 
 
 def test_the_recipe_makes_it_again(two, tmp_path):
