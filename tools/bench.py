@@ -8,6 +8,7 @@
 
 What is measured:
     step       one guided denoising step (both halves, DDIM) of a 512x512 image, in every precision
+    control    the same with a ControlNet
     decode     the VAE decoder, latents to a 512x512 image
     int8       the step in 8 bits against bfloat16
     openvino   step and decoder against the same modules in OpenVINO, apart because of their memory

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tools.bench_models import DTYPES
-from tools.bench_race import Result, decibels, race, race_programs, relative
+from tools.bench_race import Result, decibels, race, race_programs, relative, run_program
 from tools.bench_worker import GUIDANCE, PROMPT, STEPS, Spec
 
 
@@ -72,6 +72,13 @@ def cases(name: str, settings: Settings) -> list[Result]:
 
 def step(settings: Settings) -> list[Result]:
     return _in_turns("step", settings)
+
+
+def control(settings: Settings) -> list[Result]:
+    if not (settings.model / "controlnet").exists():
+        program = Path(__file__).with_name("bench_models.py")
+        run_program([sys.executable, str(program), str(settings.model), "--control"])
+    return _in_turns("control", settings)
 
 
 def decode(settings: Settings) -> list[Result]:
@@ -224,6 +231,7 @@ def native_size(folder: Path) -> int:
 
 CASES: dict[str, Callable[[Settings], list[Result]]] = {
     "step": step,
+    "control": control,
     "decode": decode,
     "int8": int8,
     "openvino": openvino,

@@ -126,12 +126,29 @@ def save_model(shape: Shape, folder: Path, precision: str = "fp32") -> None:
     ).save_pretrained(folder)
 
 
+def save_control(folder: Path) -> None:
+    """Write a ControlNet for the model in `folder` as `controlnet/` in it, in the number format of its weights."""
+    import torch
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    torch.manual_seed(3)
+    model = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype="auto")
+    network = ControlNetModel.from_unet(model)
+    for conv in (*network.controlnet_down_blocks, network.controlnet_mid_block):
+        torch.nn.init.normal_(conv.weight, std=0.01)  # so that the outputs of the contenders can be compared
+    network.to(model.dtype).save_pretrained(folder / "controlnet")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="sd15")
     parser.add_argument("--precision", choices=DTYPES, default="fp32", help="of the weights in the files")
+    parser.add_argument("--control", action="store_true", help="write a ControlNet beside the model that is there instead")
     args = parser.parse_args()
+    if args.control:
+        save_control(args.folder)
+        return
     save_model(SHAPES[args.shape], args.folder, args.precision)
 
 

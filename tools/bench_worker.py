@@ -34,7 +34,7 @@ Run = Callable[[], Any]
 class Spec:
     """What a contender is and what it does."""
 
-    case: str  # "step", "decode", "image" or "fast"
+    case: str  # "step", "control", "decode", "image" or "fast"
     library: str  # "latentdiff", "diffusers" or "openvino"
     model: str  # folder in the diffusers layout
     precision: str = "fp32"
@@ -71,10 +71,28 @@ def ours(spec: Spec) -> Run:
     sampler = get_sampler("ddim")
     levels = sampler.levels(pipe.schedule, STEPS)
     positive, negative = (pipe.encode([text] * spec.batch) for text in (PROMPT, ""))
-    told = pipe.told(spec.size, spec.size)
-    denoiser = pipe.denoiser(positive, negative, Guidance(scale=GUIDANCE), levels, sizes=told)
+    told, controls = pipe.told(spec.size, spec.size), controls_of(spec, pipe, levels) if spec.case == "control" else []
+    denoiser = pipe.denoiser(positive, negative, Guidance(scale=GUIDANCE), levels, sizes=told, controls=controls)
     level, next_level = levels[STEPS // 2 : STEPS // 2 + 2]  # in the middle, where int8 is in force
     return lambda: sampler.step(denoiser, latents, level, next_level, None, None)[0]
+
+
+def controls_of(spec: Spec, pipe: Any, levels: Any) -> Any:
+    """The ControlNet beside the model with its hint, on a walk over `levels`."""
+    from latentdiff import ControlNet
+    from latentdiff.control.applied import applied_controls
+
+    control = ControlNet.load(Path(spec.model) / "controlnet")(hint(spec))
+    sides = (4, spec.size // 8, spec.size // 8)
+    return applied_controls([control], pipe.residence, pipe.precision.unet, sides, levels)
+
+
+def hint(spec: Spec) -> Any:
+    """An image to follow, of the size that is made."""
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (spec.size, spec.size, 3), dtype=np.uint8))
 
 
 def diffusers(spec: Spec) -> Run:
@@ -107,12 +125,29 @@ def diffusers(spec: Spec) -> Run:
     if pipe.unet.config.addition_embed_type:
         sizes = torch.tensor([[spec.size, spec.size, 0, 0, spec.size, spec.size]] * (2 * spec.batch), dtype=dtype)
         more = {"added_cond_kwargs": {"text_embeds": torch.cat([found[3], found[2]]), "time_ids": sizes.to(pipe.device)}}
-    return step_of(
-        pipe.scheduler,
-        torch.cat([found[1], found[0]]),
-        latents,
-        lambda *x: pipe.unet(*x, return_dict=False, **more)[0],
-    )
+    unet = controlled(spec, pipe) if spec.case == "control" else pipe.unet
+    embeddings = torch.cat([found[1], found[0]])
+    return step_of(pipe.scheduler, embeddings, latents, lambda *x: unet(*x, return_dict=False, **more)[0])
+
+
+def controlled(spec: Spec, pipe: Any) -> Callable[..., Any]:
+    """The U-Net with what a ControlNet adds, as diffusers' pipeline calls both."""
+    import torch
+    from diffusers import ControlNetModel
+    from diffusers.image_processor import VaeImageProcessor
+
+    network = ControlNetModel.from_pretrained(Path(spec.model) / "controlnet", torch_dtype=pipe.unet.dtype).to(spec.device)
+    if spec.variant:
+        network.to(memory_format=torch.channels_last)
+    shown = VaeImageProcessor(do_convert_rgb=True, do_normalize=False).preprocess(hint(spec))
+    cond = torch.cat([shown] * 2 * spec.batch).to(pipe.device, pipe.unet.dtype)
+
+    def unet(x: Any, t: Any, text: Any, **more: Any) -> Any:
+        down, middle = network(x, t, encoder_hidden_states=text, controlnet_cond=cond, **more)
+        how = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        return pipe.unet(x, t, encoder_hidden_states=text, **how, **more)
+
+    return unet
 
 
 def openvino(spec: Spec) -> Run:

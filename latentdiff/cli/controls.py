@@ -11,7 +11,7 @@ import click
 from latentdiff.cli.image_prompts import image_prompt_options, take_image_prompts, with_numbers
 from latentdiff.cli.options import ANY_PATH
 from latentdiff.cli.output import check_image_file, check_writable
-from latentdiff.cli.places import ImageFile, check_image
+from latentdiff.cli.places import ImageFile, check_image, written
 from latentdiff.errors import UsageError
 from latentdiff.files import check_named
 from latentdiff.request.options import CONTROL_MODES, PREPARATIONS
@@ -160,14 +160,18 @@ def prepare(kind: str, image: Path, out: Path, model: str | None, **options: flo
 
 @control.command()
 @click.argument("source", metavar="IN")
-@click.argument("target", metavar="OUT", type=ANY_PATH)
+@click.argument("target", metavar="OUT", type=ANY_PATH, callback=written(".safetensors", folder=True))
 @click.option("--base", metavar="MODEL", help="Of a file with differences: the model that they are added to.")
 def convert(source: str, target: Path, base: str | None) -> None:
     """Convert the ControlNet IN to OUT: a name ending in .safetensors is the original layout, others a diffusers folder.
 
     There and back, every tensor has the same name, type and bits.
     """
-    check_writable(target)
+    check_named(source)
+    is_single = target.suffix.lower() == ".safetensors"
+    check_writable(target.parent if is_single else target)
+    if is_single and target.is_dir():
+        raise UsageError(f"cannot write {target}: it is a folder")
     from latentdiff.checkpoints.control_layouts import convert_control
 
     convert_control(source, target, base)
