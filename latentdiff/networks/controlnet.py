@@ -152,10 +152,18 @@ class ControlNetwork(UNetEncoder):
     @torch.no_grad()
     def start_from(self, unet: UNetEncoder) -> None:
         """Begin as training does: the way down is the U-Net's, and what is added to it and to its skips is zero (Zhang et
-        al. 2023, section 3.1)."""
+        al. 2023, section 3.1).
+
+        The convolutions before the zero are drawn so that a hint keeps its size through them (He et al. 2015): under torch's
+        own smaller weights it fades to a thousandth on its way, and thousands of steps pass before anything follows it.
+        """
         beneath = unet.state_dict()
         self.load_state_dict({name: beneath.get(name, own) for name, own in self.state_dict().items()})
-        for conv in (self.controlnet_cond_embedding.conv_out, *self.controlnet_down_blocks, self.controlnet_mid_block):
+        hint = self.controlnet_cond_embedding
+        for conv in (hint.conv_in, *hint.blocks):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            nn.init.zeros_(conv.bias)
+        for conv in (hint.conv_out, *self.controlnet_down_blocks, self.controlnet_mid_block):
             nn.init.zeros_(conv.weight)
             nn.init.zeros_(conv.bias)
 

@@ -102,3 +102,8 @@ def _lock(file: IO[str]) -> bool:
         # A file system that cannot lock (some of those over networks) does not keep anyone from training.
         return error.errno not in _TAKEN
     return True
+
+
+def hint_file(sample: Path) -> Path:
+    """Where the hint lies that a sample image followed, of a ControlNet that is trained."""
+    return sample.with_name(f"{sample.stem}-hint.png")

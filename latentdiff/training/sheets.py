@@ -13,11 +13,12 @@ from PIL import Image, ImageOps
 from latentdiff.checkpoints.components import Components
 from latentdiff.checkpoints.control import ControlWeights
 from latentdiff.control.model import ControlNet
-from latentdiff.image import contact_sheet, save_png
+from latentdiff.image import contact_sheet, save_image, save_png
 from latentdiff.networks.attention import use_attention_backend
 from latentdiff.networks.controlnet import ControlNetwork
 from latentdiff.pipeline import Pipeline
 from latentdiff.training.config import DenoisingSection
+from latentdiff.training.folder import hint_file
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def write_samples(
     images = make(prompts, seed=[seed + index for index in range(len(prompts))])
     for index, image in enumerate(images):
         save_png(image, folder / f"{index:02d}.png")
+    for index, hint in enumerate(hints):
+        save_image(hint, hint_file(folder / f"{index:02d}.png"), metadata=False)
     if hints:
         shown = [image for pair in zip(hints, images, strict=True) for image in pair]
         texts = [text for prompt in prompts for text in ("hint", prompt)]

@@ -182,7 +182,7 @@ class ControlNetMethod(FinetuningMethod):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(torch_seed(settings.seed, "controlnet"))
                 self.control = ControlNetwork(control_config(unet.config, factor))
-            self.control.start_from(unet)
+                self.control.start_from(unet)
         else:
             weights = read_control(settings.control_model)
             if weights.config.modes:

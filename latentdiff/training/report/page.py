@@ -26,6 +26,7 @@ from latentdiff.reading.json import parse_json
 from latentdiff.reading.plain import read_text
 from latentdiff.reading.yaml import read_yaml
 from latentdiff.recipe import read_recipe
+from latentdiff.training.folder import hint_file
 from latentdiff.training.report.charts import HINT, Points, can_draw, line_chart, number, smoothed
 from latentdiff.training.report.log import LOG, RunLog
 from latentdiff.training.report.memorization import CopyCheck, read_copy_check
@@ -209,7 +210,12 @@ def _sheets(run: Path) -> tuple[list[dict[str, Any]], str]:
                     "title": title,
                     "steps": [int(folder.name.removeprefix("step-")) for folder in shown],
                     "rows": [
-                        {"prompt": _prompt(row), "images": [path and _embedded(path) for path in row]} for row in rows
+                        {
+                            "prompt": _prompt(row),
+                            "hint": next((_embedded(path) for path in map(_hint, row) if path), None),
+                            "images": [path and _embedded(path) for path in row],
+                        }
+                        for row in rows
                     ],
                 }
             )
@@ -226,6 +232,12 @@ def _spread(items: Sequence[Path], most: int) -> list[Path]:
 
 def _images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.png") if path.stem.isdecimal())
+
+
+def _hint(sample: Path | None) -> Path | None:
+    """What a sample followed, if it was made by a ControlNet that is trained."""
+    path = sample and hint_file(sample)
+    return path if path and path.is_file() else None
 
 
 def _prompt(row: Sequence[Path | None]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,9 +16,13 @@ from latentdiff import ControlNet, Pipeline
 from latentdiff.cli import cli
 from latentdiff.control.preparation import prepared
 from latentdiff.errors import CheckpointError, ConfigError, DataError, UsageError
+from latentdiff.networks.config import UNetConfig
+from latentdiff.networks.controlnet import ControlNetwork, control_config
+from latentdiff.request.options import PREPARATIONS
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
 from latentdiff.training.data.dataset import read_dataset
 from latentdiff.training.data.hint_files import hint_files
+from latentdiff.training.finetuning.config import FinetuneConfig
 from latentdiff.training.finetuning.finetune import run
 from latentdiff.training.loss import DenoisingLoss
 from tests import peers
@@ -130,6 +135,31 @@ def test_it_starts_as_diffusers_starts_from_a_unet(tmp_path, monkeypatch):
         assert (gradient - parameter.grad).norm() <= 1e-5, name
 
 
+def test_a_hint_keeps_its_size_on_its_way_to_the_zero():
+    """Otherwise nothing follows it for thousands of steps."""
+    torch.manual_seed(0)
+    beneath = peers.ours("sd1").unet
+    control = ControlNetwork(control_config(beneath.config, 8))
+    hint = torch.zeros(1, 3, 64, 64)
+    hint[:, :, 16:48, 24:56] = 1
+    spread = []
+    for _ in ("as torch draws it", "as it starts"):
+        x, layers = hint, control.controlnet_cond_embedding
+        for conv in (layers.conv_in, *layers.blocks):
+            x = F.silu(conv(x))
+        spread.append(x.std((2, 3)).mean().item())
+        control.start_from(beneath)
+    assert spread[1] > 0.02 and spread[1] > 10 * spread[0]
+    assert not control.embed_hint(hint).any()
+
+
+@pytest.mark.parametrize(("downscale", "widths"), [(2, 2), (8, 4), (16, 5)])
+def test_a_new_control_has_the_pixels_of_its_vae(downscale, widths):
+    config = control_config(UNetConfig(), downscale)
+    assert config.downscale == downscale and len(config.hint_widths) == widths
+    assert config.hint_widths[:4] == (16, 32, 96, 256)[:widths]  # as published beside 320 channels
+
+
 def test_the_result_steers_and_opens_in_diffusers(tmp_path):
     with_hints(tmp_path / "data", 10)
     chosen = settings(
@@ -141,14 +171,15 @@ def test_the_result_steers_and_opens_in_diffusers(tmp_path):
     state = state_of(tmp_path / "run")
     assert torch.equal(ControlNetModel.from_pretrained(result).conv_in.weight, state["ema controlnet.conv_in.weight"])
     samples = tmp_path / "run" / "samples" / "step-00000004" / "ema"
-    assert {file.name for file in samples.iterdir()} == {"00.png", "01.png", "sheet.png"}
+    assert {file.name for file in samples.iterdir()} == {"00.png", "01.png", "00-hint.png", "01-hint.png", "sheet.png"}
     pipe, control = Pipeline.load(chosen.model, device="cpu"), ControlNet.load(result)
     hint = Image.open(next((tmp_path / "data").glob("*.hint.png")))
     draw = {"seed": 0, "steps": 2, "output": "latents", "progress": False}
     assert (pipe("cat", controls=[control(hint)], **draw) - pipe("cat", **draw)).abs().max() > 1e-4
     shown = CliRunner().invoke(cli, ["inspect", str(result)]).output
     assert "ControlNet" in shown and "on hints: given" in shown
-    assert "controlnet of" in (tmp_path / "run" / "report.html").read_text()
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "controlnet of" in report and report.count('alt="the hint"') == 4  # of two prompts, averaged and raw
 
 
 def test_a_run_goes_on_to_the_bit(tmp_path):
@@ -269,6 +300,11 @@ def test_hints_that_are_missing_or_of_another_aspect(tmp_path):
 def test_settings_that_do_not_fit(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         settings(tmp_path, **{**CONTROL, **changes})
+
+
+def test_all_preparations_can_be_trained_on():
+    kinds = get_args(FinetuneConfig.model_fields["control_kind"].annotation)[0]
+    assert get_args(kinds) == PREPARATIONS
 
 
 def test_a_control_model_of_another_family(tmp_path):
