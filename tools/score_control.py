@@ -115,7 +115,7 @@ def main(
         for name, own in found.items():
             click.echo(name)
             for what, score in own.items():
-                click.echo(f"  {what}: {score}")
+                click.echo(f"  {what}: {score.value:.3f} ({score.low:.3f} to {score.high:.3f}) of {score.images}")
         if sheet:
             rows = list(zip(hints, made["with the control"], made["without it"], scenes, strict=True))[:_SHOWN]
             images = [image for hint, yes, no, _ in rows for image in (hint, yes, no)]
