@@ -17,7 +17,7 @@ from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE, LatentDistribution
 from latentdiff.training.config import DenoisingSection
 from latentdiff.training.data.transforms import to_signed, to_unsigned
-from latentdiff.training.objective import DiffusionObjective
+from latentdiff.training.objective import DiffusionObjective, masked_mean
 
 # Latents of up to this many entries a channel are attended to faster without PyTorch's fused kernels, on a CPU in
 # bfloat16.
@@ -61,12 +61,14 @@ class DenoisingLoss(nn.Module):
         Args:
             batch: `noise` (n, C, h, w), `timesteps` (n,), `weights` (n,); `latents` (n, C, h, w), or `images`
                 (n, H, W, 3) uint8 with `posterior` noise (n, C, h, w); `context` (n, L, width), or `tokens` (n, chunks,
-                L); for U-Nets that are told them, `sizes` (n, 6); for a ControlNet `hints` (n, H, W, 3) uint8.
+                L); for U-Nets that are told them, `sizes` (n, 6); for a ControlNet `hints` (n, H, W, 3) uint8; `masks`
+                (n, 1, h, w), where errors do not count the same everywhere.
         """
         timesteps, differences = batch["timesteps"], self.differences(batch)
-        costs = self.objective.costs(differences, timesteps).flatten(1).mean(1)
+        costs = masked_mean(self.objective.costs(differences, timesteps), batch.get("masks"))
         weights = self.objective.weights(timesteps) * batch["weights"]
-        return {"loss": (weights * costs).mean(), "mse": differences.detach().square().mean()}
+        squares = masked_mean(differences.detach().square(), batch.get("masks"))
+        return {"loss": (weights * costs).mean(), "mse": squares.mean()}
 
     def latents(self, batch: dict[str, Tensor]) -> Tensor:
         """Latents (n, C, h, w) in float32, drawn from the images' distributions."""
@@ -86,7 +88,7 @@ class DenoisingLoss(nn.Module):
 
     def errors(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean squared error of each sample, (n,); see `forward`."""
-        return self.differences(batch).square().flatten(1).mean(1)
+        return masked_mean(self.differences(batch).square(), batch.get("masks"))
 
     def differences(self, batch: dict[str, Tensor]) -> Tensor:
         """What the predictions are off by, (n, C, h, w) float32."""

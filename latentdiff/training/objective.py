@@ -76,6 +76,20 @@ class DiffusionObjective(nn.Module):
         return self.alpha[timesteps].view(shape), self.sigma[timesteps].view(shape)
 
 
+def masked_mean(costs: Tensor, masks: Tensor | None) -> Tensor:
+    """Mean cost of each sample, (N,), in which every place counts by its mask.
+
+    Less than one whole latent in white counts as what it is, so that a crop without the object teaches nothing.
+
+    Args:
+        costs: (N, C, h, w).
+        masks: (N, 1, h, w) in [0, 1]; None counts all the same.
+    """
+    if masks is None:
+        return costs.flatten(1).mean(1)
+    return (costs.mean(1, keepdim=True) * masks).flatten(1).sum(1) / masks.flatten(1).sum(1).clamp(min=1)
+
+
 # The noisiest part of the range of timesteps. There an image's layout is decided, and only there: a little later the
 # noisy latents themselves show it, so the words about it hardly change the loss.
 _HIGH_NOISE = 0.1

@@ -16,6 +16,7 @@ from latentdiff.training.data.randomness import generator, normal, uniform
 from latentdiff.training.data.tokens import CaptionTokens
 from latentdiff.training.data.transforms import prepare, told_sizes
 from latentdiff.training.hints import CropKey, Hints
+from latentdiff.training.masks import Masks
 from latentdiff.training.noise import diffusion_noise
 from latentdiff.training.objective import draw_timesteps
 from latentdiff.training.store import row_key
@@ -37,6 +38,7 @@ class Samples:
         latent: channels of the latents, and pixels per latent.
         tells_sizes: the U-Net is told the sizes of images, as those of SDXL are.
         hints: what a ControlNet follows, if one is trained.
+        masks: where in the images errors count, if not everywhere.
     """
 
     def __init__(
@@ -49,8 +51,9 @@ class Samples:
         *,
         tells_sizes: bool = False,
         hints: Hints | None = None,
+        masks: Masks | None = None,
     ) -> None:
-        self.tells_sizes, self.hints = tells_sizes, hints
+        self.tells_sizes, self.hints, self.masks = tells_sizes, hints, masks
         self.data, self.buckets, self.tokens = data, list(buckets), tokens
         self._settings = settings
         self.latent = self._channels, self._downscale = latent
@@ -96,10 +99,11 @@ class Samples:
         crop_keys: Sequence[CropKey] | None = None,
     ) -> Arrays:
         """Images of one bucket: their latents where these are cached, otherwise their pixels and the noise to draw
-        with; and their hints."""
+        with; their hints and masks."""
         mirrored = [False] * len(indices) if flipped is None else flipped
         keys = [None] * len(indices) if crop_keys is None else crop_keys
         others = self._sizes(indices, mirrored, keys) | self._hints(indices, mirrored, keys)
+        others |= self._masks(indices, mirrored, keys)
         if self.latents is not None:
             rows = [self.latent_key(index, flipped=flip) for index, flip in zip(indices, mirrored, strict=True)]
             return {"latents": self.latents.sample(rows, posterior), **others}
@@ -138,6 +142,13 @@ class Samples:
         rows = zip(indices, flipped, crop_keys, strict=True)
         return {"hints": np.stack([self.hint(index, flipped=flip, crop_key=key) for index, flip, key in rows])}
 
+    def _masks(self, indices: Sequence[int], flipped: Sequence[bool], crop_keys: Sequence[CropKey]) -> Arrays:
+        if (masks := self.masks) is None:
+            return {}
+        rows = zip(indices, flipped, crop_keys, strict=True)
+        weights = [(masks.weights(index, self.buckets[index], key, self._downscale), flip) for index, flip, key in rows]
+        return {"masks": np.stack([row[..., ::-1] if flip else row for row, flip in weights])}
+
     def text(self, captions: Sequence[str], chunks: int) -> Arrays:
         """Captions: their embeddings where these are cached, otherwise their token ids (n, chunks, L)."""
         rows = self.tokens.rows(captions, chunks)
@@ -163,6 +174,8 @@ class Batches:
         self.fingerprint = f"{samples.data.fingerprint} of {len(indices)} images, captions {captions[:16]}"
         if samples.hints is not None:
             self.fingerprint += f", hints {samples.hints.fingerprint}"
+        if samples.masks:
+            self.fingerprint += f", masks {samples.masks.fingerprint}"
         repeats = [samples.data.repeats[index] for index in indices]
         self._plan = BatchPlan([samples.buckets[index] for index in indices], settings.batch_size, seed, repeats)
         self._rules = settings.caption_rules

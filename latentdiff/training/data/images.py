@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from latentdiff.reading.colours import as_rgb, orientation
+from latentdiff.reading.colours import as_rgb, colours_of, orientation
 from latentdiff.reading.images import opened
 
 # Only these readers are asked, whatever a file is called.
@@ -28,6 +28,18 @@ def read_image(source: Path | bytes, name: str, *, background: str = BACKGROUND)
     """
     with opened(source, name, FORMATS) as image:
         return as_rgb(image, background, name)
+
+
+def read_alpha(source: Path | bytes, name: str) -> Image.Image:
+    """How opaque each pixel of an image is, as RGB of three equal channels; all white where nothing is transparent.
+
+    Raises:
+        DataError: see `read_image`.
+    """
+    with opened(source, name, FORMATS) as image:
+        found = colours_of(image, name)
+    alpha = found.alpha or Image.new("L", found.rgb.size, 255)
+    return Image.merge("RGB", [alpha] * 3)
 
 
 def image_size(source: Path | bytes, name: str) -> tuple[int, int]:

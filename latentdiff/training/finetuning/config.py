@@ -88,6 +88,11 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
     that names them; without it, NAME.hint.png beside each image NAME."""
     control_kind: Literal["canny", "scribble", "xdog", "sobel", "tile"] | None = None
     """Make the hints of the images themselves, in place of reading them."""
+    masks: str | None = None
+    """Learn only what masks show in white: a folder of masks with the names of the images, or the column of the metadata
+    that names them; alpha takes the transparency of the images themselves."""
+    unmasked_weight: Fraction = 0.0
+    """What errors count where a mask is black; where it is white they count 1."""
     stream: bool = False
     """Read WebDataset shards in sequence, without an index in memory: for millions of images; square crops, no
     caches."""
@@ -168,9 +173,16 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
         if self.method == "textual_inversion" and not self.word:
             raise ValueError("textual_inversion needs the new word, for example --word '<teapot>'")
         self._hints_fit()
+        self._masks_fit()
         if self.validation and self.validation_share:
             raise ValueError("give either validation or validation_share, not both")
         return self
+
+    def _masks_fit(self) -> None:
+        if self.unmasked_weight and self.masks is None:
+            raise ValueError("unmasked_weight goes with masks")
+        if self.stream and self.masks is not None:
+            raise ValueError("a stream of shards brings no masks; leave out stream, or write the images out as a folder")
 
     def _hints_fit(self) -> None:
         of_controls = {"control_model": self.control_model, "hints": self.hints, "control_kind": self.control_kind}

@@ -16,6 +16,7 @@ from latentdiff.training.data.tokens import CaptionTokens
 from latentdiff.training.finetuning.config import FinetuneConfig
 from latentdiff.training.finetuning.streaming import StreamBatches
 from latentdiff.training.hints import Hints
+from latentdiff.training.masks import Masks
 from latentdiff.training.material import Material, material
 from latentdiff.training.samples import Batches, Samples
 from latentdiff.training.validation import split
@@ -87,6 +88,7 @@ def _samples(
         (vae.latent_channels, vae.downscale),
         tells_sizes=parts.unet.config.added_dim is not None,
         hints=Hints.find(data, settings.hints, settings.control_kind) if is_control else None,
+        masks=Masks.find(data, settings.masks, settings.unmasked_weight),
     )
 
 
