@@ -40,11 +40,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from latentdiff.errors import LatentDiffError, printable  # noqa: E402
-from tools.fuzzing import controls, images, models  # noqa: E402
+from tools.fuzzing import controls, images, models, upscalers  # noqa: E402
 from tools.fuzzing.readers import Reader, Unusable  # noqa: E402
 
 _KINDS = (
     models.Safetensors, models.Archive, models.Folder, models.SingleFile, models.Adapter, controls.Control,
+    upscalers.Upscaler,
     images.Inversions, images.Recipes, images.Foreign, images.Data, images.Settings,
 )  # fmt: skip
 READERS: dict[str, type[Reader]] = {kind.name: kind for kind in _KINDS}

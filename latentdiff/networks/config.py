@@ -49,6 +49,9 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "timestep_post_act": (None,),
 }
 
+# Which other models of Stable Diffusion have a key.
+_OTHERS = {"num_class_embeds": ", as the x4 upscaler has it,", "class_embed_type": ", as unCLIP models have it,"}
+
 # The same for the autoencoder. `force_upcast` is advice about float16, which the finite checks answer here.
 _VAE_FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
@@ -270,8 +273,8 @@ def _refuse_other_architecture(
             values = value if isinstance(value, (list, tuple)) else (value,)
             if any(entry not in fixed[key] for entry in values):
                 raise ConfigError(
-                    f"{part} with {key}={str(value)[:80]} is another architecture than Stable Diffusion 1.x, 2.x or XL"
-                    f" (expected {fixed[key][0]!r})"
+                    f"{part} with {key}={str(value)[:80]}{_OTHERS.get(key, '')} is another architecture than "
+                    f"Stable Diffusion 1.x, 2.x or XL (expected {fixed[key][0]!r})"
                 )
         elif key not in fields and not key.startswith("_") and value not in (None, False):
             raise ConfigError(
