@@ -65,6 +65,15 @@ def _limits(context: click.Context, parameter: click.Parameter, texts: tuple[str
 )
 @click.option("--lora", "loras", type=ANY_PATH, metavar="FOLDER", help="LoRAs that prompts name by <lora:name:weight>.")
 @click.option("--control", "controls", type=ANY_PATH, metavar="FOLDER", help="ControlNets that images are to follow.")
+@click.option(
+    "--ip-adapter", "ip_adapters", type=ANY_PATH, metavar="FOLDER", help="IP-Adapters, for images to resemble others."
+)
+@click.option(
+    "--image-encoder",
+    type=ANY_PATH,
+    metavar="FOLDER",
+    help="Where the image encoder of --ip-adapter lies.  [default: image_encoder beside each]",
+)
 @EMBEDDINGS
 @click.option("--data", type=ANY_PATH, metavar="FOLDER", help="Offer fine-tuning on the data sets that are its folders.")
 @click.option(
@@ -101,6 +110,8 @@ def serve(
     token: str | None,
     loras: Path | None,
     controls: Path | None,
+    ip_adapters: Path | None,
+    image_encoder: Path | None,
     embeddings: Sequence[str],
     data: Path | None,
     out: Path,
@@ -116,14 +127,18 @@ def serve(
     make_server = _extra()
     from latentdiff.serving.settings import Limits, ServerSettings, WorkerSettings
 
-    for folder, what in ((loras, "LoRAs"), (controls, "ControlNets"), (data, "data sets")):
+    folders = {"LoRAs": loras, "ControlNets": controls, "IP-Adapters": ip_adapters, "data sets": data}
+    for what, folder in (folders | {"an image encoder": image_encoder}).items():
         if folder is not None and not folder.is_dir():
-            raise UsageError(f"there is no folder {folder} of {what}")
+            raise UsageError(f"there is no folder {folder} with {what}")
+    if image_encoder is not None and ip_adapters is None:
+        raise UsageError("expected --ip-adapter FOLDER with --image-encoder, found none")
     within = _with_limits(Limits(), limits)
     worker = WorkerSettings(
         models=models,
         keep=keep,
         load=load,
+        image_encoder=None if image_encoder is None else str(image_encoder),
         embeddings=tuple(embeddings),
         preview_decoder=None if preview_decoder is None else str(preview_decoder),
     )
@@ -134,6 +149,7 @@ def serve(
         devices=devices,
         loras=loras,
         controls=controls,
+        ip_adapters=ip_adapters,
         data=data,
         out=out,
         limits=within,

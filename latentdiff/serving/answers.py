@@ -54,6 +54,7 @@ def about(engine: Engine) -> dict[str, Any]:
         "loras": list(engine.catalogue.loras),
         "embeddings": engine.catalogue.embeddings,
         "controls": {name: path.name for name, path in engine.catalogue.controls.items()},
+        "ip_adapters": {name: path.name for name, path in engine.catalogue.ip_adapters.items()},
         "preparations": PREPARATIONS,
         "control_modes": CONTROL_MODES,
         "limits": {"side": limits.side, "steps": limits.steps, "images": limits.images, "prompt": limits.prompt,
@@ -124,5 +125,5 @@ def recipe(file: bytes) -> dict[str, Any]:
 
 def _made_from(recipe: Recipe) -> dict[str, Any]:
     """Under the names of recipes."""
-    controls = [asdict(control) for control in recipe.controls]
-    return {"sources": recipe.sources, "controls": controls, "task_settings": recipe.task_settings}
+    steering = {name: [asdict(one) for one in getattr(recipe, name)] for name in ("controls", "image_prompts")}
+    return {"sources": recipe.sources, **steering, "task_settings": recipe.task_settings}

@@ -103,9 +103,11 @@ def check(
         width, height = (round((side or usual) * factor) for side, usual in zip((width, height), own, strict=True))
     _at_most("size", max(width, height), limits.side, "pixels a side")
     _at_most("size", width * height, limits.pixels, "pixels")
-    _at_most("controls", len(draw.controls), limits.controls, "controls")
+    _at_most("controls", len(draw.controls) + len(draw.image_prompts), limits.controls, "controls and image prompts")
     for following in draw.controls:
         check_hint(following, limits)
+    for resembling in draw.image_prompts:
+        size_of(resembling.image, "image of an image prompt", limits)
     if count < 1:
         raise Refused(400, f"expected 1 image or more, found {count}", param="n", code="invalid_value")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from latentdiff.serving.settings import ServerSettings
 
 LORA_FILES = (".safetensors", ".pt", ".ckpt", ".bin")
 CONTROL_FILES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+ADAPTER_FILES = (".safetensors", ".bin")  # of which the first is taken where a name has both
 _LONGEST_FILE = 16 * 2**20  # bytes, of a tokenizer's
 
 
@@ -75,12 +77,26 @@ class Catalogue:
         Raises:
             Refused: there is none of that name.
         """
-        offered = self.controls
-        if name not in offered:
-            near = get_close_matches(name, offered, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(list(offered)[:8]) or 'none'}"
-            raise Refused(400, f"there is no ControlNet called {name!r}; {hint}", param="controls", code="invalid_value")
-        return offered[name]
+        return _named(name, self.controls, "ControlNet", "controls")
+
+    @property
+    def ip_adapters(self) -> dict[str, Path]:
+        """Name -> file, in the folder as it is now; image encoders are folders of their own and no adapters."""
+        folder = self._settings.ip_adapters
+        if folder is None or not folder.is_dir():
+            return {}
+        files = [path for path in folder.rglob("*") if path.suffix in ADAPTER_FILES and path.is_file()]
+        lone = [path for path in files if not (path.parent / "config.json").exists()]
+        lone.sort(key=lambda path: (path.stem, -ADAPTER_FILES.index(path.suffix)))
+        return {path.stem: path for path in lone}
+
+    def ip_adapter(self, name: str) -> Path:
+        """Where an IP-Adapter lies.
+
+        Raises:
+            Refused: there is none of that name.
+        """
+        return _named(name, self.ip_adapters, "IP-Adapter", "image_prompts")
 
     @property
     def embeddings(self) -> list[str]:
@@ -96,12 +112,7 @@ class Catalogue:
         """
         tags = read_prompt(prompt, syntax).loras
         offered = self.loras if tags else {}
-        for tag in tags:
-            if tag.name not in offered:
-                near = get_close_matches(tag.name, offered, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(list(offered)[:8]) or 'none'}"
-                raise Refused(400, f"there is no LoRA called {tag.name!r}; {hint}", param="prompt", code="invalid_value")
-        return tags, {tag.name: str(offered[tag.name]) for tag in tags}
+        return tags, {tag.name: str(_named(tag.name, offered, "LoRA", "prompt")) for tag in tags}
 
     def account(self, model: str, prompt: str, syntax: str, steps: int, *, negative: bool = False) -> Account:
         """What a prompt means to a model; learned words count as the letters that they are written with.
@@ -138,3 +149,11 @@ class Catalogue:
         files = [path for path in folder.iterdir() if path.suffix in (".json", ".txt")]
         small = [path for path in files if path.stat().st_size <= _LONGEST_FILE]
         return open_tokenizer({path.name: path.read_text(encoding="utf-8") for path in small})
+
+
+def _named(name: str, offered: Mapping[str, Path], kind: str, param: str) -> Path:
+    if name not in offered:
+        near = get_close_matches(name, offered, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(list(offered)[:8]) or 'none'}"
+        raise Refused(400, f"there is no {kind} called {name!r}; {hint}", param=param, code="invalid_value")
+    return offered[name]

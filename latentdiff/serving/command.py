@@ -33,11 +33,33 @@ class NamedControl:
     @property
     def flags(self) -> tuple[str, ...]:
         """As the command line takes them."""
-        share = "" if (self.start, self.end) == (0.0, 1.0) else f"@{_plain(self.start)}-{_plain(self.end)}"
-        scale = "" if self.scale == 1.0 else f":{_plain(self.scale)}"
         kind = f"{self.prepare}=" if self.prepare else ""
         mode = f"{self.mode}=" if self.mode else ""
-        return "--control", f"{kind}{self.image}", "--control-model", f"{mode}{self.model}{scale}{share}"
+        model = f"{mode}{self.model}{_numbers(self.scale, self.start, self.end)}"
+        return "--control", f"{kind}{self.image}", "--control-model", model
+
+
+@dataclass(frozen=True)
+class NamedImagePrompt:
+    """An IP-Adapter and the image that it sees, as files; see `IPAdapter.__call__`."""
+
+    image: Path
+    adapter: Path
+    scale: float
+    start: float
+    end: float
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """As the command line takes them."""
+        image = f"{self.image}{_numbers(self.scale, self.start, self.end)}"
+        return "--image-prompt", image, "--ip-adapter", str(self.adapter)
+
+
+def _numbers(scale: float, start: float, end: float) -> str:
+    """What stands behind a file, as far as it is not the default."""
+    share = "" if (start, end) == (0.0, 1.0) else f"@{_plain(start)}-{_plain(end)}"
+    return f"{'' if scale == 1.0 else f':{_plain(scale)}'}{share}"
 
 
 def _plain(number: float) -> str:
@@ -51,7 +73,7 @@ def command_line(
     *,
     image: Path | None = None,
     mask: Path | None = None,
-    controls: Sequence[NamedControl] = (),
+    steering: Sequence[NamedControl | NamedImagePrompt] = (),
     guess: bool = False,
 ) -> str:
     """A line for a shell.
@@ -60,13 +82,14 @@ def command_line(
         fields: "prompt", options of generation and of the task by their names.
         files: flag -> what belongs behind it: a model, a folder.
         image, mask: files to begin from.
+        steering: what ControlNets follow and IP-Adapters see.
         guess: let the controls act on the prompt alone.
     """
     command = "generate" if image is None else "edit" if mask is None else "inpaint"
     given = [*([] if image is None else [str(image)]), fields["prompt"]]
     flags = [*([] if mask is None else ["--mask", str(mask)]), *flags_of(fields)]
-    flags += [word for control in controls for word in control.flags]
-    flags += ["--control-guess"] * (guess and bool(controls))
+    flags += [word for one in steering for word in one.flags]
+    flags += ["--control-guess"] * (guess and any(isinstance(one, NamedControl) for one in steering))
     flags += [word for flag, path in files.items() for word in (flag, str(path))]
     is_plain = not any(word.startswith("-") for word in given)
     return shlex.join(["latentdiff", command, *given, *flags] if is_plain else

@@ -21,12 +21,11 @@ from latentdiff.request.plan import Sampling
 from latentdiff.request.second_pass import SecondPass
 from latentdiff.request.sources import ImageInput, open_source, source_of
 from latentdiff.serving.hints import fitted, hint, opened_image
+from latentdiff.serving.models import Models
 from latentdiff.serving.work import Draw, Following, Piece, Sent
 from latentdiff.tasks.editing import begin_at, image_to_image
 from latentdiff.tasks.inpainting import inpaint
 from latentdiff.tasks.masks import read_mask
-
-OpenControl = Callable[[str], ControlNet]
 
 OF_SAMPLERS = {  # option -> whether a sampler has it
     "eta": lambda sampler: sampler.eta is not None,
@@ -38,12 +37,12 @@ OF_SAMPLERS = {  # option -> whether a sampler has it
 
 
 def drawn(
-    pipe: Pipeline, pieces: Sequence[Piece], callback: Callable[[int, float, Tensor], Any], open_control: OpenControl
+    pipe: Pipeline, pieces: Sequence[Piece], callback: Callable[[int, float, Tensor], Any], models: Models
 ) -> list[Image.Image]:
     """The images of pieces of one shape, each with its recipe in `info`.
 
     Args:
-        open_control: (file or folder) -> the ControlNet.
+        models: where ControlNets and IP-Adapters are.
 
     Raises:
         LatentDiffError: as the pipeline and the tasks raise them.
@@ -59,7 +58,7 @@ def drawn(
         "callback": callback,
     }
     image = _image(draw)
-    options |= _controls(pipe, draw, image, open_control)
+    options |= _steering(pipe, draw, image, models)
     if image is None:
         return pipe(
             [piece.draw.prompt for piece in pieces],
@@ -133,14 +132,23 @@ def _mask(sent: Sent, draw: Draw) -> tuple[ImageInput, bool]:
     return (mask if draw.fit is None else fitted(mask, draw.fit, size)), False
 
 
-def _controls(pipe: Pipeline, draw: Draw, image: ImageInput | None, open_control: OpenControl) -> dict[str, Any]:
-    """The option `controls`, where there are some."""
+def _steering(pipe: Pipeline, draw: Draw, image: ImageInput | None, models: Models) -> dict[str, Any]:
+    """The options `controls` and `image_prompts`, where there are some."""
+    found: dict[str, Any] = {}
+    if draw.image_prompts:
+        found["image_prompts"] = [
+            models.ip_adapter(one.adapter)(
+                _given(one.image, "the image of an image prompt"), scale=one.scale, start=one.start, end=one.end
+            )
+            for one in draw.image_prompts
+        ]
     if not draw.controls:
-        return {}
+        return found
     height, width = pipe.default_size
     own = (width, height) if image is None else open_source(image).image.size
     size = draw.width or own[0], draw.height or own[1]
-    return {"controls": [_control(following, open_control(following.model), size) for following in draw.controls]}
+    found["controls"] = [_control(following, models.control(following.model), size) for following in draw.controls]
+    return found
 
 
 def _control(following: Following, network: ControlNet, size: tuple[int, int]) -> Control:

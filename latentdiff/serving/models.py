@@ -7,10 +7,13 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import torch
 
 from latentdiff.checkpoints.tiny_vae import check_decoder_fits, load_tiny_decoder
+from latentdiff.control.image_prompts import IPAdapter
 from latentdiff.control.model import ControlNet
 from latentdiff.errors import CheckpointError, LatentDiffError, UsageError
 from latentdiff.pipeline import Pipeline
@@ -19,11 +22,12 @@ from latentdiff.serving.settings import WorkerSettings
 from latentdiff.serving.work import Loaded
 
 KEPT_LORAS = 8  # of each model, that prompts have named
+Network = TypeVar("Network")
 log = logging.getLogger(__name__)
 
 
 class Models:
-    """At most `settings.keep` of them are in memory, and as many ControlNets.
+    """At most `settings.keep` of them are in memory, and as many ControlNets and IP-Adapters.
 
     Args:
         loaded: told of each model that was loaded.
@@ -33,6 +37,7 @@ class Models:
         self._settings, self._device, self._loaded = settings, device, loaded
         self._kept: OrderedDict[str, Pipeline] = OrderedDict()
         self._controls: OrderedDict[tuple[str, int], ControlNet] = OrderedDict()
+        self._adapters: OrderedDict[tuple[str, int], IPAdapter] = OrderedDict()
         self._decoder = load_tiny_decoder(settings.preview_decoder) if settings.preview_decoder else None
 
     def __getitem__(self, name: str) -> Pipeline:
@@ -58,13 +63,12 @@ class Models:
         Raises:
             LatentDiffError: it is none.
         """
-        key = place, os.stat(place).st_mtime_ns
-        if key not in self._controls:
-            while len(self._controls) >= max(1, self._settings.keep):
-                self._controls.popitem(last=False)
-            self._controls[key] = ControlNet.load(place)
-        self._controls.move_to_end(key)
-        return self._controls[key]
+        return self._opened(self._controls, place, ControlNet.load)
+
+    def ip_adapter(self, place: str) -> IPAdapter:
+        """The same of an IP-Adapter, with its image encoder."""
+        load = partial(IPAdapter.load, image_encoder=self._settings.image_encoder)
+        return self._opened(self._adapters, place, load)
 
     def preview(self, pipe: Pipeline, latents: torch.Tensor) -> torch.Tensor:
         """Images of latents, (N, C, h, w) -> (N, 3, H, W), by the tiny decoder where there is one that fits."""
@@ -76,6 +80,17 @@ class Models:
             else:
                 return self._decoder.to(pipe.device)(latents.to(pipe.device).float())
         return pipe.decode(latents)
+
+    def _opened(
+        self, kept: OrderedDict[tuple[str, int], Network], place: str, load: Callable[[str], Network]
+    ) -> Network:
+        key = place, os.stat(place).st_mtime_ns
+        if key not in kept:
+            while len(kept) >= max(1, self._settings.keep):
+                kept.popitem(last=False)
+            kept[key] = load(place)
+        kept.move_to_end(key)
+        return kept[key]
 
     def _make_room(self) -> None:
         while len(self._kept) >= max(1, self._settings.keep):

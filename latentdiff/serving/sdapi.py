@@ -26,7 +26,7 @@ from latentdiff.serving.engine import Engine
 from latentdiff.serving.errors import Refused, of_failure
 from latentdiff.serving.queue import Job
 from latentdiff.serving.sdapi_bodies import Asked, ImageBody, Img2Img, Txt2Img
-from latentdiff.serving.sdapi_control import SCRIPT, followings
+from latentdiff.serving.sdapi_control import SCRIPT, steering
 from latentdiff.serving.sdapi_lists import lists, name_of, title_of
 from latentdiff.serving.work import Draw, Made, Sent
 
@@ -137,7 +137,7 @@ def _draw(state: State, asked: Asked, image: Sent | None = None) -> Draw:
         options=checked({name: value for name, value in options.items() if value is not None}),
         lenient=True,
         image=image,
-        controls=followings(state.engine, units, _size(state, asked, model), image),
+        **steering(state.engine, units, _size(state, asked, model), image),
     )
 
 

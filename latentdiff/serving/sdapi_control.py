@@ -1,7 +1,8 @@
 """What the ControlNet extension adds to AUTOMATIC1111's interface: units in `alwayson_scripts`, and lists.
 
 Facts from github.com/Mikubill/sd-webui-controlnet: internal_controlnet/args.py (fields, defaults), scripts/enums.py
-(modes) and scripts/api.py (routes).
+(modes), scripts/api.py (routes) and scripts/supported_preprocessor.py (modules; those of IP-Adapters heed no control mode,
+and neither resolution nor resize mode, as the image goes to CLIP as it is).
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from latentdiff.errors import LatentDiffError
 from latentdiff.serving.asked import check_hint, decoded, size_of
 from latentdiff.serving.engine import Engine
 from latentdiff.serving.errors import Refused
-from latentdiff.serving.work import Fit, Following, Sent
+from latentdiff.serving.work import Fit, Following, Resembling, Sent
 
 SCRIPT = "controlnet"
 MODULES = {"none": None, "canny": "canny", "tile_resample": "tile", "scribble": "scribble"}  # ours by its own name
+IP_ADAPTERS = "ip-adapter-auto", "ip-adapter_clip_sd15", "ip-adapter_clip_sdxl", "ip-adapter_clip_sdxl_plus_vith"
 SLIDERS = {  # of a module: title, default, least and largest value
     "canny": (("Low Threshold", 100, 1, 255), ("High Threshold", 200, 1, 255)),
     "scribble": (("Low Threshold", 100, 1, 255), ("High Threshold", 200, 1, 255)),
@@ -43,7 +45,7 @@ GUESS = {0: False, 2: True, "Balanced": False, "ControlNet is more important": T
 
 
 class Unit(BaseModel):
-    """One ControlNet with its image. What only concerns the extension's own page and memory means nothing here."""
+    """One ControlNet or IP-Adapter with its image. What concerns the extension's own page and memory means nothing here."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
@@ -67,6 +69,11 @@ class Unit(BaseModel):
     effective_region_mask: Any = None
     ipadapter_input: Any = None
 
+    @property
+    def is_image_prompt(self) -> bool:
+        """Whether its model is an IP-Adapter."""
+        return self.module.lower() in IP_ADAPTERS
+
 
 class Detect(BaseModel):
     """The body of /controlnet/detect; webuiapi calls the images by the other name."""
@@ -80,10 +87,10 @@ class Detect(BaseModel):
     controlnet_threshold_b: float = -1
 
 
-def followings(
+def steering(
     engine: Engine, arguments: Sequence[Any], size: tuple[int, int], image: Sent | None = None
-) -> tuple[Following, ...]:
-    """What the arguments of the extension ask for.
+) -> dict[str, Any]:
+    """The `controls` and `image_prompts` of a `Draw` that the arguments of the extension ask for.
 
     Args:
         arguments: units; others, such as the switches of old versions, are left out.
@@ -98,14 +105,25 @@ def followings(
     except ValidationError as error:
         first = error.errors()[0]
         raise Refused(422, f"ControlNet: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    return tuple(_following(engine, unit, size, image) for unit in units if unit.enabled)
+    found: list[Following | Resembling] = []
+    for unit in units:
+        if unit.enabled:
+            given = _checked(unit, image)
+            found.append(
+                _resembling(engine, unit, given) if unit.is_image_prompt else _following(engine, unit, size, given)
+            )
+    kinds = {"controls": Following, "image_prompts": Resembling}
+    return {name: tuple(one for one in found if isinstance(one, kind)) for name, kind in kinds.items()}
 
 
-def _following(engine: Engine, unit: Unit, size: tuple[int, int], image: Sent | None) -> Following:
+def _checked(unit: Unit, image: Sent | None) -> Sent:
+    """The image of a unit that asks for nothing that is not done here."""
     names = ("mask", "advanced_weighting", "effective_region_mask", "ipadapter_input")
     if found := [name for name in names if getattr(unit, name)]:
         raise Refused(422, f"ControlNet: {', '.join(found)}: this is not done here; leave it out")
-    chosen = {"control_mode": GUESS, "resize_mode": FITS, "union_control_type": UNIONS, "hr_option": ("Both",)}
+    chosen: dict[str, Any] = {"hr_option": ("Both",)}
+    if not unit.is_image_prompt:
+        chosen |= {"control_mode": GUESS, "resize_mode": FITS, "union_control_type": UNIONS}
     for name, choices in chosen.items():
         if (value := getattr(unit, name)) not in choices:
             known = ", ".join(choice for choice in choices if isinstance(choice, str))
@@ -115,6 +133,25 @@ def _following(engine: Engine, unit: Unit, size: tuple[int, int], image: Sent | 
     given = _image(unit.image) or image
     if given is None:
         raise Refused(422, "ControlNet: a unit has no image")
+    return given
+
+
+def _resembling(engine: Engine, unit: Unit, given: Sent) -> Resembling:
+    return Resembling(
+        adapter=str(engine.catalogue.ip_adapter(_name(unit))),
+        image=given,
+        scale=unit.weight,
+        start=unit.guidance_start,
+        end=unit.guidance_end,
+    )
+
+
+def _name(unit: Unit) -> str:
+    """The model of a unit without the hash that clients may put behind it."""
+    return unit.model.partition(" [")[0]
+
+
+def _following(engine: Engine, unit: Unit, size: tuple[int, int], given: Sent) -> Following:
     kind = _kind(unit.module)
     fit = FITS[unit.resize_mode]
     resolution = _within(unit.processor_res, RESOLUTION)
@@ -123,7 +160,7 @@ def _following(engine: Engine, unit: Unit, size: tuple[int, int], image: Sent | 
         factors = size[0] / own[0], size[1] / own[1]
         resolution = max(1, round(min(own) * (min(factors) if fit == "pad" else max(factors))))
     return Following(
-        model=str(engine.catalogue.control(unit.model.partition(" [")[0])),
+        model=str(engine.catalogue.control(_name(unit))),
         image=given,
         prepare=kind,
         preparation=_preparation(kind, unit.threshold_a, unit.threshold_b),
@@ -154,7 +191,7 @@ def _image(given: Any) -> Sent | None:
 def _kind(module: str) -> str | None:
     found = MODULES.get(module.lower(), module)
     if found is not None and found not in SLIDERS:
-        raise Refused(422, f"module({module}) not found in supported modules: {', '.join(MODULES)}")
+        raise Refused(422, f"module({module}) not found in supported modules: {', '.join((*MODULES, *IP_ADAPTERS))}")
     return found
 
 
@@ -184,13 +221,14 @@ def router(engine: Engine) -> APIRouter:
 
     @routes.get("/model_list")
     async def model_list() -> dict[str, list[str]]:
-        """The ControlNets that there are."""
-        return {"model_list": list(engine.catalogue.controls)}
+        """The ControlNets and IP-Adapters that there are."""
+        return {"model_list": [*engine.catalogue.controls, *engine.catalogue.ip_adapters]}
 
     @routes.get("/module_list")
     async def module_list() -> dict[str, Any]:
-        """What hints are made by."""
-        return {"module_list": list(MODULES), "module_detail": {name: _detail(kind) for name, kind in MODULES.items()}}
+        """What hints are made by, and what sees the images of IP-Adapters."""
+        modules = {**MODULES, **dict.fromkeys(IP_ADAPTERS)}
+        return {"module_list": list(modules), "module_detail": {name: _detail(kind) for name, kind in modules.items()}}
 
     @routes.get("/settings")
     async def settings() -> dict[str, int]:
@@ -216,6 +254,8 @@ def _detected(engine: Engine, asked: Detect) -> dict[str, Any]:
         raise Refused(422, "No image selected")
     if (count := len(asked.controlnet_input_images)) > engine.limits.images:
         raise Refused(422, f"expected at most {engine.limits.images} images, found {count}")
+    if asked.controlnet_module.lower() in IP_ADAPTERS:
+        raise Refused(422, f"{asked.controlnet_module} makes no image of its own to show")
     from latentdiff.serving.hints import hint
 
     kind = _kind(asked.controlnet_module)

@@ -63,7 +63,9 @@ def lists(engine: Engine) -> dict[str, Any]:
         "embeddings": embeddings,
         "upscalers": lambda: [{"name": name, "scale": 4} for name, own in UPSCALERS.items() if own == "lanczos"],
         "latent-upscale-modes": lambda: [{"name": name} for name, own in UPSCALERS.items() if own != "lanczos"],
-        "scripts": lambda: {kind: ["controlnet"] if catalogue.controls else [] for kind in ("txt2img", "img2img")},
+        "scripts": lambda: dict.fromkeys(
+            ("txt2img", "img2img"), ["controlnet"] if catalogue.controls or catalogue.ip_adapters else []
+        ),
         "script-info": lambda: [],
         "cmd-flags": lambda: {},
         "memory": lambda: {"ram": {}, "cuda": {}},

@@ -22,7 +22,7 @@ class Limits:
     body_seconds: for a request to arrive whole.
     batch: images that are made at once.
     finished: requests of the page whose results are kept for it.
-    controls: images that ControlNets follow, of one request.
+    controls: images that ControlNets follow and IP-Adapters see, of one request.
     """
 
     side: int = 2048
@@ -45,8 +45,9 @@ class WorkerSettings:
     """What a worker has to know.
 
     models: name -> what `Pipeline.load` takes; None is the embedded model.
-    keep: models that stay in memory, and as many ControlNets.
+    keep: models that stay in memory, and as many ControlNets and IP-Adapters.
     load: options of `Pipeline.load`.
+    image_encoder: a folder, the encoder of all IP-Adapters; None looks beside each.
     embeddings: files whose words every model learns if they fit it.
     threads: of PyTorch on a CPU; None leaves it to PyTorch.
     """
@@ -54,6 +55,7 @@ class WorkerSettings:
     models: Mapping[str, str | None]
     keep: int = 2
     load: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    image_encoder: str | None = None
     embeddings: tuple[str, ...] = ()
     preview_decoder: str | None = None
     batch: int = 4
@@ -66,7 +68,7 @@ class ServerSettings:
 
     devices: one worker for each; the same may come twice.
     loras: a folder of what prompts name by `<lora:name:weight>`.
-    controls: a folder of ControlNets.
+    controls: a folder of ControlNets; ip_adapters: one of IP-Adapters.
     data: a folder of data sets to fine-tune on; None does not offer that.
     out: where the page keeps its images and runs; None keeps none.
     grace: seconds that images in the making have when the server stops.
@@ -78,6 +80,7 @@ class ServerSettings:
     devices: tuple[str, ...] = ("auto",)
     loras: Path | None = None
     controls: Path | None = None
+    ip_adapters: Path | None = None
     data: Path | None = None
     out: Path | None = None
     grace: float = 30.0

@@ -17,26 +17,37 @@ from pydantic import Field
 from latentdiff.request.options import CONTROL_MODES, PREPARATIONS
 from latentdiff.serving import answers
 from latentdiff.serving.asked import NAMES, OptionFields, Strict, decoded, options_in, seeds_from, size_of
-from latentdiff.serving.command import TASK, NamedControl, command_line
+from latentdiff.serving.command import TASK, NamedControl, NamedImagePrompt, command_line
 from latentdiff.serving.engine import Engine
 from latentdiff.serving.errors import Refused
 from latentdiff.serving.gallery import SUFFIXES, Gallery, input_name
 from latentdiff.serving.queue import Job
-from latentdiff.serving.work import Draw, Failed, Following, Made, Preview, Sent, Step
+from latentdiff.serving.work import Draw, Failed, Following, Made, Preview, Resembling, Sent, Step
 
 PAGE = Path(__file__).parent / "page"
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 
-class AskedControl(Strict):
-    """One ControlNet with its image."""
+class AskedImage(Strict):
+    """An image that steers: how strongly, and in which share of the steps."""
 
-    model: str
     image: str
-    prepare: Literal[PREPARATIONS] | None = None  # type: ignore[valid-type]
     scale: float = Field(1.0, ge=0)
     start: float = Field(0.0, ge=0, le=1)
     end: float = Field(1.0, ge=0, le=1)
+
+
+class AskedImagePrompt(AskedImage):
+    """One IP-Adapter with its image."""
+
+    adapter: str
+
+
+class AskedControl(AskedImage):
+    """One ControlNet with its image."""
+
+    model: str
+    prepare: Literal[PREPARATIONS] | None = None  # type: ignore[valid-type]
     mode: Literal[CONTROL_MODES] | None = None  # type: ignore[valid-type]
 
 
@@ -62,6 +73,7 @@ class Asked(OptionFields):
     remove: bool = False
     controls: list[AskedControl] = []
     control_guess: bool = False
+    image_prompts: list[AskedImagePrompt] = []
 
 
 class Studio:
@@ -126,9 +138,11 @@ class Studio:
         }
         if kept["mask"] is not None:
             fields |= {"width": None, "height": None}
-        controls = [self._named(control) for control in asked.controls]
+        steering = [*map(self._named_control, asked.controls), *map(self._named_prompt, asked.image_prompts)]
+        if asked.image_prompts and settings.worker.image_encoder:
+            files["--image-encoder"] = Path(settings.worker.image_encoder)
         given = {flag: path for flag, path in files.items() if path}
-        return command_line(fields, given, **kept, controls=controls, guess=asked.control_guess)
+        return command_line(fields, given, **kept, steering=steering, guess=asked.control_guess)
 
     def _draw(self, asked: Asked) -> Draw:
         image, mask = self._sent("image", asked.image), self._sent("mask", asked.mask)
@@ -146,14 +160,13 @@ class Studio:
             image=image,
             mask=mask,
             controls=tuple(self._following(control, asked.control_guess) for control in asked.controls),
+            image_prompts=tuple(map(self._resembling, asked.image_prompts)),
             task=task,
             previews=asked.previews,
         )
 
     def _following(self, asked: AskedControl, guess: bool) -> Following:
-        sent = self._sent("image of a control", asked.image)
-        if sent is None or asked.start >= asked.end:
-            raise Refused(400, "expected an image with each control, and a start before its end")
+        sent = self._steering_image("control", asked)
         return Following(
             model=str(self.engine.catalogue.control(asked.model)),
             image=sent,
@@ -165,10 +178,30 @@ class Studio:
             mode=asked.mode,
         )
 
-    def _named(self, asked: AskedControl) -> NamedControl:
+    def _resembling(self, asked: AskedImagePrompt) -> Resembling:
+        return Resembling(
+            adapter=str(self.engine.catalogue.ip_adapter(asked.adapter)),
+            image=self._steering_image("image prompt", asked),
+            scale=asked.scale,
+            start=asked.start,
+            end=asked.end,
+        )
+
+    def _steering_image(self, kind: str, asked: AskedImage) -> Sent:
+        sent = self._sent(f"image of a{'n' * (kind[0] == 'i')} {kind}", asked.image)
+        if sent is None or asked.start >= asked.end:
+            raise Refused(400, f"expected an image with each {kind}, and a start before its end")
+        return sent
+
+    def _named_control(self, asked: AskedControl) -> NamedControl:
         place = self.engine.catalogue.control(asked.model)
         image = self._kept_input("image of a control", asked.image) or Path("hint.png")
         return NamedControl(image, asked.prepare, place, asked.scale, asked.start, asked.end, asked.mode)
+
+    def _named_prompt(self, asked: AskedImagePrompt) -> NamedImagePrompt:
+        place = self.engine.catalogue.ip_adapter(asked.adapter)
+        image = self._kept_input("image of an image prompt", asked.image) or Path("image.png")
+        return NamedImagePrompt(image, place, asked.scale, asked.start, asked.end)
 
     def _sent(self, name: str, text: str | None) -> Sent | None:
         """A file that was sent, under the name that it has in the gallery."""

@@ -48,13 +48,28 @@ class Following:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Resembling:
+    """An image that is to be resembled.
+
+    adapter: the file of the IP-Adapter.
+    scale, start, end: see `IPAdapter.__call__`.
+    """
+
+    adapter: str
+    image: Sent
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Draw:
     """What the images of one request have in common.
 
     options: of `GenerateOptions`, without prompts, seed, counts and size.
     lenient: leave out the options that belong to other samplers, as AUTOMATIC1111's interface does.
     image: what to begin from; mask: what to paint there.
-    controls: what ControlNets follow, in their order.
+    controls, image_prompts: what ControlNets follow and IP-Adapters see, in their order.
     task: the other options of `image_to_image` or `inpaint`.
     fit: bring image and mask to (width, height) first: by "resize", "crop" or "pad".
     loras: name -> file, of those that the prompt names.
@@ -75,6 +90,7 @@ class Draw:
     task: Mapping[str, Any] = field(default_factory=dict[str, Any])
     fit: Fit | None = None
     controls: tuple[Following, ...] = ()
+    image_prompts: tuple[Resembling, ...] = ()
     loras: Mapping[str, str] = field(default_factory=dict[str, str])
     tags: tuple[Any, ...] = ()
     previews: int = 0
@@ -98,7 +114,7 @@ class Piece:
         draw = self.draw
         if self.is_alone:
             return self.number
-        if draw.image is not None or draw.controls:
+        if draw.image is not None or draw.controls or draw.image_prompts:
             return id(draw)
         return (draw.model, draw.width, draw.height, draw.lenient, draw.tags, repr(sorted(draw.options.items())))
 

@@ -51,7 +51,7 @@ def make(connection: Connection, models: Models, pieces: Sequence[work.Piece]) -
     try:
         pipe = models[pieces[0].draw.model]
         watch.begin(pipe)
-        for piece, image in zip(pieces, drawn(pipe, pieces, watch, models.control), strict=True):
+        for piece, image in zip(pieces, drawn(pipe, pieces, watch, models), strict=True):
             file = as_file(image, piece.draw.suffix, piece.draw.quality)
             texts = image.info["latentdiff"], image.info["parameters"]
             connection.send(work.Made(piece.number, file, *image.size, *texts))

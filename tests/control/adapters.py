@@ -42,18 +42,21 @@ def saved_encoder(folder: Path) -> Path:
 
 def adapter(family: str, kind: str, seed: int = 3) -> dict[str, dict[str, Tensor]]:
     """The two dictionaries of a file, "plain", "plus" or "full", for one of the tiny models."""
-    config = peers.theirs(family).unet.config
-    width = config.cross_attention_dim
+    return for_unet(peers.theirs(family).unet, kind, seed)
+
+
+def for_unet(unet, kind: str, seed: int = 3) -> dict[str, dict[str, Tensor]]:
+    """The same for a U-Net of diffusers."""
+    width = unet.config.cross_attention_dim
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, scale: float = 0.3) -> Tensor:
         return scale * torch.randn(*shape, generator=generator)
 
-    processors = peers.theirs(family).unet.attn_processors
     layers: dict[str, Tensor] = {}
-    for number, name in enumerate(processors):
+    for number, name in enumerate(unet.attn_processors):
         if "attn2" in name:
-            own = peers.theirs(family).unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape[0]
+            own = unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape[0]
             layers |= {f"{number}.to_{part}_ip.weight": draw(own, width) for part in "kv"}
     return {"image_proj": _projection(kind, width, draw), "ip_adapter": layers}
 

@@ -19,6 +19,7 @@ from latentdiff.serving.app import Server, make_server  # noqa: E402
 from latentdiff.serving.engine import Engine  # noqa: E402
 from latentdiff.serving.settings import Limits, ServerSettings, WorkerSettings  # noqa: E402
 from tests import peers  # noqa: E402
+from tests.control import adapters  # noqa: E402
 from tests.control.nets import saved  # noqa: E402
 
 PATIENCE = 120.0  # seconds, for machines under load
@@ -75,10 +76,13 @@ def tiny_worker(**settings: Any) -> WorkerSettings:
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory) -> Iterator[Running]:
-    """Two tiny models of which one is kept, and a ControlNet, on the CPU; shared, so tests leave it as it is."""
+    """Two tiny models of which one is kept, a ControlNet and IP-Adapters, on the CPU; shared, so tests leave it as it is."""
     place = tmp_path_factory.mktemp("served")
     limits = Limits(side=128, pixels=128 * 128, steps=60, images=8, queue=24)
-    folders = {"out": place / "images", "controls": saved(place / "controls").parent}
+    (place / "adapters").mkdir()
+    for kind, suffix in (("plain", ".bin"), ("plus", ".bin"), ("plus", ".safetensors")):
+        adapters.saved(place / "adapters", "sd1", kind, suffix=suffix)
+    folders = {"out": place / "images", "controls": saved(place / "controls").parent, "ip_adapters": place / "adapters"}
     with running(worker=tiny_worker(), devices=("cpu",), **folders, limits=limits) as found:
         wait_for(lambda: found.engine.workers.ready)
         yield found

@@ -16,11 +16,13 @@ import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
 
 from latentdiff.checkpoints.embedded import embedded_model
 from latentdiff.cli import run
 from latentdiff.image import open_image
 from latentdiff.recipe import read_recipe
+from tests.control import adapters
 from tests.serving.conftest import Running, running, wait_for
 
 selenium = pytest.importorskip("selenium", reason="needs the extra `test`")
@@ -49,7 +51,9 @@ def site(tmp_path_factory) -> Iterator[Running]:
             Image.new("RGB", (96, 96), colour).save(f"data/squares/{colour}.png")
             Path(f"data/squares/{colour}.txt").write_text(f"a {colour} square")
         controlnet(Path("controlnets"))
-        places = {"out": Path("images"), "data": Path("data"), "controls": Path("controlnets")}
+        ip_adapter(Path("adapters"))
+        places = {"out": "images", "data": "data", "controls": "controlnets", "ip_adapters": "adapters"}
+        places = {name: Path(place) for name, place in places.items()}
         with running(worker=worker, devices=("cpu",), **places, limits=Limits(steps=100)) as found:
             wait_for(lambda: found.engine.workers.ready)
             yield found
@@ -66,6 +70,13 @@ def controlnet(folder: Path) -> None:
         for conv in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
             conv.weight.normal_(std=0.05)
     net.save_pretrained(folder / "edges")
+
+
+def ip_adapter(folder: Path) -> None:
+    """An IP-Adapter for the embedded model that nobody has trained, and its image encoder."""
+    adapters.saved_encoder(folder)
+    unet = UNet2DConditionModel.from_pretrained(embedded_model() / "unet")
+    save_file(adapters.flat(adapters.for_unet(unet, "plain")), folder / "likeness.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -234,13 +245,13 @@ def test_an_image_is_followed(page, site, scene, tmp_path):
     """What the command says is the same, and so is what "Again" makes of the image in the gallery."""
     page.type(prompt="a cat", steps=3, seed=4)
     page.script("document.getElementById('follow').open = true")
-    page.click("add-control")
-    page["controls"].find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(scene))
-    wait_for(lambda: page["controls"].find_element(By.CSS_SELECTOR, "img").is_displayed())
-    strength, _, end = page.all("#controls input[type=number]")
+    page.click("add-follow")
+    page["follow-cards"].find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(scene))
+    wait_for(lambda: page["follow-cards"].find_element(By.CSS_SELECTOR, "img").is_displayed())
+    strength, _, end = page.all("#follow-cards input[type=number]")
     strength.send_keys("0.8"), end.send_keys("0.7")
-    Select(page.all("#controls select")[1]).select_by_visible_text("the image without details (tile)")
-    page.script("arguments[0].scrollIntoView({block: 'center'})", page["controls"])
+    Select(page.all("#follow-cards select")[1]).select_by_visible_text("the image without details (tile)")
+    page.script("arguments[0].scrollIntoView({block: 'center'})", page["follow-cards"])
     page.screenshot("control")
     page.click("go")
     [image] = page.drawn()
@@ -263,18 +274,55 @@ def test_an_image_is_followed(page, site, scene, tmp_path):
     assert np.array_equal(pixels(kept(site, again)), pixels(first))
 
 
+def test_an_image_is_resembled(page, site, scene, tmp_path):
+    """With two image prompts, of which the command and "Again" make the same."""
+    Image.effect_mandelbrot((160, 80), (-2, -1, 1, 1), 30).save(tmp_path / "wide.png")
+    page.type(prompt="a cat", steps=3, seed=4)
+    page.script("document.getElementById('resemble').open = true")
+    for place in (scene, tmp_path / "wide.png"):
+        page.click("add-resemble")
+        page.all("#resemble-cards input[type=file]")[-1].send_keys(str(place))
+        wait_for(lambda: page.all("#resemble-cards img")[-1].is_displayed())
+    strength, start, _ = page.all("#resemble-cards input[type=number]")[:3]
+    strength.send_keys("0.6"), start.send_keys("0.2")
+    page.script("arguments[0].scrollIntoView({block: 'start'})", page["resemble"])
+    page.click("go")
+    [image] = page.drawn()
+    first = kept(site, image)
+    one, other = read_recipe(first.info).image_prompts
+    assert (one.scale, one.start, one.end, one.adapter["file"]) == (0.6, 0.2, 1.0, "likeness.safetensors")
+    assert (other.scale, other.start, other.end, len(other.images)) == (1.0, 0.0, 1.0, 1)
+    assert open_image(site.engine.settings.out / "inputs" / other.images[0]["file"]).size == (160, 80), "as it came"
+    words = shlex.split(page["command"].text)
+    words[words.index("--out") + 1] = str(tmp_path / "same.png")
+    assert run(words[1:]) == 0
+    assert np.array_equal(pixels(open_image(tmp_path / "same.png")), pixels(first))
+    found = {"ip_adapter": "adapters/likeness.safetensors", "image_encoder": "adapters/image_encoder"}
+    places = [word for n in "12" for role, place in found.items() for word in ("--source", f"{role}{n}={place}")]
+    assert run(["reproduce", str(site.engine.settings.out / image.get_attribute("src").rpartition("/")[2]), *places]) == 0
+    page.browser.refresh()
+    wait_for(lambda: page.script("return document.documentElement.dataset.ready"))
+    page.show("gallery")
+    wait_for(lambda: page.all("#gallery-images figure img"))
+    press(page, "#gallery-images figure:first-child button", "Again")
+    wait_for(lambda: page.all("#results figure:not(.waiting) img"))
+    [again] = page.drawn()
+    assert np.array_equal(pixels(kept(site, again)), pixels(first))
+    assert [legend.text for legend in page.all("#resemble-cards legend")] == ["Image prompt 1", "Image prompt 2"]
+
+
 def test_a_hint_of_other_proportions_is_cut(page, site, tmp_path):
     Image.effect_mandelbrot((160, 80), (-2, -1, 1, 1), 30).save(tmp_path / "wide.png")
     page.type(prompt="a cat", steps=2, seed=4)
     page.script("document.getElementById('follow').open = true")
-    page.click("add-control")
-    page["controls"].find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(tmp_path / "wide.png"))
-    wait_for(lambda: page["controls"].find_element(By.CSS_SELECTOR, "img").is_displayed())
+    page.click("add-follow")
+    page["follow-cards"].find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(tmp_path / "wide.png"))
+    wait_for(lambda: page["follow-cards"].find_element(By.CSS_SELECTOR, "img").is_displayed())
     page.click("go")
     [image] = page.drawn()
     (recorded,) = read_recipe(kept(site, image).info).controls
     assert open_image(site.engine.settings.out / "inputs" / recorded.image["file"]).size == (80, 80)
-    press(page, "#controls button", "Remove")
+    press(page, "#follow-cards button", "Remove")
     assert "controls" not in page.script("return import('./page/form.js').then((form) => Object.keys(form.values()))")
 
 

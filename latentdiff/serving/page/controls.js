@@ -1,10 +1,23 @@
-// ControlNets: the images that what is drawn has to follow, each on a card of its own.
+// Images that steer beside the prompt, each on a card of its own: those that ControlNets follow, and those to resemble.
 
 import { $, dataUrl, element, loadImage } from "./api.js";
 
 const MEANING = { "": "nothing, it is a hint already", canny: "its edges (canny)", scribble: "strokes of a pen (scribble)",
   tile: "the image without details (tile)" };
 const FACTOR = 8;  // pixels by which proportions may differ, as the pipeline allows it
+const NUMBERS = ["scale", "start", "end"];
+// Of each option of the server: where its cards are; what is chosen on them, {name: [title, [[value, text], ...]]}, the first of
+// it a network; whether images are cut to the proportions of what is drawn; and what recipes hold of the image.
+const KINDS = {
+  controls: { block: "follow", title: "ControlNet", alt: "the image that is followed", isCut: true, image: (one) => one.image,
+    choices: () => ({ model: ["ControlNet", named(about.controls)],
+      prepare: ["Make of the image first", ["", ...about.preparations].map((kind) => [kind, MEANING[kind] ?? kind])],
+      mode: ["Kind of hint, for a ControlNet of several", ["", ...about.control_modes].map((mode) => [mode, mode || "it was trained on one kind"])] }),
+    offered: () => about.controls },
+  image_prompts: { block: "resemble", title: "Image prompt", alt: "the image to resemble", isCut: false, image: alone,
+    choices: () => ({ adapter: ["IP-Adapter", named(about.ip_adapters)] }), offered: () => about.ip_adapters },
+};
+const named = (offered) => Object.keys(offered).map((name) => [name, name]);
 let about, size, failed, cards = [];
 
 export const controls = {
@@ -12,55 +25,64 @@ export const controls = {
   prepare(known, tools) {
     about = known;
     ({ size, failed } = tools);
-    $("follow").hidden = !Object.keys(about.controls).length;
-    $("add-control").onclick = () => add().image.focus();
+    for (const [name, { block, offered }] of Object.entries(KINDS)) {
+      $(block).hidden = !Object.keys(offered()).length;
+      $(`add-${block}`).onclick = () => add(name).image.focus();
+    }
   },
 
   values() {
-    const found = cards.filter((card) => card.url).map((card) => {
-      const control = { model: card.model.value, image: cut(card) };
-      if (card.kind.value) control.prepare = card.kind.value;
-      if (card.mode.value) control.mode = card.mode.value;
-      for (const name of ["scale", "start", "end"]) if (card[name].value !== "") control[name] = Number(card[name].value);
-      return control;
-    });
-    if (!found.length) return {};
-    return $("control_guess").checked ? { controls: found, control_guess: true } : { controls: found };
+    const found = {};
+    for (const card of cards.filter((each) => each.url)) {
+      const one = { image: KINDS[card.name].isCut ? cut(card) : card.url };
+      for (const [name, { value }] of Object.entries(card.chosen)) if (value) one[name] = value;
+      for (const name of NUMBERS) if (card[name].value !== "") one[name] = Number(card[name].value);
+      (found[card.name] ??= []).push(one);
+    }
+    return found.controls && $("control_guess").checked ? { ...found, control_guess: true } : found;
   },
 
-  // Those of a recipe; fetched(name) gives the file of an image.
-  async take(recorded, fetched) {
+  // Those of a recipe, {controls: [...], image_prompts: [...]}; fetched(name) gives the file of an image.
+  async take(recipe, fetched) {
     [...cards].forEach(remove);
-    $("control_guess").checked = recorded.some((one) => one.guess);
-    for (const one of recorded) {
-      const name = Object.keys(about.controls).find((each) => about.controls[each] === one.model.file);
-      if (!name) throw new Error(`the ControlNet ${one.model.file} is not here`);
-      const card = add();
-      card.model.value = name;
-      card.kind.value = one.prepare ?? "";
-      card.mode.value = one.mode ?? "";
-      for (const part of ["scale", "start", "end"]) card[part].value = one[part];
-      await put(card, await fetched(one.image.file));
+    $("control_guess").checked = (recipe.controls ?? []).some((one) => one.guess);
+    for (const [kind, { title, choices, offered, image }] of Object.entries(KINDS)) {
+      const [network] = Object.keys(choices());
+      for (const one of recipe[kind] ?? []) {
+        const name = Object.keys(offered()).find((each) => offered()[each] === one[network].file);
+        if (!name) throw new Error(`${title}: ${one[network].file} is not here`);
+        const file = await fetched(image(one).file), card = add(kind);
+        for (const [part, select] of Object.entries(card.chosen)) select.value = part === network ? name : one[part] ?? "";
+        for (const part of NUMBERS) card[part].value = one[part];
+        await put(card, file);
+      }
     }
   },
 };
 
-function add() {
-  const number = (name, title, placeholder, max) => {
-    card[name] = element("input", { type: "number", min: 0, step: 0.05, placeholder, ...(max ? { max } : {}) });
-    return element("label", {}, title, card[name]);
+// The image of a recorded image prompt, which holds nothing that has no place on a card.
+function alone(one) {
+  if (one.images.length > 1 || one.negative || one.blocks)
+    throw new Error("image prompts of several images, negative ones and those for some blocks are not on this page; use latentdiff reproduce");
+  return one.images[0];
+}
+
+function add(name) {
+  const { block, title, alt, choices } = KINDS[name];
+  const number = (part, text, placeholder, max) => {
+    card[part] = element("input", { type: "number", min: 0, step: 0.05, placeholder, ...(max ? { max } : {}) });
+    return element("label", {}, text, card[part]);
   };
-  const select = (choices) => element("select", {}, ...choices.map(([value, textContent]) => element("option", { value, textContent })));
-  const card = { url: null, made: {} };
+  const select = (part, [text, values]) => {
+    card.chosen[part] = element("select", {}, ...values.map(([value, textContent]) => element("option", { value, textContent })));
+    return element("label", {}, text, card.chosen[part]);
+  };
+  const card = { name, url: null, made: {}, chosen: {} };
   card.image = element("input", { type: "file", accept: "image/*" });
-  card.shown = element("img", { alt: "the image that is followed", hidden: true });
-  card.model = select(Object.keys(about.controls).map((name) => [name, name]));
-  card.kind = select(["", ...about.preparations].map((kind) => [kind, MEANING[kind] ?? kind]));
-  card.mode = select(["", ...about.control_modes].map((mode) => [mode, mode || "it was trained on one kind"]));
-  card.place = element("fieldset", { className: "control" }, element("legend", { textContent: "ControlNet" }),
+  card.shown = element("img", { alt, hidden: true });
+  card.place = element("fieldset", { className: "control" }, element("legend", { textContent: title }),
     card.shown, element("label", {}, "Image ", card.image),
-    element("label", {}, "ControlNet", card.model), element("label", {}, "Make of the image first", card.kind),
-    element("label", {}, "Kind of hint, for a ControlNet of several", card.mode),
+    ...Object.entries(choices()).map(([part, told]) => select(part, told)),
     element("div", { className: "fields" }, number("scale", "Strength", "1"), number("start", "From", "0", 1), number("end", "To", "1", 1)),
     element("button", { type: "button", textContent: "Remove", onclick: () => remove(card) }));
   card.image.addEventListener("change", ({ target }) => target.files[0] && put(card, target.files[0]).catch(failed));
@@ -73,8 +95,8 @@ function add() {
     if (event.dataTransfer.files[0]) put(card, event.dataTransfer.files[0]).catch(failed);
   });
   cards.push(card);
-  $("controls").append(card.place);
-  $("follow").open = true;
+  $(`${block}-cards`).append(card.place);
+  $(block).open = true;
   tell();
   return card;
 }
@@ -86,8 +108,11 @@ function remove(card) {
 }
 
 function tell() {
-  $("add-control").disabled = cards.length >= about.limits.controls;
-  cards.forEach((card, at) => { card.place.querySelector("legend").textContent = `ControlNet ${at + 1}`; });
+  for (const [name, { block, title }] of Object.entries(KINDS)) {
+    $(`add-${block}`).disabled = cards.length >= about.limits.controls;
+    cards.filter((card) => card.name === name)
+      .forEach((card, at) => { card.place.querySelector("legend").textContent = `${title} ${at + 1}`; });
+  }
 }
 
 async function put(card, file) {

@@ -124,9 +124,9 @@ export async function take(recipe) {
 
 const TASK = ["strength", "blur", "only_masked", "remove"];
 
-async function takeSources({ sources = {}, controls: recorded = [], task_settings: settings = {} }) {
+async function takeSources({ sources = {}, task_settings: settings = {}, ...steering }) {
   easel.drop();
-  await controls.take([], fetched);
+  await controls.take({}, fetched);
   if (sources.image) await easel.take(await fetched(sources.image.file));
   if (sources.mask) await easel.paint(await fetched(sources.mask.file));
   if (sources.image) [$("width").value, $("height").value] = [settings.width ?? "", settings.height ?? ""];
@@ -134,7 +134,7 @@ async function takeSources({ sources = {}, controls: recorded = [], task_setting
     if ($(name).type === "checkbox") $(name).checked = settings[name] ?? false;
     else $(name).value = settings[name] ?? $(name).defaultValue;
   }
-  await controls.take(recorded, fetched);
+  await controls.take(steering, fetched);
 }
 
 // What an image of this server was made from.
@@ -151,7 +151,7 @@ export function watchPrompt() {
 
 async function explain() {
   const number = ++latest;
-  const { image, mask, seed, num_images, strength, grow, blur, only_masked, remove, controls: followed, control_guess, ...fields } = values();
+  const { image, mask, seed, num_images, strength, grow, blur, only_masked, remove, controls: followed, control_guess, image_prompts, ...fields } = values();
   if (!fields.prompt && !fields.negative_prompt) return tell({});
   try {
     const found = await ask("api/explain", fields);
