@@ -13,7 +13,7 @@ from latentdiff.checkpoints.families import family_with
 from latentdiff.checkpoints.folder import model_index, write_folder
 from latentdiff.checkpoints.habits import take_habit, with_habit
 from latentdiff.checkpoints.hashing import model_hash
-from latentdiff.checkpoints.inspection import Report, inspect
+from latentdiff.checkpoints.inspection import Inspection, inspect
 from latentdiff.checkpoints.mapping import fill
 from latentdiff.checkpoints.modules import module_without_weights, parse_config
 from latentdiff.checkpoints.raw import RawModel
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from latentdiff.networks.vae import VAE
     from latentdiff.prompts.tokenizer import Tokenizer
 
-__all__ = ["Components", "Report", "convert", "inspect", "load_components", "save_folder"]
+__all__ = ["Components", "Inspection", "convert", "inspect", "load_components", "save_folder"]
 
 
 @dataclass

@@ -50,7 +50,7 @@ _LABELS = {
 
 
 @dataclass
-class Report:
+class Inspection:
     """What `inspect` found. Empty fields say nothing about the thing."""
 
     path: str
@@ -97,7 +97,7 @@ class Report:
         return "\n".join(map(printable, lines + [f"  problem: {self.problem}"] * bool(self.problem)))
 
 
-def inspect(source: str | os.PathLike[str]) -> Report:
+def inspect(source: str | os.PathLike[str]) -> Inspection:
     """Say what a model, an adapter, an image or any other file is: family, size, types, prediction type, hash.
 
     Damaged and foreign files are reported (`problem`), not raised.
@@ -117,9 +117,9 @@ def inspect(source: str | os.PathLike[str]) -> Report:
     return report
 
 
-def _inspect_file(path: Path) -> Report:
+def _inspect_file(path: Path) -> Inspection:
     kind = sniff(path)
-    report = Report(os.fspath(path), kind, bytes=path.stat().st_size, sha256=file_hash(path))
+    report = Inspection(os.fspath(path), kind, bytes=path.stat().st_size, sha256=file_hash(path))
     if kind.endswith(IMAGE):
         _describe_image(report, path)
         return report
@@ -132,7 +132,7 @@ def _inspect_file(path: Path) -> Report:
     return report
 
 
-def _describe_tensors(report: Report, file: TensorFile, wrapping: str) -> None:
+def _describe_tensors(report: Inspection, file: TensorFile, wrapping: str) -> None:
     vectors = file.others.get("string_to_param")  # A1111's embeddings
     tensors = (
         {f"string_to_param.{name}": tensor for name, tensor in vectors.items()} if isinstance(vectors, dict) else None
@@ -161,7 +161,7 @@ def _describe_tensors(report: Report, file: TensorFile, wrapping: str) -> None:
         report.parameters = {"+".join(identity.parts) or "all": _count(file.tensors, "")}
 
 
-def _describe_steering(report: Report, file: TensorFile, what: str, wrapping: str) -> None:
+def _describe_steering(report: Inspection, file: TensorFile, what: str, wrapping: str) -> None:
     report.kind, report.parameters = f"{what} ({wrapping})", {"all": _count(file.tensors, "")}
     try:
         report.family, notes = facts_of(what, file.path)
@@ -170,8 +170,8 @@ def _describe_steering(report: Report, file: TensorFile, what: str, wrapping: st
         report.problem = str(error)
 
 
-def _inspect_folder(folder: Path) -> Report:
-    report = Report(os.fspath(folder), "diffusers folder")
+def _inspect_folder(folder: Path) -> Inspection:
+    report = Inspection(os.fspath(folder), "diffusers folder")
     report.bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if not (folder / INDEX).exists():
         return _describe_other_folder(report, folder)
@@ -188,7 +188,7 @@ def _inspect_folder(folder: Path) -> Report:
     return report
 
 
-def _describe_model(report: Report, raw: RawModel) -> None:
+def _describe_model(report: Inspection, raw: RawModel) -> None:
     unet = parse_config("unet", raw.configs["unet"])
     report.family = family_name(
         family_with(raw.parts),
@@ -218,7 +218,7 @@ def _sampler(schedule: ScheduleConfig) -> str:
     return f"{drawing.sampler}{f', {spacing}' if spacing else ''} ({name})"
 
 
-def _describe_other_folder(report: Report, folder: Path) -> Report:
+def _describe_other_folder(report: Inspection, folder: Path) -> Inspection:
     names = {entry.name for entry in folder.iterdir()}
     if {"vocab.json", "merges.txt"} <= names or "tokenizer.json" in names:
         report.kind = "tokenizer folder"
@@ -233,7 +233,7 @@ def _describe_other_folder(report: Report, folder: Path) -> Report:
     return report
 
 
-def _describe_image(report: Report, path: Path) -> None:
+def _describe_image(report: Inspection, path: Path) -> None:
     from latentdiff.reading.images import opened
     from latentdiff.reading.texts import texts_of
 

@@ -11,7 +11,7 @@ import click
 
 from latentdiff.cli import output
 from latentdiff.cli.controls import steering_options, take_steering
-from latentdiff.cli.job import Job, write_sheet
+from latentdiff.cli.job import PromptsJob, write_sheet
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import (
     ANY_PATH,
@@ -141,7 +141,7 @@ def generate(
             if preview and ranks.is_first:
                 settings["callback"] = preview_file(pipe, preview, preview_every, preview_decoder)
             second = _refining(pipe, refiner, refiner_switch, settings) if refiner else {}
-            job = Job(pipe, settings, skip_existing=skip_existing, writing=writing, ranks=ranks, **second)
+            job = PromptsJob(pipe, settings, skip_existing=skip_existing, writing=writing, ranks=ranks, **second)
             if wildcards:
                 lines = _drawn(lines, wildcards, first, num_images)
             images = job.plan(out, lines, first, num_images)
@@ -152,7 +152,7 @@ def generate(
 
 
 def _refining(pipe: Pipeline, refiner: str, switch: float, settings: dict[str, Any]) -> dict[str, Any]:
-    """How a `Job` has the last steps taken by another model."""
+    """How a `PromptsJob` has the last steps taken by another model."""
     for name in options_of(GenerateOptions).keys() - options_of(SizedOptions).keys():
         if settings.pop(name, None) not in (None, OPTIONS[name].default):
             raise UsageError(f"--refiner does not go with --{name.replace('_', '-')}; leave one of them out")

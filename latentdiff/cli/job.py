@@ -38,7 +38,7 @@ class WantedImage:
 
 
 @dataclass(frozen=True)
-class Job:
+class PromptsJob:
     """Images of several prompts.
 
     Attributes:

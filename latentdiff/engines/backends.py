@@ -7,7 +7,7 @@ from typing import get_args
 
 from latentdiff.engines import Example
 from latentdiff.errors import UsageError
-from latentdiff.networks.functions import Decoder, Network
+from latentdiff.networks.functions import LatentDecoder, Network
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
 from latentdiff.request.options import BackendName
@@ -15,7 +15,7 @@ from latentdiff.request.options import BackendName
 
 def engines_for(
     backend: str, precision: str, unet: UNet, vae: VAE, examples: Callable[[], Sequence[Example]]
-) -> tuple[Network, Decoder]:
+) -> tuple[Network, LatentDecoder]:
     """What computes `unet` and `vae.decode`.
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from latentdiff.evaluation.judge import Judge, Seen, Verdict
 from latentdiff.evaluation.prompts import TASKS, EvaluationPrompt, Requirement, read_prompts
 from latentdiff.evaluation.protocol import Outcome, Result, Score, score_prompts
-from latentdiff.evaluation.report import Report
+from latentdiff.evaluation.report import Scores
 from latentdiff.evaluation.run import evaluate
 
 __all__ = [
@@ -16,7 +16,7 @@ __all__ = [
     "EvaluationPrompt",
     "Judge",
     "Outcome",
-    "Report",
+    "Scores",
     "Requirement",
     "Result",
     "Score",

@@ -15,7 +15,7 @@ HOW_TO_MAKE_SCENES = "python tools/make_scenes.py data/scenes-test --count 2000 
 
 
 @dataclass(frozen=True)
-class Report:
+class Scores:
     """Everything that an evaluation found out; `str` gives the table."""
 
     model: str

@@ -14,7 +14,7 @@ from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.prompts import EvaluationPrompt, read_prompts
 from latentdiff.evaluation.protocol import score_prompts
 from latentdiff.evaluation.references import read_scenes, score_references
-from latentdiff.evaluation.report import HOW_TO_MAKE_SCENES, Report
+from latentdiff.evaluation.report import HOW_TO_MAKE_SCENES, Scores
 from latentdiff.files import atomic_path
 from latentdiff.image import save_png
 from latentdiff.pipeline import Pipeline
@@ -34,7 +34,7 @@ def evaluate(
     device: str = "auto",
     batch_size: int = 16,
     progress: bool = True,
-) -> Report:
+) -> Scores:
     """Score a model; images and scores are written below `out`.
 
     Args:
@@ -74,7 +74,7 @@ def evaluate(
         () if real else (f"for the judge's ceiling and floor: {HOW_TO_MAKE_SCENES}; then --scenes data/scenes-test",)
     )
     adapted = {"loras": pipeline.adaptations()} if loras else {}
-    report = Report(pipeline.name, pipeline.model_hash, settings | adapted, result, references, notes)
+    report = Scores(pipeline.name, pipeline.model_hash, settings | adapted, result, references, notes)
     with atomic_path(out / "results.json") as temporary:
         temporary.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     return report

@@ -12,7 +12,7 @@ from latentdiff.device import apart_from_torch
 from latentdiff.errors import UsageError
 from latentdiff.memory.residence import Residence
 from latentdiff.memory.sharing import Sharing
-from latentdiff.networks.functions import Decoder, Network
+from latentdiff.networks.functions import LatentDecoder, Network
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
 
@@ -33,7 +33,7 @@ class ModelParts:
     sharing: Sharing
     backend: Any
     _network: Network | None = None  # what an engine made of the U-Net
-    _decoder: Decoder | None = None
+    _decoder: LatentDecoder | None = None
 
     @property
     def text_encoder(self) -> TextEncoder | TextEncoders:
@@ -60,12 +60,12 @@ class ModelParts:
         self._network = None if network is self.residence.module("unet") else network
 
     @property
-    def decoder(self) -> Decoder:
+    def decoder(self) -> LatentDecoder:
         """What computes `vae.decode`."""
         return self._decoder or self.vae.decode
 
     @decoder.setter
-    def decoder(self, decoder: Decoder) -> None:
+    def decoder(self, decoder: LatentDecoder) -> None:
         self._decoder = None if decoder == self.residence.module("vae").decode else decoder
 
     @property

@@ -20,7 +20,7 @@ from latentdiff.networks.seamless import seamless
 from latentdiff.networks.sizes import SizeOptions, Told
 from latentdiff.networks.text_embedding import PLAIN, EncodedPrompt, PromptEncoder, Reading
 from latentdiff.networks.told_guidance import told_guidance
-from latentdiff.prompts.account import Account, account
+from latentdiff.prompts.account import PromptAccount, account
 from latentdiff.prompts.syntax import read_prompt
 from latentdiff.recipe import Recipe, library_versions
 from latentdiff.request.plan import Plan, Sampling
@@ -63,7 +63,7 @@ class PromptedModel(LoadedModel):
         factor = self.residence.module("vae").config.downscale
         return self.told(shape[-2] * factor, shape[-1] * factor, options)
 
-    def explain(self, prompt: str, *, prompt_syntax: str = "a1111", steps: int = 25, negative: bool = False) -> Account:
+    def explain(self, prompt: str, *, prompt_syntax: str = "a1111", steps: int = 25, negative: bool = False) -> PromptAccount:
         """What a prompt means to this model: tokens, weights, chunks, stages, and what has no meaning or is cut.
 
         Args:

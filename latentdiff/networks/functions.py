@@ -28,7 +28,7 @@ Network = Callable[..., Tensor]
 _AS_WIDE_AS_FLOAT32 = (torch.bfloat16, torch.float32)  # in their exponents
 
 
-class Decoder(Protocol):
+class LatentDecoder(Protocol):
     """What `VAE.decode` is: latents to images."""
 
     def __call__(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
@@ -51,7 +51,7 @@ def encode_images(
     return LatentDistribution(*torch.cat(encoded).chunk(2, dim=1))
 
 
-def decode_latents(decoder: Decoder, vae: VAE, latents: Tensor, device: torch.device, *, tile: int | None = None) -> Tensor:
+def decode_latents(decoder: LatentDecoder, vae: VAE, latents: Tensor, device: torch.device, *, tile: int | None = None) -> Tensor:
     """The images (N, 3, H, W) of latents (N, C, h, w), about in [-1, 1], float32; in tiles where memory is short.
 
     Args:
@@ -61,7 +61,7 @@ def decode_latents(decoder: Decoder, vae: VAE, latents: Tensor, device: torch.de
     return torch.cat([_decode_one(decoder, vae, latent, device, tile) for latent in latents.split(1)])
 
 
-def _decode_one(decoder: Decoder, vae: VAE, latent: Tensor, device: torch.device, tile: int | None) -> Tensor:
+def _decode_one(decoder: LatentDecoder, vae: VAE, latent: Tensor, device: torch.device, tile: int | None) -> Tensor:
     own = next(vae.parameters()).dtype
 
     def compute(dtype: torch.dtype, tile: int | None = tile) -> Tensor:

@@ -37,7 +37,7 @@ class StageAccount:
 
 
 @dataclass(frozen=True)
-class Account:
+class PromptAccount:
     """What a prompt means to a model; `str` makes a table of it.
 
     Attributes:
@@ -76,7 +76,7 @@ class Account:
             yield f"cut, the model does not read it: {shortened(self.cut)}"
 
 
-def account(tokenizer: Any, text: str, syntax: str, steps: int, *, negative: bool = False) -> Account:
+def account(tokenizer: Any, text: str, syntax: str, steps: int, *, negative: bool = False) -> PromptAccount:
     """What a prompt means over `steps` steps.
 
     Raises:
@@ -92,7 +92,7 @@ def account(tokenizer: Any, text: str, syntax: str, steps: int, *, negative: boo
             first = stage.last + 1
         stages.append(tuple(found))
     cut = dropped_text(tokenizer, text) if syntax == "plain" else ""
-    return Account(prompt, tuple(stages), room(tokenizer), cut)
+    return PromptAccount(prompt, tuple(stages), room(tokenizer), cut)
 
 
 def _weighed(tokenizer: Any, chunk: Chunk) -> tuple[WeighedTokens, ...]:

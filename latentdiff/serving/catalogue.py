@@ -10,7 +10,7 @@ from pathlib import Path
 from latentdiff.checkpoints.embedded import embedded_model
 from latentdiff.checkpoints.tokenizer import clip_tokenizer_files, open_tokenizer
 from latentdiff.errors import LatentDiffError
-from latentdiff.prompts.account import Account, account
+from latentdiff.prompts.account import PromptAccount, account
 from latentdiff.prompts.syntax import read_prompt
 from latentdiff.prompts.tags import LoRATag
 from latentdiff.prompts.tokenizer import Tokenizer
@@ -114,7 +114,7 @@ class Catalogue:
         offered = self.loras if tags else {}
         return tags, {tag.name: str(_named(tag.name, offered, "LoRA", "prompt")) for tag in tags}
 
-    def account(self, model: str, prompt: str, syntax: str, steps: int, *, negative: bool = False) -> Account:
+    def account(self, model: str, prompt: str, syntax: str, steps: int, *, negative: bool = False) -> PromptAccount:
         """What a prompt means to a model; learned words count as the letters that they are written with.
 
         Raises:

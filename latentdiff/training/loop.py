@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from latentdiff.errors import ConfigError, NotFiniteError, Stopped
 from latentdiff.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from latentdiff.training.config import StageSection
 from latentdiff.training.ema import EMA
 from latentdiff.training.folder import prepare
 from latentdiff.training.journal import Journal, Window, peak_memory
@@ -31,6 +30,7 @@ from latentdiff.training.optimizer import (
 )
 from latentdiff.training.prefetch import Prefetch
 from latentdiff.training.report.log import LOG
+from latentdiff.training.sections import StageSection
 from latentdiff.training.sharding import copy_into, is_sharding, own_part, shard, synchronise, whole, wholes
 from latentdiff.training.stop_signals import StopSignals
 from latentdiff.training.task import Task

@@ -15,9 +15,9 @@ from latentdiff.networks.text_encoder import TextEncoder
 from latentdiff.networks.text_encoders import TextEncoders
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE, LatentDistribution
-from latentdiff.training.config import DenoisingSection
 from latentdiff.training.data.transforms import to_signed, to_unsigned
 from latentdiff.training.objective import DiffusionObjective, masked_mean
+from latentdiff.training.sections import DenoisingSection
 
 # Latents of up to this many entries a channel are attended to faster without PyTorch's fused kernels, on a CPU in
 # bfloat16.

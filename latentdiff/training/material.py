@@ -17,8 +17,8 @@ from latentdiff.files import atomic_path
 from latentdiff.networks.text_encoder import TextEncoder
 from latentdiff.networks.vae import VAE
 from latentdiff.training.caches import cache_latents, cache_text
-from latentdiff.training.config import DenoisingSection
 from latentdiff.training.samples import Samples
+from latentdiff.training.sections import DenoisingSection
 from latentdiff.training.validation import fixed_part, sample_prompts
 
 

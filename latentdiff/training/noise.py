@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from latentdiff.training.config import DenoisingSection
 from latentdiff.training.data.randomness import Key, normal
+from latentdiff.training.sections import DenoisingSection
 
 
 def diffusion_noise(

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from latentdiff.diffusion.parameterization import debiased_weight, min_snr_weight, training_target
 from latentdiff.diffusion.schedule import Schedule
-from latentdiff.training.config import ObjectiveSection
 from latentdiff.training.data.randomness import Key, uniform
+from latentdiff.training.sections import ObjectiveSection
 
 
 class DiffusionObjective(nn.Module):

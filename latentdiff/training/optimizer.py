@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from latentdiff.errors import MissingDependencyError
-from latentdiff.training.config import StageSection
 from latentdiff.training.muon import is_hidden, muon_step
+from latentdiff.training.sections import StageSection
 from latentdiff.training.sharding import is_split, own_part, part_of
 from latentdiff.training.torch_private import adamw_step
 

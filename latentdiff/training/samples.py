@@ -8,7 +8,6 @@ from functools import lru_cache, partial
 import numpy as np
 
 from latentdiff.training.caches import LatentCache, LatentWork, TextCache
-from latentdiff.training.config import DenoisingSection
 from latentdiff.training.data import Dataset
 from latentdiff.training.data.buckets import BatchPlan, Size
 from latentdiff.training.data.captions import choose
@@ -19,6 +18,7 @@ from latentdiff.training.hints import CropKey, Hints
 from latentdiff.training.masks import Masks
 from latentdiff.training.noise import diffusion_noise
 from latentdiff.training.objective import draw_timesteps
+from latentdiff.training.sections import DenoisingSection
 from latentdiff.training.store import row_key
 
 # Changes when images are prepared in another way, so that cached latents are made anew.

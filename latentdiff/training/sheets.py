@@ -17,8 +17,8 @@ from latentdiff.image import contact_sheet, save_image, save_png
 from latentdiff.networks.attention import use_attention_backend
 from latentdiff.networks.controlnet import ControlNetwork
 from latentdiff.pipeline import Pipeline
-from latentdiff.training.config import DenoisingSection
 from latentdiff.training.folder import hint_file
+from latentdiff.training.sections import DenoisingSection
 
 
 @dataclass(frozen=True)

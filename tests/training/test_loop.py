@@ -14,11 +14,11 @@ from torch import nn
 
 from latentdiff.errors import CheckpointError, ConfigError, DataError, NotFiniteError, UsageError
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
-from latentdiff.training.config import StageSection
 from latentdiff.training.data.randomness import normal
 from latentdiff.training.loop import Trainer, TrainingStopped
 from latentdiff.training.optimizer import ParameterGroup
 from latentdiff.training.replay import verify_resume
+from latentdiff.training.sections import StageSection
 from latentdiff.training.task import Task
 
 

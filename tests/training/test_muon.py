@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from latentdiff.training.config import StageSection
 from latentdiff.training.muon import is_hidden, orthogonal
 from latentdiff.training.optimizer import ParameterGroup, make_optimizer, moments, restore_moments
+from latentdiff.training.sections import StageSection
 
 
 def settings(**changes):

@@ -9,10 +9,10 @@ from diffusers.training_utils import compute_snr
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import ConfigError
-from latentdiff.training.config import ObjectiveSection
 from latentdiff.training.finetuning.config import make_config
 from latentdiff.training.noise import pyramid_noise
 from latentdiff.training.objective import DiffusionObjective, draw_timesteps
+from latentdiff.training.sections import ObjectiveSection
 
 TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEPS = torch.tensor([0, 1, 300, 700, 999])

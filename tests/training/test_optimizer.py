@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from latentdiff.training.config import StageSection
 from latentdiff.training.optimizer import (
     FusedAdamW,
     ParameterGroup,
@@ -13,6 +12,7 @@ from latentdiff.training.optimizer import (
     restore_moments,
     set_learning_rate,
 )
+from latentdiff.training.sections import StageSection
 
 
 def settings(**changes):

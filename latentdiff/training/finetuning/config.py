@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from latentdiff.errors import ConfigError, UsageError
-from latentdiff.training.config import (
+from latentdiff.training.sections import (
     Count,
     DenoisingSection,
     Entries,

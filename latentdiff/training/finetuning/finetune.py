@@ -24,7 +24,6 @@ from latentdiff.files import atomic_path
 from latentdiff.networks.attention import use_attention_backend
 from latentdiff.networks.sizes import OF_BASE, count_of_sizes
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
-from latentdiff.training.config import dump_config, read_yaml
 from latentdiff.training.denoising import DenoisingTask
 from latentdiff.training.finetuning.config import FinetuneConfig, load_finetune_config, make_config
 from latentdiff.training.finetuning.material import batches_of, read_material
@@ -40,6 +39,7 @@ from latentdiff.training.replay import verify_resume
 from latentdiff.training.report.log import best_step
 from latentdiff.training.report.memorization import check_copies
 from latentdiff.training.report.page import write_report
+from latentdiff.training.sections import dump_config, read_yaml
 from latentdiff.training.sharding import is_sharding
 from latentdiff.training.sheets import Followed, SampleSheets
 from latentdiff.training.validation import fixed_part

@@ -9,7 +9,6 @@ import numpy as np
 
 from latentdiff.checkpoints.components import Components
 from latentdiff.errors import DataError
-from latentdiff.training.config import DataEntry, sources
 from latentdiff.training.data import Dataset, read_dataset
 from latentdiff.training.data.buckets import Size, assign, default_step
 from latentdiff.training.data.tokens import CaptionTokens
@@ -19,6 +18,7 @@ from latentdiff.training.hints import Hints
 from latentdiff.training.masks import Masks
 from latentdiff.training.material import Material, material
 from latentdiff.training.samples import Batches, Samples
+from latentdiff.training.sections import DataEntry, sources
 from latentdiff.training.validation import split
 
 

@@ -13,7 +13,7 @@ from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.errors import ConfigError
 from latentdiff.networks.config import UNetConfig, VAEConfig
 from latentdiff.reading.yaml import parse_yaml
-from latentdiff.training.config import (
+from latentdiff.training.sections import (
     Count,
     DenoisingSection,
     Entries,

@@ -8,7 +8,6 @@ import numpy as np
 
 from latentdiff.checkpoints.components import Components
 from latentdiff.diffusion.schedule import Schedule
-from latentdiff.training.config import sources
 from latentdiff.training.data import Dataset, read_dataset
 from latentdiff.training.data.tokens import CaptionTokens
 from latentdiff.training.denoising import DenoisingTask, text_and_unet
@@ -16,6 +15,7 @@ from latentdiff.training.loss import DenoisingLoss
 from latentdiff.training.material import Material, material
 from latentdiff.training.objective import DiffusionObjective
 from latentdiff.training.samples import Batches, Samples
+from latentdiff.training.sections import sources
 from latentdiff.training.sheets import SampleSheets
 from latentdiff.training.stages.close_ups import CloseUpBatches, read_close_ups
 from latentdiff.training.stages.config import TrainingConfig

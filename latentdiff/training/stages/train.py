@@ -20,12 +20,12 @@ from latentdiff.networks.text_encoder import TextEncoder
 from latentdiff.networks.vae import VAE
 from latentdiff.prompts.tokenizer import Tokenizer
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
-from latentdiff.training.config import StageSection, dump_config
 from latentdiff.training.folder import owned
 from latentdiff.training.loop import Trainer
 from latentdiff.training.loss import attention_backend
 from latentdiff.training.material import announce, build_latents
 from latentdiff.training.report.page import write_report
+from latentdiff.training.sections import StageSection, dump_config
 from latentdiff.training.stages.config import TextStageSection, TrainingConfig, VAEStageSection
 from latentdiff.training.stages.diffusion import diffusion_task, read_images, read_material
 from latentdiff.training.stages.networks import (

@@ -5,7 +5,6 @@ import yaml
 
 from latentdiff.cli.finetune import finetune as command
 from latentdiff.errors import ConfigError, UsageError
-from latentdiff.training.config import dump_config
 from latentdiff.training.finetuning.config import (
     METHOD_DEFAULTS,
     METHODS,
@@ -13,6 +12,7 @@ from latentdiff.training.finetuning.config import (
     load_finetune_config,
     make_config,
 )
+from latentdiff.training.sections import dump_config
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "finetune"
 OF_EXAMPLES = sorted(CONFIGS.glob("concept_*.yaml"))

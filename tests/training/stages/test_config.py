@@ -5,7 +5,7 @@ import yaml
 from pydantic import BaseModel
 
 from latentdiff.errors import ConfigError
-from latentdiff.training.config import dump_config
+from latentdiff.training.sections import dump_config
 from latentdiff.training.stages import config as module
 from latentdiff.training.stages.config import TrainingConfig, load_config, validate_config
 from tests.training.build import values

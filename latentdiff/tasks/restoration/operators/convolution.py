@@ -12,7 +12,7 @@ from latentdiff.errors import UsageError
 from latentdiff.request.task_options import FACTOR
 from latentdiff.tasks.restoration.operators.kernels import box_kernel, check_kernel, cubic_kernel, gaussian_kernel
 from latentdiff.tasks.restoration.operators.operator import Operator, Shape, conjugate_gradient
-from latentdiff.tasks.restoration.operators.separable import LONGEST, Axis, filtered_back, lines_of
+from latentdiff.tasks.restoration.operators.separable import LONGEST, SingularValues, filtered_back, lines_of
 
 BORDERS = ("periodic", "reflect")
 RESAMPLING_KERNELS = ("box", "bicubic", "gaussian")
@@ -64,7 +64,7 @@ class Convolution(Operator):
         self._lines = lines_of(self.kernel)
         # Iterations ask for the same ones again and again.
         self._windows: dict[tuple[object, ...], Tensor] = {}
-        self._axes: dict[tuple[object, ...], tuple[Axis, Axis]] = {}
+        self._axes: dict[tuple[object, ...], tuple[SingularValues, SingularValues]] = {}
 
     def apply(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -149,7 +149,7 @@ class Convolution(Operator):
             precondition=periodic,
         )
 
-    def _separated(self, y: Tensor) -> tuple[Axis, Axis] | None:
+    def _separated(self, y: Tensor) -> tuple[SingularValues, SingularValues] | None:
         """Both axes of images with measurements y (N, c, h, w), mirrored; None if they cannot be separated."""
         sides = self.image_shape(tuple(y.shape[1:]))[1:]
         if self._lines is None or max(sides) > LONGEST:
@@ -157,7 +157,7 @@ class Convolution(Operator):
         key = (sides, y.dtype, y.device)
         if key not in self._axes:
             ways = zip(self._lines, self.centre, sides, strict=True)
-            self._axes[key] = tuple(Axis.of(line, centre, self.factor, side).like(y) for line, centre, side in ways)
+            self._axes[key] = tuple(SingularValues.of(line, centre, self.factor, side).like(y) for line, centre, side in ways)
         return self._axes[key]
 
     def _padding(self) -> tuple[int, int, int, int]:

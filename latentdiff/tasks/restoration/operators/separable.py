@@ -14,7 +14,7 @@ LONGEST = 1024
 
 
 @dataclass(frozen=True)
-class Axis:
+class SingularValues:
     """The singular value decomposition U S Vᵀ of the matrix (m, n) of one axis, m <= n, for kernels mirrored at the
     borders."""
 
@@ -23,7 +23,7 @@ class Axis:
     v: Tensor  # (n, m)
 
     @classmethod
-    def of(cls, line: Tensor, centre: int, factor: int, length: int) -> Axis:
+    def of(cls, line: Tensor, centre: int, factor: int, length: int) -> SingularValues:
         """y[i] = sum over j of line[j] x[factor i + centre - j] on `length` pixels, mirrored about the outermost
         ones."""
         places = factor * torch.arange(length // factor)[:, None] + centre - torch.arange(len(line))  # (m, k)
@@ -34,9 +34,9 @@ class Axis:
         u, s, v_t = torch.linalg.svd(matrix, full_matrices=False)
         return cls(u, s, v_t.mT)
 
-    def like(self, x: Tensor) -> Axis:
+    def like(self, x: Tensor) -> SingularValues:
         """In the number format and on the device of x."""
-        return Axis(self.u.to(x), self.s.to(x), self.v.to(x))
+        return SingularValues(self.u.to(x), self.s.to(x), self.v.to(x))
 
 
 def lines_of(kernel: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -47,7 +47,7 @@ def lines_of(kernel: Tensor) -> tuple[Tensor, Tensor] | None:
     return u[:, 0] * s[0].sqrt(), v_t[0] * s[0].sqrt()
 
 
-def filtered_back(y: Tensor, rows: Axis, columns: Axis, weight: Tensor) -> Tensor:
+def filtered_back(y: Tensor, rows: SingularValues, columns: SingularValues, weight: Tensor) -> Tensor:
     """The transpose of the convolution with its singular values (m_rows, m_columns) replaced by `weight`; of y (N, C,
     h, w)."""
     return rows.v @ (weight * (rows.u.mT @ y @ columns.u)) @ columns.v.mT
