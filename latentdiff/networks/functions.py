@@ -51,7 +51,9 @@ def encode_images(
     return LatentDistribution(*torch.cat(encoded).chunk(2, dim=1))
 
 
-def decode_latents(decoder: LatentDecoder, vae: VAE, latents: Tensor, device: torch.device, *, tile: int | None = None) -> Tensor:
+def decode_latents(
+    decoder: LatentDecoder, vae: VAE, latents: Tensor, device: torch.device, *, tile: int | None = None
+) -> Tensor:
     """The images (N, 3, H, W) of latents (N, C, h, w), about in [-1, 1], float32; in tiles where memory is short.
 
     Args:
