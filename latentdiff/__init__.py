@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from latentdiff.control.image_prompts import ImagePrompt as ImagePrompt
     from latentdiff.control.image_prompts import IPAdapter as IPAdapter
     from latentdiff.control.model import ControlNet as ControlNet
+    from latentdiff.control.regions import Region as Region
     from latentdiff.errors import LatentDiffError as LatentDiffError
     from latentdiff.evaluation.run import evaluate as evaluate
     from latentdiff.image import save_image as save_image
@@ -38,6 +39,7 @@ _HOMES = {
     "ImagePrompt": "latentdiff.control.image_prompts",
     "LatentDiffError": "latentdiff.errors",
     "Pipeline": "latentdiff.pipeline",
+    "Region": "latentdiff.control.regions",
     "Upscaler": "latentdiff.upscaling.model",
     "evaluate": "latentdiff.evaluation.run",
     "finetune": "latentdiff.training.finetuning.finetune",
@@ -58,6 +60,7 @@ __all__ = [
     "ImagePrompt",
     "LatentDiffError",
     "Pipeline",
+    "Region",
     "Upscaler",
     "__version__",
     "evaluate",

@@ -32,6 +32,7 @@ from latentdiff.model.prompted import PromptedModel
 from latentdiff.networks.attention import attention_backend
 from latentdiff.networks.conditioning import Applied
 from latentdiff.networks.functions import checked_model, decode_latents, encode_images
+from latentdiff.networks.regional import Regions
 from latentdiff.networks.sizes import Told
 from latentdiff.networks.steering import prompted_denoiser
 from latentdiff.networks.text_embedding import EncodedPrompt, Given
@@ -231,6 +232,7 @@ class Pipeline(PromptedModel):
         self.residence.check(workload)
         positive, negative = map(_as_prompts, text or self.encoded(plan))
         early = steering.early(shape, plan.levels) if steering else []
+        regions = self.regions(plan, shape) if options.regions else None
         self.residence.make_room("unet", denoising_bytes(workload) + workload.beside)
         finished: list[Tensor] = []
         bar = progress_bar(plan.steps * len(plan.batches), options.progress)
@@ -250,6 +252,7 @@ class Pipeline(PromptedModel):
                     sizes=sizes,
                     controls=applied,
                     windows=windows,
+                    regions=regions,
                     cache=plan.cache,
                     calls=plan.sampler.calls(plan.levels),
                 )
@@ -297,6 +300,7 @@ class Pipeline(PromptedModel):
         sizes: Told | None = None,
         controls: Sequence[Applied] = (),
         windows: Windows | None = None,
+        regions: Regions | None = None,
         cache: CacheSettings = UNCACHED,
         calls: int | None = None,
     ) -> Denoiser:
@@ -310,6 +314,7 @@ class Pipeline(PromptedModel):
             sizes: what a U-Net of SDXL is told beside the texts, see `told`.
             controls: what steers besides: controls, image prompts.
             windows: what the U-Net sees of the latents at once; None is all.
+            regions: prompts for parts of the images.
             cache: for a denoiser that is called in the order of a walk; others have to compute all.
             calls: how often; None is once a level.
         """
@@ -328,6 +333,7 @@ class Pipeline(PromptedModel):
             extra_channels=extra_channels,
             sizes=sizes,
             controls=controls,
+            regions=regions,
         )
 
         def in_use(x: Tensor, level: Level) -> Prediction:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -19,7 +19,7 @@ from latentdiff.foreign.account import Account, Field, NamedLoRA
 from latentdiff.request.domains import Choice, ChoiceOrFile
 from latentdiff.request.infotext import joined, read_value, split, written_value
 from latentdiff.request.options import GENERATING, KEPT, OPTIONS, SAMPLING, checked
-from latentdiff.request.recorded import RecordedControl, RecordedImagePrompt
+from latentdiff.request.recorded import RecordedControl, RecordedImagePrompt, RecordedRegion
 from latentdiff.request.titles import read_method, read_pass, written_method, written_pass
 
 JSON_CHUNK = "latentdiff"
@@ -72,7 +72,7 @@ class Recipe(_Asked):
     task_settings: JSON values, what that task needs besides the other fields to be done again.
     parts: what was taken from elsewhere than the model, "vae", "text_encoder" or "base" -> {"file": name, "sha256": ...}.
     sources: role ("image", "mask", ...) -> {"file": name, "sha256": of the file, or of the pixels if there was none}.
-    controls, image_prompts: what ControlNets and IP-Adapters added, in their order.
+    controls, image_prompts, regions: what ControlNets, IP-Adapters and prompts for parts added, in their order.
     loras: in the order of loading, {"file": name, "sha256": ..., "scale": ...}; without a hash the name counts, or in place of
         it "tensors", the first digits of what web UIs hash. A prompt's tags name those with a "tag".
     """
@@ -97,6 +97,7 @@ class Recipe(_Asked):
     loras: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     controls: list[RecordedControl] = field(default_factory=list[RecordedControl])
     image_prompts: list[RecordedImagePrompt] = field(default_factory=list[RecordedImagePrompt])
+    regions: list[RecordedRegion] = field(default_factory=list[RecordedRegion])
     schema: Literal[1] = 1
 
     __pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
@@ -112,7 +113,7 @@ class Recipe(_Asked):
     def roles(self) -> dict[str, dict[str, str]]:
         """What it was made from: the sources, and files of controls and image prompts, as "control_image1"."""
         found = dict(self.sources)
-        for steering in (self.controls, self.image_prompts):
+        for steering in (self.controls, self.image_prompts, self.regions):
             for number, recorded in enumerate(steering, 1):
                 found |= recorded.roles(number)
         return found
@@ -220,12 +221,9 @@ class Recipe(_Asked):
         return _allowed(recipe)
 
 
-def recorded_steering(controls: Sequence[Any] | None, image_prompts: Sequence[Any] | None) -> dict[str, list[Any]]:
+def recorded_steering(options: Mapping[str, Any]) -> dict[str, list[Any]]:
     """The fields of recipes for what steers besides the prompt."""
-    return {
-        "controls": [control.describe() for control in controls or ()],
-        "image_prompts": [prompt.describe() for prompt in image_prompts or ()],
-    }
+    return {name: [one.describe() for one in options.get(name) or ()] for name in ("controls", "image_prompts", "regions")}
 
 
 def _allowed(recipe: Recipe) -> Recipe:

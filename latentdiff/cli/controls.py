@@ -12,6 +12,7 @@ from latentdiff.cli.image_prompts import image_prompt_options, take_image_prompt
 from latentdiff.cli.options import ANY_PATH
 from latentdiff.cli.output import check_image_file, check_writable
 from latentdiff.cli.places import ImageFile, check_image, written
+from latentdiff.cli.regions import REGION, take_regions
 from latentdiff.errors import UsageError
 from latentdiff.files import check_named
 from latentdiff.request.options import CONTROL_MODES, PREPARATIONS
@@ -45,17 +46,18 @@ GUESS = click.option(
 
 
 def steering_options(command: Any) -> Any:
-    """The options of controls and image prompts; `take_steering` takes them out of the settings."""
-    return CONTROL(CONTROL_MODEL(GUESS(image_prompt_options(command))))
+    """The options of regions, controls and image prompts; `take_steering` takes them out of the settings."""
+    return REGION(CONTROL(CONTROL_MODEL(GUESS(image_prompt_options(command)))))
 
 
 def take_steering(settings: dict[str, Any]) -> None:
-    """Put the controls and image prompts of a command into `settings`, and take out what named them.
+    """Put the regions, controls and image prompts of a command into `settings`, and take out what named them.
 
     Raises:
         UsageError: what belongs together is not given together.
         LatentDiffError: a file is missing or something else.
     """
+    take_regions(settings)
     _take_controls(settings)
     take_image_prompts(settings)
 

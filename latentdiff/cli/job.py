@@ -146,7 +146,7 @@ class PromptsJob:
             "ema": self.pipe.ema,
             "prediction_type": self.pipe.schedule.config.prediction_type,
             "loras": [*self.pipe.adaptations(), *self.pipe.offered.describe(tags)],
-            **recorded_steering(settings.get("controls"), settings.get("image_prompts")),
+            **recorded_steering(settings),
         }
         return {**asked, **model, **self.facts, "prompt": prompt, "seed": seed}
 

@@ -16,6 +16,7 @@ from latentdiff.memory.sharing import one_use
 from latentdiff.model.loaded import LoadedModel
 from latentdiff.networks.freeu import freeu
 from latentdiff.networks.kernels.choice import forms_in_use
+from latentdiff.networks.regional import Regions
 from latentdiff.networks.seamless import seamless
 from latentdiff.networks.sizes import SizeOptions, Told
 from latentdiff.networks.text_embedding import PLAIN, EncodedPrompt, PromptEncoder, Reading
@@ -36,6 +37,23 @@ class PromptedModel(LoadedModel):
         positive = {text: encoder.prompt(text, plan.steps) for text in dict.fromkeys(plan.prompts)}
         negative = {text: encoder.prompt(text, plan.steps, negative=True) for text in dict.fromkeys(plan.negatives)}
         return [positive[text] for text in plan.prompts], [negative[text] for text in plan.negatives]
+
+    @torch.no_grad()
+    def regions(self, plan: Plan, shape: Sequence[int]) -> Regions | None:
+        """The regions of a plan on latents (..., h, w); None if all lie outside of what is made.
+
+        Raises:
+            UsageError: a region's prompt is composed or changes on the way, a mask is of other proportions, or edges or windows
+                cannot be had with regions.
+        """
+        if plan.around or plan.options.window:
+            other = "seamless, as their edges do not continue" if plan.around else "window, which sees parts of its own"
+            raise UsageError(f"regions do not go with {other}; leave one of them out")
+        encoder, unet = self.prompt_encoder(plan.reading), self.residence.module("unet").config
+        factor = self.residence.module("vae").config.downscale
+        texts = [encoder.simple(region.prompt) for region in plan.options.regions]
+        maps = [region.map(*shape[-2:], factor) for region in plan.options.regions]
+        return Regions.of(maps, texts, unet.sample_size // 2)
 
     @one_use()
     @torch.no_grad()

@@ -27,6 +27,10 @@ class Applied(Protocol):
         """The same on `count` rows of a batch with this text; `avoided` are those of the negative prompt."""
         ...
 
+    def within(self, rows: slice, columns: slice) -> Applied:
+        """The same for a part of the latents."""
+        ...
+
 
 @dataclass(frozen=True)
 class Conditioning:

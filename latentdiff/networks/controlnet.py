@@ -220,6 +220,10 @@ class AppliedControl:
         acts = not (avoided and (self.guesses or self.network.control.pools))
         return ControlRows(self, self.network.project_context(text), torch.full((count,), acts))
 
+    def within(self, rows: slice, columns: slice) -> AppliedControl:
+        """The same for a part of the latents."""
+        return replace(self, hint=self.hint[..., rows, columns])
+
 
 @dataclass(frozen=True)
 class ControlRows(Rows):

@@ -167,6 +167,10 @@ class AppliedImagePrompt:
     scales: Mapping[nn.Module, float | Tensor]
     window: tuple[float, float]
 
+    def within(self, rows: slice, columns: slice) -> AppliedImagePrompt:
+        """The same for a part of the latents."""
+        return self
+
     def on(self, text: Context, count: int, *, avoided: bool) -> ImagePromptRows:
         """On `count` rows of a batch; `avoided` are those of the negative prompt."""
         own = self.avoided if avoided else self.followed

@@ -19,6 +19,7 @@ from latentdiff.diffusion.guidance import (
 from latentdiff.diffusion.parameterization import Denoiser, Parameterization
 from latentdiff.diffusion.schedule import Level
 from latentdiff.networks.conditioning import AnyConditioning, Applied, Conditioning
+from latentdiff.networks.regional import RegionalConditioning, Regions, View, check_is_plain, regional_model
 from latentdiff.networks.sizes import Told
 from latentdiff.networks.text_embedding import EncodedPrompt
 from latentdiff.networks.unet import UNet
@@ -37,6 +38,7 @@ def prompted_denoiser(
     extra_channels: Tensor | None = None,
     sizes: Told | None = None,
     controls: Sequence[Applied] = (),
+    regions: Regions | None = None,
 ) -> Denoiser:
     """A denoiser for a batch of N images.
 
@@ -47,15 +49,28 @@ def prompted_denoiser(
         extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
         sizes: what U-Nets of SDXL are told beside the texts.
         controls: what steers besides.
+        regions: prompts for parts of the images.
+
+    Raises:
+        UsageError: regions, and a prompt of several parts.
     """
+    if regions is not None:
+        check_is_plain(all(prompt.is_plain for prompt in positive))
+        model = regional_model(model)
     weakened = weakened_model(model, unet, guidance.weakening) if guidance.weakening else None
     images = [image for image, prompt in enumerate(positive) for _ in prompt.parts]
     weights = [part.weight for prompt in positive for part in prompt.parts]
     made: dict[tuple[int, ...], Denoiser] = {}
 
-    def conditioning(texts: Sequence[Tensor], of: Sequence[int], told: Tensor | None, **more: Any) -> AnyConditioning:
+    def conditioning(
+        texts: Sequence[Tensor], of: Sequence[int], told: Tensor | None, *, view: View | None = None, **more: Any
+    ) -> AnyConditioning:
         extra = None if extra_channels is None else extra_channels[list(of)]
-        same: dict[str, Any] = {"sizes": told, "controls": controls, **more}
+        own = controls
+        if view is not None:
+            extra = None if extra is None else view.of(extra)
+            own = [control.within(view.rows, view.columns) for control in controls]
+        same: dict[str, Any] = {"sizes": told, "controls": own, **more}
         if len({text.shape[1] for text in texts}) == 1:
             return Conditioning.of(unet, torch.cat(list(texts)), extra_channels=extra, **same)
         extras = [None] * len(texts) if extra is None else extra.split(1)
@@ -63,13 +78,26 @@ def prompted_denoiser(
             [Conditioning.of(unet, text, extra_channels=own, **same) for text, own in zip(texts, extras, strict=True)]
         )
 
+    def regional(whole: AnyConditioning, told: Tensor | None, avoided: Sequence[Tensor] | None = None) -> Any:
+        if regions is None:
+            return whole
+        parts = [
+            (one.view, conditioning(
+                [one.text] * len(positive) if avoided is None else avoided, range(len(positive)), told,
+                view=one.view, avoided=avoided is not None,
+            ))
+            for one in regions.regions
+        ]  # fmt: skip
+        return RegionalConditioning(whole, regions.common, tuple(parts))
+
     def of_step(step: int) -> Denoiser:
         texts = [part.at(step) for prompt in positive for part in prompt.parts]
         avoided = [prompt.parts[0].at(step) for prompt in negative]
         key = tuple(map(id, (*texts, *avoided)))
         if key not in made:
-            followed = conditioning(texts, images, sizes and sizes.positive)
-            away = conditioning(avoided, range(len(negative)), sizes and sizes.negative, avoided=True)
+            told = (None, None) if sizes is None else (sizes.positive, sizes.negative)
+            followed = regional(conditioning(texts, images, told[0]), told[0])
+            away = regional(conditioning(avoided, range(len(negative)), told[1], avoided=True), told[1], avoided)
             if all(prompt.is_plain for prompt in positive):
                 made[key] = guided_denoiser(model, parameterization, followed, away, guidance, weakened)
             else:

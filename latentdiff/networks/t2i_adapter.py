@@ -148,6 +148,14 @@ class AppliedAdapter(Rows):
         """On rows of a batch."""
         return self
 
+    def within(self, rows: slice, columns: slice) -> AppliedAdapter:
+        """Its maps are of the whole image.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError("regions do not go with T2I-Adapters, which see the whole image; leave one of them out")
+
     @classmethod
     def cat(cls, parts: Sequence[AppliedAdapter]) -> AppliedAdapter:
         """Join along the batch."""

@@ -71,6 +71,7 @@ CONTROL_MODES = ("openpose", "depth", "scribble", "canny", "normal", "segment", 
 BLOCK_PRESETS = {"style": {"up_blocks.0.attentions.1": 1.0}, "layout": {"down_blocks.2.attentions.1": 1.0}}
 
 SIDE = Whole(1, metavar="PIXELS")  # of an image
+REGION_WEIGHT = 0.7  # of a region, where the prompt for all has the rest
 MOST_IMAGES = 10_000  # of one call; more is a mistake, or many calls
 
 
@@ -178,8 +179,7 @@ class SamplingOptions(SeededOptions, total=False):
     seg_blur: Annotated[float | None, Option(Real(0), unset="their mean", kept=Kept(float | None, "SEG blur", None))]
     """With seg_scale: how far what parts look for is blurred, in cells of the smallest feature map."""
     freeu: Annotated[
-        Sequence[float] | None,
-        Option(Numbers(count=4, low=0.0), unset="none", kept=Kept(tuple[float, ...] | None, None, None)),
+        Sequence[float] | None, Option(Numbers(4, 0.0), unset="none", kept=Kept(tuple[float, ...] | None, None, None))
     ]
     """Four factors in the first two levels of the way up: of half of the features, and of the coarse part of the skips
     (FreeU, Si et al. 2023): 1.5,1.6,0.9,0.2 for SD 1.x, 1.4,1.6,0.9,0.2 for 2.x, 1.3,1.4,0.9,0.2 for XL."""
@@ -274,6 +274,8 @@ class SamplingOptions(SeededOptions, total=False):
     """With window: pixels from one window to the next."""
     vae_tile: Annotated[int | None, Option(Whole(32, metavar="PIXELS"), unset="whole", kept=Kept(int | None, "VAE tile", None))]
     """Encode and decode in overlapping tiles of so many pixels; where memory is short, tiles are decoded anyway."""
+    regions: Annotated[Sequence[Any] | None, Option(Made("is_region", 'regions=[Region("a cat", box="left")]'), flags=())]
+    """Prompts for parts of the image: `regions=[Region("a cat", box="left"), Region("a dog", mask="dog.png")]`."""
     cache_interval: Annotated[int | None, Option(Whole(1), 1, kept=Kept(int, "Cache interval", 1))]
     """Compute the deep layers of the U-Net at every Nth step only (DeepCache, Ma et al. 2024); 1 is every step."""
     cache_branch: Annotated[int | None, Option(Whole(0), 0, kept=Kept(int, "Cache branch", 0))]

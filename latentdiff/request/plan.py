@@ -285,7 +285,7 @@ class Plan:
     def recipe_fields(self) -> Iterator[dict[str, Any]]:
         """For each image, the fields of its recipe that the plan decides."""
         kept = {name: getattr(self.options, name) for name in KEPT if name in SAMPLING}
-        same = {**kept, "spacing": self.spacing, **recorded_steering(self.options.controls, self.options.image_prompts)}
+        same = {**kept, "spacing": self.spacing, **recorded_steering(vars(self.options))}
         for prompt, negative, seed in zip(self.prompts, self.negatives, self.seeds, strict=True):
             yield {**same, "prompt": prompt, "negative_prompt": negative, "seed": seed}
 

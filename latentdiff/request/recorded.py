@@ -34,6 +34,22 @@ class RecordedControl:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecordedRegion:
+    """A prompt for a part of the image: in a box, left, top, right and bottom as shares of it, or by a mask."""
+
+    prompt: str
+    box: list[float] | None = None
+    mask: File | None = None
+    weight: float
+
+    __pydantic_config__ = _STRICT
+
+    def roles(self, number: int) -> dict[str, File]:
+        """Its file by its role in a recipe, of which it is region number `number`."""
+        return {} if self.mask is None else {f"region_mask{number}": self.mask}
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecordedImagePrompt:
     """An IP-Adapter with its image encoder and images."""
 

@@ -256,6 +256,9 @@ def _paint_cutout(
     if plan.options.controls:
         controls = tuple(control.cropped(box, image.size, size) for control in plan.options.controls)
         plan = replace(plan, options=replace(plan.options, controls=controls))
+    if plan.options.regions:
+        regions = tuple(region.cropped(box, image.size) for region in plan.options.regions)
+        plan = replace(plan, options=replace(plan.options, regions=regions))
     results = []
     done = painted(pipe, cutout, area, plan, from_noise=settings.strength == 1.0, soft=settings.soft)
     mask = ramped(mask) if settings.soft else mask

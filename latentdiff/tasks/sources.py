@@ -11,6 +11,7 @@ from PIL import Image
 
 from latentdiff.control.image_prompts import image_prompts_again
 from latentdiff.control.model import controls_again
+from latentdiff.control.regions import regions_again
 from latentdiff.errors import DataError, UsageError
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
@@ -20,7 +21,7 @@ MUCH_LARGER = 4
 
 
 def sampling_of(recipe: Recipe, sources: Mapping[str, Path]) -> dict[str, Any]:
-    """The options that make the image of a recipe, its controls and image prompts among them.
+    """The options that make the image of a recipe, its controls, image prompts and regions among them.
 
     Args:
         sources: by role, see `Recipe.roles`.
@@ -28,6 +29,7 @@ def sampling_of(recipe: Recipe, sources: Mapping[str, Path]) -> dict[str, Any]:
     steering = {
         "controls": controls_again(recipe.controls, lambda role: file_of(sources, role)),
         "image_prompts": image_prompts_again(recipe.image_prompts, lambda role: file_of(sources, role)),
+        "regions": regions_again(recipe.regions, lambda role: file_of(sources, role)),
     }
     return {**recipe.sampling(), **{name: things for name, things in steering.items() if things}}
 
