@@ -40,11 +40,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from latentdiff.errors import LatentDiffError, printable  # noqa: E402
-from tools.fuzzing import controls, images, models, upscalers  # noqa: E402
+from tools.fuzzing import controls, image_prompts, images, models, upscalers  # noqa: E402
 from tools.fuzzing.readers import Reader, Unusable  # noqa: E402
 
 _KINDS = (
     models.Safetensors, models.Archive, models.Folder, models.SingleFile, models.Adapter, controls.Control,
+    image_prompts.IPAdapters, image_prompts.ImageEncoders, image_prompts.T2IAdapters,
     upscalers.Upscaler,
     images.Inversions, images.Recipes, images.Foreign, images.Data, images.Settings,
 )  # fmt: skip

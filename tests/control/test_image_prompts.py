@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from latentdiff import ControlNet, IPAdapter, Pipeline, image_to_image, inpaint
 from latentdiff.checkpoints.inspection import inspect
 from latentdiff.device import PrecisionWarning
+from latentdiff.engines import int8
 from latentdiff.errors import CheckpointError, ConfigError, DataError, UsageError
 from latentdiff.memory.estimate import needed, weight_bytes
 from latentdiff.memory.parts import Part
 from latentdiff.recipe import read_recipe
+from latentdiff.tasks import TASKS, refine
 from tests import peers
 from tests.adapters.lora.conftest import make
 from tests.control import adapters, nets
@@ -110,6 +113,28 @@ def test_in_every_task(plain):
         assert apart(steered, task()[0]) > 2
         (recorded,) = read_recipe(steered.info).image_prompts
         assert len(recorded.adapter["sha256"]) == len(recorded.encoder["sha256"]) == 64
+
+
+def test_a_refiner_takes_none(folder):
+    """They act in the first model alone, and a recipe gives them back to it."""
+    pipe = peers.ours("xl")
+    an_image(seed=6).save(folder / "style.png")
+    prompts = [IPAdapter.load(adapters.saved(folder, "xl", "plain"))(folder / "style.png", blocks="style")]
+    (image,) = refine(pipe, pipe, "cat", switch=0.5, image_prompts=prompts, **QUICK)
+    assert apart(image, refine(pipe, pipe, "cat", switch=0.5, **QUICK)[0]) > 2
+    recipe = read_recipe(image.info)
+    sources = {role: folder / entry["file"] for role, entry in recipe.roles().items() if role != "refiner"}
+    again = TASKS["refine"](pipe, recipe, {**sources, "refiner": peers.folder("xl")})
+    assert apart(image, again) == 0
+
+
+def test_threads_make_what_they_make_alone(plain):
+    pipe = shared("sd1")
+    requests = [{"image_prompts": [plain(an_image(), scale=scale)]} if scale else {} for scale in (0, 0.5, 0, 1.0)]
+    alone = [pipe("cat", **request, **QUICK)[0] for request in requests]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda request: pipe("cat", **request, **QUICK)[0], requests))
+    assert [apart(a, b) for a, b in zip(together, alone, strict=True)] == [0] * 4
 
 
 def test_a_deep_cache_begins_anew_where_it_switches(plain):
@@ -295,3 +320,11 @@ def test_inspect_names_it(suffix, folder):
     change = {"ip_adapter.1.to_q_lora.up.weight": torch.ones(2, 2), "ip_adapter.1.to_q_lora.down.weight": torch.ones(2, 2)}
     face = changed(folder, "face.safetensors", lambda t: t.update(change))
     assert "FaceID" in inspect(face).problem
+
+
+@pytest.mark.skipif(not int8.int8_is_possible(), reason="needs a CPU with VNNI instructions")
+def test_in_eight_bits(plain):
+    pipe, prompts = Pipeline.load(peers.folder("sd1"), device="cpu", precision="int8"), [plain(an_image())]
+    found = pipe("cat", image_prompts=prompts, **QUICK)[0]
+    assert apart(found, shared("sd1")("cat", image_prompts=prompts, **QUICK)[0]) < 12
+    assert apart(found, shared("sd1")("cat", **QUICK)[0]) > 12
