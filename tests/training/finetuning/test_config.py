@@ -16,7 +16,7 @@ from latentdiff.training.sections import dump_config
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "finetune"
 OF_EXAMPLES = sorted(CONFIGS.glob("concept_*.yaml"))
-OF_METHODS = sorted(set(CONFIGS.glob("*.yaml")) - set(OF_EXAMPLES))
+OF_METHODS = sorted(set(CONFIGS.glob("*.yaml")) - set(OF_EXAMPLES) - set(CONFIGS.glob("layout_*.yaml")))
 
 
 def flags():
