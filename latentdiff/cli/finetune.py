@@ -115,12 +115,16 @@ def finetune(config: Path | None, resume: Path | None, verify_resume: int | None
         raise UsageError("--verify-resume goes with --resume RUN")
     for source in flags.get("data") or ():
         check_data(source)
+    given = _as_values({name: value for name, value in flags.items() if value is not None and value != ()})
+    if resume is None:
+        from latentdiff.training.finetuning.config import load_finetune_config
+
+        load_finetune_config(config, given)  # tells what is wrong before torch is loaded
     from accelerate import PartialState
 
     from latentdiff.training.finetuning.finetune import resolve, run
 
-    given = {name: value for name, value in flags.items() if value is not None and value != ()}
-    settings = resolve(resume, config, _as_values(given))
+    settings = resolve(resume, config, given)
     result = run(settings, verify_steps=verify_resume)
     if PartialState().is_main_process:
         click.echo(f"how it went: {settings.out / 'report.html'}", err=True)

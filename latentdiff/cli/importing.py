@@ -11,6 +11,7 @@ import click
 
 from latentdiff.cli.command_line import command_line, quoted
 from latentdiff.cli.options import ANY_PATH
+from latentdiff.cli.places import check_image
 from latentdiff.errors import LatentDiffError, printable
 from latentdiff.foreign.account import Account, Field
 from latentdiff.recipe import read_account
@@ -32,12 +33,13 @@ def import_(images: tuple[Path, ...], model: str | None, lora_dir: str | None, a
 
     The exit code is 0 if all images have a text that can be read, else 1.
     """
-    from latentdiff.image import open_image
-
     found: list[dict[str, Any]] = []
     code = 0
     for path in images:
         try:
+            check_image(path)
+            from latentdiff.image import open_image  # which loads torch
+
             account = read_account(open_image(path).info)
             account = _with_model(account, model) if model else account
         except LatentDiffError as error:

@@ -19,10 +19,11 @@ from latentdiff.cli.options import (
     within,
 )
 from latentdiff.cli.output import Writing, check_image_file, check_results, save_results
+from latentdiff.cli.places import check_there
 from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
 from latentdiff.request.options import BorderName, OperatorName, RestorationName, SeededOptions
-from latentdiff.request.task_options import DAMAGE, RESTORE
+from latentdiff.request.task_options import BLUR, DAMAGE, MOTION, RESTORE
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -189,18 +190,29 @@ def _blur(text: str) -> Tensor:
     from latentdiff.reading.colours import as_8_bit
     from latentdiff.tasks.restoration.operators import gaussian_blur, motion_blur
 
-    shape, *numbers = text.split(":")
-    if shape in ("gaussian", "motion") and numbers:
-        try:
-            values = [float(number) for number in numbers]
-        except ValueError:
-            values = []
-        if len(values) == 1 or (len(values) == 2 and shape == "motion"):
-            return (gaussian_blur if shape == "gaussian" else motion_blur)(*values)
-        raise UsageError(f"expected a kernel gaussian:STD or motion:LENGTH:ANGLE, found {text!r}")
+    if values := _numbers(text):
+        return (gaussian_blur if text.startswith("gaussian") else motion_blur)(*values)
     if not text.endswith(".npy"):
         return torch.from_numpy(np.asarray(as_8_bit(open_image(text)).convert("L"), dtype=np.float64))
     return torch.from_numpy(read_array(text))
+
+
+def _numbers(text: str) -> list[float]:
+    """What stands behind `gaussian:` or `motion:`; nothing for the name of a file."""
+    shape, *numbers = text.split(":")
+    if shape not in ("gaussian", "motion") or not numbers:
+        return []
+    try:
+        values = [float(number) for number in numbers]
+    except ValueError:
+        values = []
+    if not 1 <= len(values) <= (2 if shape == "motion" else 1):
+        raise UsageError(f"expected a kernel gaussian:STD or motion:LENGTH:ANGLE, found {text!r}")
+    if shape == "gaussian":
+        BLUR("the standard deviation of the blur", values[0])
+    else:
+        MOTION("the motion in pixels", values[0])
+    return values
 
 
 def _check_owners(name: str, given: dict[str, Any]) -> None:
@@ -209,6 +221,8 @@ def _check_owners(name: str, given: dict[str, Any]) -> None:
             raise UsageError(f"--{option} belongs to the operator {' or '.join(OWNERS[option])}, found it with {name}")
     if name in NEEDED and given[NEEDED[name]] is None:
         raise UsageError(f"the operator {name} needs --{NEEDED[name]}")
+    if name == "deblur" and not _numbers(given["kernel"]):
+        check_there("kernel", given["kernel"])
 
 
 def _check_places(mean: Path | None, uncertainty: Path | None, samples: int) -> None:

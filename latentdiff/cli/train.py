@@ -37,11 +37,12 @@ def train(
     """
     open_file(config, ConfigError).close()
     from latentdiff.training.stages.config import load_config
+
+    settings = load_config(config, [*overrides, *([f"run={out}"] if out else [])])
     from latentdiff.training.stages.train import STAGES
     from latentdiff.training.stages.train import export as export_model
     from latentdiff.training.stages.train import train as train_stages
 
-    settings = load_config(config, [*overrides, *([f"run={out}"] if out else [])])
     if export:
         click.echo(export_model(settings, export))
     elif model := train_stages(settings, stages or STAGES):
