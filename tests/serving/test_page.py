@@ -390,6 +390,19 @@ def test_dropping_an_image_reads_its_recipe(page, tmp_path):
     assert values == {"prompt": "a castle", "negative_prompt": "fog", "steps": "12", "seed": "9", "sampler": "euler-a"}
 
 
+def test_the_settings_of_an_image_are_told(page):
+    """Those that say something: steps, guidance and sampler always, others where they are not the default."""
+    page.type(prompt="a cat", steps=25, seed=6)
+    page.click("go")
+    [image] = page.drawn()
+    page.script("arguments[0].click()", image)
+    wait_for(lambda: page["viewer"].is_displayed())
+    names = [cell.text for cell in page.all("#viewed th")]
+    assert {"prompt", "seed", "steps", "guidance_scale", "sampler"} <= set(names)
+    assert not {"clip_skip", "crop_top_left", "apg_bound"} & set(names)
+    page["viewer"].send_keys(Keys.ESCAPE)
+
+
 def test_what_carries_no_recipe_is_said(page, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     page.show("read")

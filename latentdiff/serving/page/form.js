@@ -6,7 +6,7 @@ import { controls } from "./controls.js";
 
 const NUMBERS = ["width", "height", "steps", "guidance_scale", "num_images", "seed"];
 const TEXTS = ["prompt", "negative_prompt", "model", "sampler"];
-const SHOWN_APART = ["steps", "guidance_scale", "sampler"];
+export const SHOWN_APART = ["steps", "guidance_scale", "sampler"];
 const LISTS = ["Numbers", "Interval", "Pair"];
 export let about;
 
@@ -39,7 +39,7 @@ function field(name, option) {
   if (option.choices) {
     input = element("select", common);
     fill(input, ["", ...option.choices]);
-    input.options[0].textContent = option.default ?? "open";
+    input.options[0].textContent = option.default ?? "default";
   } else if (option.kind === "YesNo") {
     input = element("input", { ...common, type: "checkbox" });
     label.className = "check";

@@ -2,7 +2,7 @@
 
 import { $, ask, copy, element, loadImage, shown } from "./api.js";
 import { easel } from "./brush.js";
-import { take } from "./form.js";
+import { about, SHOWN_APART, take } from "./form.js";
 
 let again, show, chosen = [];
 
@@ -83,7 +83,9 @@ function open(...children) {
 
 async function view(url, caption, known) {
   const recipe = await known().catch((error) => ({ recipe: error.message }));
-  open(shown(url, caption), table(flat(recipe)));
+  const options = Object.entries(recipe.options ?? recipe);
+  const told = options.filter(([name, value]) => SHOWN_APART.includes(name) || String(value) !== String(about.options[name]?.default));
+  open(shown(url, caption), table(flat(Object.fromEntries(told))));
 }
 
 // Both in one place, with a handle between them, and what differs in their recipes.
