@@ -124,7 +124,7 @@ def test_hostile_recipes(command, sd1, sources, changes, code, message):
         (("edit", "photo.png", "cat", "--compare", "row"), 2, "expected --compare FILE with an ending"),
         (("edit", "photo.png", "cat", "--out", "a.png", "--compare", "./a.png"), 2, "--out and --compare both name a.png"),
         (("edit", "photo.png", "cat", "--strength", 3), 2, "strength to be a finite number of 0 to 1"),
-        (("inpaint", "photo.png", "cat"), 2, "expected a mask, or margins"),
+        (("inpaint", "photo.png", "cat"), 2, "expected --mask FILE, or --extend"),
         (("inpaint", "photo.png", "cat", "--mask", "none.png"), 1, "no image at none.png"),
         (("inpaint", "photo.png", "cat", "--mask", "small.png"), 2, "24 x 20 pixels, found 2 x 2"),
         (("interpolate", "cat"), 2, "two prompts or more"),
