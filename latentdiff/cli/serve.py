@@ -31,9 +31,9 @@ def _models(context: click.Context, parameter: click.Parameter, texts: tuple[str
             name, place = Path(text).stem if Path(text).is_file() else Path(text).name, text
         if not name or not place or name in found:
             raise UsageError(f"expected --model PLACE or NAME=PLACE, each name once, found {text}")
-        if place != EMBEDDED:
-            check_named(place)
         found[name] = None if place == EMBEDDED else place
+    for place in filter(None, found.values()):
+        check_named(place)
     return found or {EMBEDDED: None}
 
 
