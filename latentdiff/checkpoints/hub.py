@@ -71,7 +71,8 @@ def _download(hub_id: str) -> Path:
             f"{hub_id} is not in the local cache and HF_HUB_OFFLINE forbids to download it; unset it, or give a folder"
         )
     try:
-        listed = set(HfApi().list_repo_files(hub_id))
+        # Not `list_repo_files`, which tries again and again for half a minute where there is no network.
+        listed = {file.rfilename for file in HfApi().model_info(hub_id).siblings or ()}
         for name in _needed(hub_id, listed):
             path = Path(hf_hub_download(hub_id, name))
             if name.endswith(".json") and "/" in name and ".index." in name:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,6 +72,11 @@ def test_unknown_id_offline(cache: Path):
         load_components("someone/other")
 
 
+def repository(names: list[str]) -> SimpleNamespace:
+    """What the hub says of a repository."""
+    return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+
 def test_no_connection_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch):
     import huggingface_hub
     import huggingface_hub.constants
@@ -79,7 +85,7 @@ def test_no_connection_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch)
         raise ConnectionError("[Errno 101] Network is unreachable\nand more")
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
     with pytest.raises(CheckpointError, match="cannot be downloaded.*Network is unreachable") as error:
         load_components("someone/other")
     assert "\n" not in str(error.value)
@@ -113,7 +119,7 @@ def test_only_needed_files_are_downloaded(cache: Path, tmp_path: Path, monkeypat
 
     listed = [str(path.relative_to(remote)) for path in remote.rglob("*") if path.is_file()]
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, hub_id: listed)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, hub_id: repository(listed))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     load_components("someone/tiny-model")
     assert "unet/diffusion_pytorch_model.safetensors" in fetched
@@ -127,6 +133,6 @@ def test_repository_without_a_model(cache: Path, monkeypatch: pytest.MonkeyPatch
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, hub_id: ["config.json"])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, hub_id: repository(["config.json"]))
     with pytest.raises(CheckpointError, match="no model in the diffusers layout"):
         load_components("someone/other")

@@ -139,11 +139,12 @@ def test_convert_failures_leave_nothing(command, sd1, workplace):
     assert files(workplace) == ["bad.safetensors"] and not (workplace / "out").exists()
 
 
-def test_train_hands_over(command, monkeypatch):
+def test_train_hands_over(command, monkeypatch, workplace):
     import latentdiff.training.stages.config
     import latentdiff.training.stages.train
 
     seen = {}
+    (workplace / "a.yaml").write_text("")
 
     def load_config(path, overrides):
         seen["config"] = (path, overrides)
@@ -168,8 +169,10 @@ def test_train_with_a_bad_configuration(command, workplace):
     assert files(workplace) == ["bad.yaml"]
 
 
-def test_evaluate_hands_over(command, monkeypatch):
+def test_evaluate_hands_over(command, monkeypatch, workplace):
     seen = {}
+    (workplace / "m").mkdir()
+    (workplace / "a.safetensors").touch()
     module = types.ModuleType("latentdiff.evaluation")
     module.evaluate = lambda **options: seen.update(options) or "the scores"
     monkeypatch.setitem(sys.modules, "latentdiff.evaluation", module)
