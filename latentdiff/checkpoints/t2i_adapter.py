@@ -41,6 +41,7 @@ _SEEN = {
 }  # channels after the unshuffling -> of the hint, and factor
 _FIRST = ("body.0.block1.weight", "body.0.body.0.block1.weight", "adapter.body.0.resnets.0.block1.weight")
 _STYLE = ("transformer_layes.", "style_embedding", "spatial_ch_projs.")  # so spelt in the files
+_CONTROLNET = ("controlnet_", "control_model.", "time_embed")
 _CLASS = "T2IAdapter"
 
 
@@ -55,6 +56,9 @@ class T2IAdapterWeights:
 
 def is_t2i_adapter(names: Iterable[str]) -> bool:
     """Whether these are the tensors of a T2I-Adapter, or of its relatives that see no hint."""
+    names = list(names)
+    if any(name.startswith(_CONTROLNET) for name in names):
+        return False  # those for several kinds of hints have `spatial_ch_projs` too
     return any(name in _FIRST or name.startswith(_STYLE) for name in names)
 
 
