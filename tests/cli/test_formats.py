@@ -89,7 +89,7 @@ def test_tasks(make):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("generate", "cat", "--out", "cat.tiff"), "expected an ending of .png, .jpg, .jpeg, .webp, .avif, found .tiff"),
+        (("generate", "cat", "--out", "cat.tiff"), ".webp, .avif or the name of a folder, found .tiff"),
         (("generate", "cat", "--out", "cat.BMP"), "found .BMP"),
         (("generate", "cat", "--out", "cat.gif"), "found .gif"),
         (("generate", "cat", "dog", "--out", "cat.jpg"), "expected a folder for 2 images"),

@@ -23,6 +23,7 @@ def test_a_grid_is_written(command, sd1):
         (["--x", "prompt=dog|fox"], "does not hold 'dog'"),
     ],
 )
-def test_wrong_usage_comes_before_the_model(command, arguments, message):
-    done = command("grid", "a cat", *arguments, "--model", "nowhere")
+def test_wrong_usage_comes_before_the_model(command, arguments, message, tmp_path):
+    """The folder is there, but holds no model."""
+    done = command("grid", "a cat", *arguments, "--model", tmp_path)
     assert done.code == 2 and message in done.err
