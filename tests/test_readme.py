@@ -49,8 +49,11 @@ def test_command_lines_parse(arguments: list[str], monkeypatch: pytest.MonkeyPat
     """Every option exists and every value is allowed; files need not exist, and nothing is run."""
     from latentdiff.cli import cli
 
-    for kind in (click.Path, click.File):
-        monkeypatch.setattr(kind, "convert", lambda self, value, param, ctx: value)
+    monkeypatch.setattr(click.File, "convert", lambda self, value, param, ctx: value)
+    monkeypatch.setattr(click.Path, "convert", lambda self, value, param, ctx: self.type(value) if self.type else value)
+    monkeypatch.setattr(os.path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "exists", lambda self, **how: True)
+    monkeypatch.setattr(Path, "is_dir", lambda self: not self.suffix)
     name, *rest = arguments
     command = cli.get_command(click.Context(cli), name)
     assert command is not None, f"latentdiff has no command {name}"
