@@ -22,7 +22,7 @@ from latentdiff.checkpoints.files import read_tensors
 from latentdiff.checkpoints.folder import weight_files
 from latentdiff.checkpoints.hub import locate
 from latentdiff.checkpoints.infer import infer_unet
-from latentdiff.checkpoints.keymap import KeyMap, Shape, compare
+from latentdiff.checkpoints.keymap import KeyMap, Shape, check_floats, compare
 from latentdiff.checkpoints.modules import NoInitialization, sensible, shapes_of
 from latentdiff.checkpoints.prefixes import unwrapped
 from latentdiff.errors import CheckpointError
@@ -122,9 +122,7 @@ def read_control(source: str | os.PathLike[str], *, pools: bool | None = None) -
     if is_original:
         tensors = to_ours(tensors, config, path)
     compare(_LABEL, expected_shapes(config), shapes_of(tensors)).raise_unless_fits(path)
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"the {_LABEL} in {path} holds {tensor.dtype} weights ({name}), expected floats")
+    check_floats(_LABEL, path, tensors)
     return ControlWeights(
         path, tensors, config, settings is None, is_difference, prefix if is_original else None, settings, metadata
     )

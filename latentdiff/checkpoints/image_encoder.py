@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentdiff.checkpoints.files import read_tensors
 from latentdiff.checkpoints.folder import listing
-from latentdiff.checkpoints.keymap import compare
+from latentdiff.checkpoints.keymap import check_floats, compare
 from latentdiff.checkpoints.modules import NoInitialization, sensible, shapes_of
 from latentdiff.errors import CheckpointError
 from latentdiff.networks.image_encoder import ImageEncoder, ImageEncoderConfig
@@ -55,9 +55,7 @@ def read_image_encoder(folder: str | os.PathLike[str]) -> ImageEncoderWeights:
     }
     tensors.pop(_POSITIONS, None)
     compare(LABEL, shapes_of(empty_image_encoder(config).state_dict()), shapes_of(tensors)).raise_unless_fits(path)
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"the {LABEL} in {path} holds {tensor.dtype} weights ({name}), expected floats")
+    check_floats(LABEL, path, tensors)
     return ImageEncoderWeights(path, tensors, config)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from latentdiff.checkpoints.architecture import OF_IP_ADAPTER, identify, is_ip_adapter
 from latentdiff.checkpoints.files import TensorFile, read_tensors
 from latentdiff.checkpoints.folder import listing
-from latentdiff.checkpoints.keymap import Shape, compare
+from latentdiff.checkpoints.keymap import Shape, check_floats, compare
 from latentdiff.checkpoints.modules import NoInitialization, sensible, shapes_of
 from latentdiff.errors import CheckpointError
 from latentdiff.networks.ip_adapter import HEAD, IPAdapterConfig, IPAdapterNetwork
@@ -71,9 +71,7 @@ def read_ip_adapter(source: str | os.PathLike[str]) -> IPAdapterWeights:
             f"the sizes of the {LABEL} in {path} cannot be read: {error} is missing or no matrix"
         ) from error
     compare(LABEL, expected_shapes(config), shapes_of(tensors)).raise_unless_fits(path)
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"the {LABEL} in {path} holds {tensor.dtype} weights ({name}), expected floats")
+    check_floats(LABEL, path, tensors)
     return IPAdapterWeights(path, tensors, config)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from latentdiff.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -99,6 +101,17 @@ class KeyReport:
         if self.unexpected and not self.missing and not self.wrong_shape:
             return "Probably the model was extended (an adapter, extra layers) after the configuration was written"
         return "Probably these are the weights of another architecture"
+
+
+def check_floats(part: str, source: object, tensors: Mapping[str, Tensor]) -> None:
+    """Make sure that all weights are floating point numbers.
+
+    Raises:
+        CheckpointError: some are not; the message names the first.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"the {part} in {source} holds {tensor.dtype} weights ({name}), expected floats")
 
 
 def compare(

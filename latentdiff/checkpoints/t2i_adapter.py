@@ -23,7 +23,7 @@ from torch import Tensor
 from latentdiff.checkpoints.files import read_tensors
 from latentdiff.checkpoints.folder import weight_files
 from latentdiff.checkpoints.hub import locate
-from latentdiff.checkpoints.keymap import KeyMap, Shape, compare
+from latentdiff.checkpoints.keymap import KeyMap, Shape, check_floats, compare
 from latentdiff.checkpoints.modules import NoInitialization, sensible, shapes_of
 from latentdiff.checkpoints.prefixes import unwrapped
 from latentdiff.errors import CheckpointError, ConfigError
@@ -91,9 +91,7 @@ def read_t2i_adapter(source: str | os.PathLike[str]) -> T2IAdapterWeights | None
         table = t2i_map(config)
         tensors = {table.to_ours(name) or name: tensor for name, tensor in tensors.items()}
     compare(LABEL, shapes_of(empty_t2i_adapter(config).state_dict()), shapes_of(tensors)).raise_unless_fits(path)
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"the {LABEL} in {path} holds {tensor.dtype} weights ({name}), expected floats")
+    check_floats(LABEL, path, tensors)
     return T2IAdapterWeights(path, tensors, config)
 
 

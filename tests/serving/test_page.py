@@ -241,6 +241,24 @@ def test_paint_with_the_keyboard_and_begin_from_a_result(page, site):
     assert "mask" in page.script("return import('./page/form.js').then((form) => Object.keys(form.values()))")
 
 
+def make_it_again(page, site, image, places, tmp_path):
+    """The copied command, `reproduce`, and *Again* in the gallery of a fresh page make the same pixels."""
+    first = pixels(kept(site, image))
+    words = shlex.split(page["command"].text)
+    words[words.index("--out") + 1] = str(tmp_path / "same.png")
+    assert run(words[1:]) == 0
+    assert np.array_equal(pixels(open_image(tmp_path / "same.png")), first)
+    assert run(["reproduce", str(site.engine.settings.out / image.get_attribute("src").rpartition("/")[2]), *places]) == 0
+    page.browser.refresh()
+    wait_for(lambda: page.script("return document.documentElement.dataset.ready"))
+    page.show("gallery")
+    wait_for(lambda: page.all("#gallery-images figure img"))
+    press(page, "#gallery-images figure:first-child button", "Again")
+    wait_for(lambda: page.all("#results figure:not(.waiting) img"))
+    [again] = page.drawn()
+    assert np.array_equal(pixels(kept(site, again)), first)
+
+
 def test_an_image_is_followed(page, site, scene, tmp_path):
     """What the command says is the same, and so is what "Again" makes of the image in the gallery."""
     page.type(prompt="a cat", steps=3, seed=4)
@@ -258,20 +276,8 @@ def test_an_image_is_followed(page, site, scene, tmp_path):
     first = kept(site, image)
     (recorded,) = read_recipe(first.info).controls
     assert (recorded.scale, recorded.end, recorded.prepare, recorded.model["file"]) == (0.8, 0.7, "tile", "edges")
-    words = shlex.split(page["command"].text)
-    words[words.index("--out") + 1] = str(tmp_path / "same.png")
-    assert run(words[1:]) == 0
-    assert np.array_equal(pixels(open_image(tmp_path / "same.png")), pixels(first))
     places = ["--source", "control_model1=controlnets/edges"]
-    assert run(["reproduce", str(site.engine.settings.out / image.get_attribute("src").rpartition("/")[2]), *places]) == 0
-    page.browser.refresh()
-    wait_for(lambda: page.script("return document.documentElement.dataset.ready"))
-    page.show("gallery")
-    wait_for(lambda: page.all("#gallery-images figure img"))
-    press(page, "#gallery-images figure:first-child button", "Again")
-    wait_for(lambda: page.all("#results figure:not(.waiting) img"))
-    [again] = page.drawn()
-    assert np.array_equal(pixels(kept(site, again)), pixels(first))
+    make_it_again(page, site, image, places, tmp_path)
 
 
 def test_an_image_is_resembled(page, site, scene, tmp_path):
@@ -293,21 +299,9 @@ def test_an_image_is_resembled(page, site, scene, tmp_path):
     assert (one.scale, one.start, one.end, one.adapter["file"]) == (0.6, 0.2, 1.0, "likeness.safetensors")
     assert (other.scale, other.start, other.end, len(other.images)) == (1.0, 0.0, 1.0, 1)
     assert open_image(site.engine.settings.out / "inputs" / other.images[0]["file"]).size == (160, 80), "as it came"
-    words = shlex.split(page["command"].text)
-    words[words.index("--out") + 1] = str(tmp_path / "same.png")
-    assert run(words[1:]) == 0
-    assert np.array_equal(pixels(open_image(tmp_path / "same.png")), pixels(first))
     found = {"ip_adapter": "adapters/likeness.safetensors", "image_encoder": "adapters/image_encoder"}
     places = [word for n in "12" for role, place in found.items() for word in ("--source", f"{role}{n}={place}")]
-    assert run(["reproduce", str(site.engine.settings.out / image.get_attribute("src").rpartition("/")[2]), *places]) == 0
-    page.browser.refresh()
-    wait_for(lambda: page.script("return document.documentElement.dataset.ready"))
-    page.show("gallery")
-    wait_for(lambda: page.all("#gallery-images figure img"))
-    press(page, "#gallery-images figure:first-child button", "Again")
-    wait_for(lambda: page.all("#results figure:not(.waiting) img"))
-    [again] = page.drawn()
-    assert np.array_equal(pixels(kept(site, again)), pixels(first))
+    make_it_again(page, site, image, places, tmp_path)
     assert [legend.text for legend in page.all("#resemble-cards legend")] == ["Image prompt 1", "Image prompt 2"]
 
 
