@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from latentdiff.networks.unet import UNet
     from latentdiff.networks.vae import VAE
     from latentdiff.prompts.tokenizer import Tokenizer
+    from latentdiff.prompts.words import Words
 
 __all__ = ["Components", "Inspection", "convert", "inspect", "load_components", "save_folder"]
 
@@ -48,6 +49,7 @@ class Components:
     name: str = ""
     hash: str = ""  # 64 hex digits; the first ten are what web UIs show
     stored: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # see `load_components`
+    words: Words | None = None  # what a small model says that it knows
 
 
 def load_components(
@@ -96,6 +98,7 @@ def load_components(
         schedule_config=schedule_config,
         name=name,
         hash=model_hash(raw.weight_files),
+        words=raw.words,
     )
 
 
@@ -148,5 +151,6 @@ def save_folder(components: Components, folder: str | os.PathLike[str]) -> None:
         },
         tokenizer=files,
         second_tokenizer=second,
+        words=components.words,
     )
     write_folder(raw, Path(folder))

@@ -111,7 +111,7 @@ def convert(
     """Convert a folder to a single `.safetensors` file, or a single file to a folder.
 
     Every tensor keeps its bits and its type. What the other layout has no place for is kept in the file's
-    metadata (configuration, tokenizer) or in `original_extras.safetensors` (a training schedule, averaged
+    metadata (configuration, tokenizer, words) or in `original_extras.safetensors` (a training schedule, averaged
     weights), so that converting back gives the same tensors again.
 
     Args:

@@ -101,6 +101,7 @@ def read_folder(folder: Path) -> RawModel:
         warnings=warnings,
         left_out=left_out,
         weight_files=tuple(files),
+        words=words.read_words(folder),
     )
 
 
@@ -130,6 +131,8 @@ def write_folder(raw: RawModel, folder: Path) -> None:
             )
         if raw.extras or raw.metadata:
             save_tensors(raw.extras, temporary / EXTRAS, raw.metadata)
+        if raw.words is not None:
+            _write_text(temporary / words.FILE, json.dumps(words.as_json(raw.words), indent=1) + "\n")
 
 
 def _explicit(config: Mapping[str, Any]) -> dict[str, Any]:

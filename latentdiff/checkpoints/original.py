@@ -40,12 +40,13 @@ from latentdiff.checkpoints.prefixes import unwrapped
 from latentdiff.checkpoints.probing import probed
 from latentdiff.checkpoints.raw import PART_LABELS, RawModel
 from latentdiff.checkpoints.schedules import stored_schedule
-from latentdiff.checkpoints.stored import METADATA, stored_in
+from latentdiff.checkpoints.stored import METADATA, WORDS, stored_in, stored_words
 from latentdiff.checkpoints.tokenizer import clip_tokenizer_files, with_clip_vocabulary, without_clip_vocabulary
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.errors import CheckpointError, ConfigError
 from latentdiff.networks.text_encoder import PROJECTED
 from latentdiff.networks.tiny_vae import NAME as TINY_VAE
+from latentdiff.prompts.words import as_json
 
 _SHOWN = 5  # names in a message
 
@@ -183,7 +184,7 @@ def assembled(path: Path, parts: Mapping[str, PartWeights], prediction_type: str
 def write_original(raw: RawModel, path: Path) -> None:
     """Write a model as one safetensors file in the original layout, atomically.
 
-    What the layout has no place for (configuration, tokenizer) goes into the file's metadata.
+    What the layout has no place for (configuration, tokenizer, words) goes into the file's metadata.
 
     Raises:
         CheckpointError: the weights do not fit the configuration.
@@ -204,6 +205,7 @@ def write_original(raw: RawModel, path: Path) -> None:
         "tokenizer": without_clip_vocabulary(raw.tokenizer),
         **({"tokenizer_2": without_clip_vocabulary(raw.second_tokenizer)} if raw.second_tokenizer else {}),
         "names": raw.names,
+        **({} if raw.words is None else {WORDS: as_json(raw.words)}),
     }
     about = {name: text for name, text in modelspec(raw, path.stem).items() if name not in raw.metadata}
     kept["added"] = list(about)
@@ -252,6 +254,7 @@ def _assemble(
             if name not in (METADATA, "format", *stored.get("added", ()))
         },
         weight_files=(file.path,),
+        words=stored_words(file, stored),
     )
 
 

@@ -120,7 +120,9 @@ def held_parts(tensors: Iterable[str]) -> list[str]:
 
 
 def with_parts(raw: RawModel, parts: Mapping[str, PartWeights]) -> RawModel:
-    """Put parts in the place of a model's own."""
+    """Put parts in the place of a model's own; it says no longer which words it knows where others than the VAE are."""
+    if set(parts) - {"vae"}:
+        raw.words = None
     for part, given in parts.items():
         given = _like(given, raw.configs.get(part, {}))
         own = {path for path in raw.weight_files if path.parent.name == part}

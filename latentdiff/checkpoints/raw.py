@@ -11,6 +11,7 @@ from torch import Tensor
 
 from latentdiff.checkpoints.families import is_text
 from latentdiff.networks.text_encoder import PREFIX, PROJECTION
+from latentdiff.prompts.words import Words
 
 PART_LABELS = {
     "unet": "U-Net", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder",
@@ -36,6 +37,7 @@ class RawModel:
     left_out: list[str] = field(default_factory=list)  # parts of the source that nothing here uses
     weight_files: tuple[Path, ...] = ()
     second_tokenizer: dict[str, str] = field(default_factory=dict)  # where there are two text encoders
+    words: Words | None = None  # what a small model says that it knows
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -60,6 +60,7 @@ def merge(files: tuple[str, ...], model: str | None, allow_partial: bool, out: P
         if report.words:
             click.echo(f"note: the words of {path} cannot be merged into weights and are left out", err=True)
         loaded.append((found, scale))
+        parts.words = parts.words and parts.words.with_texts(adapters.learned_words(found.metadata))
     adapters.merge(loaded)
     save_folder(parts, out)
     click.echo(out)

@@ -34,7 +34,12 @@ def words(model: str | None) -> None:
 
 def words_of(model: str | None) -> Words | None:
     """The words of the model that --model names, None where it does not say."""
-    return read_words(Path(model).expanduser() if model else embedded_model())
+    place = Path(model).expanduser() if model else embedded_model()
+    if not place.is_file():
+        return read_words(place)
+    from latentdiff.checkpoints.stored import words_in_file
+
+    return words_in_file(place)
 
 
 def remark(settings: Mapping[str, Any], prompts: Sequence[str]) -> None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from latentdiff.checkpoints.components import Components
     from latentdiff.networks.text_encoder import TextEncoder
     from latentdiff.networks.text_encoders import TextEncoders
+    from latentdiff.prompts.words import Words
 
 
 class LoadedModel(ModelParts, AdaptedModel, PortableModel):
@@ -49,6 +50,7 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
         tokenizer: a `Tokenizer`, or one of transformers.
         text_encoder: token ids (N, L) -> embeddings (N, L, C); or the `TextEncoders` of SDXL.
         name, model_hash, ema: what recipes say about the model.
+        words: what a small model says that it knows.
         stored: the weights of parts that are on the meta device, see `Residence`; they are read at their first use.
         low_memory: see `load`.
 
@@ -74,6 +76,7 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
         ema: bool = False,
         stored: Mapping[str, Mapping[str, Tensor]] | None = None,
         low_memory: bool = False,
+        words: Words | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         parts = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
@@ -82,7 +85,7 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
         is_told = unet.config.time_cond_proj_dim is not None
         drawing = replace(schedule_config.drawing, tells_guidance=is_told)
         self.schedule = Schedule(schedule_config.with_drawing(drawing))
-        self.name, self.model_hash, self.ema = name, model_hash, ema
+        self.name, self.model_hash, self.ema, self.words = name, model_hash, ema, words
         self.precision = precision_of(unet)
         self.backend: BackendName = "torch"
         self.loras = LoadedLoRAs(unet, text_encoder)
@@ -190,6 +193,7 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
             ema=ema,
             stored=parts.stored,
             low_memory=low_memory,
+            words=parts.words,
         )
 
     @public(folder=Place())
@@ -207,6 +211,7 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
             self.schedule.config,
             self.name,
             self.model_hash,
+            words=self.words,
         )
         save_folder(parts, os.path.abspath(folder))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ class Words:
     kinds: dict[str, tuple[str, ...]]
     all: frozenset[str]
     size: int
+
+    def with_texts(self, texts: Iterable[str]) -> Words:
+        """These words and those of other captions, which the model was trained on later."""
+        return replace(self, all=self.all.union(*map(split_words, texts)))
 
     def remarks(self, prompts: Sequence[str], width: int | None = None, height: int | None = None) -> Iterator[str]:
         """One line about each way in which a request goes beyond the training; none where it does not.
@@ -81,20 +85,28 @@ def read_words(folder: Path) -> Words | None:
     path = Path(folder) / FILE
     if not path.is_file():
         return None
-    found = read_object(path)
+    return words_from(read_object(path), str(path))
+
+
+def words_from(found: Mapping[str, Any], what: str) -> Words:
+    """Words from JSON values as `as_json` makes them; `what` names their source in errors.
+
+    Raises:
+        CheckpointError: they are something else.
+    """
     size, lists = found.get("size"), [found.get(name) for name in (*KINDS, "words")]
     if not all(
         isinstance(entry, str) for entries in lists for entry in (entries if isinstance(entries, list) else [None])
     ):
-        raise CheckpointError(f"{path} must hold lists of words called {', '.join(KINDS)} and words; download it again")
+        raise CheckpointError(f"{what} must hold lists of words called {', '.join(KINDS)} and words; download it again")
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise CheckpointError(f"{path} must hold a size in pixels, found {size!r}; download it again")
+        raise CheckpointError(f"{what} must hold a size in pixels, found {size!r}; download it again")
     *kinds, words = lists
     return Words({kind: tuple(entries) for kind, entries in zip(KINDS, kinds, strict=True)}, frozenset(words), size)
 
 
 def as_json(words: Words) -> dict[str, Any]:
-    """What `read_words` reads."""
+    """What `words_from` reads."""
     return {
         **{kind: list(entries) for kind, entries in words.kinds.items()},
         "words": sorted(words.all),

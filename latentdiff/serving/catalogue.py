@@ -140,7 +140,12 @@ class Catalogue:
         return embedded_model() if source is None else Path(source).expanduser()
 
     def _read_words(self, model: str) -> Words | None:
-        return read_words(self.place(model)) if self.place(model).is_dir() else None
+        place = self.place(model)
+        if not place.is_file():
+            return read_words(place)
+        from latentdiff.checkpoints.stored import words_in_file  # imports torch, which only the workers need else
+
+        return words_in_file(place)
 
     def _open_tokenizer(self, model: str) -> Tokenizer:
         folder = self.place(model) / "tokenizer"

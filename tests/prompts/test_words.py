@@ -72,6 +72,12 @@ def test_words_survive_their_file(tmp_path):
     assert read_words(tmp_path) == KNOWN
 
 
+def test_words_that_were_learned_later_are_known():
+    more = KNOWN.with_texts(["A dragon, in Sepia style", "two dragons"])
+    assert list(more.remarks(["a dragon in sepia style"])) == [] and more.kinds == KNOWN.kinds
+    assert list(KNOWN.remarks(["a dragon in sepia style"]))
+
+
 def test_a_folder_without_the_file_says_nothing(tmp_path):
     assert read_words(tmp_path) is None
 

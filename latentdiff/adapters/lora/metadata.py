@@ -40,7 +40,7 @@ def lora_metadata(
         model, model_hash: name and SHA-256 of the model that was adapted.
         title: what the LoRA is called.
         training: facts as JSON can hold them, such as images, steps, epochs, learning_rate, resolution, batch_size,
-            seed, data.
+            seed, data, words.
     """
     facts = dict(training or {})
     about = {
@@ -60,6 +60,15 @@ def lora_metadata(
         "training": facts,
     }
     return {name: value for name, value in about.items() if value} | {OWN: json.dumps(own)}
+
+
+def learned_words(metadata: Mapping[str, str]) -> list[str]:
+    """The words of a LoRA's captions that its model had not known, as its file says; none where it does not."""
+    try:
+        found = json.loads(metadata.get(OWN, "{}"))["training"]["words"]
+    except (ValueError, KeyError, TypeError):
+        return []
+    return [word for word in found if isinstance(word, str)] if isinstance(found, list) else []
 
 
 _XL = {

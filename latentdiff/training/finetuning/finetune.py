@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -277,7 +277,7 @@ def _finish(
         _take_best(settings, trainer)
     main = trainer.accelerator.is_main_process
     with trainer.ema.swapped_in(), trainer.whole():
-        result = method.save(settings.out, _facts(settings, material)) if main else _result(settings)
+        result = method.save(settings.out, _facts(settings, material, method)) if main else _result(settings)
     if not main:
         return result
     if written:
@@ -302,9 +302,11 @@ def _take_best(settings: FinetuneConfig, trainer: Trainer) -> None:
         )
 
 
-def _facts(settings: FinetuneConfig, material: Material) -> dict[str, Any]:
-    """What a LoRA file says about its training."""
+def _facts(settings: FinetuneConfig, material: Material, method: FinetuningMethod) -> dict[str, Any]:
+    """What a LoRA file says about its training; of the words, those that the model did not know."""
+    known, texts = method.parts.words, _captions(material)
     return {
+        **({} if known is None else {"words": sorted(known.with_texts(texts).all - known.all)}),
         "images": len(material.training),
         "steps": settings.max_steps,
         "learning_rate": settings.lr,
@@ -313,6 +315,10 @@ def _facts(settings: FinetuneConfig, material: Material) -> dict[str, Any]:
         "resolution": "{}x{}".format(*max(material.samples.buckets[index] for index in material.training)),
         "data": [entry.path for entry in settings.data],
     }
+
+
+def _captions(material: Material) -> Iterator[str]:
+    return (text for index in material.training for text in material.samples.data.captions[index])
 
 
 def _result(settings: FinetuneConfig) -> Path:

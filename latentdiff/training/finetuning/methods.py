@@ -6,6 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ class FullMethod(FinetuningMethod):
         wanted = TYPES.get(self.settings.result_precision)
         for part, own in self.file_types.items():
             getattr(self.parts, part).to(wanted or own)
-        save_folder(self.parts, run / "model")
+        words = self.parts.words and self.parts.words.with_texts(facts.get("words", ()))
+        save_folder(replace(self.parts, words=words), run / "model")
         return run / "model"
 
 

@@ -43,7 +43,7 @@ from latentdiff.training.stages.networks import (
 from latentdiff.training.stages.pixels import decoded_images
 from latentdiff.training.stages.text import TextTask
 from latentdiff.training.stages.vae import VAETask, measure_scaling_factor
-from latentdiff.training.stages.words import write_words
+from latentdiff.training.stages.words import words_of_data
 
 STAGES = ("vae", "decoder", "text", "diffusion")
 
@@ -93,8 +93,8 @@ def export(config: TrainingConfig, folder: Path) -> Path:
         )
     for network in (components.text_encoder, components.unet, components.vae):
         network.to(getattr(torch, config.model_dtype))
+    components.words = words_of_data(read_images(config), config.data.resolution)
     save_folder(components, folder)
-    write_words(read_images(config), config.data.resolution, folder)
     return folder
 
 

@@ -1,14 +1,11 @@
-"""The words of a training set, for the file that travels with a model."""
+"""The words of a training set, which travel with the model."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from latentdiff.files import atomic_path
-from latentdiff.prompts.words import FILE, Words, as_json, split_words
+from latentdiff.prompts.words import Words, split_words
 from latentdiff.training.data import Dataset
 from latentdiff.training.stages.scenes import find_scenes
 
@@ -38,18 +35,13 @@ def words_of(captions: Iterable[str], scenes: Sequence[Mapping[str, Any]], size:
     return Words(kinds, words, size)
 
 
-def write_words(data: Dataset, size: int, folder: Path) -> None:
-    """Write the words of a training set into a model's folder; nothing where the metadata has no scenes."""
+def words_of_data(data: Dataset, size: int) -> Words | None:
+    """The words of a training set; None where the metadata has no scenes."""
     scenes = find_scenes(data)
-    if all(scenes):
-        captions = (caption for of_image in data.captions for caption in of_image)
-        write(words_of(captions, [scene for scene in scenes if scene], size), folder)
-
-
-def write(words: Words, folder: Path) -> None:
-    """Write the file of words of a model's folder."""
-    with atomic_path(folder / FILE) as temporary:
-        temporary.write_text(json.dumps(as_json(words), indent=1) + "\n", encoding="utf-8")
+    if not all(scenes):
+        return None
+    captions = (caption for of_image in data.captions for caption in of_image)
+    return words_of(captions, [scene for scene in scenes if scene], size)
 
 
 def _sorted(found: Iterable[str | None]) -> tuple[str, ...]:

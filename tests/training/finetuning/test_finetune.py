@@ -17,9 +17,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from latentdiff import Pipeline, finetune
+from latentdiff.adapters.lora import learned_words
 from latentdiff.cli import cli
 from latentdiff.cli import run as run_command
 from latentdiff.errors import (
@@ -30,6 +32,7 @@ from latentdiff.errors import (
     NotFiniteError,
     UsageError,
 )
+from latentdiff.prompts.words import KINDS, Words, as_json, read_words
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
 from latentdiff.training.data.tokens import CaptionTokens
 from latentdiff.training.finetuning.finetune import resolve, run
@@ -84,6 +87,20 @@ def test_full_writes_a_model_with_the_averaged_weights(tmp):
     assert not torch.equal(pipe.unet.conv_out.weight, start.unet.conv_out.weight)
     for name, tensor in start.text_encoder.state_dict().items():
         assert torch.equal(tensor, pipe.text_encoder.state_dict()[name])
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_result_says_which_words_it_learned(tmp, method):
+    model = shutil.copytree(model_folder(), tmp / "knowing")
+    known = Words({kind: () for kind in KINDS}, frozenset(("cat", "a")), 16)
+    (model / "words.json").write_text(json.dumps(as_json(known)))
+    result = run(settings(tmp, method=method, model=str(model), max_steps=1))
+    learned = {"photo", "of", "the", "dog"}
+    if method == "lora":
+        with safe_open(result, "pt") as file:
+            assert set(learned_words(file.metadata())) == learned
+    else:
+        assert read_words(result) == Words(known.kinds, known.all | learned, 16)
 
 
 def test_the_text_encoder_is_trained_if_asked_for(tmp):
