@@ -204,11 +204,12 @@ class Pipeline(PromptedModel):
                 return start(slice(first + part.start, first + part.stop), noise)
 
             images = slice(first, first + len(piece.prompts))
-            is_changed = bool(piece.loras or piece.options.taps()) or piece.cache.interval > 1
+            is_changed = bool(piece.loras or piece.options.taps() or piece.options.fast) or piece.cache.interval > 1
             offered = self.offered.attached(piece.loras, self.load_lora, self.unload_lora) if piece.loras else nullcontext()
-            with self.in_use(alone=is_changed), offered:
-                own = text and (text[0][images], text[1][images])
-                made.append(self._sample(piece, shape, start_of, own))
+            own = self.in_few_steps() if piece.options.fast else nullcontext()
+            with self.in_use(alone=is_changed), offered, own:
+                texts = text and (text[0][images], text[1][images])
+                made.append(self._sample(piece, shape, start_of, texts))
         return torch.cat(made)
 
     def _sample(

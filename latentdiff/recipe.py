@@ -74,7 +74,8 @@ class Recipe(_Asked):
     sources: role ("image", "mask", ...) -> {"file": name, "sha256": of the file, or of the pixels if there was none}.
     controls, image_prompts, regions: what ControlNets, IP-Adapters and prompts for parts added, in their order.
     loras: in the order of loading, {"file": name, "sha256": ..., "scale": ...}; without a hash the name counts, or in place of
-        it "tensors", the first digits of what web UIs hash. A prompt's tags name those with a "tag".
+        it "tensors", the first digits of what web UIs hash. A prompt's tags name those with a "tag"; one with a "part" is the
+        model's own, which `fast` says to have acted.
     """
 
     width: int
@@ -340,5 +341,5 @@ def _account_of(recipe: Recipe) -> Account:
         model_hash=recipe.model_hash,
         model_options={name: said[name] for name in model if said[name]}
         | {role: part.get("file", "") for role, part in recipe.parts.items()},
-        loras=tuple(NamedLoRA(str(entry.get("file")), str(entry.get("scale"))) for entry in recipe.loras),
+        loras=tuple(NamedLoRA(str(one.get("file")), str(one.get("scale"))) for one in recipe.loras if "part" not in one),
     )

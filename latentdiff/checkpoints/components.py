@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.checkpoints.conversion import Choices, convert, read_model
+from latentdiff.checkpoints.distilled import Distilled
 from latentdiff.checkpoints.families import family_with
 from latentdiff.checkpoints.folder import model_index, write_folder
 from latentdiff.checkpoints.habits import take_habit, with_habit
@@ -50,6 +51,7 @@ class Components:
     hash: str = ""  # 64 hex digits; the first ten are what web UIs show
     stored: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # see `load_components`
     words: Words | None = None  # what a small model says that it knows
+    distilled: Distilled | None = None  # what it draws with in few steps
 
 
 def load_components(
@@ -99,6 +101,7 @@ def load_components(
         name=name,
         hash=model_hash(raw.weight_files),
         words=raw.words,
+        distilled=raw.distilled,
     )
 
 
@@ -152,5 +155,6 @@ def save_folder(components: Components, folder: str | os.PathLike[str]) -> None:
         tokenizer=files,
         second_tokenizer=second,
         words=components.words,
+        distilled=components.distilled,
     )
     write_folder(raw, Path(folder))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentdiff.checkpoints.distilled import FOLDER
 from latentdiff.checkpoints.families import family_in
 from latentdiff.checkpoints.files import read_tensors
 from latentdiff.checkpoints.folder import read_folder, write_folder
@@ -139,4 +140,8 @@ def convert(
     else:
         write_folder(raw, target)
     left_out = [f"{', '.join(raw.left_out)} left out: not used here"] if raw.left_out else []
+    if raw.distilled and to_file:
+        left_out.append(
+            f"{FOLDER}/ left out, as a single file has no place for it: --fast draws without the model's LoRA"
+        )
     return raw.warnings + left_out

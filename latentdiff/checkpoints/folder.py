@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from latentdiff.checkpoints import distilled
 from latentdiff.checkpoints.families import SD, Family, family_with, is_text, parts_in
 from latentdiff.checkpoints.files import TensorFile, read_tensors
 from latentdiff.checkpoints.layout import STEMS, weight_candidates
@@ -30,7 +31,9 @@ EXTRAS = "original_extras.safetensors"  # what an original single file holds bey
 CONFIGS = {**{part: f"{part}/config.json" for part in STEMS}, "scheduler": "scheduler/scheduler_config.json"}
 # Parts that published folders have and that have no place in a single file and no use here.
 _IGNORED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
-_IN_MODELS = frozenset({INDEX, EXTRAS, words.FILE, "tokenizer", "tokenizer_2", "scheduler", *STEMS, *_IGNORED_PARTS})
+_IN_MODELS = frozenset(
+    {INDEX, EXTRAS, words.FILE, distilled.FOLDER, "tokenizer", "tokenizer_2", "scheduler", *STEMS, *_IGNORED_PARTS}
+)
 # The classes whose parts are read here. The pipelines differ in what they do with them.
 _CLASSES = {
     "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderTiny"), "text_encoder": ("CLIPTextModel",),
@@ -100,6 +103,7 @@ def read_folder(folder: Path) -> RawModel:
         metadata=extras.metadata,
         warnings=warnings,
         left_out=left_out,
+        distilled=distilled.read_distilled(folder / distilled.FOLDER),
         weight_files=tuple(files),
         words=words.read_words(folder),
     )
@@ -129,6 +133,8 @@ def write_folder(raw: RawModel, folder: Path) -> None:
                 temporary / part / f"{stem}.safetensors",
                 {"format": "pt"},
             )
+        if raw.distilled:
+            distilled.copy_distilled(raw.distilled, temporary)
         if raw.extras or raw.metadata:
             save_tensors(raw.extras, temporary / EXTRAS, raw.metadata)
         if raw.words is not None:

@@ -7,6 +7,7 @@ import os
 from fnmatch import fnmatch
 from pathlib import Path
 
+from latentdiff.checkpoints.distilled import FOLDER, LORA_FILE, OPTIONS_FILE
 from latentdiff.checkpoints.families import family_with, is_text, parts_in
 from latentdiff.checkpoints.folder import CONFIGS, INDEX, shard_names, weight_files
 from latentdiff.checkpoints.layout import STEMS, weight_candidates
@@ -16,6 +17,7 @@ from latentdiff.files import check_named, nothing_at
 from latentdiff.reading.json import read_object
 from latentdiff.reading.plain import exists
 
+_DISTILLED = {f"{FOLDER}/{LORA_FILE}", f"{FOLDER}/{OPTIONS_FILE}"}
 _TOKENIZER = ("tokenizer/*.json", "tokenizer/*.txt", "tokenizer_2/*.json", "tokenizer_2/*.txt")
 
 
@@ -100,4 +102,4 @@ def _needed(hub_id: str, listed: set[str]) -> list[str]:
         if best is None and not is_text(part):  # a model has one of the two text encoders, or both
             raise CheckpointError(f"{hub_id} has no weights of the {PART_LABELS[part]} that can be read here")
         names += [best] if best else []
-    return names
+    return [*names, *sorted(_DISTILLED)] if listed >= _DISTILLED else names

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from latentdiff.checkpoints.distilled import Distilled
 from latentdiff.checkpoints.families import is_text
 from latentdiff.networks.text_encoder import PREFIX, PROJECTION
 from latentdiff.prompts.words import Words
@@ -38,6 +39,7 @@ class RawModel:
     weight_files: tuple[Path, ...] = ()
     second_tokenizer: dict[str, str] = field(default_factory=dict)  # where there are two text encoders
     words: Words | None = None  # what a small model says that it knows
+    distilled: Distilled | None = None  # what it draws with in few steps
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -141,11 +141,12 @@ class PromptsJob:
         if second := SecondPass.taken_from({name: asked[name] for name in SECOND_PASS}):
             asked |= second.fields()
         tags = read_prompt(prompt, settled.prompt_syntax).loras
+        own = [self.pipe.distilled.describe()] if settled.fast and self.pipe.distilled else []
         model = {
             "model_hash": self.pipe.model_hash,
             "ema": self.pipe.ema,
             "prediction_type": self.pipe.schedule.config.prediction_type,
-            "loras": [*self.pipe.adaptations(), *self.pipe.offered.describe(tags)],
+            "loras": [*self.pipe.adaptations(), *self.pipe.offered.describe(tags), *own],
             **recorded_steering(settings),
         }
         return {**asked, **model, **self.facts, "prompt": prompt, "seed": seed}

@@ -164,11 +164,12 @@ def _find(file: str, sha256: str, tensors: str, folders: list[Path]) -> Path:
 
 
 def offer_loras_of(pipe: Pipeline, recipe: Recipe, folders: Iterable[Path]) -> Recipe:
-    """Let the recipe's prompt find the LoRAs that it names; returns the recipe without them.
+    """Let the recipe's prompt find the LoRAs that it names; returns the recipe without them and the model's own.
 
     Raises:
         DataError: one is not there, or the recipe does not say which it is.
     """
+    _check_own(pipe, recipe)
     named = [entry for entry in recipe.loras if "tag" in entry]
     known = {entry["tag"] for entry in named}
     said = [tag.name for tag in read_prompt(recipe.prompt, recipe.prompt_syntax).loras]
@@ -178,4 +179,16 @@ def offer_loras_of(pipe: Pipeline, recipe: Recipe, folders: Iterable[Path]) -> R
     files = loras_of(replace(recipe, loras=named), folders)
     for entry, (path, _) in zip(named, files, strict=True):
         pipe.offered.add(str(entry["tag"]), path)
-    return replace(recipe, loras=[entry for entry in recipe.loras if "tag" not in entry])
+    return replace(recipe, loras=[entry for entry in recipe.loras if not {"tag", "part"} & entry.keys()])
+
+
+def _check_own(pipe: Pipeline, recipe: Recipe) -> None:
+    """Make sure that a LoRA for few steps that acted, which `fast` says, is the one that the model has."""
+    own = pipe.distilled.sha256 if pipe.distilled else ""
+    expected = [str(entry.get("sha256", "")) for entry in recipe.loras if "part" in entry]
+    if any(sha256 != own for sha256 in expected) or (recipe.fast and not own):
+        found = f"another one, {own[:10]}..." if own else "none"
+        raise DataError(
+            f"the image was made with the model's LoRA for few steps (SHA-256 {''.join(expected)[:10] or 'unknown'}...), and"
+            f" this model has {found}; give the model that it was made with by --model"
+        )

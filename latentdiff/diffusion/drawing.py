@@ -120,6 +120,7 @@ class Drawing:
     path_noise: whether the noise of a stochastic solver comes from Brownian paths, or from the next draws.
     steps, guidance_scale: what is customary for this model; None is what is for the sampler.
     habit: by what these are known, one line; "" if they are not.
+    few_steps: the options with which a LoRA of the model draws in few steps; None if it has none.
     tells_guidance: whether the U-Net is told the guidance scale, and is not evaluated without the prompt.
     refusal: why the sampler cannot be followed; "" if it can.
     notes: keys that are not obeyed, each with what it would do.
@@ -131,6 +132,7 @@ class Drawing:
     steps: int | None = None
     guidance_scale: float | None = None
     habit: str = ""
+    few_steps: Mapping[str, Any] | None = None
     tells_guidance: bool = False
     thresholding: Thresholding | None = None
     refusal: str = ""

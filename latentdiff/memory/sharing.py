@@ -133,13 +133,13 @@ def one_use(*, alone: bool = False) -> Callable[[Function], Function]:
     """Make a method of a model, or a function whose first argument is one, a single use of it.
 
     It is alone if that is said here, or if its arguments say that it puts something on the modules: a cache, LoRAs
-    that prompts name, ControlNets and IP-Adapters, whose weights come and go.
+    that prompts name or that the model has for few steps, ControlNets and IP-Adapters, whose weights come and go.
     """
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def call(model: Any, *arguments: Any, **named: Any) -> Any:
-            with model.in_use(alone=alone or _changes_modules(arguments, named)):
+            with model.in_use(alone=alone or _changes_modules(model, arguments, named)):
                 return function(model, *arguments, **named)
 
         return cast(Function, call)
@@ -147,7 +147,9 @@ def one_use(*, alone: bool = False) -> Callable[[Function], Function]:
     return decorate
 
 
-def _changes_modules(arguments: Sequence[Any], named: Mapping[str, Any]) -> bool:
+def _changes_modules(model: Any, arguments: Sequence[Any], named: Mapping[str, Any]) -> bool:
+    if named.get("fast") and getattr(model, "distilled", None):
+        return True
     if named.get("cache_interval") not in (None, 1) or any(named.get(name) for name in _CHANGING):
         return True
     given = (*arguments, *named.values())

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentdiff.adapters.lora.adapter import LoRA
 from latentdiff.adapters.lora.loaded import LoadedLoRAs
+from latentdiff.adapters.lora.loading import load_lora
 from latentdiff.adapters.lora.offered import OfferedLoRAs
 from latentdiff.adapters.lora.strength import Strength
 from latentdiff.adapters.textual_inversion import LoadedEmbeddings, is_word_file, read_embedding, read_words
+from latentdiff.checkpoints.distilled import Distilled
 from latentdiff.device import Precision
 from latentdiff.errors import LatentDiffError
 from latentdiff.memory.residence import Residence
@@ -31,6 +36,8 @@ class AdaptedModel:
     embeddings: LoadedEmbeddings
     offered: OfferedLoRAs
     adapted_by: list[tuple[str, tuple[Any, ...], str]]  # calls that adapted it: method, arguments, name
+    distilled: Distilled | None  # its own LoRA for few steps
+    _student: LoRA | None  # that in memory, from its first use on
 
     @public(path=Place(), scale=lambda name, value: Strength.of(value), allow_partial=YesNo())
     @one_use(alone=True)
@@ -118,6 +125,22 @@ class AdaptedModel:
             UsageError: there is no such folder, or nothing in it.
         """
         self.offered.add_folder(folder)
+
+    @contextmanager
+    def in_few_steps(self) -> Generator[None, None, None]:
+        """Inside, the model's own LoRA for few steps acts; it stays in memory afterwards, so that the next time is quick.
+
+        Raises:
+            CheckpointError: its file is damaged, or was made for another model.
+        """
+        assert self.distilled is not None
+        unet = self.residence.ready("unet")
+        if self._student is None:
+            self._student, _ = load_lora(self.distilled.lora, unet, None)
+        for layer in self._student.layers.values():
+            layer.follow(self.residence.device, self.precision.unet)
+        with self._student.attached():
+            yield
 
     def adaptations(self) -> list[dict[str, Any]]:
         """What recipes say of the LoRAs and words that are loaded."""

@@ -14,6 +14,7 @@ from latentdiff.adapters.lora.loaded import LoadedLoRAs
 from latentdiff.adapters.lora.offered import OfferedLoRAs
 from latentdiff.adapters.lora.strength import Strength
 from latentdiff.adapters.textual_inversion import LoadedEmbeddings
+from latentdiff.checkpoints.distilled import Distilled
 from latentdiff.checkpoints.embedded import EMBEDDED_NAME, embedded_model
 from latentdiff.checkpoints.parts import check_fit, check_inputs, described
 from latentdiff.device import Precision, apart_from_torch, pick_device, pick_precision, precision_of
@@ -53,6 +54,7 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
         words: what a small model says that it knows.
         stored: the weights of parts that are on the meta device, see `Residence`; they are read at their first use.
         low_memory: see `load`.
+        distilled: the LoRA with which it draws in few steps, if it has one.
 
     Attributes:
         residence: which of the networks are in memory; `residence.keep` says how long they stay there.
@@ -77,13 +79,15 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
         stored: Mapping[str, Mapping[str, Tensor]] | None = None,
         low_memory: bool = False,
         words: Words | None = None,
+        distilled: Distilled | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         parts = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
         self.sharing = Sharing(lambda: self._changes_in_use)
         self.residence = Residence(parts, stored or {}, low_memory=low_memory, may_give_back=self.sharing.claim)
         is_told = unet.config.time_cond_proj_dim is not None
-        drawing = replace(schedule_config.drawing, tells_guidance=is_told)
+        few_steps = distilled.options if distilled else None
+        drawing = replace(schedule_config.drawing, tells_guidance=is_told, few_steps=few_steps)
         self.schedule = Schedule(schedule_config.with_drawing(drawing))
         self.name, self.model_hash, self.ema, self.words = name, model_hash, ema, words
         self.precision = precision_of(unet)
@@ -91,6 +95,7 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
         self.loras = LoadedLoRAs(unet, text_encoder)
         self.embeddings = LoadedEmbeddings(tokenizer, text_encoder)
         self.offered, self.adapted_by, self.loaded_from = OfferedLoRAs(), [], None
+        self.distilled, self._student = distilled, None
         self.elsewhere: dict[str, dict[str, str]] = {}
         check_fit("text embeddings", text_encoder.embedding_width, unet.config.cross_attention_dim)
         self.told_count = count_of_sizes(unet.config, getattr(text_encoder, "pooled_width", None))
@@ -194,6 +199,7 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
             stored=parts.stored,
             low_memory=low_memory,
             words=parts.words,
+            distilled=parts.distilled,
         )
 
     @public(folder=Place())
@@ -212,6 +218,7 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
             self.name,
             self.model_hash,
             words=self.words,
+            distilled=self.distilled,
         )
         save_folder(parts, os.path.abspath(folder))
 
@@ -292,6 +299,7 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
             f"{self.precision.name} on {self.device}",
             *([f"back end {self.backend}"] if self.backend != "torch" else []),
             *(["low memory"] if self.residence.low_memory else []),
+            *([f"fast in {self.distilled.options['steps']} steps"] if self.distilled else []),
             *(f"{entry['file']} x {Strength.of(entry['scale'])}" for entry in self.adaptations() if "scale" in entry),
         ]
         return f"<{type(self).__name__} {', '.join(facts)}>"

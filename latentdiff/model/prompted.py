@@ -114,6 +114,7 @@ class PromptedModel(LoadedModel):
         tags = read_prompt(fields["prompt"], fields.get("prompt_syntax", "plain")).loras
         loaded = self.adaptations() if self.adapted_by else []
         named = self.offered.describe(tags) if tags else []
+        own = [self.distilled.describe()] if fields.get("fast") and self.distilled else []
         return Recipe(
             model=self.name,
             model_hash=self.model_hash,
@@ -125,7 +126,7 @@ class PromptedModel(LoadedModel):
             backend=self.backend,
             device=describe_device(self.device),
             versions=library_versions() | ({"forms": forms} if (forms := forms_in_use()) else {}),
-            loras=[*loaded, *named],
+            loras=[*loaded, *named, *own],
             **fields,
         )
 

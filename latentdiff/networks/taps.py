@@ -46,7 +46,8 @@ class Tap:
         output: TapOutput | None = None,
         arguments: TapArguments | None = None,
     ) -> None:
-        self._modules = {name: find_module(root, name) for name in names}
+        known = dict(root.named_modules())  # once: an adapter names a hundred of them
+        self._modules = {name: known[name] if name in known else find_module(root, name) for name in names}
         self._output, self._arguments = output, arguments
         self._handles: list[Any] = []
 

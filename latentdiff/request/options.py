@@ -150,8 +150,8 @@ class SamplingOptions(SeededOptions, total=False):
 
     num_images: Annotated[int | None, Option(Whole(1, MOST_IMAGES), 1, flags=("-n",))]
     """Images of each prompt."""
-    fast: Annotated[bool | None, Option(YesNo(), False)]
-    """Nearly the same image in a fraction of the time: 12 steps of dpmpp-2m, trailing, where these are not given."""
+    fast: Annotated[bool | None, Option(YesNo(), False, kept=Kept(bool, "Fast", False))]
+    """Nearly the same image sooner: by the model's own LoRA for few steps, else 12 steps of dpmpp-2m, trailing."""
     steps: Annotated[int | None, Option(Whole(1), 25, fast=12, kept=Kept(int, "Steps"))]
     """Denoising steps, 1 to the number of timesteps of the training."""
     guidance_scale: Annotated[float | None, Option(Real(), 5.0, kept=Kept(float, "CFG scale"), flags=("--guidance",))]

@@ -41,6 +41,12 @@ class Sampling(Settings):
             UsageError: an option outside its domain.
         """
         own = self.for_model(schedule)
+        if own.fast and own.guidance_scale == 1.0 and any(as_list(own.negative_prompt)):
+            warnings.warn(
+                "the model's LoRA for few steps needs no guidance, and without it the negative prompt does nothing; give"
+                " guidance_scale 1.5, or leave out fast",
+                stacklevel=2,
+            )
         if (habit := schedule.config.drawing.habit) and self.left_open & {"steps", "guidance_scale"}:
             warnings.warn(habit, stacklevel=2)
         if own.cache_interval > 1 and (deep := "ControlNets" if own.controls else own.taps()):
@@ -76,7 +82,12 @@ class Sampling(Settings):
         Raises:
             UsageError: the authors' sampler is not here and none is asked for, or options exclude one another.
         """
-        drawing, changes = schedule.config.drawing, dict[str, Any]()
+        drawing, few = schedule.config.drawing, schedule.config.drawing.few_steps
+        if self.fast and few and few.keys() - self.given.keys():
+            return self.but(**{name: value for name, value in few.items() if name not in self.given}).for_model(
+                schedule
+            )
+        changes: dict[str, Any] = {"fast": bool(self.fast and few)}  # from here on: whether the model's LoRA acts
         if "sampler" in self.left_open:
             changes["sampler"] = drawing.default_sampler() or self.sampler
         name = changes.get("sampler", self.sampler)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, ClassVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 from latentdiff.errors import UsageError
 from latentdiff.prompts.syntax import as_list, read_prompt
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
         __dataclass_fields__: ClassVar[dict[str, Any]]
         left_open: set[str]
+        given: dict[str, Any]
 
         def __init__(self, **options: Unpack[SamplingOptions]) -> None: ...
+        def but(self, **changes: Any) -> Self: ...
         def __getattr__(self, name: str) -> Any: ...
 
 else:
@@ -28,9 +30,9 @@ else:
     from latentdiff.request.options import FAST
 
     class _Settled:
-        """All of `SamplingOptions`, checked, with the defaults in place of what was not given; `fast` has done its work.
+        """All of `SamplingOptions`, checked, with the defaults in place of what was not given, or those of `fast`.
 
-        `left_open` are the names of those that a default decided.
+        `given` are those that were given, `left_open` the names of those that a default decided.
         """
 
         def __post_init__(self) -> None:
@@ -39,8 +41,12 @@ else:
             fast = FAST if given.get("fast") else {}
             defaults = {name: option.default for name, option in SAMPLING.items()}
             left_open = SAMPLING.keys() - given.keys() - fast.keys()
-            for name, value in {**defaults, **fast, **given, "fast": False, "left_open": left_open}.items():
+            for name, value in {**defaults, **fast, **given, "left_open": left_open, "given": given}.items():
                 object.__setattr__(self, name, value)
+
+        def but(self, **changes: Any) -> Self:
+            """The same with these options given, and what was left open left open; `replace` closes all."""
+            return type(self)(**{**self.given, **changes})
 
     Settings = make_dataclass(
         "Settings",

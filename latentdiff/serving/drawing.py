@@ -97,7 +97,9 @@ def as_file(image: Image.Image, suffix: str, quality: int) -> bytes:
 def _options(pipe: Pipeline, draw: Draw) -> dict[str, Any]:
     options = dict(draw.options)
     if draw.lenient:
-        sampler = SAMPLERS[options.get("sampler") or Sampling().for_model(pipe.schedule).sampler]
+        sampler = SAMPLERS[
+            options.get("sampler") or Sampling(fast=options.get("fast")).for_model(pipe.schedule).sampler
+        ]
         lacking = [name for name, has in OF_SAMPLERS.items() if not has(sampler)]
         options = {name: value for name, value in options.items() if name not in lacking}
     return options

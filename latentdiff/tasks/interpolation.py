@@ -150,7 +150,7 @@ def _frames(
     """Frames of one way."""
     pipe.check_text_to_image()
     prompts, seeds = ways[0].prompts, ways[0].seeds
-    plan = replace(sampling, seed=[seeds[0]] * len(ways)).plan([" -> ".join(prompts)] * len(ways), pipe.schedule)
+    plan = sampling.but(seed=[seeds[0]] * len(ways)).plan([" -> ".join(prompts)] * len(ways), pipe.schedule)
     shape = latent_shape(size, pipe.default_size, pipe.vae.config, None, len(ways))
     places = [(way.frame or 0) / (way.frames - 1) * (len(prompts) - 1) for way in ways]
     legs = [(min(int(place), len(prompts) - 2), place) for place in places]

@@ -51,14 +51,33 @@ def test_options_not_given_have_defaults_and_those_given_win():
         own = Sampling(fast=True, **{name: value})
         assert getattr(own, name) == value
         assert all(getattr(own, other) == FAST[other] for other in FAST if other != name)
-    assert not fast.fast and replace(fast) == fast and replace(fast, steps=3).sampler == FAST["sampler"]
+    assert fast.fast and replace(fast) == fast and replace(fast, steps=3).sampler == FAST["sampler"]
 
 
 def test_a_fast_plan_says_what_it_settled_on():
     plan = Sampling(fast=True, seed=1, eta=0.0).plan("a cat", Schedule(ScheduleConfig()))
     (fields,) = plan.recipe_fields()
-    assert "fast" not in fields and {name: fields[name] for name in FAST} == FAST
-    assert plan.steps == FAST["steps"]
+    assert not fields["fast"], "the model has no LoRA of its own"
+    assert {name: fields[name] for name in FAST} == FAST and plan.steps == FAST["steps"]
+
+
+FEW = {"sampler": "lcm", "spacing": "lcm", "steps": 4, "guidance_scale": 1.0}
+
+
+def test_a_model_with_a_lora_for_few_steps_decides_what_fast_means():
+    config = ScheduleConfig()
+    schedule = Schedule(config.with_drawing(replace(config.drawing, few_steps=FEW)))
+
+    def settled(sampling):
+        own = sampling.for_model(schedule)
+        return {name: getattr(own, name) for name in FEW}, own.fast
+
+    assert settled(Sampling(fast=True)) == (FEW, True)
+    assert settled(Sampling(fast=True).but(seed=3)) == (FEW, True), "what was left open stays so"
+    assert settled(Sampling(fast=True, steps=6, spacing="karras")) == ({**FEW, "steps": 6, "spacing": "karras"}, True)
+    assert settled(Sampling(fast=True, **FEW)) == (FEW, True), "as a recipe has it"
+    plain = {"sampler": "ddim", "spacing": "leading", "steps": 25, "guidance_scale": 5.0}
+    assert settled(Sampling()) == ({**plain, "spacing": None}, False)
 
 
 SD = Schedule(ScheduleConfig())
