@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +44,8 @@ class Parameterization:
     `a` and `s` stand for alpha and sigma: floats in sampling, tensors (N, 1, 1, 1) in training.
     """
 
-    x0: Callable[[Tensor, Tensor, float, float], Tensor]  # (raw, x, a, s)
-    eps: Callable[[Tensor, Tensor, float, float], Tensor]  # (raw, x, a, s)
+    x0: Callable[[Tensor, Tensor, Any, Any], Tensor]  # (raw, x, a, s)
+    eps: Callable[[Tensor, Tensor, Any, Any], Tensor]  # (raw, x, a, s)
     target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x0, eps, a, s)
     min_snr_weight: Callable[[Tensor, Tensor, float], Tensor]  # (a, s, gamma)
     debiased_weight: Callable[[Tensor, Tensor], Tensor]  # (a, s)
@@ -60,8 +61,8 @@ class Parameterization:
         return Prediction(x0, eps, raw, guided)
 
 
-def _divide(numerator: Tensor, denominator: float) -> Tensor:
-    if denominator == 0.0:
+def _divide(numerator: Tensor, denominator: Tensor | float) -> Tensor:
+    if isinstance(denominator, float) and denominator == 0.0:
         raise UsageError(
             "x0 or eps is undetermined here: epsilon-prediction needs some signal, sample-prediction some noise"
         )

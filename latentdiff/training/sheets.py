@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ class SampleSheets:
         folder: of the stage; the images lie in `samples/` there.
         seed: of the run; image i has seed `seed + i`.
         followed: what the images follow beside their prompts.
+        drawing: options of generation in place of those steps and that guidance.
     """
 
     def __init__(
@@ -49,9 +50,11 @@ class SampleSheets:
         folder: Path,
         seed: int,
         followed: Followed | None = None,
+        drawing: Mapping[str, Any] | None = None,
     ) -> None:
         self._followed = followed
-        self._parts, self._prompts, self._settings = parts, list(prompts), settings
+        self._drawing = drawing or {"steps": settings.sample_steps, "guidance_scale": settings.sample_guidance}
+        self._parts, self._prompts = parts, list(prompts)
         self._folder, self._seed = folder, seed
         self.written: list[Path] = []
 
@@ -59,13 +62,13 @@ class SampleSheets:
         """Write the images of a step; `weights` is "ema" or "raw"."""
         if not self._prompts:
             return
-        settings, networks = self._settings, (self._parts.unet, self._parts.text_encoder, self._parts.vae)
+        networks = (self._parts.unet, self._parts.text_encoder, self._parts.vae)
         modes = [network.training for network in networks]
         self._parts.vae.to(self._parts.unet.conv_in.weight.device)
         # Not the hash: what the model is at this step lies in no file.
         name = f"{self._parts.name}, trained in {self._folder.name}, step {step}, {weights} weights"
         pipe = Pipeline.from_components(replace(self._parts, name=name, hash=""))
-        make = partial(pipe, steps=settings.sample_steps, guidance_scale=settings.sample_guidance, progress=False)
+        make = partial(pipe, **self._drawing, progress=False)
         folder, hints = sample_folder(self._folder, step, weights), []
         if self._followed is not None:
             make, hints = _following(make, self._followed, name), self._followed.hints

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PlainSerializer, PositiveInt, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, PositiveInt, ValidationError, model_validator
 
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.errors import ConfigError
@@ -23,6 +23,7 @@ from latentdiff.training.sections import (
     ReadingSection,
     Section,
     StageSection,
+    Texts,
     first_fault,
     numbers,
     plain,
@@ -177,6 +178,42 @@ class DiffusionStageSection(DenoisingSection):
         return self
 
 
+class DistillationStageSection(DenoisingSection):
+    """The finished U-Net in few steps and without guidance, by a LoRA beside it; see `stages.consistency`. Its images are
+    drawn by `fast`."""
+
+    guidance_scale: Positive = 5.0
+    """Guidance scale of the teacher, which the student has in it: where it is used, there is no other."""
+    segments: PositiveInt = 8
+    """Steps of the student, which ends in its teacher's image; 1 is a latent consistency model (Luo et al. 2023), drawn
+    by the sampler lcm in 4 steps with fresh noise in each."""
+    teacher_steps: PositiveInt = 40
+    """Steps of the teacher; they divide the timesteps, and `segments` divides them."""
+    rank: PositiveInt = 32
+    """Inner width of the LoRA; its file has about 230 KB a rank for the embedded model."""
+    targets: Texts = ("attention", "feed_forward", "projections", "convolutions")
+    """Layers of the U-Net with a LoRA: groups, or patterns such as unet.*.attn2.to_k."""
+    loss: Literal["huber"] = "huber"
+    """The pseudo-Huber distance, as Song & Dhariwal 2023 found best for consistency."""
+    huber_c: Annotated[float, Field(gt=0, le=1)] = 0.03
+    """Errors far above this count linearly."""
+    huber_schedule: Literal["constant"] = "constant"
+    """The same at all noise levels."""
+    caption_dropout: Fraction = 0.0
+    """Share of captions replaced by the empty one; the student is not asked without a prompt."""
+    sample_count: Count = 16
+    """Held-out captions to make samples of where no prompts are given; 0 makes none."""
+
+    @model_validator(mode="after")
+    def _trains_the_unet_alone(self) -> DistillationStageSection:
+        idle = ("min_snr_gamma", "debiased", "text_encoder_lr", "gradient_checkpointing", "compile")
+        if given := [name for name in idle if getattr(self, name)]:
+            raise ValueError(f"{given[0]} is not for distillation, which compares a U-Net with itself; leave it out")
+        if not self.cache_latents or self.crop != "center":
+            raise ValueError("distillation needs cache_latents and crop: center, as it takes its images from the cache")
+        return self
+
+
 class TrainingConfig(Section):
     """A run: model, data, stages."""
 
@@ -197,6 +234,8 @@ class TrainingConfig(Section):
     images."""
     diffusion: DiffusionStageSection
     """U-Net and text encoder."""
+    distillation: DistillationStageSection | None = None
+    """Optional last stage: the same images in few steps."""
     model_dtype: Literal["float32", "float16"] = "float32"
     """Precision of the finished model's files."""
 

@@ -15,7 +15,7 @@ from latentdiff.training.loss import DenoisingLoss
 from latentdiff.training.material import Material, material
 from latentdiff.training.objective import DiffusionObjective
 from latentdiff.training.samples import Batches, Samples
-from latentdiff.training.sections import sources
+from latentdiff.training.sections import DenoisingSection, sources
 from latentdiff.training.sheets import SampleSheets
 from latentdiff.training.stages.close_ups import CloseUpBatches, read_close_ups
 from latentdiff.training.stages.config import TrainingConfig
@@ -41,9 +41,9 @@ def read_images(config: TrainingConfig, *, held_out: int | None = None) -> Datas
     )
 
 
-def read_material(config: TrainingConfig, parts: Components) -> Material:
-    """Images as squares and their captions, of which the held-out ones are measured on."""
-    settings, resolution = config.diffusion, config.data.resolution
+def read_material(config: TrainingConfig, settings: DenoisingSection, parts: Components) -> Material:
+    """Images as squares and their captions, as a stage sees them; the held-out ones are measured on."""
+    resolution = config.data.resolution
     tokens = CaptionTokens(parts.tokenizer, settings.long_captions)
     latent = (parts.vae.config.latent_channels, parts.vae.config.downscale)
     training, other = (

@@ -1,4 +1,5 @@
-"""The stages of a training run, in order: VAE, decoder (optional), text (optional), diffusion; then the model folder.
+"""The stages of a training run, in order: VAE, decoder (optional), text (optional), diffusion, distillation (optional); then
+the model folder.
 
 A stage that is finished is skipped by a later call, one that was cut off goes on from its newest whole checkpoint.
 """
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 
 from latentdiff.checkpoints.components import Components, save_folder
+from latentdiff.checkpoints.distilled import read_distilled
 from latentdiff.device import computes_in_bf16
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.files import atomic_path
@@ -23,11 +25,17 @@ from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
 from latentdiff.training.folder import owned
 from latentdiff.training.loop import Trainer
 from latentdiff.training.loss import attention_backend
-from latentdiff.training.material import announce, build_latents
+from latentdiff.training.material import Material, announce, build_latents
 from latentdiff.training.report.page import write_report
-from latentdiff.training.sections import StageSection, dump_config
-from latentdiff.training.stages.config import TextStageSection, TrainingConfig, VAEStageSection
+from latentdiff.training.sections import DenoisingSection, StageSection, dump_config
+from latentdiff.training.stages.config import (
+    DistillationStageSection,
+    TextStageSection,
+    TrainingConfig,
+    VAEStageSection,
+)
 from latentdiff.training.stages.diffusion import diffusion_task, read_images, read_material
+from latentdiff.training.stages.distillation import check_teacher, distillation_task, is_saved, save_student
 from latentdiff.training.stages.networks import (
     TEXT_FILE,
     load_text_encoder,
@@ -45,7 +53,7 @@ from latentdiff.training.stages.text import TextTask
 from latentdiff.training.stages.vae import VAETask, measure_scaling_factor
 from latentdiff.training.stages.words import words_of_data
 
-STAGES = ("vae", "decoder", "text", "diffusion")
+STAGES = ("vae", "decoder", "text", "diffusion", "distillation")
 
 _FINISHED = "finished"  # in the folder of the last stage: its last step
 
@@ -68,6 +76,8 @@ def train(config: TrainingConfig, stages: Sequence[str] = STAGES) -> Path | None
             _text_stage(config, config.text)
         if "diffusion" in stages:
             _diffusion_stage(config)
+        if "distillation" in stages and config.distillation and _diffusion_finished(config):
+            _distillation_stage(config, config.distillation)
         if main:
             write_report(config.run)
         if not _finished(config):
@@ -77,20 +87,17 @@ def train(config: TrainingConfig, stages: Sequence[str] = STAGES) -> Path | None
 
 
 def export(config: TrainingConfig, folder: Path) -> Path:
-    """Write the model folder from what has been trained so far: averaged weights of the newest whole checkpoint.
+    """Write the model folder from what has been trained so far: averaged weights of the newest whole checkpoint, and the LoRA
+    for few steps where its stage is finished.
 
     Raises:
         CheckpointError: the VAE is not finished, or the diffusion stage has no checkpoint yet.
     """
-    path, _ = newest_checkpoint(config.run / "diffusion" / "checkpoints")
-    if path is None:
-        raise CheckpointError(f"{config.run / 'diffusion'} has no checkpoint yet; run the stage diffusion first")
-    average = load_checkpoint(path).ema
-    components = _new_model(config, _best_vae(config))
-    for name, network in (("unet.", components.unet), ("text_encoder.", components.text_encoder)):
-        network.load_state_dict(
-            {key.removeprefix(name): value for key, value in average.items() if key.startswith(name)}
-        )
+    components = _trained_model(config)
+    stage = config.run / "distillation"
+    if config.distillation and is_saved(stage / "final"):
+        check_teacher(components, stage)
+        components.distilled = read_distilled(stage / "final")
     for network in (components.text_encoder, components.unet, components.vae):
         network.to(getattr(torch, config.model_dtype))
     components.words = words_of_data(read_images(config), config.data.resolution)
@@ -151,12 +158,7 @@ def _diffusion_stage(config: TrainingConfig) -> None:
     if config.text:
         load_text_encoder(parts.text_encoder, config.run / "text" / TEXT_FILE)
     accelerator = _accelerator(settings)
-    with accelerator.main_process_first():
-        of = read_material(config, parts)
-    announce(of.summary(settings.batch_size), folder / "data.json", accelerator)
-    parts.vae.eval().to(memory_format=torch.channels_last)
-    with accelerator.autocast():  # as the task encodes what is not cached; in float32, a CPU takes four times as long
-        build_latents(of, parts.vae, settings, config.run / "cache", accelerator)
+    of = _cached_material(config, settings, parts, folder, accelerator)
     task = diffusion_task(config, parts, of, folder)
     side = config.model.unet.sample_size
     with use_attention_backend(attention_backend(settings, side, accelerator)):
@@ -165,6 +167,36 @@ def _diffusion_stage(config: TrainingConfig) -> None:
         with atomic_path(folder / _FINISHED) as temporary:
             temporary.write_text(f"{settings.max_steps}\n")
     accelerator.wait_for_everyone()
+
+
+def _distillation_stage(config: TrainingConfig, settings: DistillationStageSection) -> None:
+    folder = config.run / "distillation"
+    if is_saved(folder / "final"):
+        return
+    parts, accelerator = _trained_model(config), _accelerator(settings)
+    with accelerator.main_process_first():
+        check_teacher(parts, folder)
+    of = _cached_material(config, settings, parts, folder, accelerator)
+    task = distillation_task(config, parts, of, folder)
+    trainer = Trainer(task, settings, folder, accelerator)
+    with use_attention_backend(attention_backend(settings, config.model.unet.sample_size, accelerator)):
+        _fit(trainer, config)
+    if accelerator.is_main_process:
+        save_student(config, parts, trainer.state().ema, trainer.step, folder / "final")
+    accelerator.wait_for_everyone()
+
+
+def _cached_material(
+    config: TrainingConfig, settings: DenoisingSection, parts: Components, folder: Path, accelerator: Accelerator
+) -> Material:
+    """The images of a stage with their latents; those of an earlier stage are there already."""
+    with accelerator.main_process_first():
+        of = read_material(config, settings, parts)
+    announce(of.summary(settings.batch_size), folder / "data.json", accelerator)
+    parts.vae.eval().to(memory_format=torch.channels_last)
+    with accelerator.autocast():  # as the task encodes what is not cached; in float32, a CPU takes four times as long
+        build_latents(of, parts.vae, settings, config.run / "cache", accelerator)
+    return of
 
 
 def _fit(trainer: Trainer, config: TrainingConfig) -> None:
@@ -190,6 +222,20 @@ def _new_model(config: TrainingConfig, vae: VAE) -> Components:
     )
 
 
+def _trained_model(config: TrainingConfig) -> Components:
+    """The model with the averaged weights of the newest whole checkpoint."""
+    path, _ = newest_checkpoint(config.run / "diffusion" / "checkpoints")
+    if path is None:
+        raise CheckpointError(f"{config.run / 'diffusion'} has no checkpoint yet; run the stage diffusion first")
+    average = load_checkpoint(path).ema
+    components = _new_model(config, _best_vae(config))
+    for name, network in (("unet.", components.unet), ("text_encoder.", components.text_encoder)):
+        network.load_state_dict(
+            {key.removeprefix(name): value for key, value in average.items() if key.startswith(name)}
+        )
+    return components
+
+
 def _new_text(config: TrainingConfig) -> tuple[Tokenizer, TextEncoder]:
     section = config.model.text_encoder
     tokenizer = load_tokenizer(config.model.tokenizer, section.max_position_embeddings)
@@ -204,8 +250,11 @@ def _best_vae(config: TrainingConfig) -> VAE:
 
 def _finished(config: TrainingConfig) -> bool:
     vae_stages = ["vae", *(["decoder"] if config.decoder else [])]
-    return _diffusion_finished(config) and all(
-        (config.run / name / "final" / "config.json").is_file() for name in vae_stages
+    is_distilled = config.distillation is None or is_saved(config.run / "distillation" / "final")
+    return (
+        _diffusion_finished(config)
+        and is_distilled
+        and all((config.run / name / "final" / "config.json").is_file() for name in vae_stages)
     )
 
 
