@@ -189,6 +189,9 @@ class DistillationStageSection(DenoisingSection):
     by the sampler lcm in 4 steps with fresh noise in each."""
     teacher_steps: PositiveInt = 40
     """Steps of the teacher; they divide the timesteps, and `segments` divides them."""
+    teacher_span: PositiveInt = 5
+    """Steps of the teacher in each target, the rest of the segment is the student's own answer: 1 is consistency alone, as
+    many as a segment has is regression on the teacher, dearer and learned in far fewer steps."""
     rank: PositiveInt = 32
     """Inner width of the LoRA; its file has about 230 KB a rank for the embedded model."""
     targets: Texts = ("attention", "feed_forward", "projections", "convolutions")

@@ -2,16 +2,17 @@
 
 The noise levels of a DDIM walk of the teacher are cut into segments. From any of them the student learns to reach the clean
 end of its segment in one step: wherever on the teacher's path it starts, it has to arrive at the same place. So it is told
-to arrive, from a noisy latent, where it arrives itself from one guided step of the teacher further on:
+to arrive, from a noisy latent, where it arrives itself from k guided steps of the teacher further on:
 
-    loss = d(f(x_n, s), f(x_(n-1), s))        x_(n-1) = DDIM step of the guided teacher from x_n
+    loss = d(f(x_n, s), f(x_(n-k), s))        x_(n-k) = k DDIM steps of the guided teacher from x_n, as far as s
 
 with f(x, s) a DDIM step of the student to the end s of the segment. With one segment, this is a latent consistency model
 (Luo et al. 2023, algorithm 1; Song et al. 2023); with several, a multistep one (Heek et al. 2024, "Multistep Consistency
 Models"), whose walk has no fresh noise, so that it ends in the teacher's image. The boundary condition f(x_s, s) = x_s needs
 no scaling, as a DDIM step of no length is the identity; the scalings of Luo et al. are 0 and 1 at all of these levels to
 within 1e-5. The target is the student's own answer without gradient (Song & Dhariwal 2023, section 3.2: averages of the
-weights there gain nothing).
+weights there gain nothing). With k as long as a segment, the teacher itself walks to its end (Salimans & Ho 2022, Meng et al.
+2023, in one go): each target costs more, and is right from the first step on.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class ConsistencyLoss(nn.Module):
         guidance_scale: of the teacher.
         teacher_steps: how many steps its walk has.
         segments: how many the student's walk has.
+        teacher_span: how many of the teacher's are in a target.
         huber_c: of the pseudo-Huber distance: errors far above it count linearly.
 
     Raises:
@@ -65,6 +67,7 @@ class ConsistencyLoss(nn.Module):
         guidance_scale: float,
         teacher_steps: int,
         segments: int,
+        teacher_span: int,
         huber_c: float,
     ) -> None:
         super().__init__()
@@ -75,7 +78,7 @@ class ConsistencyLoss(nn.Module):
                 f" {segments}"
             )
         self.unet, self.text_encoder, self.lora = unet, text_encoder, lora
-        self.guidance_scale, self.huber_c = guidance_scale, huber_c
+        self.guidance_scale, self.teacher_span, self.huber_c = guidance_scale, teacher_span, huber_c
         self.stride, self.length = total // teacher_steps, teacher_steps // segments
         self._parameterization = parameterization(schedule.config.prediction_type)
         visited = torch.arange(self.stride - 1, total, self.stride)
@@ -97,15 +100,26 @@ class ConsistencyLoss(nn.Module):
         x = alpha * batch["latents"] + sigma * batch["noise"]
         context, empty = self.texts(batch["tokens"])
         end = (place - 1) // self.length * self.length
-        with torch.no_grad():
-            nearer = self.teacher_step(x, place, context, empty)
+        target = self._target(x, place, end, context, empty)
         with self.lora.attached():
-            with torch.no_grad():
-                arrived = self.jump(nearer, place - 1, end, context)
-            target = torch.where((place - 1 == end).view(-1, 1, 1, 1), nearer, arrived)
             difference = self.jump(x, place, end, context) - target
         cost = (difference.square() + self.huber_c**2).sqrt() - self.huber_c  # pseudo-Huber, Song & Dhariwal 2023
         return {"loss": (batch["weights"] * cost.flatten(1).mean(1)).mean(), "mse": difference.detach().square().mean()}
+
+    @torch.no_grad()
+    def _target(self, x: Tensor, place: Tensor, end: Tensor, context: Tensor, empty: Tensor) -> Tensor:
+        """Where the student should arrive: the teacher's steps, and from there what it says itself."""
+        x, place = x.clone(), place.clone()
+        for _ in range(self.teacher_span):
+            going = (place > end).nonzero().flatten()
+            if len(going):
+                x[going] = self.teacher_step(x[going], place[going], context[going], empty[going])
+                place[going] -= 1
+        going = (place > end).nonzero().flatten()
+        if len(going):
+            with self.lora.attached():
+                x[going] = self.jump(x[going], place[going], end[going], context[going])
+        return x
 
     @torch.no_grad()
     def texts(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -137,6 +137,7 @@ def distillation_task(config: TrainingConfig, parts: Components, of: Material, f
         guidance_scale=settings.guidance_scale,
         teacher_steps=settings.teacher_steps,
         segments=settings.segments,
+        teacher_span=settings.teacher_span,
         huber_c=settings.huber_c,
     )
     sheets = SampleSheets(

@@ -49,12 +49,12 @@ class Texts:
         return torch.tensor([EMPTY, CAPTION])[tokens][..., None]
 
 
-def loss_of(student, segments, kind="v_prediction", teacher_steps=20):
+def loss_of(student, segments, kind="v_prediction", teacher_steps=20, span=1):
     config = ScheduleConfig(prediction_type=kind, set_alpha_to_one=True)
     points = Points(config, student)
     module = ConsistencyLoss(
         points, Texts(), points, Schedule(config), torch.zeros(2, dtype=torch.long),
-        guidance_scale=SCALE, teacher_steps=teacher_steps, segments=segments, huber_c=0.03,
+        guidance_scale=SCALE, teacher_steps=teacher_steps, segments=segments, teacher_span=span, huber_c=0.03,
     )  # fmt: skip
     return module, points
 
@@ -72,10 +72,10 @@ def batch(timesteps):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("segments", [1, 4, 20])
-def test_who_knows_what_guidance_leads_to_is_consistent(segments, kind):
+@pytest.mark.parametrize(("segments", "span"), [(1, 1), (4, 1), (4, 2), (4, 5), (20, 3)])
+def test_who_knows_what_guidance_leads_to_is_consistent(segments, span, kind):
     """DDIM is exact on the way to a point, so that every jump of such a student ends on its teacher's path."""
-    module, _ = loss_of(GUIDED, segments, kind)
+    module, _ = loss_of(GUIDED, segments, kind, span=span)
     found = module(batch([0, 49, 50, 249, 250, 501, 998, 999]), 0)
     assert found["mse"].item() < 1e-8 and found["loss"].item() < 1e-5
 
@@ -98,12 +98,13 @@ def test_one_segment_learns_from_the_clean_end():
     assert at_the_end["loss"].item() == pytest.approx(((GUIDED - CAPTION) ** 2 + 0.03**2) ** 0.5 - 0.03, rel=1e-4)
 
 
-def test_several_segments_learn_from_every_step():
+@pytest.mark.parametrize(("span", "near"), [(1, 599), (2, 549), (3, 499), (5, 499)])
+def test_several_segments_learn_from_every_step(span, near):
     """The difference by hand, of an unguided student in the middle of a segment of 5 steps of 50 timesteps."""
-    module, points = loss_of(CAPTION, 4)
+    module, points = loss_of(CAPTION, 4, span=span)
     one = batch([640])  # between 599 and 649, in the segment that begins at 749 and ends at 499
     (a, s), (a_near, s_near), (a_end, s_end) = (
-        [value.item() for value in points.levels(torch.tensor(t))] for t in (649, 599, 499)
+        [value.item() for value in points.levels(torch.tensor(t))] for t in (649, near, 499)
     )
     x = a * one["latents"].double() + s * one["noise"].double()
     nearer = a_near * GUIDED + s_near * (x - a * GUIDED) / s
