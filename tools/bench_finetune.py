@@ -147,7 +147,7 @@ def train_diffusers(args: argparse.Namespace) -> dict[str, float]:
 def train_latentdiff(args: argparse.Namespace, *, cached: bool) -> dict[str, float]:
     """`latentdiff finetune --method full`, doing the same work."""
     from latentdiff import finetune
-    from latentdiff.training.finetuning import finetune as module
+    from latentdiff.training.finetuning.preparation import Preparation
     from latentdiff.training.loop import Trainer
 
     marks: list[tuple[float, float]] = []
@@ -163,14 +163,14 @@ def train_latentdiff(args: argparse.Namespace, *, cached: bool) -> dict[str, flo
 
     Trainer._train_step = marked
     prepared: list[float] = []
-    build = module._build_caches
+    build = Preparation.build_caches
 
-    def timed(*arguments: Any, **options: Any) -> None:
+    def timed(self: Preparation) -> None:
         before = time.perf_counter()
-        build(*arguments, **options)
+        build(self)
         prepared.append(time.perf_counter() - before)
 
-    module._build_caches = timed
+    Preparation.build_caches = timed
     finetune(
         args.data,
         model=str(args.model),

@@ -1,0 +1,212 @@
+"""A fine-tuning up to its first step: device, model, data, caches, trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from latentdiff.checkpoints.components import Components, load_components
+from latentdiff.checkpoints.embedded import EMBEDDED_NAME, embedded_model
+from latentdiff.device import computes_in_bf16
+from latentdiff.diffusion.config import ScheduleConfig
+from latentdiff.diffusion.schedule import Schedule
+from latentdiff.engines.fast_forms import use_fast_forms
+from latentdiff.errors import ConfigError, UsageError
+from latentdiff.files import atomic_path
+from latentdiff.networks.attention import use_attention_backend
+from latentdiff.networks.sizes import OF_BASE, count_of_sizes
+from latentdiff.training.denoising import DenoisingTask
+from latentdiff.training.finetuning.config import FinetuneConfig
+from latentdiff.training.finetuning.material import batches_of, read_material
+from latentdiff.training.finetuning.methods import FinetuningMethod, make_method
+from latentdiff.training.finetuning.streaming import shards_to_stream
+from latentdiff.training.lean import lean_layers
+from latentdiff.training.loop import Trainer
+from latentdiff.training.loss import DenoisingLoss, attention_backend
+from latentdiff.training.material import Material, announce, build_latents, build_texts
+from latentdiff.training.objective import DiffusionObjective
+from latentdiff.training.sections import dump_config
+from latentdiff.training.sharding import is_sharding
+from latentdiff.training.sheets import Followed, SampleSheets
+
+CONFIG = "config.yaml"
+
+
+class Preparation:
+    """The model and the data of a run, and what is made of them, in this order: `build_caches`, `trainer`; both inside
+    `computing`.
+
+    Args:
+        settings: the configuration, with the precision that was chosen.
+        accelerator: from `make_accelerator`.
+
+    Attributes:
+        settings: the same, with the attention back end that was chosen.
+        method: what is trained.
+        material: what is learned from.
+        shards: of a stream.
+        sheets: draws the samples.
+    """
+
+    def __init__(self, settings: FinetuneConfig, accelerator: Accelerator) -> None:
+        parts = load_components(settings.model or embedded_model())
+        if settings.model is None:
+            parts.name = EMBEDDED_NAME
+        _check_model(parts)
+        parts.schedule_config = _schedule_config(parts.schedule_config, settings)
+        self.accelerator, self.method = accelerator, make_method(parts, settings)
+        side = (
+            settings.resolution / parts.vae.config.downscale if settings.resolution else parts.unet.config.sample_size
+        )
+        self.settings = settings.model_copy(update={"attention": attention_backend(settings, side, accelerator)})
+        self.shards = shards_to_stream(self.settings) if settings.stream else []
+        self.material: Material
+        self.sheets: SampleSheets
+
+    def read_data(self) -> None:
+        """Find the images, and say what is trained on."""
+        settings = self.settings
+        self.material = read_material(settings, self.method.parts, self.shards)
+        summary = self.material.summary(settings.batch_size) | ({"shards": len(self.shards)} if self.shards else {})
+        announce(summary, settings.out / "data.json", self.accelerator)
+        self.sheets = _sheets(settings, self.method, self.material)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside, the networks compute as they do in training."""
+        with ExitStack() as stack:
+            stack.enter_context(use_attention_backend(self.settings.attention))
+            _speed_up(self.method.parts, self.method, self.settings, self.accelerator, stack)
+            yield
+
+    def build_caches(self) -> None:
+        """Encode what does not change in training, as far as that is asked for."""
+        settings, method = self.settings, self.method
+        if self.shards:
+            return
+        folder = settings.cache or settings.out / "cache"
+        build_latents(self.material, method.parts.vae, settings, folder, self.accelerator)
+        if settings.cache_text and not method.trains_text:
+            build_texts(self.material, method.parts.text_encoder, settings, folder, self.accelerator)
+
+    @contextmanager
+    def trainer(self) -> Iterator[Trainer]:
+        """The trainer; inside, the networks compute with the adapter."""
+        settings = self.settings
+        with self.method.attached():
+            task = _task(settings, self.method, self.material, self.sheets, self.shards)
+            yield Trainer(task, settings, settings.out, self.accelerator)
+
+
+def make_accelerator(settings: FinetuneConfig) -> tuple[Accelerator, FinetuneConfig]:
+    """Device, precision and processes, and the configuration with the precision that was chosen."""
+    # Without being told, several processes on a machine without a GPU would each train alone and overwrite one another.
+    cpu = settings.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    precision = settings.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if not cpu and computes_in_bf16("cuda") else "no"
+    if precision == "fp16" and cpu:
+        raise ConfigError("mixed_precision fp16 needs a GPU; on a CPU take bf16 or no")
+    # accelerate remembers the precision for the life of the process; a second run may want another one.
+    AcceleratorState._reset_state()
+    return Accelerator(cpu=cpu, mixed_precision=precision), settings.model_copy(update={"mixed_precision": precision})
+
+
+def _check_model(parts: Components) -> None:
+    inputs, latents = parts.unet.config.in_channels, parts.vae.config.latent_channels
+    pooled = getattr(parts.text_encoder, "pooled_width", None)
+    if count_of_sizes(parts.unet.config, pooled) not in (0, OF_BASE):
+        raise UsageError(
+            "the refiner of SDXL, which is told scores of images, cannot be fine-tuned here; take the base"
+        )
+    if inputs != latents:
+        raise UsageError(
+            f"expected a text-to-image model with {latents} U-Net input channels, found {inputs}: this model is for"
+            " inpainting, which cannot be fine-tuned here"
+        )
+
+
+def _schedule_config(of_model: ScheduleConfig, settings: FinetuneConfig) -> ScheduleConfig:
+    """The schedule that is trained on, and written into the result."""
+    wanted: dict[str, Any] = (
+        {} if settings.prediction_type == "model" else {"prediction_type": settings.prediction_type}
+    )
+    if settings.zero_snr:
+        predicted = wanted.get("prediction_type", of_model.prediction_type)
+        if predicted == "epsilon":
+            raise ConfigError(
+                "zero_snr needs a model of v-prediction, found epsilon: at the last noise level there is no signal that a"
+                " prediction of the noise could reveal; add --prediction-type v_prediction"
+            )
+        # Samplers must begin at the last level, or what it has learned is not used.
+        wanted |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return replace(of_model, **wanted).with_drawing(of_model.drawing)
+
+
+def _speed_up(
+    parts: Any, method: FinetuningMethod, settings: FinetuneConfig, accelerator: Accelerator, stack: ExitStack
+) -> None:
+    """Give the networks their fast forms on a CPU, until the `stack` is closed."""
+    trained = [parts.unet, *([parts.text_encoder] if method.trains_text else [])]
+    trained += [method.control] if method.control else []
+    if accelerator.device.type != "cpu":
+        return
+    for network in (parts.vae, parts.text_encoder):
+        if network not in trained:
+            use_fast_forms(network)
+    if not settings.compile and not is_sharding(accelerator):
+        stack.enter_context(lean_layers(*trained))
+
+
+def write_config(settings: FinetuneConfig, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        with atomic_path(settings.out / CONFIG) as temporary:
+            temporary.write_text(dump_config(settings), encoding="utf-8")
+    accelerator.wait_for_everyone()
+
+
+def _task(
+    settings: FinetuneConfig, method: FinetuningMethod, of: Material, sheets: SampleSheets, shards: Sequence[Path]
+) -> DenoisingTask:
+    parts, schedule = method.parts, Schedule(method.parts.schedule_config)
+    for network in (parts.unet, method.control):
+        if network is not None and settings.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+    module = DenoisingLoss(
+        parts.unet.to(memory_format=torch.channels_last),
+        parts.text_encoder,
+        DiffusionObjective(schedule, settings),
+        vae=None if of.cached else parts.vae,
+        adapter=method.adapter,
+        control=None if method.control is None else method.control.to(memory_format=torch.channels_last),
+        trains_text=method.trains_text,
+    )
+    return DenoisingTask(
+        module,
+        method.parameter_groups(),
+        batches_of(of, settings, schedule.num_train_timesteps, shards),
+        of,
+        sheets,
+        settings.out,
+        seed=settings.seed,
+        networks=method.networks(),
+        loader_threads=settings.loader_threads,
+        measures_start=True,
+        draws_raw=True,
+        resume_hint=f"go on with: latentdiff finetune --resume {settings.out}",
+    )
+
+
+def _sheets(settings: FinetuneConfig, method: FinetuningMethod, material: Material) -> SampleSheets:
+    prompts, seed = material.prompts(settings, settings.seed), settings.seed
+    if method.control is None:
+        return SampleSheets(method.parts, prompts, settings, settings.out, seed)
+    followed = Followed(method.control, material.hints(settings, seed))
+    return SampleSheets(method.parts, prompts, settings, settings.out, seed, followed)
