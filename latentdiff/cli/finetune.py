@@ -105,7 +105,13 @@ def _default(name: str, field: FieldInfo) -> str:
     metavar="N",
     help="With --resume: take at least N steps before that checkpoint again, and compare every bit.",
 )
-def finetune(config: Path | None, resume: Path | None, verify_resume: int | None, **flags: Any) -> None:
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what the run would take in steps, time, memory and disk on this machine, from a few steps that are tried"
+    " out in a temporary folder; the exit status is 1 if it does not fit.",
+)
+def finetune(config: Path | None, resume: Path | None, verify_resume: int | None, dry_run: bool, **flags: Any) -> None:
     """Fine-tune a model on captioned images.
 
     The result is OUT/lora.safetensors, OUT/model, OUT/embedding.safetensors or OUT/controlnet, by method; OUT/report.html
@@ -113,6 +119,8 @@ def finetune(config: Path | None, resume: Path | None, verify_resume: int | None
     """
     if verify_resume and resume is None:
         raise UsageError("--verify-resume goes with --resume RUN")
+    if verify_resume and dry_run:
+        raise UsageError("a dry run takes no steps again; leave out --verify-resume or --dry-run")
     for source in flags.get("data") or ():
         check_data(source)
     given = _as_values({name: value for name, value in flags.items() if value is not None and value != ()})
@@ -125,6 +133,9 @@ def finetune(config: Path | None, resume: Path | None, verify_resume: int | None
     from latentdiff.training.finetuning.finetune import resolve, run
 
     settings = resolve(resume, config, given)
+    if dry_run:
+        _forecast(settings)
+        return
     result = run(settings, verify_steps=verify_resume)
     if PartialState().is_main_process:
         click.echo(f"how it went: {settings.out / 'report.html'}", err=True)
@@ -132,10 +143,22 @@ def finetune(config: Path | None, resume: Path | None, verify_resume: int | None
         click.echo(result)
 
 
+def _forecast(settings: FinetuneConfig) -> None:
+    from latentdiff.training.finetuning.trial import dry_run
+
+    found = dry_run(settings)
+    for line in found.lines():
+        click.echo(line)
+    click.get_current_context().exit(0 if found.fits else 1)
+
+
 def _next_command(settings: FinetuneConfig, result: Path) -> str:
     """The command that draws with the result of a run."""
     model = ["--model", str(settings.model)] if settings.model and settings.method != "full" else []
-    how = [{"full": "--model", "controlnet": "--control-model"}.get(settings.method, "--lora"), str(result)]  # or a word
+    how = [
+        {"full": "--model", "controlnet": "--control-model"}.get(settings.method, "--lora"),
+        str(result),
+    ]  # or a word
     if settings.method == "controlnet":
         how = ["--control", f"{settings.control_kind}=IMAGE" if settings.control_kind else "HINT", *how]
     prompt = f"a picture of {settings.word}" if settings.word else "what its captions say"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -18,6 +17,7 @@ from latentdiff.training.checkpoint import Checkpoint, load_checkpoint, newest_c
 from latentdiff.training.ema import EMA
 from latentdiff.training.folder import prepare
 from latentdiff.training.journal import Journal, Window, peak_memory
+from latentdiff.training.microbatches import micro_batches
 from latentdiff.training.optimizer import (
     clip_gradients,
     group_state,
@@ -28,7 +28,6 @@ from latentdiff.training.optimizer import (
     restore_moments,
     set_learning_rate,
 )
-from latentdiff.training.prefetch import Prefetch
 from latentdiff.training.report.log import LOG
 from latentdiff.training.sections import StageSection
 from latentdiff.training.sharding import copy_into, is_sharding, own_part, shard, synchronise, whole, wholes
@@ -66,7 +65,7 @@ class Trainer:
                 f"batch_size {settings.batch_size} must be divisible by processes x accumulation ="
                 f" {accelerator.num_processes} x {settings.accumulation}"
             )
-        self._micro_batch = settings.batch_size // splits
+        self.micro_batch = settings.batch_size // splits
         task.module.to(accelerator.device)
         self._split = self._shard() if is_sharding(accelerator) else []
         self._groups, averaged = task.parameter_groups(), task.averaged()
@@ -143,11 +142,19 @@ class Trainer:
     def _measure(self, log: Journal) -> None:
         """Validate and draw samples, as far as this step is one at which that is done."""
         if self._measures_now:
-            log.write({"step": self.step, **self._on_main(self._validate)})
+            log.write({"step": self.step, **self.validate()})
         if self.step and self._due(self.settings.preview_every):
-            folder, step = self.folder / "previews", self.step
-            self._on_main(lambda: self.task.preview(folder, step))
-            self._on_main(lambda: self.task.preview_live(folder, step), averaged=False)
+            self.preview()
+
+    def validate(self) -> dict[str, float]:
+        """What the task measures with the averaged weights; other processes than the main one get nothing."""
+        return self._on_main(self._validate)
+
+    def preview(self) -> None:
+        """Draw samples of this step."""
+        folder, step = self.folder / "previews", self.step
+        self._on_main(lambda: self.task.preview(folder, step))
+        self._on_main(lambda: self.task.preview_live(folder, step), averaged=False)
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one, and say so."""
@@ -189,6 +196,14 @@ class Trainer:
             while self.step < until:
                 self._train_step(batches)
                 self.step += 1
+
+    def trial(self, rows: int) -> None:
+        """Compute the loss and the gradients of so many rows of the next batch, as one micro-batch, and change nothing."""
+        alone = self.settings.model_copy(update={"accumulation": 1})
+        with contextlib.closing(micro_batches(self.task, alone, self.accelerator, self.step, rows)) as batches:
+            batch = {name: tensor.to(self.accelerator.device) for name, tensor in next(batches).items()}
+        self._wrapped(batch, self.step)["loss"].backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> Checkpoint:
         """What a checkpoint of this step holds; of split weights, the main process has all of them."""
@@ -271,27 +286,8 @@ class Trainer:
         self.ema.update(self.step)
         return parts
 
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
-        """Micro-batches of this process, from the current step on."""
-        settings, device = self.settings, self.accelerator.device
-
-        own = self.accelerator.process_index * settings.accumulation
-        rows = range(own * self._micro_batch, (own + settings.accumulation) * self._micro_batch)
-        stream = self.task.stream(self.step, rows, self._micro_batch)
-
-        def make(key: tuple[int, int]) -> dict[str, Tensor]:
-            step, first = key
-            arrays = next(stream) if stream else self.task.batch(step, range(first, first + self._micro_batch))
-            batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-            return {name: tensor.pin_memory() for name, tensor in batch.items()} if device.type == "cuda" else batch
-
-        keys = (
-            (step, (own + micro) * self._micro_batch)
-            for step in range(self.step, settings.max_steps)
-            for micro in range(settings.accumulation)
-        )
-        threads = 1 if stream else self.task.loader_threads  # a stream has an order
-        return iter(Prefetch(make, keys, workers=threads, depth=max(4, 2 * threads)))
+    def _batches(self) -> Generator[dict[str, Tensor]]:
+        return micro_batches(self.task, self.settings, self.accelerator, self.step, self.micro_batch)
 
     def _entry(self, window: Window) -> dict[str, float]:
         means, rate = window.close()
