@@ -138,9 +138,21 @@ def finetune(config: Path | None, resume: Path | None, verify_resume: int | None
         return
     result = run(settings, verify_steps=verify_resume)
     if PartialState().is_main_process:
+        if kept := _kept(settings):
+            click.echo(f"kept what it knew: {kept}", err=True)
         click.echo(f"how it went: {settings.out / 'report.html'}", err=True)
         click.echo(f"use it: {_next_command(settings, result)}", err=True)
         click.echo(result)
+
+
+def _kept(settings: FinetuneConfig) -> str:
+    """What the model still knows, in words; nothing where that was not measured."""
+    from latentdiff.training.report.log import LOG, RunLog, kept_in_words
+
+    share = RunLog.read(settings.out / LOG).last("kept")
+    if share is not None:
+        return f"{share:.2f} (1 is all, 0 as far off as another prompt): {kept_in_words(share)}"
+    return "all, the model itself is not changed" if settings.method in ("textual_inversion", "controlnet") else ""
 
 
 def _forecast(settings: FinetuneConfig) -> None:

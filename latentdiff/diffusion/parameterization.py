@@ -109,6 +109,18 @@ def parameterization(name: str) -> Parameterization:
         raise ConfigError(f"prediction_type must be one of {', '.join(PARAMETERIZATIONS)}, found {name!r}") from None
 
 
+def velocity(name: str, raw: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The velocity alpha eps - sigma x0 that the output `raw` of a model for x = alpha x0 + sigma eps amounts to.
+
+    raw, x and the result are (N, C, h, w), alpha and sigma (N, 1, 1, 1). It is not finite for epsilon without signal and
+    for sample without noise.
+    """
+    parameterization(name)
+    if name == "v_prediction":
+        return raw
+    return (raw - sigma * x) / alpha if name == "epsilon" else (alpha * x - raw) / sigma
+
+
 def training_target(name: str, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """What the model should say about alpha x0 + sigma eps.
 

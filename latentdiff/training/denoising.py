@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Protocol
 
@@ -35,8 +36,28 @@ class Sheets(Protocol):
     def write(self, step: int, weights: str) -> None: ...
 
 
+class Knowledge(Protocol):
+    """What a model knew before it was trained."""
+
+    def kept(self, module: DenoisingLoss) -> float:
+        """The share of it, 0 to 1, that the model as it is still knows."""
+        ...
+
+
+class Practice(Protocol):
+    """What a model practises that it knew before."""
+
+    def rows(self, step: int, rows: range) -> Arrays:
+        """What goes into the batch with the given rows of a step."""
+        ...
+
+
 class DenoisingTask(Task):
     """Denoising of latents under captions.
+
+    Attributes:
+        knowledge: what the model is not to forget, which is measured where it is given.
+        practice: what goes into the batches for that.
 
     Args:
         module: the loss.
@@ -70,6 +91,8 @@ class DenoisingTask(Task):
     ) -> None:
         self.module, self._groups, self._networks = module, groups, list(networks)
         self._batches, self._material, self._sheets = batches, material, sheets
+        self.knowledge: Knowledge | None = None
+        self.practice: Practice | None = None
         self._folder, self._seed, self._draws_raw = folder, seed, draws_raw
         self.loader_threads, self.measures_start, self.resume_hint = loader_threads, measures_start, resume_hint
         self.fingerprint = f"{batches.fingerprint}, shuffled by seed {seed}"
@@ -85,23 +108,32 @@ class DenoisingTask(Task):
 
     def batch(self, step: int, rows: range) -> Arrays:
         assert isinstance(self._batches, Batches)
-        return self._batches.arrays(step, rows)
+        return self._batches.arrays(step, rows) | self._practised(step, rows)
 
     def stream(self, first_step: int, rows: range, micro_batch: int) -> Iterator[Arrays] | None:
         batches = self._batches
-        return None if isinstance(batches, Batches) else batches.iterate(first_step, rows, micro_batch)
+        return None if isinstance(batches, Batches) else self._streamed(batches, first_step, rows, micro_batch)
+
+    def _streamed(self, batches: Stream, first_step: int, rows: range, micro_batch: int) -> Iterator[Arrays]:
+        places = ((step, first) for step in count(first_step) for first in rows[::micro_batch])
+        for arrays, (step, first) in zip(batches.iterate(first_step, rows, micro_batch), places, strict=False):
+            yield arrays | self._practised(step, range(first, first + micro_batch))
+
+    def _practised(self, step: int, rows: range) -> Arrays:
+        return {} if self.practice is None else self.practice.rows(step, rows)
 
     def sources(self, step: int) -> list[str]:
         return self._batches.names(step)
 
     def validate(self) -> dict[str, float]:
-        """Losses with fixed noise, of held-out images and as many training images."""
+        """Losses with fixed noise, of held-out images and as many training images; and what was not forgotten."""
         of = self._material
+        kept = {} if self.knowledge is None else {"kept": round(self.knowledge.kept(self.module), 4)}
         if not len(of.held_out[1]):
-            return {}
+            return kept
         measured = [self._banded(*part) for part in (of.held_out, of.training_part) if len(part[1])]
         timesteps = len(self.module.objective.alpha)
-        return losses_entry(measured[0], measured[1] if len(measured) > 1 else None, timesteps)
+        return losses_entry(measured[0], measured[1] if len(measured) > 1 else None, timesteps) | kept
 
     def preview(self, folder: Path, step: int) -> None:
         self._sheets.write(step, "ema")

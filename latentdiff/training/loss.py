@@ -62,13 +62,25 @@ class DenoisingLoss(nn.Module):
             batch: `noise` (n, C, h, w), `timesteps` (n,), `weights` (n,); `latents` (n, C, h, w), or `images`
                 (n, H, W, 3) uint8 with `posterior` noise (n, C, h, w); `context` (n, L, width), or `tokens` (n, chunks,
                 L); for U-Nets that are told them, `sizes` (n, 6); for a ControlNet `hints` (n, H, W, 3) uint8; `masks`
-                (n, 1, h, w), where errors do not count the same everywhere.
+                (n, 1, h, w), where errors do not count the same everywhere. To be kept as it was: `old_x` (k, C, h, w)
+                noisy, `old_timesteps` (k,), `old_raw` (k, C, h, w), `old_weights` (k,), and with `old_` before their
+                names what the U-Net is told there.
         """
         timesteps, differences = batch["timesteps"], self.differences(batch)
         costs = masked_mean(self.objective.costs(differences, timesteps), batch.get("masks"))
         weights = self.objective.weights(timesteps) * batch["weights"]
         squares = masked_mean(differences.detach().square(), batch.get("masks"))
-        return {"loss": (weights * costs).mean(), "mse": squares.mean()}
+        parts = {"loss": (weights * costs).mean(), "mse": squares.mean()}
+        if "old_x" in batch:
+            parts["old"] = self._changes(batch) / len(timesteps)
+            parts["loss"] = parts["loss"] + parts["old"]
+        return parts
+
+    def _changes(self, batch: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the mean squares of what is predicted otherwise than before."""
+        old = {name.removeprefix("old_"): tensor for name, tensor in batch.items() if name.startswith("old_")}
+        now = self.prediction(old["x"], old["timesteps"], old).float()
+        return (old["weights"] * (now - old["raw"]).square().flatten(1).mean(1)).sum()
 
     def latents(self, batch: dict[str, Tensor]) -> Tensor:
         """Latents (n, C, h, w) in float32, drawn from the images' distributions."""
@@ -93,10 +105,18 @@ class DenoisingLoss(nn.Module):
     def differences(self, batch: dict[str, Tensor]) -> Tensor:
         """What the predictions are off by, (n, C, h, w) float32."""
         latents, noise, timesteps = self.latents(batch), batch["noise"], batch["timesteps"]
-        context, dtype = self.context(batch), self.unet.conv_in.weight.dtype
-        noisy = self.objective.noisy(latents, noise, timesteps).to(dtype).contiguous(memory_format=torch.channels_last)
-        prediction = self.unet(noisy, timesteps, context, self._residuals(noisy, timesteps, context, batch))
+        prediction = self.prediction(self.objective.noisy(latents, noise, timesteps), timesteps, batch)
         return self.objective.differences(prediction, latents, noise, timesteps)
+
+    def prediction(self, noisy: Tensor, timesteps: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """What the U-Net says about noisy latents (n, C, h, w) float32, in its own precision.
+
+        Args:
+            batch: what it is told: `context` or `tokens`, and perhaps `sizes` and `hints`; see `forward`.
+        """
+        context, dtype = self.context(batch), self.unet.conv_in.weight.dtype
+        noisy = noisy.to(dtype).contiguous(memory_format=torch.channels_last)
+        return self.unet(noisy, timesteps, context, self._residuals(noisy, timesteps, context, batch))
 
     def _residuals(
         self, noisy: Tensor, timesteps: Tensor, context: Tensor | SizedText, batch: dict[str, Tensor]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latentdiff.diffusion.parameterization import debiased_weight, min_snr_weight, training_target
+from latentdiff.diffusion.parameterization import debiased_weight, min_snr_weight, training_target, velocity
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.training.data.randomness import Key, uniform
 from latentdiff.training.sections import ObjectiveSection
@@ -39,6 +39,17 @@ class DiffusionObjective(nn.Module):
         """What the raw prediction is off by, (N, C, h, w) in float32."""
         alpha, sigma = self._levels(timesteps)
         return prediction.float() - training_target(self._prediction_type, latents, noise, alpha, sigma)
+
+    def velocity(self, raw: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
+        """The velocity that the raw prediction for noisy latents x amounts to, all (N, C, h, w)."""
+        return velocity(self._prediction_type, raw.float(), x, *self._levels(timesteps))
+
+    def moved(self, x: Tensor, raw: Tensor, timesteps: Tensor, following: Tensor) -> Tensor:
+        """x (N, C, h, w) of one timestep each, carried to another by the DDIM step without added noise (Song et al. 2021,
+        equation 12), of which the raw prediction says the direction."""
+        alpha, sigma = self._levels(timesteps)
+        v = self.velocity(raw, x, timesteps)
+        return self.noisy(alpha * x - sigma * v, sigma * x + alpha * v, following)
 
     def costs(self, differences: Tensor, timesteps: Tensor) -> Tensor:
         """What the differences cost, each for itself: squares, or the pseudo-Huber function of them.

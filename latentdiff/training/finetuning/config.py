@@ -6,11 +6,12 @@ unknown keys are errors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from latentdiff.errors import ConfigError, UsageError
 from latentdiff.training.sections import (
@@ -93,6 +94,9 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
     that names them; alpha takes the transparency of the images themselves."""
     unmasked_weight: Fraction = 0.0
     """What errors count where a mask is black; where it is white they count 1."""
+    old_prompts: Texts = ()
+    """Prompts of what the model knows already, on which forgetting is measured, and which `keep` keeps; without them,
+    prompts of the words that the model lists, or general ones."""
     stream: bool = False
     """Read WebDataset shards in sequence, without an index in memory: for millions of images; square crops, no
     caches."""
@@ -120,6 +124,10 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
     """Encode the captions once and keep the embeddings on disk; does nothing where the text encoder is trained."""
     cache: Path | None = None
     """Folder of the caches, which runs may share; without it, `cache` in the run."""
+
+    keep: str | None = None
+    """old or old:WEIGHT: keep what the model knew (lora, full), by its own predictions for old prompts, which are part of
+    the loss with this weight, 1 if none is given."""
 
     # --- what is written
     result_precision: Literal["model", "fp32", "fp16", "bf16"] = "model"
@@ -151,6 +159,26 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
     checkpoint_every: PositiveInt = 100
     """Steps between checkpoints; a signal (Ctrl-C, SIGTERM) always writes one."""
 
+    @property
+    def keep_weight(self) -> float | None:
+        """The weight in `keep`; None where nothing is kept."""
+        if self.keep is None:
+            return None
+        what, colon, weight = self.keep.partition(":")
+        value = float(weight) if colon else 1.0
+        if what != "old" or not 0 < value < math.inf:
+            raise ValueError(self.keep)
+        return value
+
+    @field_validator("keep")
+    @classmethod
+    def _can_be_kept(cls, value: str | None) -> str | None:
+        try:
+            _ = cls.model_construct(keep=value).keep_weight
+        except ValueError:
+            raise ValueError("expected old, or old:WEIGHT with a weight above 0, such as old:0.5") from None
+        return value
+
     @model_validator(mode="before")
     @classmethod
     def _method_defaults(cls, values: Any) -> Any:
@@ -172,6 +200,10 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
             raise ValueError("prodigy knows one learning rate only; leave out text_encoder_lr")
         if self.method == "textual_inversion" and not self.word:
             raise ValueError("textual_inversion needs the new word, for example --word '<teapot>'")
+        if self.keep and self.method not in ("lora", "full"):
+            raise ValueError(f"keep goes with lora and full; {self.method} leaves the model as it is")
+        if self.keep and (self.zero_snr or self.prediction_type != "model"):
+            raise ValueError("prediction_type and zero_snr change what is predicted, which keep would hold; leave out keep")
         self._hints_fit()
         self._masks_fit()
         if self.validation and self.validation_share:

@@ -49,6 +49,9 @@ class FinetuningMethod(ABC):
     trains_text: bool = False
     """Whether the embeddings of captions change during training."""
 
+    changes_model: bool = True
+    """Whether the model itself predicts otherwise in the end; it does not where only a new word or a hint is learned."""
+
     def __init__(self, parts: Components, settings: FinetuneConfig) -> None:
         self.parts, self.settings = parts, settings
         self.file_types = {part: next(getattr(parts, part).parameters()).dtype for part in PARTS}
@@ -153,6 +156,7 @@ class TextualInversionMethod(FinetuningMethod):
     """The embedding of one new word (Gal et al. 2022); the model stays as it is."""
 
     trains_text = True
+    changes_model = False
 
     def __init__(self, parts: Components, settings: FinetuneConfig) -> None:
         super().__init__(parts, settings)
@@ -176,6 +180,8 @@ class TextualInversionMethod(FinetuningMethod):
 
 class ControlNetMethod(FinetuningMethod):
     """A ControlNet beside the model, which stays as it is (Zhang et al. 2023)."""
+
+    changes_model = False
 
     def __init__(self, parts: Components, settings: FinetuneConfig) -> None:
         super().__init__(parts, settings)

@@ -26,6 +26,8 @@ from latentdiff.training.denoising import DenoisingTask
 from latentdiff.training.finetuning.config import FinetuneConfig
 from latentdiff.training.finetuning.material import batches_of, read_material
 from latentdiff.training.finetuning.methods import FinetuningMethod, make_method
+from latentdiff.training.finetuning.old import Forgetting, Practice, Walks, texts, walks
+from latentdiff.training.finetuning.old_prompts import old_prompts
 from latentdiff.training.finetuning.streaming import shards_to_stream
 from latentdiff.training.lean import lean_layers
 from latentdiff.training.loop import Trainer
@@ -37,6 +39,9 @@ from latentdiff.training.sharding import is_sharding
 from latentdiff.training.sheets import Followed, SampleSheets
 
 CONFIG = "config.yaml"
+
+# Prompts, and places on the way of each, by what they are for.
+WALKS = {"measured": (16, 4), "kept": (32, 8)}
 
 
 class Preparation:
@@ -98,11 +103,34 @@ class Preparation:
 
     @contextmanager
     def trainer(self) -> Iterator[Trainer]:
-        """The trainer; inside, the networks compute with the adapter."""
+        """The trainer, of the start model still; inside, the networks compute with the adapter."""
         settings = self.settings
         with self.method.attached():
             task = _task(settings, self.method, self.material, self.sheets, self.shards)
-            yield Trainer(task, settings, settings.out, self.accelerator)
+            trainer = Trainer(task, settings, settings.out, self.accelerator)
+            if self._remembers:
+                with self.accelerator.autocast():
+                    task.knowledge = Forgetting(task.module, self._walks(task.module, "measured"))
+                    if (weight := settings.keep_weight) is not None:
+                        kept = self._walks(task.module, "kept")
+                        task.practice = Practice(kept, weight, settings.batch_size, settings.seed)
+            yield trainer
+
+    @property
+    def _remembers(self) -> bool:
+        """Whether what the model knew can be compared with what it says later."""
+        settings = self.settings
+        return self.method.changes_model and settings.prediction_type == "model" and not settings.zero_snr
+
+    def _walks(self, module: DenoisingLoss, purpose: str) -> Walks:
+        settings, parts = self.settings, self.method.parts
+        side = settings.resolution or parts.unet.config.sample_size * parts.vae.config.downscale
+        count, levels = WALKS[purpose]
+        prompts = list(settings.old_prompts) or old_prompts(Path(settings.model or embedded_model()), count, purpose)
+        told = texts(prompts, self.material.samples.tokens, side, tells_sizes=self.material.samples.tells_sizes)
+        latent = side // parts.vae.config.downscale
+        shape = (parts.vae.config.latent_channels, latent, latent)
+        return walks(module, told, prompts, shape, count=levels, seed=settings.seed, purpose=purpose)
 
 
 def make_accelerator(settings: FinetuneConfig) -> tuple[Accelerator, FinetuneConfig]:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,8 +84,10 @@ class _Trial:
         with made.computing():
             with self._timed("caches"):
                 made.build_caches()
-            with made.trainer() as trainer:
-                trainer.start()
+            with ExitStack() as stack:
+                with self._timed("start"):
+                    trainer = stack.enter_context(made.trainer())
+                    trainer.start()
                 fixed, per_row = self._of_rows(trainer)
                 rows = trainer.micro_batch
                 if self._limit is None or fixed + rows * per_row <= self._limit:
@@ -118,12 +120,12 @@ class _Trial:
 
     def _of_rows(self, trainer: Trainer) -> tuple[int, int]:
         """Bytes at the most with no row, and those of each row, of a micro-batch and the step after it."""
-        peaks = []
-        for rows in range(1, min(2, trainer.micro_batch) + 1):
+        peaks, more = [], min(5, trainer.micro_batch)  # so many that old places have their share, see `Practice`
+        for rows in (1, more):
             self._peak.begin()
             trainer.trial(rows)
             peaks.append(self._peak.stretch)
-        per_row = max(0, peaks[-1] - peaks[0])
+        per_row = max(0, peaks[1] - peaks[0]) // max(1, more - 1)
         # The moments are made after the first gradients, beside which the activations are gone.
         return peaks[0] - per_row + 2 * sum(p.numel() * 4 for p in trainer.parameters.values()), per_row
 

@@ -64,6 +64,20 @@ class RunLog:
         return min(finite, key=lambda point: (point[1], point[0]), default=None)
 
 
+# What is said of a share that was kept: at least so much of it, and in words.
+_KEPT_IN_WORDS = (
+    (0.95, "hardly anything was forgotten"),
+    (0.8, "a little was forgotten"),
+    (0.5, "much was forgotten"),
+    (0.0, "most was forgotten"),
+)
+
+
+def kept_in_words(share: float) -> str:
+    """What it means that a model has kept this share, 0 to 1, of what it knew."""
+    return next(words for least, words in _KEPT_IN_WORDS if share >= least)
+
+
 def best_step(run: Path) -> int | None:
     """The step with the smallest validation loss so far, if something was held out."""
     best = RunLog.read(run / LOG).best if (run / LOG).is_file() else None

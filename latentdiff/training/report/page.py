@@ -28,7 +28,7 @@ from latentdiff.reading.yaml import read_yaml
 from latentdiff.recipe import read_recipe
 from latentdiff.training.folder import hint_file
 from latentdiff.training.report.charts import HINT, Points, can_draw, line_chart, number, smoothed
-from latentdiff.training.report.log import LOG, RunLog
+from latentdiff.training.report.log import LOG, RunLog, kept_in_words
 from latentdiff.training.report.memorization import CopyCheck, read_copy_check
 
 NAME = "report.html"
@@ -113,6 +113,8 @@ def _facts(run: Path, log: RunLog, settings: Mapping[str, Any], check: CopyCheck
     if gaps := log["gap"]:
         (first_step, first), (_, last) = gaps[0], gaps[-1]
         yield number(last), f"validation loss minus training loss at the end; {number(first)} at step {first_step}"
+    if (share := log.last("kept")) is not None:
+        yield f"{share:.2f}", f"kept of what it knew, 1 is all and 0 as far off as another prompt: {kept_in_words(share)}"
     if seconds := _seconds(log, settings):
         yield _duration(seconds), "training time, without validation and samples"
     if rates := log["images_per_second"]:
@@ -183,6 +185,7 @@ def _curves(log: RunLog) -> Iterator[tuple[str, Mapping[str, Points], dict[str, 
     }
     yield "Held-out loss by timesteps (0 is clean)", bands, {"logarithmic": True, **mark}
     yield "Gap: held-out minus training images", {"gap": log["gap"]}, mark
+    yield "Kept of what the model knew: 1 is all, 0 as far off as another prompt", {"kept": log["kept"]}, {}
     yield "Held-out images through the VAE, in dB", {"PSNR": log["psnr"]}, {}
     yield "Learning rate", {"learning rate": log["lr"]}, {}
     norms = {name: points for name, points in log.values.items() if name.startswith("grad_norm")}
