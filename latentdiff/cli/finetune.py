@@ -28,6 +28,8 @@ _PLACEHOLDERS = {
     "model": "FOLDER|HUB_ID|FILE",
     "out": "FOLDER",
     "cache": "FOLDER",
+    "keep": "old[:WEIGHT]",
+    "sample_options": "NAME=VALUE",
 }
 
 
@@ -124,10 +126,13 @@ def finetune(config: Path | None, resume: Path | None, verify_resume: int | None
     for source in flags.get("data") or ():
         check_data(source)
     given = _as_values({name: value for name, value in flags.items() if value is not None and value != ()})
-    if resume is None:
-        from latentdiff.training.finetuning.config import load_finetune_config
+    from latentdiff.training.finetuning.config import load_finetune_config, resumed_config
 
-        load_finetune_config(config, given)  # tells what is wrong before torch is loaded
+    # What is wrong is told before torch is loaded.
+    if resume is None:
+        load_finetune_config(config, given)
+    else:
+        resumed_config(resume, config, given)
     from accelerate import PartialState
 
     from latentdiff.training.finetuning.finetune import resolve, run
@@ -147,9 +152,9 @@ def finetune(config: Path | None, resume: Path | None, verify_resume: int | None
 
 def _kept(settings: FinetuneConfig) -> str:
     """What the model still knows, in words; nothing where that was not measured."""
-    from latentdiff.training.report.log import LOG, RunLog, kept_in_words
+    from latentdiff.training.report.log import kept_by_result, kept_in_words
 
-    share = RunLog.read(settings.out / LOG).last("kept")
+    share = kept_by_result(settings.out)
     if share is not None:
         return f"{share:.2f} (1 is all, 0 as far off as another prompt): {kept_in_words(share)}"
     return "all, the model itself is not changed" if settings.method in ("textual_inversion", "controlnet") else ""

@@ -23,7 +23,7 @@ from latentdiff.cli.places import check_there
 from latentdiff.cli.words import remark
 from latentdiff.errors import UsageError
 from latentdiff.request.options import BorderName, OperatorName, RestorationName, SeededOptions
-from latentdiff.request.task_options import BLUR, DAMAGE, MOTION, RESTORE
+from latentdiff.request.task_options import DAMAGE, MOTION, RESTORE, check_blur
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -209,7 +209,7 @@ def _numbers(text: str) -> list[float]:
     if not 1 <= len(values) <= (2 if shape == "motion" else 1):
         raise UsageError(f"expected a kernel gaussian:STD or motion:LENGTH:ANGLE, found {text!r}")
     if shape == "gaussian":
-        BLUR("the standard deviation of the blur", values[0])
+        check_blur(values[0])
     else:
         MOTION("the motion in pixels", values[0])
     return values

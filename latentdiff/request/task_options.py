@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+from latentdiff.errors import UsageError
 from latentdiff.request.domains import Choice, Real, Whole, YesNo
 from latentdiff.request.options import OPTIONS, SIDE, InversionName, TranslationName
 
@@ -48,8 +49,19 @@ RESTORE: dict[str, Any] = {
     **_STEPS,
 }
 # Of what happened to an image: how many times smaller it is, its noise, pixels of blur. The kernels grow with the square.
-FACTOR, NOISE, BLUR, MOTION = Whole(2, 64), Real(0), Real(0, 128), Real(1, 1024)
+FACTOR, NOISE, MOTION = Whole(2, 64), Real(0), Real(1, 1024)
 DAMAGE: dict[str, Any] = {"factor": FACTOR, "sigma": NOISE}
 
 _INPUTS = ("mask", "inversion", "extend")
 NAMES = frozenset(OPTIONS) | {*EDIT, *INPAINT, *INTERPOLATE, *INVERT, *TRANSLATE, *RESTORE, *DAMAGE, *_INPUTS}
+
+
+def check_blur(std: float) -> float:
+    """The standard deviation of a Gaussian blur in pixels.
+
+    Raises:
+        UsageError: it is not a number above 0 up to 128.
+    """
+    if not Real(0, 128)("the standard deviation of the blur", std):
+        raise UsageError(f"expected a standard deviation above 0 pixels for the blur, found {std:g}")
+    return float(std)

@@ -52,12 +52,28 @@ class Practice(Protocol):
         ...
 
 
+class Decides(Protocol):
+    """Says when a run is done."""
+
+    def best(self) -> int | None:
+        """The best step so far."""
+        ...
+
+    def is_done(self) -> bool: ...
+
+    def seen(self) -> dict[str, float]:
+        """What is to be logged about the newest samples."""
+        ...
+
+
 class DenoisingTask(Task):
     """Denoising of latents under captions.
 
     Attributes:
         knowledge: what the model is not to forget, which is measured where it is given.
         practice: what goes into the batches for that.
+        decides: says when the run is done and which step is the best; without it, the smallest held-out loss does the
+            latter.
 
     Args:
         module: the loss.
@@ -93,6 +109,7 @@ class DenoisingTask(Task):
         self._batches, self._material, self._sheets = batches, material, sheets
         self.knowledge: Knowledge | None = None
         self.practice: Practice | None = None
+        self.decides: Decides | None = None
         self._folder, self._seed, self._draws_raw = folder, seed, draws_raw
         self.loader_threads, self.measures_start, self.resume_hint = loader_threads, measures_start, resume_hint
         self.fingerprint = f"{batches.fingerprint}, shuffled by seed {seed}"
@@ -135,16 +152,20 @@ class DenoisingTask(Task):
         timesteps = len(self.module.objective.alpha)
         return losses_entry(measured[0], measured[1] if len(measured) > 1 else None, timesteps) | kept
 
-    def preview(self, folder: Path, step: int) -> None:
+    def preview(self, folder: Path, step: int) -> dict[str, float] | None:
         self._sheets.write(step, "ema")
+        return None if self.decides is None else self.decides.seen()
 
     def preview_live(self, folder: Path, step: int) -> None:
         if self._draws_raw:
             self._sheets.write(step, "raw")
 
     def steps_to_keep(self) -> Collection[int]:
-        best = best_step(self._folder)
+        best = best_step(self._folder) if self.decides is None else self.decides.best()
         return () if best is None else (best,)
+
+    def is_done(self) -> bool:
+        return self.decides is not None and self.decides.is_done()
 
     def _banded(self, samples: Samples, indices: np.ndarray) -> np.ndarray:
         def errors_of(images: np.ndarray, noise: np.ndarray, timesteps: np.ndarray) -> Tensor:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -17,7 +16,7 @@ from latentdiff.training.checkpoint import Checkpoint, load_checkpoint, newest_c
 from latentdiff.training.ema import EMA
 from latentdiff.training.folder import prepare
 from latentdiff.training.journal import Journal, Window, peak_memory
-from latentdiff.training.microbatches import micro_batches
+from latentdiff.training.microbatches import micro_batch_size, micro_batches
 from latentdiff.training.optimizer import (
     clip_gradients,
     group_state,
@@ -33,9 +32,6 @@ from latentdiff.training.sections import StageSection
 from latentdiff.training.sharding import copy_into, is_sharding, own_part, shard, synchronise, whole, wholes
 from latentdiff.training.stop_signals import StopSignals
 from latentdiff.training.task import Task
-
-# They change the parameters that the optimizer and the averages were made of, which would then train nothing.
-_OTHER_KINDS = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class TrainingStopped(Stopped):
@@ -54,18 +50,7 @@ class Trainer:
 
     def __init__(self, task: Task, settings: StageSection, folder: Path, accelerator: Accelerator) -> None:
         self.task, self.settings, self.folder, self.accelerator = task, settings, folder, accelerator
-        if accelerator.distributed_type in _OTHER_KINDS:
-            raise ConfigError(
-                f"expected processes that work by DDP or FSDP, found {accelerator.distributed_type.value} in accelerate's"
-                " configuration; configs/accelerate/ddp.yaml is one that works"
-            )
-        splits = accelerator.num_processes * settings.accumulation
-        if settings.batch_size % splits:
-            raise ConfigError(
-                f"batch_size {settings.batch_size} must be divisible by processes x accumulation ="
-                f" {accelerator.num_processes} x {settings.accumulation}"
-            )
-        self.micro_batch = settings.batch_size // splits
+        self.micro_batch = micro_batch_size(settings, accelerator)
         task.module.to(accelerator.device)
         self._split = self._shard() if is_sharding(accelerator) else []
         self._groups, averaged = task.parameter_groups(), task.averaged()
@@ -75,7 +60,7 @@ class Trainer:
         self.optimizer = make_optimizer(self._groups, settings)
         self.scaler: torch.amp.GradScaler | None = getattr(accelerator, "scaler", None)
         self.step = 0
-        self._started = False
+        self._started = self._done = False
         if settings.compile:
             task.compile()
         alone = self._split or accelerator.num_processes == 1 and accelerator.mixed_precision == "no"
@@ -83,7 +68,7 @@ class Trainer:
         self._wrapped = task.module if alone else accelerator.prepare_model(task.module)
 
     def fit(self) -> None:
-        """Train until `max_steps` steps are done.
+        """Train until `max_steps` steps are done, or the task says that it is.
 
         Raises:
             TrainingStopped: after a signal; a checkpoint has been written.
@@ -93,7 +78,7 @@ class Trainer:
         self.start()
         settings, main = self.settings, self.accelerator.is_main_process
         # What was due at the resumed step may have been cut off after the checkpoint; done again, it gives the same.
-        log = Journal(self.folder / LOG, self.step, enabled=main, measure_again=self._measures_now)
+        log = Journal(self.folder / LOG, self.step, enabled=main, measure_again=self._measures_now or self._draws_now)
         bar = tqdm(
             total=settings.max_steps, initial=self.step, desc=self.folder.name, unit="step", smoothing=0.02,
             disable=not main, mininterval=2.0,
@@ -101,7 +86,7 @@ class Trainer:
         with StopSignals() as stop, bar, contextlib.closing(log), contextlib.closing(self._batches()) as batches:
             self._measure(log)
             window = Window()
-            while self.step < settings.max_steps:
+            while self.step < settings.max_steps and not self._done:
                 window.add(self._train_step(batches))
                 self.step += 1
                 bar.update()
@@ -143,18 +128,25 @@ class Trainer:
         """Validate and draw samples, as far as this step is one at which that is done."""
         if self._measures_now:
             log.write({"step": self.step, **self.validate()})
-        if self.step and self._due(self.settings.preview_every):
-            self.preview()
+        if self._draws_now:
+            log.write({"step": self.step, **self.preview()})
+        if self._measures_now:
+            self._done = self._any(self.accelerator.is_main_process and self.task.is_done())
+
+    @property
+    def _draws_now(self) -> bool:
+        return self.step > 0 and self._due(self.settings.preview_every)
 
     def validate(self) -> dict[str, float]:
         """What the task measures with the averaged weights; other processes than the main one get nothing."""
         return self._on_main(self._validate)
 
-    def preview(self) -> None:
-        """Draw samples of this step."""
+    def preview(self) -> dict[str, float]:
+        """Draw samples of this step; gives what is to be logged about them."""
         folder, step = self.folder / "previews", self.step
-        self._on_main(lambda: self.task.preview(folder, step))
+        found = self._on_main(lambda: self.task.preview(folder, step))
         self._on_main(lambda: self.task.preview_live(folder, step), averaged=False)
+        return found
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one, and say so."""
@@ -325,9 +317,13 @@ class Trainer:
         """Whether any process got a signal; several processes ask one another only when they log."""
         if self.accelerator.num_processes == 1:
             return received
-        if not self._due(self.settings.log_every):
-            return False
-        flag = torch.tensor([float(received)], device=self.accelerator.device)
+        return self._due(self.settings.log_every) and self._any(received)
+
+    def _any(self, says_yes: bool) -> bool:
+        """Whether any process says yes; all must ask."""
+        if self.accelerator.num_processes == 1:
+            return says_yes
+        flag = torch.tensor([float(says_yes)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum").item())
 
     def _on_main(self, action: Callable[[], dict[str, float] | None], *, averaged: bool = True) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,12 @@ class Material:
     training: np.ndarray  # indices of `samples`
     held_out: tuple[Samples, np.ndarray]
     training_part: tuple[Samples, np.ndarray]
+    reminders: frozenset[int] = frozenset()  # those in `training` that only remind the model of what it knows
+
+    @property
+    def learned(self) -> np.ndarray:
+        """Those in `training` from which something new is learned."""
+        return np.array([index for index in self.training if index not in self.reminders], dtype=np.int64)
 
     def of(self) -> list[tuple[Samples, np.ndarray]]:
         """Every image that is read, by the samples it belongs to."""
@@ -61,7 +67,7 @@ class Material:
 
     def _shown(self) -> tuple[Samples, np.ndarray]:
         """The images whose captions are drawn."""
-        return self.held_out if len(self.held_out[1]) else (self.samples, self.training)
+        return self.held_out if len(self.held_out[1]) else (self.samples, self.learned)
 
     def summary(self, batch_size: int) -> dict[str, Any]:
         """What the report says about the data."""
@@ -71,6 +77,7 @@ class Material:
         return {
             "sources": data.layouts,
             "images": len(self.training),
+            **({"regularization": len(self.reminders)} if self.reminders else {}),
             "held_out": len(self.held_out[1]),
             "captions": len(captions),
             "captions_cut": sum(map(samples.tokens.is_cut, captions)),
@@ -82,11 +89,18 @@ class Material:
         }
 
 
-def material(samples: Samples, training: np.ndarray, held_out: tuple[Samples, np.ndarray], seed: int) -> Material:
-    """Material whose training loss is measured on as many images as are held out."""
+def material(
+    samples: Samples, training: np.ndarray, held_out: tuple[Samples, np.ndarray], seed: int, reminders: Sequence[int] = ()
+) -> Material:
+    """Material whose training loss is measured on as many images as are held out.
+
+    Args:
+        reminders: images that are trained on beside `training`, to remind the model of what it knows.
+    """
     names = [samples.data.names[index] for index in training]
     part = fixed_part(names, range(len(names)), len(held_out[1]), seed)
-    return Material(samples, training, held_out, (samples, training[part]))
+    both = np.concatenate([training, np.asarray(reminders, dtype=np.int64)])
+    return Material(samples, both, held_out, (samples, training[part]), frozenset(map(int, reminders)))
 
 
 def build_latents(of: Material, vae: VAE, settings: DenoisingSection, folder: Path, accelerator: Accelerator) -> None:
@@ -125,6 +139,8 @@ def announce(summary: Mapping[str, Any], path: Path, accelerator: Accelerator) -
     parts = [f"training on {summary['images']} images" + (f" in {sizes} sizes" if sizes > 1 else "")]
     if summary["held_out"]:
         parts.append(f"{summary['held_out']} held out")
+    if summary.get("regularization"):
+        parts.append(f"{summary['regularization']} of them for regularization")
     if summary["captions_cut"]:
         parts.append(f"{summary['captions_cut']} of {summary['captions']} captions are too long and are cut")
     if summary["too_small"]:

@@ -7,11 +7,37 @@ from collections.abc import Generator
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 
+from latentdiff.errors import ConfigError
 from latentdiff.training.prefetch import Prefetch
 from latentdiff.training.sections import StageSection
 from latentdiff.training.task import Task
+
+# They change the parameters that the optimizer and the averages were made of, which would then train nothing.
+_OTHER_KINDS = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+def micro_batch_size(settings: StageSection, accelerator: Accelerator) -> int:
+    """Rows of a micro-batch.
+
+    Raises:
+        ConfigError: the batch cannot be split over processes and micro-batches, or the processes work by other means than
+            those that are known.
+    """
+    if accelerator.distributed_type in _OTHER_KINDS:
+        raise ConfigError(
+            f"expected processes that work by DDP or FSDP, found {accelerator.distributed_type.value} in accelerate's"
+            " configuration; configs/accelerate/ddp.yaml is one that works"
+        )
+    splits = accelerator.num_processes * settings.accumulation
+    if settings.batch_size % splits:
+        raise ConfigError(
+            f"batch_size {settings.batch_size} must be divisible by processes x accumulation ="
+            f" {accelerator.num_processes} x {settings.accumulation}"
+        )
+    return settings.batch_size // splits
 
 
 def micro_batches(

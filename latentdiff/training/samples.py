@@ -176,6 +176,8 @@ class Batches:
             self.fingerprint += f", hints {samples.hints.fingerprint}"
         if samples.masks:
             self.fingerprint += f", masks {samples.masks.fingerprint}"
+        if any(weight != 1 for weight in samples.data.weights):
+            self.fingerprint += f", weights {row_key(*samples.data.weights)[:8]}"
         repeats = [samples.data.repeats[index] for index in indices]
         self._plan = BatchPlan([samples.buckets[index] for index in indices], settings.batch_size, seed, repeats)
         self._rules = settings.caption_rules

@@ -10,13 +10,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from latentdiff.errors import ConfigError
+from latentdiff.errors import ConfigError, UsageError
 from latentdiff.reading.yaml import parse_yaml
 from latentdiff.reading.yaml import read_yaml as read_yaml_value
 from latentdiff.training.data import DataSource
 from latentdiff.training.data.captions import CaptionRules
+from latentdiff.training.sample_options import as_texts, sample_options
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -39,6 +49,9 @@ class DataEntry(Section):
     """Factor on the loss of its images, where a U-Net is trained."""
     prefix: str = ""
     """Words before each of its captions, for example a word that stands for what is new."""
+    regularization: bool = False
+    """Its images only remind the model of what it knows: they count by `prior_weight` too, none is held out or drawn,
+    and samples are not compared with them."""
 
 
 def _entry(value: Any) -> Any:
@@ -66,9 +79,18 @@ Entries = Annotated[tuple[Entry, ...], BeforeValidator(_list)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_list)]
 
 
-def sources(entries: Sequence[DataEntry]) -> list[DataSource]:
-    """The entries as `read_dataset` takes them."""
-    return [DataSource(entry.path, entry.repeats, entry.weight, entry.prefix) for entry in entries]
+def sources(entries: Sequence[DataEntry], prior_weight: float = 1.0) -> list[DataSource]:
+    """The entries as `read_dataset` takes them; images for regularization count so much less or more."""
+    return [
+        DataSource(
+            entry.path,
+            entry.repeats,
+            entry.weight * (prior_weight if entry.regularization else 1.0),
+            entry.prefix,
+            entry.regularization,
+        )
+        for entry in entries
+    ]
 
 
 class ReadingSection(Section):
@@ -211,11 +233,22 @@ class DenoisingSection(StageSection, ObjectiveSection):
     """Denoising steps of the samples."""
     sample_guidance: NotNegative = 5.0
     """Guidance scale of the samples."""
+    sample_options: Annotated[tuple[str, ...], BeforeValidator(as_texts)] = ()
+    """Any other options of `generate` for the samples, as NAME=VALUE: sampler=ddim, seed=7, width=96, negative_prompt=blur."""
 
     @property
     def caption_rules(self) -> CaptionRules:
         """What happens to captions at each step."""
         return CaptionRules(self.caption_dropout, self.shuffle_tags, self.tag_dropout, self.keep_tags)
+
+    @field_validator("sample_options")
+    @classmethod
+    def _can_be_drawn_with(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            sample_options(texts)
+        except UsageError as error:
+            raise ValueError(str(error).partition(", found ")[0]) from None
+        return texts
 
     @model_validator(mode="after")
     def _keeps_tags_from_something(self) -> DenoisingSection:

@@ -18,6 +18,7 @@ from latentdiff.networks.attention import use_attention_backend
 from latentdiff.networks.controlnet import ControlNetwork
 from latentdiff.pipeline import Pipeline
 from latentdiff.training.folder import hint_file
+from latentdiff.training.sample_options import sample_options
 from latentdiff.training.sections import DenoisingSection
 
 
@@ -37,7 +38,7 @@ class SampleSheets:
         prompts: what to draw; none makes no images.
         settings: steps and guidance.
         folder: of the stage; the images lie in `samples/` there.
-        seed: of the run; image i has seed `seed + i`.
+        seed: of the run; image i has seed `seed + i`, unless the options of the samples have another.
         followed: what the images follow beside their prompts.
         drawing: options of generation in place of those steps and that guidance.
     """
@@ -53,7 +54,8 @@ class SampleSheets:
         drawing: Mapping[str, Any] | None = None,
     ) -> None:
         self._followed = followed
-        self._drawing = drawing or {"steps": settings.sample_steps, "guidance_scale": settings.sample_guidance}
+        usual = drawing or {"steps": settings.sample_steps, "guidance_scale": settings.sample_guidance}
+        self._drawing = {**usual, **sample_options(settings.sample_options)}
         self._parts, self._prompts = parts, list(prompts)
         self._folder, self._seed = folder, seed
         self.written: list[Path] = []
@@ -68,12 +70,14 @@ class SampleSheets:
         # Not the hash: what the model is at this step lies in no file.
         name = f"{self._parts.name}, trained in {self._folder.name}, step {step}, {weights} weights"
         pipe = Pipeline.from_components(replace(self._parts, name=name, hash=""))
-        make = partial(pipe, **self._drawing, progress=False)
+        options = dict(self._drawing)
+        seed = options.pop("seed", self._seed)
+        make = partial(pipe, progress=False, **options)
         folder, hints = sample_folder(self._folder, step, weights), []
         if self._followed is not None:
             make, hints = _following(make, self._followed, name), self._followed.hints
         with use_attention_backend("sdpa"):
-            write_samples(make, self._prompts, folder, seed=self._seed, hints=hints)
+            write_samples(make, self._prompts, folder, seed=seed, hints=hints)
         if weights == "ema":
             self.written = [folder / f"{number:02d}.png" for number in range(len(self._prompts))]
         for network, mode in zip(networks, modes, strict=True):
@@ -96,7 +100,9 @@ def _following(make: MakeImages, followed: Followed, name: str) -> MakeImages:
     def follow(prompts: Sequence[str], *, seed: Sequence[int], **options: Any) -> list[Image.Image]:
         made: list[Image.Image] = []
         for prompt, own, hint in zip(prompts, seed, followed.hints, strict=True):
-            made += make([prompt], seed=[own], controls=[control(hint)], width=hint.width, height=hint.height, **options)
+            made += make(
+                [prompt], seed=[own], controls=[control(hint)], width=hint.width, height=hint.height, **options
+            )
         return made
 
     return follow

@@ -68,8 +68,12 @@ class Task(ABC):
         """Measurements on held-out images; called with the averaged weights in place."""
 
     @abstractmethod
-    def preview(self, folder: Path, step: int) -> None:
-        """Write a sheet of images; called with the averaged weights in place."""
+    def preview(self, folder: Path, step: int) -> dict[str, float] | None:
+        """Write a sheet of images, and give what is to be logged about them; called with the averaged weights in place."""
+
+    def is_done(self) -> bool:
+        """Whether what the log says ends the run before its last step; asked after each measurement."""
+        return False
 
     def steps_to_keep(self) -> Collection[int]:
         """Steps whose checkpoints stay on disk although there are newer ones."""

@@ -68,10 +68,17 @@ WRONG = [
     ("restore a.png --operator super-resolution --factor 99", 2, "expected --factor to be a whole number of 2 to 64, found 99"),
     ("restore a.png --operator denoise --sigma -1", 2, "expected --sigma to be"),
     ("restore a.png --operator deblur --kernel gaussian:1e9", 2, "expected the standard deviation of the blur to be"),
+    ("restore a.png --operator deblur --kernel gaussian:0", 2, "expected a standard deviation above 0 pixels"),
     ("restore a.png --operator deblur --kernel motion:0", 2, "expected the motion in pixels to be"),
     ("restore a.png --operator deblur --kernel gaussian:x", 2, "expected a kernel gaussian:STD or motion:LENGTH:ANGLE"),
     ("restore a.png --operator deblur --kernel gauss:2", 1, "there is no kernel gauss:2"),
     ("finetune --data . --rank 0", 1, "rank: Input should be greater than 0, found '0'"),
+    ("finetune --resume run --rank 0", 1, "rank: Input should be greater than 0, found '0'"),
+    ("finetune --resume none --rank 4", 2, "expected a run to resume in none, found no config.yaml there"),
+    ("finetune --data . --keep new", 1, "keep: expected old, or old:WEIGHT"),
+    ("finetune --data . --sample-options steps=0", 1, "sample_options: expected steps to be a whole number of at least 1"),
+    ("finetune --data . --sample-options sampler=best", 1, "sample_options: expected sampler to be one of"),
+    ("finetune --data . --sample-options hight=64", 1, "sample_options: unknown option 'hight'"),
     ("finetune --data . --lr nan", 1, "lr: "),
     ("finetune --data . --config none.yaml", 1, "none.yaml"),
     ("train a.png", 1, "a.png"),
@@ -97,13 +104,15 @@ def said(tmp_path_factory) -> dict[str, tuple[int, str, bool]]:
     """What each command left, all in one process, and whether torch was loaded then."""
     folder = tmp_path_factory.mktemp("place")
     Image.new("RGB", (16, 16)).save(folder / "a.png")
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_text("data: [{path: .}]\nrank: 8\n")
     lines = [line for line, _, _ in WRONG]
     done = subprocess.run(
         [sys.executable, "-c", RUN], input=json.dumps(lines), cwd=folder, capture_output=True, text=True, timeout=120,
         env={**os.environ, "PYTHONPATH": str(Path(latentdiff.__file__).parents[1])},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in folder.iterdir()) == ["a.png"]
+    assert sorted(path.name for path in folder.iterdir()) == ["a.png", "run"]
     return {line: tuple(found) for line, found in zip(lines, json.loads(done.stdout), strict=True)}
 
 

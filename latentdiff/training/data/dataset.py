@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -42,12 +42,14 @@ class DataSource:
         repeats: how often each of its images is seen in an epoch.
         weight: factor of the loss of its images.
         prefix: words before each of its captions.
+        regularization: whether its images only remind the model of what it knows.
     """
 
     path: str | os.PathLike[str]
     repeats: int = 1
     weight: float = 1.0
     prefix: str = ""
+    regularization: bool = False
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or not self.weight > 0:
@@ -67,6 +69,7 @@ class Dataset:
         contents: a hash of the file of each.
         repeats: how often each is seen in an epoch.
         weights: factor of the loss of each.
+        reminders: indices of those that only remind the model of what it knows.
         problems: what was left out, and why.
         notes: what was decided on the way, for people.
         layouts: what was recognised, one line a source.
@@ -82,6 +85,7 @@ class Dataset:
     notes: list[str] = field(default_factory=list)
     layouts: list[str] = field(default_factory=list)
     background: str = BACKGROUND
+    reminders: set[int] = field(default_factory=set)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -118,6 +122,7 @@ class Dataset:
         self.contents = [self.contents[index] for index in keep]
         self.repeats = [self.repeats[index] for index in keep]
         self.weights = [self.weights[index] for index in keep]
+        self.reminders = {place for place, index in enumerate(keep) if index in self.reminders}
         for name in ("names", "captions", "fingerprint"):
             self.__dict__.pop(name, None)  # made from the entries when they were first asked for
 
@@ -225,11 +230,14 @@ def _add(data: Dataset, source: DataSource, listing: Listing, prefix: str, allow
             f" {missing[0].name}; write them, or take the images without with --allow-missing"
         )
     count = len(listing.entries)
+    if source.regularization:
+        data.reminders |= set(range(len(data), len(data) + count))
     data.entries += [
-        Entry(f"{prefix}{entry.name}", prefixed(entry.captions, source.prefix), entry.origin) for entry in listing.entries
+        replace(entry, name=f"{prefix}{entry.name}", captions=prefixed(entry.captions, source.prefix))
+        for entry in listing.entries
     ]
     data.repeats += [source.repeats] * count
-    data.weights += [source.weight] * count
+    data.weights += [source.weight * entry.weight for entry in listing.entries]
     data.problems += [Unusable(f"{prefix}{problem.name}", problem.reason) for problem in listing.problems]
     data.notes += [f"{os.fspath(source.path)}: {note}" for note in listing.notes]
     data.layouts.append(f"{os.fspath(source.path)}: {listing.layout}, {count} images")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 
 from latentdiff.errors import DataError
 
+WEIGHT = "weight"  # the column of a metadata file that says what each image counts
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
 
 
@@ -60,6 +62,7 @@ class Entry:
     name: str
     captions: tuple[str, ...]  # empty where the image has none
     origin: Origin
+    weight: float = 1.0  # factor of its loss
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,23 @@ def caption_column(columns: Iterable[str], wanted: str | None, place: str) -> st
             f"no captions in {place}: looked for a column {looked}, found {', '.join(there)}; name yours with --caption-column"
         )
     return known[0]
+
+
+def as_weight(value: Any, place: str) -> float:
+    """The weight of one image: a positive number, also as text; 1 where there is none.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if value is None or value == "":
+        return 1.0
+    try:
+        weight = float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if isinstance(value, bool) or not 0 < weight < math.inf:
+        raise DataError(f"{place}: expected a {WEIGHT!r} above 0 such as 0.5, found {str(value)[:60]!r}")
+    return weight
 
 
 def as_captions(value: Any, place: str) -> tuple[str, ...]:

@@ -12,7 +12,16 @@ from typing import Any
 from latentdiff.errors import DataError, MissingDependencyError
 from latentdiff.reading.json import parse_json
 from latentdiff.reading.plain import LONGEST_CAPTION, bounded_lines, exists, open_file, read_text
-from latentdiff.training.data.entries import Entry, FileOrigin, Listing, Unusable, as_captions, caption_column
+from latentdiff.training.data.entries import (
+    WEIGHT,
+    Entry,
+    FileOrigin,
+    Listing,
+    Unusable,
+    as_captions,
+    as_weight,
+    caption_column,
+)
 from latentdiff.training.data.images import SUFFIXES
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -81,14 +90,16 @@ def _from_metadata(folder: Path, metadata: list[Path], images: list[Path], colum
             path = table.parent / name
             named.add(path)
             if exists(path) and path.is_file():
-                captions = as_captions(row.get(found), place)
-                listing.entries.append(Entry(_name(path, folder), captions, FileOrigin(path)))
+                captions, weight = as_captions(row.get(found), place), as_weight(row.get(WEIGHT), place)
+                listing.entries.append(Entry(_name(path, folder), captions, FileOrigin(path), weight))
             else:
                 listing.problems.append(
                     Unusable(_name(path, folder), f"{table.name} names it, but there is no such file")
                 )
     if not named:
         raise DataError(f"{metadata[0]} is empty; expected one row per image")
+    if weighted := sum(entry.weight != 1 for entry in listing.entries):
+        listing.notes.append(f"{weighted} images have a {WEIGHT} of their own in {listing.layout}")
     if left := [path for path in images if path not in named]:
         listing.notes.append(
             f"{len(left)} images are not in {listing.layout} and are left out, the first is {left[0].name}"

@@ -26,6 +26,10 @@ from latentdiff.training.sections import (
     read_yaml,
 )
 
+_SHARE_TO_STOP_BY = 0.1  # of the images, held out where a run is to decide by itself
+
+CONFIG = "config.yaml"  # in the folder of a run
+
 METHODS = ("lora", "full", "textual_inversion", "controlnet")
 
 # What differs between the methods; everything else has one default, given with its key.
@@ -97,6 +101,8 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
     old_prompts: Texts = ()
     """Prompts of what the model knows already, on which forgetting is measured, and which `keep` keeps; without them,
     prompts of the words that the model lists, or general ones."""
+    prior_weight: Positive = 1.0
+    """Factor on the loss of the images of data with `regularization: true`, the prior loss weight of Ruiz et al. 2023."""
     stream: bool = False
     """Read WebDataset shards in sequence, without an index in memory: for millions of images; square crops, no
     caches."""
@@ -128,6 +134,15 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
     keep: str | None = None
     """old or old:WEIGHT: keep what the model knew (lora, full), by its own predictions for old prompts, which are part of
     the loss with this weight, 1 if none is given."""
+
+    stop: Literal["last", "auto"] = "last"
+    """auto: stop before `max_steps` when more steps are not worth their time, and make the result from the best step: by the
+    held-out loss in bands of timesteps, by what the model has kept of what it knew, and by whether samples copy training
+    images. A tenth of the images is held out if nothing else is said."""
+    patience: PositiveInt = 3
+    """Measurements in a row without a better one that end a run with `stop: auto`."""
+    least_kept: Fraction = 0.8
+    """Share of what the model knew that it must keep with `stop: auto`, between 0 and 1."""
 
     # --- what is written
     result_precision: Literal["model", "fp32", "fp16", "bf16"] = "model"
@@ -185,6 +200,8 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
         method = values.get("method", "lora") if isinstance(values, Mapping) else None
         if not isinstance(method, str):
             return values
+        if values.get("stop") == "auto" and not values.get("validation") and not values.get("stream"):
+            values = {**values, "validation_share": values.get("validation_share") or _SHARE_TO_STOP_BY}
         own_lr = {"lr": 1.0} if values.get("optimizer") == "prodigy" else {}
         return {**METHOD_DEFAULTS.get(method, {}), **own_lr, **values}
 
@@ -196,6 +213,7 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
             raise ValueError("prediction_type and zero_snr change the whole model: they go with method full")
         if self.result == "best" and not (self.validation or self.validation_share):
             raise ValueError("the best step is known from held-out images: give validation or validation_share")
+        self._stopping_fits()
         if self.optimizer == "prodigy" and self.text_encoder_lr is not None:
             raise ValueError("prodigy knows one learning rate only; leave out text_encoder_lr")
         if self.method == "textual_inversion" and not self.word:
@@ -206,9 +224,24 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
             raise ValueError("prediction_type and zero_snr change what is predicted, which keep would hold; leave out keep")
         self._hints_fit()
         self._masks_fit()
+        if self.prior_weight != 1 and not any(entry.regularization for entry in self.data):
+            raise ValueError("prior_weight goes with data that is for regularization: {path: FOLDER, regularization: true}")
+        if any(entry.regularization for entry in self.validation):
+            raise ValueError("held-out images are not for regularization; leave that out of validation")
         if self.validation and self.validation_share:
             raise ValueError("give either validation or validation_share, not both")
         return self
+
+    def _stopping_fits(self) -> None:
+        if self.stop != "auto":
+            return
+        if not (self.validation or self.validation_share):
+            raise ValueError("stop auto decides by held-out images: give validation or validation_share")
+        if self.validate_every % self.checkpoint_every:
+            raise ValueError(
+                f"stop auto needs a checkpoint at each measurement: expected a validate_every that is a multiple of"
+                f" checkpoint_every {self.checkpoint_every}, found {self.validate_every}"
+            )
 
     def _masks_fit(self) -> None:
         if self.unmasked_weight and self.masks is None:
@@ -239,6 +272,23 @@ def load_finetune_config(path: Path | None, flags: Mapping[str, Any]) -> Finetun
     if not config.data:
         raise UsageError("expected captioned images to train on, found none; give a folder with --data FOLDER")
     return config
+
+
+def resumed_config(run: Path, config: Path | None, flags: Mapping[str, Any]) -> FinetuneConfig:
+    """That of a run that is gone on with, replaced by `flags`.
+
+    Raises:
+        ConfigError: an unknown key, or a value outside its domain.
+        UsageError: there is no run, or another configuration is given.
+    """
+    if config is not None:
+        raise UsageError(
+            "--resume takes the configuration of the run; change single keys with their flags, without --config"
+        )
+    saved = Path(run) / CONFIG
+    if not saved.is_file():
+        raise UsageError(f"expected a run to resume in {run}, found no {CONFIG} there")
+    return make_config({**read_yaml(saved), **flags, "out": run}, str(saved))
 
 
 def make_config(values: Mapping[str, Any], source: str) -> FinetuneConfig:

@@ -12,12 +12,11 @@ from accelerate import Accelerator
 from latentdiff.device import is_out_of_memory
 from latentdiff.errors import LatentDiffError, UsageError
 from latentdiff.training.checkpoint import newest_checkpoint
-from latentdiff.training.finetuning.config import FinetuneConfig, load_finetune_config, make_config
+from latentdiff.training.finetuning.config import FinetuneConfig, load_finetune_config, resumed_config
 from latentdiff.training.finetuning.finishing import finish
-from latentdiff.training.finetuning.preparation import CONFIG, Preparation, make_accelerator, write_config
+from latentdiff.training.finetuning.preparation import Preparation, make_accelerator, write_config
 from latentdiff.training.folder import owned
 from latentdiff.training.replay import verify_resume
-from latentdiff.training.sections import read_yaml
 
 
 def finetune(
@@ -66,14 +65,7 @@ def resolve(resume: Path | None, config: Path | None, given: Mapping[str, Any]) 
                 f"{settings.out} holds a run already; go on with --resume {settings.out}, or choose another --out"
             )
         return settings
-    if config is not None:
-        raise UsageError(
-            "--resume takes the configuration of the run; change single keys with their flags, without --config"
-        )
-    saved = Path(resume) / CONFIG
-    if not saved.is_file():
-        raise UsageError(f"expected a run to resume in {resume}, found no {CONFIG} there")
-    return make_config({**read_yaml(saved), **given, "out": resume}, str(saved))
+    return resumed_config(Path(resume), config, given)
 
 
 def run(settings: FinetuneConfig, *, verify_steps: int | None = None) -> Path:

@@ -38,13 +38,17 @@ def read_material(settings: FinetuneConfig, parts: Components, shards: Sequence[
         raise DataError(
             f"all {len(samples.data)} images are smaller than the smallest bucket; take a smaller resolution, or upscale"
         )
+    reminds = np.array([index in samples.data.reminders for index in usable])
+    reminders, usable = usable[reminds], usable[~reminds]
+    if not len(usable):
+        raise DataError("all images are for regularization, expected some to learn from; add them with --data FOLDER")
     names = [samples.data.names[index] for index in usable]
     parted = split(names, settings.validation_share, settings.seed, settings.validation_images)
     held_out = (samples, usable[parted.held_out])
     if settings.validation:
         other = _samples(settings.validation, settings, parts, tokens)
         held_out = (other, _usable(other)[: settings.validation_images])
-    return material(samples, usable[parted.training], held_out, settings.seed)
+    return material(samples, usable[parted.training], held_out, settings.seed, reminders)
 
 
 def batches_of(
@@ -70,7 +74,7 @@ def _samples(
     entries: Sequence[DataEntry], settings: FinetuneConfig, parts: Components, tokens: CaptionTokens
 ) -> Samples:
     data = read_dataset(
-        sources(entries),
+        sources(entries, settings.prior_weight),
         caption_column=settings.caption_column,
         strict=settings.strict,
         allow_missing=settings.allow_missing,

@@ -23,7 +23,8 @@ from latentdiff.files import atomic_path
 from latentdiff.networks.attention import use_attention_backend
 from latentdiff.networks.sizes import OF_BASE, count_of_sizes
 from latentdiff.training.denoising import DenoisingTask
-from latentdiff.training.finetuning.config import FinetuneConfig
+from latentdiff.training.finetuning.config import CONFIG, FinetuneConfig
+from latentdiff.training.finetuning.finishing import Decision
 from latentdiff.training.finetuning.material import batches_of, read_material
 from latentdiff.training.finetuning.methods import FinetuningMethod, make_method
 from latentdiff.training.finetuning.old import Forgetting, Practice, Walks, texts, walks
@@ -37,8 +38,6 @@ from latentdiff.training.objective import DiffusionObjective
 from latentdiff.training.sections import dump_config
 from latentdiff.training.sharding import is_sharding
 from latentdiff.training.sheets import Followed, SampleSheets
-
-CONFIG = "config.yaml"
 
 # Prompts, and places on the way of each, by what they are for.
 WALKS = {"measured": (16, 4), "kept": (32, 8)}
@@ -107,6 +106,8 @@ class Preparation:
         settings = self.settings
         with self.method.attached():
             task = _task(settings, self.method, self.material, self.sheets, self.shards)
+            if settings.stop == "auto":
+                task.decides = Decision(settings, self.material, lambda: self.sheets.written)
             trainer = Trainer(task, settings, settings.out, self.accelerator)
             if self._remembers:
                 with self.accelerator.autocast():

@@ -148,6 +148,8 @@ def shards_to_stream(settings: FinetuneConfig) -> list[Path]:
         raise UsageError(
             "stream reads one folder or range of WebDataset tar files; give it with --data, or leave out stream"
         )
+    if settings.data[0].regularization:
+        raise UsageError("a stream has no images beside it to learn from: leave regularization out")
     if settings.data[0].repeats != 1 or settings.data[0].weight != 1:
         raise UsageError("a stream is read once from start to end: its data has no repeats and no weight")
     if settings.validation_share:

@@ -149,7 +149,7 @@ class _Trial:
 
     def _finish(self, trainer: Trainer, made: Preparation) -> None:
         (trainer.folder / LOG).write_text('{"step": 1, "loss": 1.0}\n', encoding="utf-8")
-        settings = made.settings.model_copy(update={"result": "last"})
+        settings = made.settings.model_copy(update={"result": "last", "stop": "last"})
         with self._timed("result and report"):
             finish(settings, trainer, made.method, made.material, made.sheets.written)
 

@@ -11,8 +11,10 @@ from functools import cached_property
 from pathlib import Path
 
 from latentdiff.errors import DataError
+from latentdiff.reading.json import read_object
 
 LOG = "log.jsonl"
+RESULT = "result.json"  # the step that the result is from, and why
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,16 @@ _KEPT_IN_WORDS = (
 def kept_in_words(share: float) -> str:
     """What it means that a model has kept this share, 0 to 1, of what it knew."""
     return next(words for least, words in _KEPT_IN_WORDS if share >= least)
+
+
+def kept_by_result(run: Path) -> float | None:
+    """The share of what the model knew that the result of a run has kept, if that was measured."""
+    if not (run / LOG).is_file():
+        return None
+    points = RunLog.read(run / LOG)["kept"]
+    path = run / RESULT
+    step = read_object(path, DataError, remedy="delete it").get("step") if path.is_file() else None
+    return dict(points).get(step, points[-1][1]) if points else None
 
 
 def best_step(run: Path) -> int | None:

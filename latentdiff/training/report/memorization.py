@@ -106,6 +106,12 @@ def check_copies(
     return check
 
 
+def count_copies(samples: Sequence[Path], load: Callable[[int], Image.Image], images: Sequence[int]) -> int:
+    """How many of the samples are suspiciously near a training image; as `check_copies`, but nothing is written."""
+    found, usual = nearest_images([open_image(path) for path in samples], load, images)
+    return sum(distance < _NEAR * (usual or _UNKNOWN_USUAL) for _, distance, _ in found)
+
+
 def read_copy_check(run: Path) -> CopyCheck | None:
     """What `check_copies` wrote in a run folder, if it did."""
     path = run / FOLDER / "copying.json"

@@ -22,13 +22,13 @@ from PIL import Image
 from latentdiff.errors import DataError
 from latentdiff.files import atomic_path
 from latentdiff.image import open_image
-from latentdiff.reading.json import parse_json
+from latentdiff.reading.json import parse_json, read_object
 from latentdiff.reading.plain import read_text
 from latentdiff.reading.yaml import read_yaml
 from latentdiff.recipe import read_recipe
 from latentdiff.training.folder import hint_file
 from latentdiff.training.report.charts import HINT, Points, can_draw, line_chart, number, smoothed
-from latentdiff.training.report.log import LOG, RunLog, kept_in_words
+from latentdiff.training.report.log import LOG, RESULT, RunLog, kept_by_result, kept_in_words
 from latentdiff.training.report.memorization import CopyCheck, read_copy_check
 
 NAME = "report.html"
@@ -113,7 +113,9 @@ def _facts(run: Path, log: RunLog, settings: Mapping[str, Any], check: CopyCheck
     if gaps := log["gap"]:
         (first_step, first), (_, last) = gaps[0], gaps[-1]
         yield number(last), f"validation loss minus training loss at the end; {number(first)} at step {first_step}"
-    if (share := log.last("kept")) is not None:
+    if why := _result(run).get("why"):
+        yield f"step {_result(run)['step']}", f"is the result; the run stopped at step {log.steps}: {why}"
+    if (share := kept_by_result(run)) is not None:
         yield f"{share:.2f}", f"kept of what it knew, 1 is all and 0 as far off as another prompt: {kept_in_words(share)}"
     if seconds := _seconds(log, settings):
         yield _duration(seconds), "training time, without validation and samples"
@@ -123,6 +125,11 @@ def _facts(run: Path, log: RunLog, settings: Mapping[str, Any], check: CopyCheck
         yield f"{max(value for _, value in memory):,.0f} MB", "peak memory"
     if check:
         yield f"{check.suspicious} of {len(check.nearest)}", "samples suspiciously near a training image"
+
+
+def _result(run: Path) -> dict[str, Any]:
+    path = run / RESULT
+    return read_object(path, DataError, remedy="delete it") if path.is_file() else {}
 
 
 def _seconds(log: RunLog, settings: Mapping[str, Any]) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from latentdiff.errors import UsageError
 from latentdiff.request.domains import Real
-from latentdiff.request.task_options import BLUR, MOTION
+from latentdiff.request.task_options import MOTION, check_blur
 
 # How many points the path of a moving camera is drawn with, for each pixel of its length.
 POINTS_PER_PIXEL = 32
@@ -21,8 +21,7 @@ def gaussian_blur(std: float) -> Tensor:
     Raises:
         UsageError: the standard deviation is not a number above 0 up to 128.
     """
-    if not BLUR("the standard deviation of the blur", std):
-        raise UsageError(f"expected a standard deviation above 0 pixels for the blur, found {std}")
+    std = check_blur(std)
     line = gaussian_kernel(std, size=2 * math.ceil(4 * std) + 1)
     return torch.outer(line, line)
 
