@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
-from latentdiff.prompts.words import Words, read_words
+from latentdiff.prompts.words import Words
 from latentdiff.training.data.randomness import generator
 
 # For models that do not list their words: what any text-to-image model was taught.
@@ -21,16 +20,14 @@ GENERAL = (
 )  # fmt: skip
 
 
-def old_prompts(model: Path, count: int, purpose: str) -> list[str]:
+def old_prompts(words: Words | None, count: int, purpose: str) -> list[str]:
     """Up to `count` prompts, always the same for one model and one purpose.
 
     Args:
-        model: its folder, whose file of words says what it knows; of any other model, general prompts are taken.
+        words: what the model says that it knows; of one that does not say, general prompts are taken.
         purpose: "measured" or "kept", which have no prompt in common: what is measured must not be what was practised.
     """
-    words = read_words(model) if model.is_dir() else None
-    known = words is not None and bool(words.kinds["things"])
-    measured, kept = _of_words(words, count) if known else (GENERAL[::2], GENERAL[1::2])
+    measured, kept = _of_words(words, count) if words and words.kinds["things"] else (GENERAL[::2], GENERAL[1::2])
     return list(measured if purpose == "measured" else kept)[:count]
 
 

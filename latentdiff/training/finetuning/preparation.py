@@ -127,7 +127,7 @@ class Preparation:
         settings, parts = self.settings, self.method.parts
         side = settings.resolution or parts.unet.config.sample_size * parts.vae.config.downscale
         count, levels = WALKS[purpose]
-        prompts = list(settings.old_prompts) or old_prompts(Path(settings.model or embedded_model()), count, purpose)
+        prompts = list(settings.old_prompts) or old_prompts(parts.words, count, purpose)
         told = texts(prompts, self.material.samples.tokens, side, tells_sizes=self.material.samples.tells_sizes)
         latent = side // parts.vae.config.downscale
         shape = (parts.vae.config.latent_channels, latent, latent)

@@ -9,7 +9,7 @@ import torch
 from latentdiff.checkpoints.embedded import embedded_model
 from latentdiff.diffusion.parameterization import training_target, velocity
 from latentdiff.errors import ConfigError
-from latentdiff.prompts.words import Words, read_words, split_words
+from latentdiff.prompts.words import read_words, split_words
 from latentdiff.training.finetuning.finetune import run
 from latentdiff.training.finetuning.old import Forgetting, Practice, Walks, predicted
 from latentdiff.training.finetuning.old_prompts import GENERAL, old_prompts
@@ -42,11 +42,11 @@ def test_the_velocity_is_that_of_the_definition(name):
 
 def test_old_prompts_use_the_words_that_the_model_lists():
     words = read_words(embedded_model())
-    measured, kept = (old_prompts(embedded_model(), 32, purpose) for purpose in ("measured", "kept"))
+    measured, kept = (old_prompts(words, 32, purpose) for purpose in ("measured", "kept"))
     assert len(measured) == len(kept) == 32 and not set(measured) & set(kept)
     for prompt in measured + kept:
         assert set(split_words(prompt)) <= words.all, prompt
-    assert old_prompts(embedded_model(), 16, "measured") == measured[:16]
+    assert old_prompts(words, 16, "measured") == measured[:16]
     assert any(" of a" in prompt for prompt in measured) and any(prompt.startswith("two ") for prompt in measured)
 
 
@@ -54,9 +54,9 @@ def test_old_prompts_of_models_that_list_few_words_or_none(tmp_path):
     kinds = {"things": ("cat", "dog"), **dict.fromkeys(("colours", "backgrounds", "sizes", "counts", "relations"), ())}
     content = {**{kind: list(entries) for kind, entries in kinds.items()}, "words": ["a", "cat", "dog"], "size": 64}
     (tmp_path / "words.json").write_text(json.dumps(content))
-    assert isinstance(read_words(tmp_path), Words)
-    assert {*old_prompts(tmp_path, 16, "measured"), *old_prompts(tmp_path, 16, "kept")} == {"a cat", "a dog"}
-    both = old_prompts(tmp_path / "none.safetensors", 16, "measured"), old_prompts(tmp_path / "no", 16, "kept")
+    words = read_words(tmp_path)
+    assert {*old_prompts(words, 16, "measured"), *old_prompts(words, 16, "kept")} == {"a cat", "a dog"}
+    both = old_prompts(None, 16, "measured"), old_prompts(None, 16, "kept")
     assert {*both[0], *both[1]} == set(GENERAL) and not set(both[0]) & set(both[1])
 
 
