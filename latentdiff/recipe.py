@@ -181,6 +181,7 @@ class Recipe(_Asked):
         done = {
             "Emphasis": "None" if is_literal else "",
             **({} if self.hires else {"Denoising strength": str(self.task_settings.get("strength") or "")}),
+            "Image CFG scale": str(self.task_settings.get("image_guidance_scale") or ""),
             "Task": self.task if self.task != "generate" else "",
             "Version": f"latentdiff {self.versions['latentdiff']}" if "latentdiff" in self.versions else "",
         }
@@ -224,7 +225,9 @@ class Recipe(_Asked):
 
 def recorded_steering(options: Mapping[str, Any]) -> dict[str, list[Any]]:
     """The fields of recipes for what steers besides the prompt."""
-    return {name: [one.describe() for one in options.get(name) or ()] for name in ("controls", "image_prompts", "regions")}
+    return {
+        name: [one.describe() for one in options.get(name) or ()] for name in ("controls", "image_prompts", "regions")
+    }
 
 
 def _allowed(recipe: Recipe) -> Recipe:

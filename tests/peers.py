@@ -14,13 +14,14 @@ FAMILIES = ("sd1", "sd2")
 @cache
 def folder(family: str) -> Path:
     """A tiny model folder as published ones are, but drawn by DDIM: "sd1", "sd2" (v-prediction), "xl", or the first and
-    last for inpainting, "inpaint" and "xl-inpaint"; do not write to it."""
+    last for inpainting, "inpaint" and "xl-inpaint", and the first for instructions, "pix2pix"; do not write to it."""
     from diffusers import DDIMScheduler
 
     if family == "sd2":
         return tiny.sd2_folder(Path(_scratch().name))
     make = {
         "sd1": tiny.sd1_folder, "inpaint": tiny.inpaint_folder, "xl": tiny.xl_folder, "xl-inpaint": tiny.xl_inpaint_folder,
+        "pix2pix": tiny.pix2pix_folder,
     }[family]  # fmt: skip
     ddim = DDIMScheduler(**tiny.BETAS, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
     return make(Path(_scratch().name), ddim)
@@ -41,9 +42,11 @@ def ours(family: str):
 @cache
 def theirs(family: str):
     """The same model in diffusers."""
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    if family.startswith("xl"):
+    if family in ("pix2pix",):
+        pipe = DiffusionPipeline.from_pretrained(folder(family), safety_checker=None)
+    elif family.startswith("xl"):
         pipe = StableDiffusionXLPipeline.from_pretrained(folder(family))
     else:
         pipe = StableDiffusionPipeline.from_pretrained(folder(family), safety_checker=None)

@@ -8,6 +8,7 @@ too, so that a swapped or forgotten tensor shows in the output.
     sd1_folder(tmp)      SD 1.x: convolution projections, 8 heads on every level, eps prediction
     sd2_folder(tmp)      SD 2.x: linear projections, heads per level, penultimate text layer, v-prediction
     inpaint_folder(tmp)  SD 1.x with a 9-channel U-Net
+    pix2pix_folder(tmp)  SD 1.x with an 8-channel U-Net, for instructions
     xl_folder(tmp)       SDXL: three levels of other depths, two text encoders, pooled text and sizes
     refiner_folder(tmp)  its refiner: the second text encoder alone, an aesthetic score
 """
@@ -244,6 +245,15 @@ def inpaint_folder(tmp: Path, scheduler=None, **save_options) -> Path:
     """Save a tiny inpainting pipeline (9 input channels: latents, mask, masked latents) as `tmp/inpaint`."""
     pipe = sd1_pipeline(tmp, scheduler, in_channels=9)
     return save_real_layout(pipe, Path(tmp) / "inpaint", Path(tmp) / "tokenizer-files", **save_options)
+
+
+def pix2pix_folder(tmp: Path, scheduler=None, **save_options) -> Path:
+    """Save a tiny InstructPix2Pix (8 input channels: latents, and those of an image) as `tmp/pix2pix`."""
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    parts = sd1_pipeline(tmp, scheduler, in_channels=8).components
+    pipe = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    return save_real_layout(pipe, Path(tmp) / "pix2pix", Path(tmp) / "tokenizer-files", **save_options)
 
 
 # --- SDXL -----------------------------------------------------------------------------------------

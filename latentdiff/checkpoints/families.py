@@ -10,6 +10,7 @@ from latentdiff.networks.text_encoders import FIRST, SECOND
 
 UNET_PREFIX = "model.diffusion_model."
 _ALWAYS = {"unet": UNET_PREFIX, "vae": "first_stage_model."}
+_OTHERS = {8: "StableDiffusionInstructPix2PixPipeline", 9: "StableDiffusionInpaintPipeline"}
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Family:
 
     prefixes: of the parts' names in an original single file.
     open_clip: parts that are OpenCLIP's there, under its names.
+    pipeline, others: diffusers' classes, of text to image, and by the channels of U-Nets that see more.
     index: what a model_index.json says besides.
     scale: of the VAE's latents, which leaves no trace in tensors.
     scheduler: the class that is used, where a single file does not say.
@@ -29,7 +31,7 @@ class Family:
     prefixes: Mapping[str, str]
     open_clip: tuple[str, ...] = ()
     pipeline: str = "StableDiffusionPipeline"
-    inpainting: str = "StableDiffusionInpaintPipeline"
+    others: Mapping[int, str] = field(default_factory=lambda: _OTHERS)
     index: Mapping[str, Any] = field(default_factory=dict)
     scale: float = 0.18215
     scheduler: Mapping[str, Any] = field(default_factory=dict)
@@ -62,7 +64,7 @@ XL = Family(
     {**_ALWAYS, FIRST: "conditioner.embedders.0.", SECOND: "conditioner.embedders.1."},
     open_clip=(SECOND,),
     pipeline="StableDiffusionXLPipeline",
-    inpainting="StableDiffusionXLInpaintPipeline",
+    others={8: "StableDiffusionXLInstructPix2PixPipeline", 9: "StableDiffusionXLInpaintPipeline"},
     index={"force_zeros_for_empty_prompt": True},
     scale=0.13025,
     scheduler=_EULER,

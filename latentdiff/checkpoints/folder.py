@@ -40,8 +40,9 @@ _CLASSES = {
     "text_encoder_2": ("CLIPTextModelWithProjection",),
 }  # fmt: skip
 _PIPELINES = tuple(
-    f"StableDiffusion{task}Pipeline"
-    for task in ("", "Inpaint", "InpaintLegacy", "Img2Img", "InstructPix2Pix", "XL", "XLImg2Img", "XLInpaint")
+    f"StableDiffusion{size}{task}Pipeline"
+    for size in ("", "XL")
+    for task in ("", "Inpaint", "InpaintLegacy", "Img2Img", "InstructPix2Pix")
 )
 
 
@@ -156,7 +157,7 @@ def model_index(
     texts |= {part: ["transformers", classes[part]] for part in family.parts if is_text(part)}
     texts |= {name: ["transformers", "CLIPTokenizer"] for name in family.tokenizers}
     return {
-        "_class_name": family.inpainting if in_channels == 9 else family.pipeline,
+        "_class_name": family.others.get(in_channels, family.pipeline),
         "_diffusers_version": "0.30.0",
         "feature_extractor": [None, None],
         "image_encoder": [None, None],

@@ -5,9 +5,11 @@ from __future__ import annotations
 from latentdiff.checkpoints.families import SD, family_with
 from latentdiff.checkpoints.modules import parse_config
 from latentdiff.checkpoints.raw import RawModel
+from latentdiff.networks.inputs import INPAINTING, INSTRUCTIONS, inputs_of
 
 _IMPLEMENTATION = "https://github.com/CompVis/stable-diffusion"
 _IMPLEMENTATION_OF_XL = "https://github.com/Stability-AI/generative-models"
+_TASKS = {INPAINTING: "-inpainting", INSTRUCTIONS: "-instruct-pix2pix"}
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 _PUBLISHED = {(320, 768, False): "stable-diffusion-v1", (320, 1024, True): "stable-diffusion-v2"}
 
@@ -24,8 +26,7 @@ def modelspec(raw: RawModel, title: str) -> dict[str, str]:
         architecture = family.title
     if architecture.endswith("v2"):
         architecture += "-768-v" if prediction == "v_prediction" else "-512"
-    if unet.in_channels == 2 * vae.latent_channels + 1:
-        architecture += "-inpainting"
+    architecture += _TASKS.get(inputs_of(unet, vae.latent_channels), "")
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture,

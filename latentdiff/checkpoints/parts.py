@@ -80,17 +80,6 @@ def check_fit(what: str, found: int, expected: int) -> None:
         raise CheckpointError(f"the model's parts do not fit: the U-Net expects {expected} {what}, found {found}")
 
 
-def check_inputs(found: int, latent: int) -> None:
-    """Raise a CheckpointError if a U-Net takes other channels than latents, or latents, a mask and the masked latents."""
-    if found not in (latent, 2 * latent + 1):
-        others = {2 * latent: "InstructPix2Pix", latent + 1: "the depth model of SD 2", latent + 3: "the x4 upscaler of SD 2"}
-        name = f", as {others[found]} has them" if found in others else ""
-        raise CheckpointError(
-            f"expected a U-Net with {latent} input channels, or {2 * latent + 1} for inpainting (latents, mask and masked "
-            f"latents), found {found}{name}: models that take other inputs are not supported"
-        )
-
-
 def described(**places: str | os.PathLike[str] | None) -> dict[str, dict[str, str]]:
     """What recipes say of the places that parts were taken from: role -> {"file": name, "sha256": see `place_hash`}."""
     return {

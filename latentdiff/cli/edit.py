@@ -21,15 +21,17 @@ from latentdiff.request.task_options import EDIT
 @click.option(
     "--strength",
     type=float,
-    default=0.6,
-    show_default=True,
     metavar="X",
-    help="0 to 1: how far to go from the image.",
+    help="0 to 1: how far to go from the image.  [default: 0.6, and 1 for a model that follows instructions]",
+)
+@click.option(
+    "--image-guidance-scale",
+    type=float,
+    metavar="X",
+    help="Of a model that follows instructions (InstructPix2Pix): how strongly to keep to the image.  [default: 1.5]",
 )
 @click.option("--width", type=int, metavar="PIXELS", help="Bring the image to this width first.  [default: its own]")
-@click.option(
-    "--height", type=int, metavar="PIXELS", help="Bring the image to this height first.  [default: its own]"
-)
+@click.option("--height", type=int, metavar="PIXELS", help="Bring the image to this height first.  [default: its own]")
 @SAMPLING_OPTIONS
 @steering_options
 @MODEL_OPTIONS
@@ -37,6 +39,8 @@ from latentdiff.request.task_options import EDIT
 @within(EDIT)
 def edit(image: Path, prompt: str, out: Path, compare: Path | None, seed: int | None, **settings: Any) -> None:
     """Change IMAGE towards PROMPT (image to image): noise it as far as --strength says and denoise it.
+
+    With a model that follows instructions (InstructPix2Pix), PROMPT says what to do with it: "make it winter".
 
     What `latentdiff invert` wrote serves as well as an image, and keeps more of it: the walk begins from the image's
     own noise, so a seed changes nothing unless the sampler draws noise. It takes all steps of the inversion by default.

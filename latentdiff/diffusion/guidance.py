@@ -45,6 +45,8 @@ class Guidance:
     projection: the numbers of the kind apg.
     percentile: of the kind threshold, the share of values that are not clipped.
     weakening: what is led away from besides, at the same noise levels, whatever the scale.
+    image_scale: how strongly to follow the image that the U-Net sees, at the same noise levels: 1 follows it as it is, more
+        leads away from what is expected without it (Brooks et al. 2023, eq. 3).
 
     Raises:
         UsageError: a value outside its domain.
@@ -57,6 +59,7 @@ class Guidance:
     projection: Projection = Projection()
     percentile: float = 0.995
     weakening: Weakening | None = None
+    image_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
@@ -68,8 +71,10 @@ class Guidance:
             raise UsageError(f"guidance interval must be two noise levels, 0 <= low < high, found {low} and {high}")
         if self.kind != "cfg":
             check_kind(self.kind, self.scale, self.rescale)
-        if self.weakening and self.kind == "cfg++":
-            raise UsageError("pag and seg go with other kinds of guidance than cfg++, which is found; leave one of them out")
+        if (self.weakening or self.image_scale != 1.0) and self.kind == "cfg++":
+            raise UsageError(
+                "pag, seg and guidance by an image go with other kinds than cfg++, which is found; leave one of them out"
+            )
 
     @property
     def is_off(self) -> bool:
@@ -79,6 +84,10 @@ class Guidance:
     def acts_at(self, level: Level) -> bool:
         """Whether the unconditional half is needed at `level`."""
         return not self.is_off and self._covers(level)
+
+    def image_acts_at(self, level: Level) -> bool:
+        """Whether what is expected without the image is needed at `level`."""
+        return self.image_scale != 1.0 and self._covers(level)
 
     def pusher(self, weakened: Model | None) -> Callable[[Tensor, Tensor, Level, Any], Tensor | None]:
         """(positive, x, level, context) -> what leads away from the weakened model, added to the guided output; None where it
@@ -137,19 +146,23 @@ def guided_denoiser(
     negative_context: Any = None,
     guidance: Guidance = UNGUIDED,
     weakened: Model | None = None,
+    unseen: Any = None,
 ) -> Denoiser:
     """A denoiser that follows `context` and avoids `negative_context`.
 
-    Both halves go through the model as one batch of 2N where guidance acts, and only the N prompts elsewhere.
+    Both halves go through the model as one batch of 2N where guidance acts, of 3N where that of an image does as well, and
+    only the N prompts elsewhere.
 
     Args:
         context, negative_context: of batch N; tensors (N, L, D), or a type that joins its instances with its own `cat`.
         weakened: the model that `guidance.weakening` means.
+        unseen: the negative context without the image that `guidance.image_scale` means.
 
     Raises:
         UsageError: guidance was asked for without a negative context.
     """
     combine, push = guidance.combiner(parameterization), guidance.pusher(weakened)
+    cat = getattr(type(context), "cat", torch.cat)
     if guidance.is_off:
         both = None
     elif negative_context is None:
@@ -157,9 +170,17 @@ def guided_denoiser(
             f"guidance scale {guidance.scale} needs a negative context (the embedding of an empty prompt will do)"
         )
     else:
-        both = getattr(type(context), "cat", torch.cat)([negative_context, context])
+        both = cat([negative_context, context])
+    three = None if unseen is None else cat([unseen, negative_context, context])
 
     def denoise(x: Tensor, level: Level) -> Prediction:
+        if three is not None and guidance.image_acts_at(level):
+            blank, negative, positive = model(torch.cat([x, x, x]), level.t, three).to(x.dtype).chunk(3)
+            led = (guidance.image_scale - 1.0) * (negative - blank)
+            led = pushed(led, push(positive, x, level, context))
+            if guidance.acts_at(level):
+                return combine(negative, positive, x, level, led)
+            return parameterization(positive + led, x, level, guided=True)
         if guidance.acts_at(level):
             negative, positive = model(torch.cat([x, x]), level.t, both).to(x.dtype).chunk(2)
             return combine(negative, positive, x, level, push(positive, x, level, context))

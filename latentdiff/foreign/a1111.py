@@ -264,7 +264,7 @@ SETTINGS: dict[str, Handler] = {
     "Token merging ratio hr": _MERGING,
     "Mask blur": _MASK, "Mask mode": _MASK, "Masked content": _MASK, "Inpaint area": _MASK, "Masked area padding": _MASK,
     "Face restoration": _without("faces are not painted over here"),
-    "Image CFG scale": _without("models that are guided by an image as well are not here"),
+    "Image CFG scale": _without("give --image-guidance-scale to a model that follows instructions"),
     "NGMS": _without("the negative prompt acts at all noise levels here"),
     "Skip Early CFG": _without("guidance acts at all steps here; --guidance-interval is near"),
     "Schedule max sigma": _without("the noisiest level is the model's here"),

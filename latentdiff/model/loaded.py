@@ -16,7 +16,7 @@ from latentdiff.adapters.lora.strength import Strength
 from latentdiff.adapters.textual_inversion import LoadedEmbeddings
 from latentdiff.checkpoints.distilled import Distilled
 from latentdiff.checkpoints.embedded import EMBEDDED_NAME, embedded_model
-from latentdiff.checkpoints.parts import check_fit, check_inputs, described
+from latentdiff.checkpoints.parts import check_fit, described
 from latentdiff.device import Precision, apart_from_torch, pick_device, pick_precision, precision_of
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.diffusion.schedule import Schedule
@@ -30,6 +30,7 @@ from latentdiff.memory.sharing import Sharing, one_use
 from latentdiff.model.adapted import AdaptedModel
 from latentdiff.model.parts import ModelParts
 from latentdiff.model.portable import PortableModel, absolute
+from latentdiff.networks.inputs import INPAINTING, TEXT, inputs_of
 from latentdiff.networks.sizes import SizeOptions, Told, count_of_sizes
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
@@ -100,7 +101,7 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
         check_fit("text embeddings", text_encoder.embedding_width, unet.config.cross_attention_dim)
         self.told_count = count_of_sizes(unet.config, getattr(text_encoder, "pooled_width", None))
         check_fit("latent channels", vae.config.latent_channels, unet.config.out_channels)
-        check_inputs(unet.config.in_channels, vae.config.latent_channels)
+        inputs_of(unet.config, vae.config.latent_channels)
 
     @classmethod
     @public(
@@ -272,6 +273,11 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
         return self
 
     def _examples(self) -> list[Example]:
+        if self.inputs not in (TEXT, INPAINTING):
+            raise UsageError(
+                "int8 by openvino fits its numbers to images made of prompts, and this model needs more than a prompt; "
+                "expected another precision, or the back end torch"
+            )
         channels, sizes = self.vae.config.latent_channels, self.told(*self.default_size)
         return calibration_examples(self.tokenizer, self.text_encoder, self.unet, self.schedule, channels, sizes)
 
@@ -293,7 +299,8 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
         parameters = sum(parameter.numel() for parameter in self.residence.module("unet").parameters())
         facts = [
             self.name or "unnamed model",
-            f"U-Net of {parameters / 1e6:.1f} million parameters" + (" for inpainting" * self.is_for_inpainting),
+            f"U-Net of {parameters / 1e6:.1f} million parameters"
+            + (f" for {self.inputs}" if self.inputs != TEXT else ""),
             f"trained at {width}x{height}",
             f"{self.schedule.config.prediction_type} prediction",
             f"{self.precision.name} on {self.device}",

@@ -13,6 +13,7 @@ from latentdiff.errors import UsageError
 from latentdiff.memory.residence import Residence
 from latentdiff.memory.sharing import Sharing
 from latentdiff.networks.functions import LatentDecoder, Network
+from latentdiff.networks.inputs import INPAINTING, inputs_of
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
 
@@ -88,12 +89,14 @@ class ModelParts:
         return self.residence.device
 
     @property
+    def inputs(self) -> str:
+        """What the U-Net sees besides latents and text; see `networks.inputs`."""
+        return inputs_of(self.residence.module("unet").config, self.residence.module("vae").config.latent_channels)
+
+    @property
     def is_for_inpainting(self) -> bool:
         """Whether the U-Net sees, after the latents, a mask and the latents of the image under it."""
-        return (
-            self.residence.module("unet").config.in_channels
-            == 2 * self.residence.module("vae").config.latent_channels + 1
-        )
+        return self.inputs == INPAINTING
 
     @contextmanager
     def in_use(self, *, alone: bool = False) -> Generator[None, None, None]:

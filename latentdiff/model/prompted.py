@@ -15,6 +15,7 @@ from latentdiff.errors import UsageError
 from latentdiff.memory.sharing import one_use
 from latentdiff.model.loaded import LoadedModel
 from latentdiff.networks.freeu import freeu
+from latentdiff.networks.inputs import NEEDS, TEXT
 from latentdiff.networks.kernels.choice import forms_in_use
 from latentdiff.networks.regional import Regions
 from latentdiff.networks.seamless import seamless
@@ -81,7 +82,9 @@ class PromptedModel(LoadedModel):
         factor = self.residence.module("vae").config.downscale
         return self.told(shape[-2] * factor, shape[-1] * factor, options)
 
-    def explain(self, prompt: str, *, prompt_syntax: str = "a1111", steps: int = 25, negative: bool = False) -> PromptAccount:
+    def explain(
+        self, prompt: str, *, prompt_syntax: str = "a1111", steps: int = 25, negative: bool = False
+    ) -> PromptAccount:
         """What a prompt means to this model: tokens, weights, chunks, stages, and what has no meaning or is cut.
 
         Args:
@@ -96,13 +99,14 @@ class PromptedModel(LoadedModel):
         """
         return account(self.tokenizer, prompt, prompt_syntax, steps, negative=negative)
 
-    def check_text_to_image(self) -> None:
-        """Raise a UsageError if the model cannot do without an image and a mask."""
-        if self.is_for_inpainting:
-            latent, found = self.vae.config.latent_channels, self.unet.config.in_channels
+    def check_text_to_image(self, *others: str) -> None:
+        """Raise a UsageError if the model needs more than a prompt, but for the kinds of inputs that a task has for it."""
+        if self.inputs not in (TEXT, *others):
+            modules = (self.residence.module(name).config for name in ("vae", "unet"))
+            latent, found = next(modules).latent_channels, next(modules).in_channels
             raise UsageError(
-                f"expected a text-to-image model with {latent} U-Net input channels, found {found}: this model is for "
-                "inpainting and needs an image and a mask"
+                f"expected a text-to-image model with {latent} U-Net input channels, found {found}: this model "
+                f"{NEEDS[self.inputs]}"
             )
 
     def prompt_encoder(self, reading: Reading = PLAIN) -> PromptEncoder:

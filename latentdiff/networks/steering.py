@@ -18,6 +18,7 @@ from latentdiff.diffusion.guidance import (
 )
 from latentdiff.diffusion.parameterization import Denoiser, Parameterization
 from latentdiff.diffusion.schedule import Level
+from latentdiff.errors import UsageError
 from latentdiff.networks.conditioning import AnyConditioning, Applied, Conditioning
 from latentdiff.networks.regional import RegionalConditioning, Regions, View, check_is_plain, regional_model
 from latentdiff.networks.sizes import Told
@@ -52,10 +53,13 @@ def prompted_denoiser(
         regions: prompts for parts of the images.
 
     Raises:
-        UsageError: regions, and a prompt of several parts.
+        UsageError: regions or guidance by an image, and a prompt of several parts.
     """
+    is_plain = all(prompt.is_plain for prompt in positive)
+    if guidance.image_scale != 1.0 and not is_plain:
+        raise UsageError("guidance by an image goes with prompts without AND; leave AND out, or set its scale to 1")
     if regions is not None:
-        check_is_plain(all(prompt.is_plain for prompt in positive))
+        check_is_plain(is_plain)
         model = regional_model(model)
     weakened = weakened_model(model, unet, guidance.weakening) if guidance.weakening else None
     images = [image for image, prompt in enumerate(positive) for _ in prompt.parts]
@@ -63,9 +67,16 @@ def prompted_denoiser(
     made: dict[tuple[int, ...], Denoiser] = {}
 
     def conditioning(
-        texts: Sequence[Tensor], of: Sequence[int], told: Tensor | None, *, view: View | None = None, **more: Any
+        texts: Sequence[Tensor],
+        of: Sequence[int],
+        told: Tensor | None,
+        *,
+        view: View | None = None,
+        sees: bool = True,
+        **more: Any,
     ) -> AnyConditioning:
         extra = None if extra_channels is None else extra_channels[list(of)]
+        extra = extra if sees or extra is None else torch.zeros_like(extra)
         own = controls
         if view is not None:
             extra = None if extra is None else view.of(extra)
@@ -78,17 +89,23 @@ def prompted_denoiser(
             [Conditioning.of(unet, text, extra_channels=own, **same) for text, own in zip(texts, extras, strict=True)]
         )
 
-    def regional(whole: AnyConditioning, told: Tensor | None, avoided: Sequence[Tensor] | None = None) -> Any:
+    def regional(
+        whole: AnyConditioning, told: Tensor | None, avoided: Sequence[Tensor] | None = None, **more: Any
+    ) -> Any:
         if regions is None:
             return whole
         parts = [
             (one.view, conditioning(
                 [one.text] * len(positive) if avoided is None else avoided, range(len(positive)), told,
-                view=one.view, avoided=avoided is not None,
+                view=one.view, avoided=avoided is not None, **more,
             ))
             for one in regions.regions
         ]  # fmt: skip
         return RegionalConditioning(whole, regions.common, tuple(parts))
+
+    def avoiding(texts: Sequence[Tensor], told: Tensor | None, **more: Any) -> Any:
+        whole = conditioning(texts, range(len(negative)), told, avoided=True, **more)
+        return regional(whole, told, texts, **more)
 
     def of_step(step: int) -> Denoiser:
         texts = [part.at(step) for prompt in positive for part in prompt.parts]
@@ -97,9 +114,10 @@ def prompted_denoiser(
         if key not in made:
             told = (None, None) if sizes is None else (sizes.positive, sizes.negative)
             followed = regional(conditioning(texts, images, told[0]), told[0])
-            away = regional(conditioning(avoided, range(len(negative)), told[1], avoided=True), told[1], avoided)
-            if all(prompt.is_plain for prompt in positive):
-                made[key] = guided_denoiser(model, parameterization, followed, away, guidance, weakened)
+            away = avoiding(avoided, told[1])
+            if is_plain:
+                unseen = avoiding(avoided, told[1], sees=False) if guidance.image_scale != 1.0 else None
+                made[key] = guided_denoiser(model, parameterization, followed, away, guidance, weakened, unseen)
             else:
                 made[key] = composed_denoiser(
                     model, parameterization, Composition(followed, images, weights), away, guidance, weakened

@@ -76,6 +76,10 @@ class VAE(nn.Module):
         latents = latents / self.config.scaling_factor
         return self._decode(latents) if tile is None else self._decode_tiled(latents, self._latents_of(tile))
 
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Latents as the encoder itself gave them, which some models see (Brooks et al. 2023)."""
+        return latents / self.config.scaling_factor
+
     def _latents_of(self, pixels: int) -> int:
         return max(1, pixels // self.config.downscale)
 

@@ -266,8 +266,10 @@ class Plan:
         return len(self.levels) - 1
 
     def rows(self, part: slice) -> int:
-        """How many inputs the U-Net sees at once for a batch: each part of a prompt, and each negative prompt."""
-        return sum(1 + len(read_prompt(text, self.reading.syntax).parts) for text in self.prompts[part])
+        """How many inputs the U-Net sees at once for a batch: each part of a prompt, each negative prompt, and that without
+        the image that guidance leads away from."""
+        others = 1 + (self.guidance.image_scale != 1.0)
+        return sum(others + len(read_prompt(text, self.reading.syntax).parts) for text in self.prompts[part])
 
     def pieces(self) -> list[tuple[int, Plan]]:
         """The plan cut where the prompts name other LoRAs; each piece with the place of its first image."""

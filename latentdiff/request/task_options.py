@@ -11,7 +11,7 @@ from latentdiff.request.options import OPTIONS, SIDE, InversionName, Translation
 _SIZE = {"width": SIDE, "height": SIDE}
 _STEPS = {name: OPTIONS[name].domain for name in ("steps", "guidance_scale")}
 
-EDIT: dict[str, Any] = {"strength": Real(0, 1), **_SIZE}
+EDIT: dict[str, Any] = {"strength": Real(0, 1), "image_guidance_scale": Real(0), **_SIZE}
 INPAINT: dict[str, Any] = {
     "remove": YesNo(),
     "invert_mask": YesNo(),

@@ -14,6 +14,7 @@ from latentdiff.control.model import Control, ControlNet
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.errors import UsageError
 from latentdiff.image import save_image
+from latentdiff.networks.inputs import INSTRUCTIONS
 from latentdiff.pipeline import Pipeline
 from latentdiff.reading.colours import colours_of
 from latentdiff.request.options import SAMPLING
@@ -70,6 +71,8 @@ def drawn(
     options |= {**draw.task, "num_images": len(pieces), "negative_prompt": draw.negative_prompt}
     if draw.mask is None:
         size = {} if draw.fit else {"width": draw.width, "height": draw.height}
+        if draw.lenient and pipe.inputs != INSTRUCTIONS:  # the web UI sends it to all models
+            options.pop("image_guidance_scale", None)
         return image_to_image(pipe, image, draw.prompt, **size, **options)
     mask, invert = _mask(draw.mask, draw)
     return inpaint(pipe, image, mask, draw.prompt, invert_mask=invert, **options)

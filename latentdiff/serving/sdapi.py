@@ -174,6 +174,8 @@ def _from_image(state: State, asked: Img2Img) -> Draw:
     if asked.resize_mode not in range(len(FITS)):
         raise Refused(422, f"expected a resize_mode of 0 to 2, found {asked.resize_mode}")
     task: dict[str, Any] = {"strength": asked.denoising_strength}
+    if asked.image_cfg_scale is not None and not asked.mask:
+        task["image_guidance_scale"] = asked.image_cfg_scale
     if asked.mask:
         if asked.inpainting_fill not in (FILL, ORIGINAL):
             raise Refused(422, f"expected an inpainting_fill of 0 (fill) or 1, found {asked.inpainting_fill}")

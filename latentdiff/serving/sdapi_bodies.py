@@ -64,6 +64,7 @@ class Img2Img(Asked):
     init_images: list[str] | None = None
     resize_mode: int = 0
     denoising_strength: float = Field(0.75, ge=0, le=1)
+    image_cfg_scale: float | None = Field(None, ge=0)
     mask: str | None = None
     mask_blur: int | None = None
     inpainting_fill: int = 0

@@ -20,6 +20,7 @@ from PIL import Image
 
 from latentdiff.errors import UsageError
 from latentdiff.memory.sharing import one_use
+from latentdiff.networks.inputs import INPAINTING
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
@@ -130,6 +131,7 @@ def inpaint(
         NotFiniteError: the model gives NaN or infinity.
         Cancelled: the callback returned False.
     """
+    pipe.check_text_to_image(INPAINTING)
     if strength is None:
         strength = REMOVAL_STRENGTH if remove else 1.0
     settings = InpaintSettings(
@@ -210,9 +212,7 @@ def _given(
     return found, settings, described
 
 
-def canvas(
-    image: Image.Image, mask: Image.Image | None, settings: InpaintSettings
-) -> tuple[Image.Image, Image.Image]:
+def canvas(image: Image.Image, mask: Image.Image | None, settings: InpaintSettings) -> tuple[Image.Image, Image.Image]:
     """The image with its margins, and the mask of what is to be painted, of the same size.
 
     The margins repeat the image's border until they are painted, so that what is noised there resembles it.

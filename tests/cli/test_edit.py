@@ -34,6 +34,21 @@ def test_edit_and_reproduce(command, sd1, sources, workplace):
     assert files(workplace) == ["images/red-fox-5.png", "mask.png", "photo.png", "row.png"]
 
 
+def test_instructions_and_reproduce(command, sources, workplace):
+    model = peers.folder("pix2pix")
+    done = command(
+        "edit", "photo.png", "red fox", "--image-guidance-scale", 2, "--model", model, *QUICK, "--out", "a.png"
+    )  # fmt: skip
+    assert (done.code, done.out) == (0, "a.png\n")
+    made = open_image("a.png")
+    assert read_recipe(made.info).task_settings["image_guidance_scale"] == 2.0
+    assert "Image CFG scale: 2.0" in made.info["parameters"]
+    done = command("reproduce", "a.png", "--model", model)
+    assert (done.code, done.out) == (0, "identical: every pixel is the same\n")
+    done = command("generate", "red fox", "--model", model, *QUICK)
+    assert done.code == 2 and "this model follows instructions about an image" in done.errors[-1]
+
+
 def test_the_row_shows_what_went_in_and_came_out(command, sd1, sources):
     command(
         "inpaint",
@@ -122,7 +137,11 @@ def test_hostile_recipes(command, sd1, sources, changes, code, message):
         (("edit", "photo.png", "cat", "--out", "photo.png"), 2, "photo.png is there already"),
         (("edit", "photo.png", "cat", "-n", 2, "--out", "a.png"), 2, "expected a folder for 2 images"),
         (("edit", "photo.png", "cat", "--compare", "row"), 2, "expected --compare FILE with an ending"),
-        (("edit", "photo.png", "cat", "--out", "a.png", "--compare", "./a.png"), 2, "--out and --compare both name a.png"),
+        (
+            ("edit", "photo.png", "cat", "--out", "a.png", "--compare", "./a.png"),
+            2,
+            "--out and --compare both name a.png",
+        ),
         (("edit", "photo.png", "cat", "--strength", 3), 2, "strength to be a finite number of 0 to 1"),
         (("inpaint", "photo.png", "cat"), 2, "expected --mask FILE, or --extend"),
         (("inpaint", "photo.png", "cat", "--mask", "none.png"), 1, "no image at none.png"),

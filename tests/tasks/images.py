@@ -56,13 +56,15 @@ def apart(first: Image.Image, second: Image.Image | np.ndarray) -> int:
 
 
 def diffusers_pipeline(kind: str, family: str, sampler: str):
-    """ "edit" or "inpaint" in diffusers, on one of the tiny models."""
+    """ "edit" or "inpaint" in diffusers, or what a model is for ("own"), on one of the tiny models."""
     components = copy(peers.theirs(family).components)
     scheduler, spacing = SCHEDULERS[sampler]
     components["scheduler"] = scheduler.from_config(
         {**components["scheduler"].config, "timestep_spacing": spacing, "clip_sample": False}
     )
-    if family.startswith("xl"):
+    if kind == "own":
+        pipe = type(peers.theirs(family))(**components, requires_safety_checker=False)
+    elif family.startswith("xl"):
         pipeline = StableDiffusionXLInpaintPipeline if kind == "inpaint" else StableDiffusionXLImg2ImgPipeline
         pipe = pipeline(**components, add_watermarker=False)
     else:

@@ -157,8 +157,8 @@ def _check_model(parts: Components) -> None:
         )
     if inputs != latents:
         raise UsageError(
-            f"expected a text-to-image model with {latents} U-Net input channels, found {inputs}: this model is for"
-            " inpainting, which cannot be fine-tuned here"
+            f"expected a text-to-image model with {latents} U-Net input channels, found {inputs}: models that"
+            " see more than a prompt, as those for inpainting do, cannot be fine-tuned here"
         )
 
 
