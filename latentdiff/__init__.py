@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from latentdiff.image import save_png as save_png
     from latentdiff.pipeline import Pipeline as Pipeline
     from latentdiff.tasks.editing import image_to_image as image_to_image
+    from latentdiff.tasks.enlarging import enlarge as enlarge
     from latentdiff.tasks.inpainting import inpaint as inpaint
     from latentdiff.tasks.interpolation import interpolate as interpolate
     from latentdiff.tasks.inversion.run import invert as invert
     from latentdiff.tasks.restoration.task import restore as restore
     from latentdiff.tasks.translation import translate as translate
     from latentdiff.tasks.upscaling import upscale as upscale
+    from latentdiff.tasks.variations import vary as vary
     from latentdiff.training.finetuning.finetune import finetune as finetune
     from latentdiff.training.stages.train import train as train
     from latentdiff.upscaling.model import Upscaler as Upscaler
@@ -41,6 +43,7 @@ _HOMES = {
     "Pipeline": "latentdiff.pipeline",
     "Region": "latentdiff.control.regions",
     "Upscaler": "latentdiff.upscaling.model",
+    "enlarge": "latentdiff.tasks.enlarging",
     "evaluate": "latentdiff.evaluation.run",
     "finetune": "latentdiff.training.finetuning.finetune",
     "image_to_image": "latentdiff.tasks.editing",
@@ -53,6 +56,7 @@ _HOMES = {
     "train": "latentdiff.training.stages.train",
     "translate": "latentdiff.tasks.translation",
     "upscale": "latentdiff.tasks.upscaling",
+    "vary": "latentdiff.tasks.variations",
 }
 __all__ = [
     "ControlNet",
@@ -63,6 +67,7 @@ __all__ = [
     "Region",
     "Upscaler",
     "__version__",
+    "enlarge",
     "evaluate",
     "finetune",
     "image_to_image",
@@ -75,6 +80,7 @@ __all__ = [
     "train",
     "translate",
     "upscale",
+    "vary",
 ]
 
 

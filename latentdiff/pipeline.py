@@ -250,7 +250,7 @@ class Pipeline(PromptedModel):
                     plan.guidance,
                     plan.levels,
                     extra_channels=begun.extra_channels,
-                    sizes=sizes,
+                    sizes=begun.told or sizes,
                     controls=applied,
                     windows=windows,
                     regions=regions,
@@ -312,7 +312,7 @@ class Pipeline(PromptedModel):
             negative: what to avoid, likewise.
             levels: what will be walked; errors name the step by it.
             extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
-            sizes: what a U-Net of SDXL is told beside the texts, see `told`.
+            sizes: what a U-Net is told beside the texts, see `told` and `Start`.
             controls: what steers besides: controls, image prompts.
             windows: what the U-Net sees of the latents at once; None is all.
             regions: prompts for parts of the images.

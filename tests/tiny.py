@@ -8,6 +8,9 @@ too, so that a swapped or forgotten tensor shows in the output.
     sd1_folder(tmp)      SD 1.x: convolution projections, 8 heads on every level, eps prediction
     sd2_folder(tmp)      SD 2.x: linear projections, heads per level, penultimate text layer, v-prediction
     inpaint_folder(tmp)  SD 1.x with a 9-channel U-Net
+    depth_folder(tmp)    SD 2.x with a 5-channel U-Net and a DPT that sees depths
+    unclip_folder(tmp)   SD 2.x that is told what CLIP sees in an image
+    x4_folder(tmp)       the x4 upscaler: a small image, labels, text in place of self-attention, a VAE of factor 4
     pix2pix_folder(tmp)  SD 1.x with an 8-channel U-Net, for instructions
     xl_folder(tmp)       SDXL: three levels of other depths, two text encoders, pooled text and sizes
     refiner_folder(tmp)  its refiner: the second text encoder alone, an aesthetic score
@@ -254,6 +257,103 @@ def pix2pix_folder(tmp: Path, scheduler=None, **save_options) -> Path:
     parts = sd1_pipeline(tmp, scheduler, in_channels=8).components
     pipe = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
     return save_real_layout(pipe, Path(tmp) / "pix2pix", Path(tmp) / "tokenizer-files", **save_options)
+
+
+def depth_estimator(seed: int = 5):
+    """A tiny DPT as transformers has it."""
+    from transformers import DPTConfig, DPTForDepthEstimation
+
+    config = DPTConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
+        backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8, is_hybrid=False,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return randomize(DPTForDepthEstimation(config), seed)
+
+
+def depth_folder(tmp: Path, scheduler=None, **save_options) -> Path:
+    """Save a tiny SD 2 that sees depths (5 input channels: latents, and a map) as `tmp/depth`."""
+    from diffusers import StableDiffusionDepth2ImgPipeline
+    from transformers import DPTImageProcessorPil
+
+    parts = sd2_pipeline(tmp, "epsilon", in_channels=5).components
+    pipe = StableDiffusionDepth2ImgPipeline(
+        **{name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "unet")},
+        scheduler=scheduler or parts["scheduler"],
+        depth_estimator=depth_estimator(),
+        feature_extractor=DPTImageProcessorPil(size={"height": 32, "width": 32}),
+    )
+    return save_real_layout(pipe, Path(tmp) / "depth", Path(tmp) / "tokenizer-files", **save_options)
+
+
+def x4_folder(tmp: Path, scheduler=None, **save_options) -> Path:
+    """Save a tiny x4 upscaler as `tmp/x4`."""
+    from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionUpscalePipeline
+
+    betas = {**BETAS, "beta_start": 0.0001, "beta_end": 0.02}
+    ddim = DDIMScheduler(
+        **betas, prediction_type="v_prediction", steps_offset=1, set_alpha_to_one=False, clip_sample=False
+    )
+    network = unet(
+        in_channels=7, num_class_embeds=1000, use_linear_projection=True, sample_size=16, block_out_channels=(16, 32, 32, 64),
+        only_cross_attention=(True, True, True, False), attention_head_dim=8,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",), cross_attention_dim=CROSS_ATTENTION_DIM,
+    )  # fmt: skip
+    autoencoder = vae(
+        block_out_channels=CHANNELS[:3], scaling_factor=0.08333, down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+    )  # fmt: skip
+    pipe = StableDiffusionUpscalePipeline(
+        vae=autoencoder,
+        text_encoder=sd2_text_encoder(),
+        tokenizer=tokenizer(Path(tmp) / "tokenizer-files", pad_token="!"),
+        unet=network,
+        low_res_scheduler=DDPMScheduler(**betas),
+        scheduler=ddim,
+    )
+    return save_real_layout(pipe, Path(tmp) / "x4", Path(tmp) / "tokenizer-files", **save_options)
+
+
+EMBEDDED = 24  # width of what CLIP sees
+
+
+def clip_vision(seed: int = 6):
+    """A tiny image encoder of CLIP, as ViT-L: quick GELU, 64 channels a head."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    config = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=1, image_size=32, patch_size=8,
+        projection_dim=EMBEDDED, hidden_act="quick_gelu",
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return randomize(CLIPVisionModelWithProjection(config), seed)
+
+
+def unclip_folder(tmp: Path, scheduler=None, **save_options) -> Path:
+    """Save a tiny unCLIP of SD 2.1 as `tmp/unclip`."""
+    from diffusers import DDPMScheduler, StableUnCLIPImg2ImgPipeline
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+    from transformers import CLIPImageProcessor
+
+    told = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * EMBEDDED}
+    parts = sd2_pipeline(tmp, **told).components
+    pipe = StableUnCLIPImg2ImgPipeline(
+        **{name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")},
+        image_encoder=clip_vision(),
+        image_normalizer=randomize(StableUnCLIPImageNormalizer(EMBEDDED), 7),
+        image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    )
+    folder = save_real_layout(pipe, Path(tmp) / "unclip", Path(tmp) / "tokenizer-files", **save_options)
+    for file in (folder / "image_encoder").glob("*.safetensors"):
+        tensors = load_file(file)
+        prefixed = {
+            key if key.startswith(("vision_model.", "visual_projection.")) else f"vision_model.{key}": tensor
+            for key, tensor in tensors.items()
+        }
+        save_file(prefixed, file, metadata={"format": "pt"})
+    return folder
 
 
 # --- SDXL -----------------------------------------------------------------------------------------

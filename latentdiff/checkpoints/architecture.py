@@ -40,9 +40,6 @@ _OTHERS = (
     ("body.0.resnets.0.block1.", T2I),
     ("transformer_layes.", T2I),
     ("ip_adapter.", "a part of an IP-Adapter"),
-    ("depth_model.", "depth-conditioned Stable Diffusion"),
-    ("noise_augmentor.", "unCLIP"),
-    ("class_embedding.", "class-conditional U-Net (upscaler, unCLIP)"),
     ("adaLN_modulation.", "diffusion transformer"),
 )
 # What names of tensors in adapter files end in, and the kinds that are told by it.
@@ -111,8 +108,6 @@ def identify(shapes: Mapping[str, Shape]) -> Identity:
     for marker, family in _OTHERS:
         if any(marker in name for name in own) and (of_sd or marker != _TEXT_OF_XL):
             return Identity("control" if family in STEERING else "other", family)
-    if of_sd and f"{UNET_PREFIX}label_emb.0.0.weight" in own and "text_encoder" in parts:
-        return Identity("other", "class-conditional U-Net (upscaler, unCLIP)")
     if parts:
         return Identity("model", _family_of_original(own), parts, tuple(sorted(adapter)))
     if part := _lone_part(own):
@@ -198,16 +193,21 @@ def lora_dialect(shapes: Iterable[str]) -> str:
     return "diffusers"
 
 
-def family_name(family: Family, *, linear: bool, extra_channels: int, width: int, context: int) -> str:
+def family_name(
+    family: Family, *, linear: bool, extra_channels: int, width: int, context: int, varies: bool = False
+) -> str:
     """A name for people: linear projections are the mark of SD 2.x; other sizes than the published are told apart.
 
     Args:
-        extra_channels: of the U-Net's input, more than the latents have: a mask and an image, an image, a depth map.
+        extra_channels: of the U-Net's input, more than the latents have: a mask and an image, an image, a small one, a
+            depth map.
+        varies: it is told an image's embedding (unCLIP).
     """
     number, published = ("2.x", (320, 1024)) if linear else ("1.x", (320, 768))
     if family is not SD:
         number, published = family.name, family.published
-    task = {5: " inpainting", 4: " conditioned on an image", 1: " conditioned on depth"}.get(extra_channels, "")
+    tasks = {5: " inpainting", 4: " conditioned on an image", 3: " upscaling by 4", 1: " conditioned on depth"}
+    task = " for variations of images" if varies else tasks.get(extra_channels, "")
     size = "" if (width, context) == published else ", a size of its own"
     return f"Stable Diffusion {number}{task}{size}"
 
@@ -223,6 +223,7 @@ def _family_of_original(shapes: Mapping[str, Shape]) -> str:
         extra_channels=in_channels - find("model.diffusion_model.out.2.weight", (4,))[0],
         width=width,
         context=find(".attn2.to_k.weight", (0, 0))[1],
+        varies=family_in(shapes) is SD and f"{UNET_PREFIX}label_emb.0.0.weight" in shapes,
     )
 
 

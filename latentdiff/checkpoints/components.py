@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 from latentdiff.checkpoints.conversion import Choices, convert, read_model
 from latentdiff.checkpoints.distilled import Distilled
 from latentdiff.checkpoints.families import family_with
-from latentdiff.checkpoints.folder import model_index, write_folder
+from latentdiff.checkpoints.folder import write_folder
 from latentdiff.checkpoints.habits import take_habit, with_habit
 from latentdiff.checkpoints.hashing import model_hash
+from latentdiff.checkpoints.index import augmentations, model_index
 from latentdiff.checkpoints.inspection import Inspection, inspect
 from latentdiff.checkpoints.mapping import fill
 from latentdiff.checkpoints.modules import module_without_weights, parse_config
 from latentdiff.checkpoints.raw import RawModel
 from latentdiff.checkpoints.text_parts import second_tokenizer, text_module
 from latentdiff.checkpoints.tokenizer import tokenizer_files
+from latentdiff.checkpoints.unclip import SeenImages, beside_of, seen_images
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.errors import ConfigError
 from latentdiff.networks.text_encoders import TextEncoders, encoders_of
@@ -52,6 +54,8 @@ class Components:
     stored: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # see `load_components`
     words: Words | None = None  # what a small model says that it knows
     distilled: Distilled | None = None  # what it draws with in few steps
+    augmentation: ScheduleConfig | None = None  # of the noise on what the U-Net sees, of models that are told how much
+    images: SeenImages | None = None  # how an unCLIP model sees them
 
 
 def load_components(
@@ -93,9 +97,13 @@ def load_components(
     if weights:
         for part, module in modules.items():
             fill(module, stored.pop(part))
+    usual = augmentations(modules["unet"].config)
+    noised = [parse_config(part, raw.configs.get(part, config)) for part, config in usual.items()]
     return Components(
         tokenizer=tokenizer,
         **modules,
+        augmentation=noised[0] if noised else None,
+        images=seen_images(raw, width) if (width := modules["unet"].config.class_dim) else None,
         stored=stored,
         schedule_config=schedule_config,
         name=name,
@@ -133,15 +141,14 @@ def save_folder(components: Components, folder: str | os.PathLike[str]) -> None:
     scheduler = components.schedule_config.to_diffusers()
     parts = {"unet": components.unet, "vae": components.vae, **texts}
     vae_config = components.vae.config.to_diffusers()
-    index = model_index(
-        unet_config["in_channels"], vae_config["_class_name"], scheduler["_class_name"], family_with(parts)
-    )
+    index = model_index(components.unet.config, vae_config["_class_name"], scheduler["_class_name"], family_with(parts))
     files, second = tokenizer_files(components.tokenizer), dict[str, str]()
     if isinstance(components.text_encoder, TextEncoders):
         index["force_zeros_for_empty_prompt"] = components.text_encoder.zero_empty
         second = getattr(components.tokenizer, "second", {}) or second_tokenizer(
             files, components.text_encoder, components.tokenizer
         )
+    beside, seeing = beside_of(components.images) if components.images else ({}, {})
     raw = RawModel(
         source=Path(folder),
         tensors={part: dict(module.state_dict()) for part, module in parts.items()},
@@ -150,11 +157,20 @@ def save_folder(components: Components, folder: str | os.PathLike[str]) -> None:
             "vae": vae_config,
             **{part: dict(encoder.config) for part, encoder in texts.items()},
             "scheduler": scheduler,
+            **_augmentation(components),
+            **seeing,
             "model_index": index,
         },
         tokenizer=files,
         second_tokenizer=second,
         words=components.words,
         distilled=components.distilled,
+        beside=beside,
     )
     write_folder(raw, Path(folder))
+
+
+def _augmentation(components: Components) -> dict[str, dict[str, Any]]:
+    found = components.augmentation
+    usual = augmentations(components.unet.config)
+    return usual if found is None else {part: {**config, **found.to_diffusers()} for part, config in usual.items()}

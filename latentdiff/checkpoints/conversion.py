@@ -139,7 +139,7 @@ def convert(
         write_original(raw, target)
     else:
         write_folder(raw, target)
-    left_out = [f"{', '.join(raw.left_out)} left out: not used here"] if raw.left_out else []
+    left_out = [f"{', '.join(raw.left_out)} left out: the result cannot hold them"] if raw.left_out else []
     if raw.distilled and to_file:
         left_out.append(
             f"{FOLDER}/ left out, as a single file has no place for it: --fast draws without the model's LoRA"

@@ -10,7 +10,12 @@ from latentdiff.networks.text_encoders import FIRST, SECOND
 
 UNET_PREFIX = "model.diffusion_model."
 _ALWAYS = {"unet": UNET_PREFIX, "vae": "first_stage_model."}
-_OTHERS = {8: "StableDiffusionInstructPix2PixPipeline", 9: "StableDiffusionInpaintPipeline"}
+_OTHERS = {
+    5: "StableDiffusionDepth2ImgPipeline",
+    7: "StableDiffusionUpscalePipeline",
+    8: "StableDiffusionInstructPix2PixPipeline",
+    9: "StableDiffusionInpaintPipeline",
+}
 
 
 @dataclass(frozen=True)

@@ -13,36 +13,32 @@ from typing import Any
 from torch import Tensor
 
 from latentdiff.checkpoints import distilled
-from latentdiff.checkpoints.families import SD, Family, family_with, is_text, parts_in
+from latentdiff.checkpoints.families import SD, family_with, is_text, parts_in
 from latentdiff.checkpoints.files import TensorFile, read_tensors
-from latentdiff.checkpoints.layout import STEMS, weight_candidates
+from latentdiff.checkpoints.index import INDEX, unknown_classes
+from latentdiff.checkpoints.layout import BESIDE, STEMS, weight_candidates
 from latentdiff.checkpoints.raw import PART_LABELS, RawModel, with_usual_names
 from latentdiff.checkpoints.tokenizer import with_vocabulary_files
 from latentdiff.checkpoints.writing import write_safetensors
 from latentdiff.errors import CheckpointError, LatentDiffError
 from latentdiff.files import atomic_path
-from latentdiff.networks.text_encoders import FIRST, SECOND
+from latentdiff.networks.image_encoder import DEVIATION, MEAN
 from latentdiff.prompts import words
 from latentdiff.reading.json import read_object
 from latentdiff.reading.plain import read_text
 
-INDEX = "model_index.json"
 EXTRAS = "original_extras.safetensors"  # what an original single file holds beyond the parts of a folder
-CONFIGS = {**{part: f"{part}/config.json" for part in STEMS}, "scheduler": "scheduler/scheduler_config.json"}
+_SCHEDULERS = ("scheduler", "low_res_scheduler", "image_noising_scheduler")
+CONFIGS = {part: f"{part}/config.json" for part in (*STEMS, *BESIDE)} | {
+    name: f"{name}/scheduler_config.json" for name in _SCHEDULERS
+}
+# What prepares images for CLIP's encoder.
+_CLIP_IMAGES = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True, "do_convert_rgb": True,
+                "do_normalize": True, "do_resize": True, "image_mean": MEAN, "image_std": DEVIATION, "resample": 3}  # fmt: skip
 # Parts that published folders have and that have no place in a single file and no use here.
-_IGNORED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
+_IGNORED_PARTS = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator")
 _IN_MODELS = frozenset(
-    {INDEX, EXTRAS, words.FILE, distilled.FOLDER, "tokenizer", "tokenizer_2", "scheduler", *STEMS, *_IGNORED_PARTS}
-)
-# The classes whose parts are read here. The pipelines differ in what they do with them.
-_CLASSES = {
-    "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderTiny"), "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-}  # fmt: skip
-_PIPELINES = tuple(
-    f"StableDiffusion{size}{task}Pipeline"
-    for size in ("", "XL")
-    for task in ("", "Inpaint", "InpaintLegacy", "Img2Img", "InstructPix2Pix")
+    {INDEX, EXTRAS, words.FILE, distilled.FOLDER, "tokenizer", "tokenizer_2", *_SCHEDULERS, *STEMS, *BESIDE, *_IGNORED_PARTS}
 )
 
 
@@ -63,7 +59,7 @@ def weight_files(folder: Path, part: str, kind: str = "") -> list[Path]:
         if path.exists():
             return shards(path) if path.suffix == ".json" else [path]
     raise CheckpointError(
-        f"{folder} has no weights of the {PART_LABELS[kind]}: expected {part}/{STEMS[kind][0]}.safetensors "
+        f"{folder} has no weights of the {PART_LABELS[kind]}: expected {part}/{ {**STEMS, **BESIDE}[kind][0] }.safetensors "
         f"(or .fp16.safetensors, shards, .bin), found {listing(folder / part)}"
     )
 
@@ -77,20 +73,28 @@ def read_folder(folder: Path) -> RawModel:
     index = _check_index(folder)
     parts = parts_in(index)
     warnings = unknown_classes(index)
-    left_out = [name for name in _IGNORED_PARTS if (folder / name).is_dir()]
+    beside = [part for part in BESIDE if (folder / part).is_dir()] if "image_normalizer" in index else []
+    # What prepares images for CLIP is always the same, and written again.
+    ignored = [name for name in _IGNORED_PARTS if not (beside and name in (*BESIDE, "feature_extractor"))]
+    left_out = [name for name in ignored if (folder / name).is_dir()]
     # A folder written from this must not promise parts that it does not have.
     index |= (
         {"requires_safety_checker": False} if "requires_safety_checker" in index or family_with(parts) is SD else {}
     )
-    index |= {name: [None, None] for name in _IGNORED_PARTS if name in index}
+    index |= {name: [None, None] for name in ignored if name in index}
     configs: dict[str, dict[str, Any]] = {"model_index": index}
-    configs |= {name: _config(folder / path) for name, path in CONFIGS.items() if name in (*parts, "scheduler")}
+    configs |= {
+        name: _config(folder / path) for name, path in CONFIGS.items() if name in (*parts, *beside, "scheduler")
+    }
+    others = (name for name in _SCHEDULERS if name not in configs and (folder / CONFIGS[name]).exists())
+    configs |= {name: _config(folder / CONFIGS[name]) for name in others}
     tensors, names, files = {}, {}, []
     for part in parts:
         files += (part_files := weight_files(folder, part))
         tensors[part], others = with_usual_names(part, _merge(part_files))
         if others:
             names[part] = others
+    seeing = {part: weight_files(folder, part) for part in beside}
     tokenizers = [read_tokenizer(folder / name) for name in family_with(parts).tokenizers]
     extras = read_tensors(folder / EXTRAS) if (folder / EXTRAS).exists() else TensorFile(folder, {})
     return RawModel(
@@ -105,8 +109,9 @@ def read_folder(folder: Path) -> RawModel:
         warnings=warnings,
         left_out=left_out,
         distilled=distilled.read_distilled(folder / distilled.FOLDER),
-        weight_files=tuple(files),
         words=words.read_words(folder),
+        weight_files=(*files, *(file for some in seeing.values() for file in some)),
+        beside={part: _merge(some) for part, some in seeing.items()},
     )
 
 
@@ -118,7 +123,8 @@ def write_folder(raw: RawModel, folder: Path) -> None:
         LatentDiffError: it cannot be written.
     """
     with replaced_folder(folder) as temporary:
-        for name in (*raw.parts, "scheduler", "model_index"):
+        schedulers = [name for name in _SCHEDULERS if name in raw.configs]
+        for name in (*raw.parts, *schedulers, *raw.beside, "model_index"):
             config = _explicit(raw.configs[name]) if is_text(name) else raw.configs[name]
             path = temporary / {**CONFIGS, "model_index": INDEX}[name]
             _write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -136,6 +142,14 @@ def write_folder(raw: RawModel, folder: Path) -> None:
             )
         if raw.distilled:
             distilled.copy_distilled(raw.distilled, temporary)
+        for part, tensors in raw.beside.items():
+            save_tensors(tensors, temporary / part / f"{BESIDE[part][0]}.safetensors", {"format": "pt"})
+        if "image_encoder" in raw.beside:
+            side = raw.configs["image_encoder"]["image_size"]
+            sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+            _write_text(
+                temporary / "feature_extractor" / "preprocessor_config.json", json.dumps({**_CLIP_IMAGES, **sizes})
+            )
         if raw.extras or raw.metadata:
             save_tensors(raw.extras, temporary / EXTRAS, raw.metadata)
         if raw.words is not None:
@@ -145,29 +159,6 @@ def write_folder(raw: RawModel, folder: Path) -> None:
 def _explicit(config: Mapping[str, Any]) -> dict[str, Any]:
     """transformers 5 computes in the type of the file, diffusers beside it in float32, unless the type is stated."""
     return dict(config) if {"dtype", "torch_dtype"} & config.keys() else {**config, "dtype": "float32"}
-
-
-def model_index(
-    in_channels: int, vae: str = "AutoencoderKL", scheduler: str = "DDIMScheduler", family: Family = SD
-) -> dict[str, Any]:
-    """The model_index.json with which diffusers opens the folder; `vae` and `scheduler` are its classes there."""
-    classes = {FIRST: "CLIPTextModel", SECOND: "CLIPTextModelWithProjection"}
-    safety = {"requires_safety_checker": False, "safety_checker": [None, None]} if family is SD else {}
-    texts = {name: [None, None] for name in (() if family is SD else (FIRST, "tokenizer"))}
-    texts |= {part: ["transformers", classes[part]] for part in family.parts if is_text(part)}
-    texts |= {name: ["transformers", "CLIPTokenizer"] for name in family.tokenizers}
-    return {
-        "_class_name": family.others.get(in_channels, family.pipeline),
-        "_diffusers_version": "0.30.0",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        **safety,
-        "scheduler": ["diffusers", scheduler],
-        **texts,
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", vae],
-        **family.index,
-    }
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
@@ -193,19 +184,6 @@ def _check_index(folder: Path) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"{folder} is incomplete: no {', '.join(missing)}; found {listing(folder)}")
     return index
-
-
-def unknown_classes(index: Mapping[str, Any]) -> list[str]:
-    """What a model_index.json names that is read as something else, in words."""
-    found = [] if index.get("_class_name") in (None, *_PIPELINES) else [index["_class_name"]]
-    for part, expected in _CLASSES.items():
-        named = index.get(part)
-        name = named[-1] if isinstance(named, list) and named else named
-        found += [] if name in (None, *expected) else [f"{part}: {name}"]
-    if not found:
-        return []
-    shown = ", ".join(str(name)[:80] for name in found)
-    return [f"{INDEX} names classes that latentdiff does not know ({shown}); its parts are read as Stable Diffusion's"]
 
 
 def _config(path: Path) -> dict[str, Any]:

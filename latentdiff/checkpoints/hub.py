@@ -10,7 +10,7 @@ from pathlib import Path
 from latentdiff.checkpoints.distilled import FOLDER, LORA_FILE, OPTIONS_FILE
 from latentdiff.checkpoints.families import family_with, is_text, parts_in
 from latentdiff.checkpoints.folder import CONFIGS, INDEX, shard_names, weight_files
-from latentdiff.checkpoints.layout import STEMS, weight_candidates
+from latentdiff.checkpoints.layout import BESIDE, STEMS, weight_candidates
 from latentdiff.checkpoints.raw import PART_LABELS
 from latentdiff.errors import CheckpointError
 from latentdiff.files import check_named, nothing_at
@@ -18,6 +18,11 @@ from latentdiff.reading.json import read_object
 from latentdiff.reading.plain import exists
 
 _DISTILLED = {f"{FOLDER}/{LORA_FILE}", f"{FOLDER}/{OPTIONS_FILE}"}
+_DEPTH = (
+    "depth_estimator/config.json",
+    "depth_estimator/model.safetensors",
+    "feature_extractor/preprocessor_config.json",
+)
 _TOKENIZER = ("tokenizer/*.json", "tokenizer/*.txt", "tokenizer_2/*.json", "tokenizer_2/*.txt")
 
 
@@ -97,6 +102,10 @@ def _needed(hub_id: str, listed: set[str]) -> list[str]:
         raise CheckpointError(f"{hub_id} is no model in the diffusers layout: it has no {INDEX}")
     names = [INDEX, *(path for path in CONFIGS.values() if path in listed)]
     names += sorted(name for name in listed if any(fnmatch(name, pattern) for pattern in _TOKENIZER))
+    names += [name for name in _DEPTH if name in listed]
+    if CONFIGS["image_normalizer"] in listed:  # of unCLIP
+        best = (next((name for name in weight_candidates(part) if name in listed), None) for part in BESIDE)
+        names += [name for name in best if name]
     for part in STEMS:
         best = next((name for name in weight_candidates(part) if name in listed), None)
         if best is None and not is_text(part):  # a model has one of the two text encoders, or both

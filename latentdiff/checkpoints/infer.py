@@ -1,8 +1,9 @@
 """Configuration of an original single file, read off the names and shapes of its tensors.
 
 Heads, group counts and the VAE's scale leave no trace there. They are those of the published models: 8 heads
-on every level where transformers are wrapped in convolutions (SD 1.x), 64 channels a head where they are
-wrapped in linear layers (SD 2.x and XL), 32 groups (or what divides smaller widths), 0.18215 or XL's 0.13025.
+on every level where transformers are wrapped in convolutions (SD 1.x) and of the x4 upscaler, 64 channels a head where they
+are wrapped in linear layers (SD 2.x and XL), 32 groups (or what divides smaller widths), 0.18215, XL's 0.13025 or the
+upscaler's 0.08333.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from latentdiff.checkpoints.families import REFINER, SD, XL, Family, family_in, is_text
-from latentdiff.checkpoints.folder import model_index
+from latentdiff.checkpoints.index import LOW_RES_SCHEDULE, augmentations, model_index
 from latentdiff.checkpoints.keymap import Shape
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.errors import CheckpointError
@@ -25,6 +26,8 @@ from latentdiff.networks.text_encoders import SECOND
 Shapes = Mapping[str, Shape]
 _OPEN_CLIP_H_LAYERS = 24
 _ADDED_OF_REFINER = 2560
+_CONTEXT_OF_SD2 = 1024
+_SIDE_OF_X4, _SCALE_OF_X4 = 128, 0.08333
 
 
 def infer_configs(shapes: Shapes, prediction_type: str) -> dict[str, dict[str, Any]]:
@@ -45,18 +48,23 @@ def infer_configs(shapes: Shapes, prediction_type: str) -> dict[str, dict[str, A
         unet = infer_unet(
             by_part["unet"], large=large, family=family, pooled=texts.get(SECOND, {}).get("projection_dim")
         )
-        vae = replace(infer_vae(by_part["vae"], sample_size=8 * unet.sample_size), scaling_factor=family.scale)
+        vae = infer_vae(by_part["vae"])
+        scale = _SCALE_OF_X4 if unet.num_class_embeds else family.scale
+        vae = replace(vae, sample_size=vae.downscale * unet.sample_size, scaling_factor=scale)
     except (KeyError, IndexError, StopIteration) as error:
         raise CheckpointError(
             f"the file's sizes cannot be read: the tensor {error} is missing; probably the file is incomplete"
         ) from error
     scheduler = {**ScheduleConfig(prediction_type=prediction_type).to_diffusers(), **family.scheduler}
+    if unet.num_class_embeds:
+        scheduler |= {name: LOW_RES_SCHEDULE[name] for name in ("beta_start", "beta_end", "beta_schedule")}
     return {
+        **augmentations(unet),
         "unet": unet.to_diffusers(),
         "vae": vae.to_diffusers(),
         **texts,
         "scheduler": scheduler,
-        "model_index": model_index(unet.in_channels, scheduler=scheduler["_class_name"], family=family),
+        "model_index": model_index(unet, scheduler=scheduler["_class_name"], family=family),
     }
 
 
@@ -83,31 +91,46 @@ def infer_unet(shapes: Shapes, *, large: bool, family: Family | None = None, poo
     depth = [[d for d in inner[1 + n * per_level : (n + 1) * per_level] if d] for n in range(len(levels))]
     proj_in = next(shape for name, shape in shapes.items() if name.endswith(".1.proj_in.weight"))
     linear = len(proj_in) == 2
+    labels = shapes.get("label_emb.weight", (None,))[0]
+    to_k = next(shape for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight"))
     added = shapes.get("label_emb.0.0.weight", (0, None))[1]
     if family is None:
-        family = SD if added is None else REFINER if added == _ADDED_OF_REFINER else XL
-    large = large and added is None
+        is_sd = added is None or to_k[1] == _CONTEXT_OF_SD2
+        family = SD if is_sd else REFINER if added == _ADDED_OF_REFINER else XL
+    vector, added = (added, None) if family is SD else (None, added)
+    large = large and added is None and labels is None
+    crossed = [
+        any(
+            shapes[f"input_blocks.{1 + n * (len(levels[0]) + 1) + block}.1.transformer_blocks.0.attn1.to_k.weight"][1]
+            != width
+            for block, (width, has_attention) in enumerate(level)
+            if has_attention
+        )
+        for n, level in enumerate(levels)
+    ]
     middle = _count(shapes, "middle_block.1.transformer_blocks")
     if not middle or any(len(set(depths)) > 1 for depths in depth):
         raise CheckpointError(
             "the U-Net has no transformers in its middle, or of several depths in a level, as SSD-1B and Vega: another "
             "architecture than Stable Diffusion 1.x, 2.x or XL"
         )
-    to_k = next(shape for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight"))
     return UNetConfig(
         in_channels=shapes["input_blocks.0.0.weight"][1],
         out_channels=shapes["out.2.weight"][0],
-        sample_size=96 if linear and large else family.side,
+        sample_size=_SIDE_OF_X4 if labels else 96 if linear and large else family.side,
         block_out_channels=widths,
         layers_per_block=len(levels[0]),
         attention_levels=tuple(level[0][1] for level in levels),
-        num_heads=tuple(max(width // 64, 1) if linear else 8 for width in widths),
+        num_heads=tuple(max(width // 64, 1) if linear and not labels else 8 for width in widths),
         cross_attention_dim=to_k[1],
         use_linear_projection=linear,
         norm_num_groups=math.gcd(32, *widths),
         upcast_attention=linear and large,
         transformer_depth=(*(max(depths, default=1) for depths in depth[:-1]), middle),
         added_dim=added,
+        num_class_embeds=labels,
+        class_dim=vector,
+        only_cross_attention=tuple(crossed),
         size_dim=256 if added is None or pooled is None else (added - pooled) // (5 if family is REFINER else 6),
     )
 

@@ -196,6 +196,7 @@ def _describe_model(report: Inspection, raw: RawModel) -> None:
         extra_channels=unet.in_channels - unet.out_channels,
         width=unet.block_out_channels[0],
         context=unet.cross_attention_dim,
+        varies=unet.class_dim is not None,
     )
     report.parameters = {part: _count(raw.tensors[part], "") for part in raw.parts}
     report.dtypes = _count_types(tensor for part in raw.parts for tensor in raw.tensors[part].values())

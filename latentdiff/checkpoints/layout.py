@@ -15,13 +15,15 @@ STEMS = {
     "text_encoder": ("model", "pytorch_model"),
     "text_encoder_2": ("model", "pytorch_model"),
 }
+# Of unCLIP models: what they see images with.
+BESIDE = {"image_encoder": ("model", "pytorch_model"), "image_normalizer": ("diffusion_pytorch_model",)}
 
 
 def weight_candidates(part: str) -> Iterator[str]:
     """Where a part's weights may lie, best first: plain before fp16, safetensors before .bin, whole before sharded."""
     for variant in ("", ".fp16"):
         for suffix in (".safetensors", ".bin"):
-            for stem in STEMS[part]:
+            for stem in {**STEMS, **BESIDE}[part]:
                 yield f"{part}/{stem}{variant}{suffix}"
                 yield f"{part}/{stem}{suffix}.index{variant}.json"
                 if variant:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from latentdiff.checkpoints.families import SD, family_with
 from latentdiff.checkpoints.modules import parse_config
 from latentdiff.checkpoints.raw import RawModel
-from latentdiff.networks.inputs import INPAINTING, INSTRUCTIONS, inputs_of
+from latentdiff.networks.inputs import DEPTH, INPAINTING, INSTRUCTIONS, inputs_of
 
 _IMPLEMENTATION = "https://github.com/CompVis/stable-diffusion"
 _IMPLEMENTATION_OF_XL = "https://github.com/Stability-AI/generative-models"
-_TASKS = {INPAINTING: "-inpainting", INSTRUCTIONS: "-instruct-pix2pix"}
+_TASKS = {DEPTH: "-depth", INPAINTING: "-inpainting", INSTRUCTIONS: "-instruct-pix2pix"}
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 _PUBLISHED = {(320, 768, False): "stable-diffusion-v1", (320, 1024, True): "stable-diffusion-v2"}
 

@@ -24,14 +24,15 @@ from latentdiff.networks.tiny_vae import TinyVAE, TinyVAEConfig
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
 
-_CONFIGS = {"unet": UNetConfig, "vae": VAEConfig, "scheduler": ScheduleConfig}
+_CONFIGS = {"unet": UNetConfig, "vae": VAEConfig, "scheduler": ScheduleConfig, "low_res_scheduler": ScheduleConfig,
+            "image_noising_scheduler": ScheduleConfig}  # fmt: skip
 
 # A table of 0, 1, 2, ... that older transformers saved with the weights.
 POSITION_IDS = "text_model.embeddings.position_ids"
 
 
 def parse_config(part: str, config: dict[str, Any]) -> UNetConfig | VAEConfig | ScheduleConfig:
-    """Read the configuration of "unet", "vae" or "scheduler".
+    """Read the configuration of "unet", "vae" or a scheduler.
 
     Raises:
         ConfigError: it is not one of Stable Diffusion, or makes no sense.

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from latentdiff.checkpoints import tables
+from latentdiff.checkpoints import tables, unclip
 from latentdiff.checkpoints.architecture import identify, require_original
 from latentdiff.checkpoints.families import (
     ALL_PREFIXES,
@@ -23,7 +23,8 @@ from latentdiff.checkpoints.families import (
     is_text,
 )
 from latentdiff.checkpoints.files import TensorFile, read_tensors
-from latentdiff.checkpoints.folder import model_index, save_tensors
+from latentdiff.checkpoints.folder import save_tensors
+from latentdiff.checkpoints.index import model_index
 from latentdiff.checkpoints.infer import infer_configs, is_open_clip
 from latentdiff.checkpoints.keymap import KeyMap, compare
 from latentdiff.checkpoints.modelspec import modelspec
@@ -53,7 +54,8 @@ _SHOWN = 5  # names in a message
 Tensors = dict[str, Tensor]
 
 # Tensors that are no weights of the parts: the training schedule, averaged weights, losses, what OpenCLIP
-# needs for its pooled output, textual inversion's own embeddings, and markers.
+# needs for its pooled output, textual inversion's own embeddings, the depth model's MiDaS, the noise schedules of the
+# upscaler's image and of unCLIP's, the text tower beside that one's image encoder, and markers.
 _EXTRAS = re.compile(
     r"""(
       (betas | (sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?
@@ -64,6 +66,7 @@ _EXTRAS = re.compile(
     | (cond_stage_model|conditioner\.embedders\.\d)\.(model\.|transformer\.)?(text_projection|logit_scale|attn_mask)
     | cond_stage_model\.(model\.visual|transformer\.(vision_model|visual_projection))\.
     | embedding_manager\.
+    | (depth_model | low_scale_model | noise_augmentor | embedder)\.
     )""",
     re.VERBOSE,
 )
@@ -170,7 +173,7 @@ def assembled(path: Path, parts: Mapping[str, PartWeights], prediction_type: str
     raw = RawModel(
         source=path,
         tensors={part: dict(given.tensors) for part, given in parts.items()},
-        configs={**configs, "scheduler": ScheduleConfig().to_diffusers(), "model_index": model_index(unet.in_channels)},
+        configs={**configs, "scheduler": ScheduleConfig().to_diffusers(), "model_index": model_index(unet)},
         tokenizer=parts["text_encoder"].tokenizer or clip_tokenizer_files("!" if open_clip else "<|endoftext|>"),
         weight_files=tuple(dict.fromkeys(file for given in parts.values() for file in given.files)),
     )
@@ -210,7 +213,7 @@ def write_original(raw: RawModel, path: Path) -> None:
     about = {name: text for name, text in modelspec(raw, path.stem).items() if name not in raw.metadata}
     kept["added"] = list(about)
     metadata = {"format": "pt", **about, **raw.metadata, METADATA: json.dumps(kept)}
-    save_tensors({**tensors, **raw.extras}, path, metadata)
+    save_tensors({**tensors, **unclip.original_names(raw), **raw.extras}, path, metadata)
 
 
 def has_ema(names: Iterable[str]) -> bool:
@@ -237,6 +240,7 @@ def _assemble(
         used |= names
     extras = {name: tensor for name, tensor in tensors.items() if name not in used}
     _refuse_unknown(file.path, extras)
+    beside = unclip.taken_from(extras, configs) if configs["unet"].get("class_embed_type") else {}
     pads = ["!"] if open_clip else list(family.tokenizers.values())
     kept = [stored[name] for name in ("tokenizer", "tokenizer_2") if name in stored]
     tokenizers = [with_clip_vocabulary(files) for files in kept] if stored else [*map(clip_tokenizer_files, pads)]
@@ -255,6 +259,7 @@ def _assemble(
         },
         weight_files=(file.path,),
         words=stored_words(file, stored),
+        beside=beside,
     )
 
 

@@ -28,10 +28,12 @@ def _probe(raw: RawModel, second_family: bool) -> PredictionType:
     dtype = next(unet.parameters()).dtype
     config = parse_config("unet", raw.configs["unet"])
 
-    sizes = torch.zeros(1, 5 if family_with(raw.parts) is REFINER else 6)
+    count = config.class_dim or (1 if config.num_class_embeds else 5 if family_with(raw.parts) is REFINER else 6)
+    is_told = config.class_dim or config.num_class_embeds or config.added_dim
+    told = torch.zeros(1, count)
 
     def run(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         text = context.to(dtype)
-        return unet(x.to(dtype), t, text if config.added_dim is None else SizedText(text, sizes))
+        return unet(x.to(dtype), t, SizedText(text, told) if is_told else text)
 
     return probe_prediction_type(run, config.in_channels, config.cross_attention_dim, second_family=second_family)

@@ -16,6 +16,7 @@ from latentdiff.prompts.words import Words
 
 PART_LABELS = {
     "unet": "U-Net", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder",
+    "image_encoder": "image encoder", "image_normalizer": "statistics of embeddings",
 }  # fmt: skip
 
 
@@ -40,6 +41,9 @@ class RawModel:
     second_tokenizer: dict[str, str] = field(default_factory=dict)  # where there are two text encoders
     words: Words | None = None  # what a small model says that it knows
     distilled: Distilled | None = None  # what it draws with in few steps
+    beside: dict[str, dict[str, Tensor]] = field(
+        default_factory=dict
+    )  # as `tensors`, of unCLIP: what it sees images with
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -16,12 +16,11 @@ _UNET = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
     "mid_block.attentions.0": "middle_block.1",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
+_TOLD = {"linear_1": "0", "linear_2": "2"}
 _UNET_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -43,6 +42,10 @@ def unet_map(config: UNetConfig) -> KeyMap:
 
 def _unet_pairs(config: UNetConfig) -> Iterator[tuple[str, str]]:
     yield from _UNET.items()
+    if config.num_class_embeds is not None:
+        yield "class_embedding", "label_emb"
+    else:
+        yield from expand("class_embedding" if config.class_dim else "add_embedding", "label_emb.0", _TOLD)
     yield from expand("mid_block.resnets.0", "middle_block.0", _UNET_RESNET)
     yield from expand("mid_block.resnets.1", "middle_block.2", _UNET_RESNET)
     per_level = config.layers_per_block + 1
@@ -171,9 +174,13 @@ def open_clip_map(layers: int, *, projected: bool = False) -> KeyMap:
     pairs = [*_OPEN_CLIP.items(), _POSITION_IDS]
     pairs += [(_PROJECTION, "model.text_projection")] if projected else []
     for layer in range(layers):
-        ours, theirs = f"text_model.encoder.layers.{layer}", f"model.transformer.resblocks.{layer}"
-        pairs += expand(ours, theirs, _OPEN_CLIP_LAYER)
+        pairs += open_clip_layer(f"text_model.encoder.layers.{layer}", f"model.transformer.resblocks.{layer}")
     return KeyMap(pairs)
+
+
+def open_clip_layer(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
+    """Pairs for one layer of a tower of OpenCLIP, of text or images, whose layers in transformers are alike."""
+    return expand(ours, theirs, _OPEN_CLIP_LAYER)
 
 
 def to_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from latentdiff.checkpoints.architecture import UNKNOWN, UPSCALER, WRAPPERS, identify
 from latentdiff.checkpoints.files import read_tensors
+from latentdiff.checkpoints.folder import INDEX
 from latentdiff.checkpoints.modules import shapes_of
 from latentdiff.errors import CheckpointError
 
@@ -38,3 +39,10 @@ def read_upscaler(path: Path) -> dict[str, Tensor]:
             f"the {identity.family} in {path} has numbers with holes: it is damaged; download it again"
         )
     return tensors
+
+
+def is_diffusion_model(path: Path) -> bool:
+    """Whether a whole latent diffusion model lies there, not a network of the ESRGAN family."""
+    if path.is_dir():
+        return (path / INDEX).exists()
+    return identify(shapes_of(read_tensors(path).tensors)).kind == "model"

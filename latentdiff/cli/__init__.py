@@ -34,6 +34,7 @@ from latentdiff.cli.terminal import Signals, Terminated, close_streams, open_str
 from latentdiff.cli.train import train
 from latentdiff.cli.translate import translate
 from latentdiff.cli.upscale import upscale
+from latentdiff.cli.vary import vary
 from latentdiff.cli.words import words
 from latentdiff.errors import LatentDiffError, Stopped, printable
 
@@ -47,7 +48,7 @@ def cli() -> None:
     """Text to image with latent diffusion: generate, inspect, convert, reproduce, train and evaluate."""
 
 
-MAKING = (generate, grid, edit, inpaint, interpolate, invert, translate, restore, upscale, reproduce, import_)
+MAKING = (generate, grid, edit, inpaint, interpolate, invert, translate, restore, upscale, vary, reproduce, import_)
 for command in (*MAKING, serve, words, inspect, convert, lora, control, data, train, finetune, report, evaluate):
     cli.add_command(command)
 

@@ -30,6 +30,13 @@ from latentdiff.request.task_options import EDIT
     metavar="X",
     help="Of a model that follows instructions (InstructPix2Pix): how strongly to keep to the image.  [default: 1.5]",
 )
+@click.option(
+    "--depth",
+    type=IMAGE_FILE,
+    metavar="FILE|FOLDER",
+    help="Of a depth model (SD 2): a map of IMAGE, brighter where it is nearer, or the folder of a model of transformers "
+    "that sees depths.  [default: the one in the model's folder]",
+)
 @click.option("--width", type=int, metavar="PIXELS", help="Bring the image to this width first.  [default: its own]")
 @click.option("--height", type=int, metavar="PIXELS", help="Bring the image to this height first.  [default: its own]")
 @SAMPLING_OPTIONS

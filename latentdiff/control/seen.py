@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from latentdiff.checkpoints.image_encoder import empty_image_encoder
+from latentdiff.checkpoints.image_encoder import ImageEncoderWeights, empty_image_encoder
 from latentdiff.checkpoints.ip_adapter import empty_ip_adapter
 from latentdiff.control.image_prompts import ImagePrompt, IPAdapter
 from latentdiff.device import finite_or_float32
@@ -126,7 +126,11 @@ def _keys_values(
 
 
 def _encoder_part(adapter: IPAdapter, residence: Residence, dtype: torch.dtype) -> Part:
-    encoder = adapter.encoder
+    return adopted(adapter.encoder, residence, dtype)
+
+
+def adopted(encoder: ImageEncoderWeights, residence: Residence, dtype: torch.dtype) -> Part:
+    """An image encoder among the networks of a model; it need not be in memory."""
     return _part(encoder, lambda: empty_image_encoder(encoder.config), encoder.tensors, residence, dtype)
 
 

@@ -41,9 +41,15 @@ class NoiseRule:
 OURS = NoiseRule()
 
 
-def _on_cpu(seed: int, shape: Shape, rule: NoiseRule) -> Iterator[Tensor]:
-    """One generator of torch on the CPU for each image; also A1111's "CPU"."""
+def _on_cpu(seed: int, shape: Shape, rule: NoiseRule, before: Shape | None = None) -> Iterator[Tensor]:
+    """One generator of torch on the CPU for each image; also A1111's "CPU".
+
+    Args:
+        before: of one more draw, before all others.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
+    if before is not None:
+        yield _drawn(generator, before)
     yield _drawn(generator, shape)
     if rule.delta:
         generator = torch.Generator("cpu").manual_seed((seed + rule.delta) % 2**64)
@@ -108,7 +114,7 @@ class NoiseStream:
             if not 0 <= seed < 2**64:
                 raise UsageError(f"a seed must be a whole number from 0 to 2**64 - 1, found {seed}")
         self._draws = [SOURCES[rule.source](seed, tuple(shape), rule) for seed in seeds]
-        self._seeds, self._shape = seeds, tuple(shape)
+        self._seeds, self._shape, self._rule = seeds, tuple(shape), rule
         self._brownian: BrownianNoise | None = None  # which few samplers ask for
         self._device = torch.device(device)
         self._dtype = dtype
@@ -116,6 +122,18 @@ class NoiseStream:
     def __call__(self) -> Tensor:
         noise = torch.stack([next(draws) for draws in self._draws])
         return noise.to(self._device, self._dtype)  # (N, C, h, w)
+
+    def first(self, shape: Shape) -> Tensor:
+        """A draw (N, *shape) of another shape than the latents', before all others: of what else is noised.
+
+        Raises:
+            UsageError: the noise is that of another program, which draws none.
+        """
+        if self._rule.source != "cpu":
+            raise UsageError(f"expected the noise_source cpu with this model, found {self._rule.source}")
+        own = (_on_cpu(seed, self._shape, self._rule, before=shape) for seed in self._seeds)
+        self._draws = list(own)
+        return torch.stack([next(draws) for draws in self._draws]).to(self._device, self._dtype)
 
     def between(self, sigma_hat: float, next_sigma_hat: float) -> Tensor:
         """What the images' Brownian paths add between two noise levels, as unit normal noise (N, C, h, w)."""

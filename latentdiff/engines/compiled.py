@@ -22,7 +22,7 @@ from latentdiff.engines.replacement import forms_in_force, plain_steps_in, refus
 from latentdiff.errors import MissingDependencyError
 from latentdiff.files import cache_folder
 from latentdiff.networks.layers.resnet import Downsample, ResnetBlock, Upsample
-from latentdiff.networks.layers.transformer import Context, ProjectedContext, SpatialTransformer
+from latentdiff.networks.layers.transformer import Context, ProjectedContext, SpatialTransformer, text_attentions
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
 
@@ -41,7 +41,7 @@ class CompiledNetwork:
 
     def __init__(self, unet: UNet) -> None:
         self._unet = unet
-        self._layers = [module.attn2 for module in unet.modules() if hasattr(module, "attn2")]
+        self._layers = text_attentions(unet)
         self._regions = _Regions(unet)
         self._graph = GraphedFunction(self._compute)
 
@@ -114,7 +114,7 @@ class _Region:
 
     def __init__(self, block: nn.Module, function: Callable[..., Tensor]) -> None:
         self._block, self._function = block, function
-        self._text = [module.attn2 for module in block.modules() if hasattr(module, "attn2")]
+        self._text = text_attentions(block)
 
     def __call__(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
         if self._text:
@@ -138,7 +138,7 @@ def _resnet_block(block: ResnetBlock, x: Tensor, time: Tensor | None = None) -> 
 
 
 def _transformer(block: SpatialTransformer, x: Tensor, *keys_values: Tensor) -> Tensor:
-    layers = (inner.attn2 for inner in block.transformer_blocks)
+    layers = [layer for inner in block.transformer_blocks for layer in inner.text_attentions()]
     return SpatialTransformer.forward(block, x, ProjectedContext.of(layers, keys_values))
 
 

@@ -25,7 +25,7 @@ from latentdiff.engines.replacement import forms_in_force, plain_steps_in, refus
 from latentdiff.errors import MissingDependencyError, UsageError
 from latentdiff.files import cache_folder
 from latentdiff.networks.attention import use_attention_backend
-from latentdiff.networks.layers.transformer import Context, FeedForward, ProjectedContext
+from latentdiff.networks.layers.transformer import Context, FeedForward, ProjectedContext, text_attentions
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
 from latentdiff.networks.weights import weights_hash
@@ -47,7 +47,7 @@ class OpenVINONetwork:
 
     def __init__(self, unet: UNet) -> None:
         self._unet = unet
-        self._layers = [module.attn2 for module in unet.modules() if hasattr(module, "attn2")]
+        self._layers = text_attentions(unet)
         self._flat = _FlatUNet(unet, self._layers)
         self._compiled = _Compiled(unet, self._model_file)
         self._last: tuple[Context, list[Tensor]] | None = None

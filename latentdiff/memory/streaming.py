@@ -16,11 +16,9 @@ from latentdiff.checkpoints.mapping import empty, placed, prefetch, put, release
 from latentdiff.memory.available import trim
 from latentdiff.memory.parts import Part
 from latentdiff.networks.layers.resnet import Downsample, ResnetBlock, Upsample
-from latentdiff.networks.layers.transformer import TransformerBlock
+from latentdiff.networks.layers.transformer import TransformerBlock, text_attentions
 
 _BLOCKS = (ResnetBlock, TransformerBlock, Downsample, Upsample)
-# The text goes through these before the blocks run, once per prompt; they are small.
-_ALWAYS = (".attn2.to_k.", ".attn2.to_v.")
 
 
 class StreamedPart(Part):
@@ -37,9 +35,12 @@ class StreamedPart(Part):
     def __init__(self, module: nn.Module, stored: Mapping[str, Tensor]) -> None:
         super().__init__(module, stored)
         blocks = [(name, block) for name, block in module.named_modules() if isinstance(block, _BLOCKS)]
+        stay = _text_weights(module)
         self._blocks = {
             block: {
-                f"{name}.{own}": stored[f"{name}.{own}"] for own in block.state_dict() if not _stays(f"{name}.{own}")
+                f"{name}.{own}": stored[f"{name}.{own}"]
+                for own in block.state_dict()
+                if not f"{name}.{own}".startswith(stay)
             }
             for name, block in blocks
         }
@@ -137,13 +138,17 @@ def block_bytes(module: nn.Module) -> int:
     Three, because the memory of a block that was left may be taken again a moment after the next but one is being read.
     """
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in module.state_dict().items()}
+    stay = _text_weights(module)
     blocks = [
-        sum(size for name, size in sizes.items() if name.startswith(f"{prefix}.") and not _stays(name))
+        sum(size for name, size in sizes.items() if name.startswith(f"{prefix}.") and not name.startswith(stay))
         for prefix, block in module.named_modules()
         if isinstance(block, _BLOCKS)
     ]
     return sum(sizes.values()) - sum(blocks) + sum(sorted(blocks)[-3:])
 
 
-def _stays(name: str) -> bool:
-    return any(part in name for part in _ALWAYS)
+def _text_weights(network: nn.Module) -> tuple[str, ...]:
+    """How the names begin of what the text goes through before the blocks run, once per prompt; it is small."""
+    layers = set(text_attentions(network))
+    names = [name for name, module in network.named_modules() if module in layers]
+    return tuple(f"{name}.{leaf}." for name in names for leaf in ("to_k", "to_v"))

@@ -30,7 +30,7 @@ from latentdiff.memory.sharing import Sharing, one_use
 from latentdiff.model.adapted import AdaptedModel
 from latentdiff.model.parts import ModelParts
 from latentdiff.model.portable import PortableModel, absolute
-from latentdiff.networks.inputs import INPAINTING, TEXT, inputs_of
+from latentdiff.networks.inputs import GUIDANCE, INPAINTING, TEXT, inputs_of
 from latentdiff.networks.sizes import SizeOptions, Told, count_of_sizes
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
@@ -40,6 +40,7 @@ from latentdiff.request.options import BackendName, PrecisionName, PredictionNam
 
 if TYPE_CHECKING:
     from latentdiff.checkpoints.components import Components
+    from latentdiff.checkpoints.unclip import SeenImages
     from latentdiff.networks.text_encoder import TextEncoder
     from latentdiff.networks.text_encoders import TextEncoders
     from latentdiff.prompts.words import Words
@@ -54,6 +55,9 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
         name, model_hash, ema: what recipes say about the model.
         words: what a small model says that it knows.
         stored: the weights of parts that are on the meta device, see `Residence`; they are read at their first use.
+        augmentation: the schedule of the noise that is put on what the U-Net sees beside its latents, and that it is told of
+            (conditioning augmentation, Ho et al. 2022, section 4.3).
+        images: how an unCLIP model sees images.
         low_memory: see `load`.
         distilled: the LoRA with which it draws in few steps, if it has one.
 
@@ -78,6 +82,8 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
         model_hash: str = "",
         ema: bool = False,
         stored: Mapping[str, Mapping[str, Tensor]] | None = None,
+        augmentation: ScheduleConfig | None = None,
+        images: SeenImages | None = None,
         low_memory: bool = False,
         words: Words | None = None,
         distilled: Distilled | None = None,
@@ -89,7 +95,11 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
         is_told = unet.config.time_cond_proj_dim is not None
         few_steps = distilled.options if distilled else None
         drawing = replace(schedule_config.drawing, tells_guidance=is_told, few_steps=few_steps)
+        usual = GUIDANCE.get(inputs_of(unet.config, vae.config.latent_channels))
+        drawing = replace(drawing, guidance_scale=drawing.guidance_scale or usual)
         self.schedule = Schedule(schedule_config.with_drawing(drawing))
+        self.images = images
+        self.augmentation = Schedule(augmentation) if augmentation else None
         self.name, self.model_hash, self.ema, self.words = name, model_hash, ema, words
         self.precision = precision_of(unet)
         self.backend: BackendName = "torch"
@@ -101,7 +111,6 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
         check_fit("text embeddings", text_encoder.embedding_width, unet.config.cross_attention_dim)
         self.told_count = count_of_sizes(unet.config, getattr(text_encoder, "pooled_width", None))
         check_fit("latent channels", vae.config.latent_channels, unet.config.out_channels)
-        inputs_of(unet.config, vae.config.latent_channels)
 
     @classmethod
     @public(
@@ -198,6 +207,8 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
             model_hash=parts.hash,
             ema=ema,
             stored=parts.stored,
+            augmentation=parts.augmentation,
+            images=parts.images,
             low_memory=low_memory,
             words=parts.words,
             distilled=parts.distilled,
@@ -220,6 +231,8 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
             self.model_hash,
             words=self.words,
             distilled=self.distilled,
+            augmentation=self.augmentation and self.augmentation.config,
+            images=self.images,
         )
         save_folder(parts, os.path.abspath(folder))
 

@@ -15,7 +15,7 @@ from latentdiff.errors import UsageError
 from latentdiff.memory.sharing import one_use
 from latentdiff.model.loaded import LoadedModel
 from latentdiff.networks.freeu import freeu
-from latentdiff.networks.inputs import NEEDS, TEXT
+from latentdiff.networks.inputs import NEEDS, TEXT, VARIATIONS
 from latentdiff.networks.kernels.choice import forms_in_use
 from latentdiff.networks.regional import Regions
 from latentdiff.networks.seamless import seamless
@@ -102,11 +102,14 @@ class PromptedModel(LoadedModel):
     def check_text_to_image(self, *others: str) -> None:
         """Raise a UsageError if the model needs more than a prompt, but for the kinds of inputs that a task has for it."""
         if self.inputs not in (TEXT, *others):
-            modules = (self.residence.module(name).config for name in ("vae", "unet"))
-            latent, found = next(modules).latent_channels, next(modules).in_channels
+            config = self.residence.module("unet").config
+            if self.inputs == VARIATIONS:
+                raise UsageError(
+                    f"expected a text-to-image model, found one of unCLIP: this model {NEEDS[self.inputs]}"
+                )
             raise UsageError(
-                f"expected a text-to-image model with {latent} U-Net input channels, found {found}: this model "
-                f"{NEEDS[self.inputs]}"
+                f"expected a text-to-image model with {config.out_channels} U-Net input channels, found "
+                f"{config.in_channels}: this model {NEEDS[self.inputs]}"
             )
 
     def prompt_encoder(self, reading: Reading = PLAIN) -> PromptEncoder:

@@ -21,7 +21,6 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "addition_embed_type_num_heads": (64,),
     "attention_type": ("default",),
     "center_input_sample": (False,),
-    "class_embed_type": (None,),
     "class_embeddings_concat": (False,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
@@ -37,8 +36,6 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "norm_eps": (1e-5,),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
     "resnet_out_scale_factor": (1.0,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
@@ -48,9 +45,6 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
 }
-
-# Which other models of Stable Diffusion have a key.
-_OTHERS = {"num_class_embeds": ", as the x4 upscaler has it,", "class_embed_type": ", as unCLIP models have it,"}
 
 # The same for the autoencoder. `force_upcast` is advice about float16, which the finite checks answer here.
 _VAE_FIXED: dict[str, tuple[Any, ...]] = {
@@ -68,6 +62,7 @@ _VAE_FIXED: dict[str, tuple[Any, ...]] = {
 MOST_LEVELS = 12
 LARGEST = {"layers_per_block": 32, "sample_size": 2**15, "transformer_depth": 32}
 
+_CLASSES, _VECTOR, _WIDTH = "class_embed_type", "projection", "projection_class_embeddings_input_dim"
 ADDED_KIND = "text_time"  # what diffusers calls the embedding of pooled text and sizes (Podell et al. 2023)
 
 _DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
@@ -98,15 +93,21 @@ class UNetConfig:
     transformer_depth: tuple[int, ...] = (1,)  # blocks in each transformer, per level, or one number for all
     added_dim: int | None = None  # width of pooled text and sizes together, where the U-Net is told them (SDXL)
     size_dim: int = 256  # width of the sinusoids of each of these sizes
+    num_class_embeds: int | None = None  # labels, where the U-Net is told one (the x4 upscaler: how noisy the image is)
+    class_dim: int | None = None  # width of the vector that the U-Net is told, if it is (unCLIP: an image's embedding)
+    only_cross_attention: tuple[bool, ...] = (False,)  # per level: the first attention, too, is to the text
 
     def __post_init__(self) -> None:
         _check_values("U-Net", self)
         if self.time_cond_proj_dim is not None and self.time_cond_proj_dim < 4:
             raise ConfigError(f"U-Net time_cond_proj_dim must be 4 or more, found {self.time_cond_proj_dim}")
         levels = len(self.block_out_channels)
-        if len(self.transformer_depth) == 1:
-            object.__setattr__(self, "transformer_depth", self.transformer_depth * levels)
-        for name in ("attention_levels", "num_heads", "transformer_depth"):
+        for name in ("transformer_depth", "only_cross_attention"):
+            if len(getattr(self, name)) == 1:
+                object.__setattr__(self, name, getattr(self, name) * levels)
+        if sum(told is not None for told in (self.added_dim, self.num_class_embeds, self.class_dim)) > 1:
+            raise ConfigError("a U-Net is told sizes, a label or a vector; found several of them in its configuration")
+        for name in ("attention_levels", "num_heads", "transformer_depth", "only_cross_attention"):
             if len(getattr(self, name)) != levels:
                 raise ConfigError(f"U-Net {name} needs {levels} entries, one per level, found {getattr(self, name)}")
         _check_groups("U-Net", self.block_out_channels, self.norm_num_groups)
@@ -119,10 +120,11 @@ class UNetConfig:
         """Read a U-Net's `config.json`.
 
         Raises:
-            ConfigError: it describes another architecture (class-conditional, ...) or has an unknown key.
+            ConfigError: it describes another architecture or has an unknown key.
         """
         config = dict(config)
         added = _added(config)
+        crossed = config.pop("only_cross_attention", False)
         depth = config.pop("transformer_layers_per_block", 1)
         down = config.pop("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
         up = config.pop("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
@@ -139,6 +141,7 @@ class UNetConfig:
             attention_levels=attention,
             num_heads=(heads,) * len(channels[: MOST_LEVELS + 1]) if isinstance(heads, int) else tuple(heads),
             transformer_depth=(depth,) if isinstance(depth, int) else tuple(depth),
+            only_cross_attention=(crossed,) if isinstance(crossed, bool) else tuple(crossed),
             **added,
             **known_entries(cls, config, {"cross_attention_dim": 1280}),
         )
@@ -172,6 +175,9 @@ class UNetConfig:
             **({} if self.time_cond_proj_dim is None else {"time_cond_proj_dim": self.time_cond_proj_dim}),
             **({} if set(self.transformer_depth) == {1} else {"transformer_layers_per_block": self._written_depth()}),
             **({} if self.added_dim is None else self._written_added(self.added_dim)),
+            **({} if self.num_class_embeds is None else {"num_class_embeds": self.num_class_embeds}),
+            **({} if self.class_dim is None else {_CLASSES: _VECTOR, _WIDTH: self.class_dim}),
+            **({"only_cross_attention": list(self.only_cross_attention)} if any(self.only_cross_attention) else {}),
         }
 
     def _written_depth(self) -> int | list[int]:
@@ -182,7 +188,7 @@ class UNetConfig:
         return {
             "addition_embed_type": ADDED_KIND,
             "addition_time_embed_dim": self.size_dim,
-            "projection_class_embeddings_input_dim": width,
+            _WIDTH: width,
         }
 
 
@@ -245,14 +251,21 @@ class VAEConfig:
 
 
 def _added(config: dict[str, Any]) -> dict[str, Any]:
-    """Take what says that a U-Net is told pooled text and sizes out of `config`."""
+    """Take what says that a U-Net is told pooled text and sizes, or a vector, out of `config`."""
     kind = config.pop("addition_embed_type", None)
     size_dim = config.pop("addition_time_embed_dim", None)
-    width = config.pop("projection_class_embeddings_input_dim", None)
+    width, classes = config.pop(_WIDTH, None), config.pop(_CLASSES, None)
+    if classes == _VECTOR and kind is None and width is not None:
+        return {"class_dim": width}
+    if classes is not None:
+        raise ConfigError(
+            f"U-Net with {_CLASSES}={str(classes)[:40]} is another architecture than Stable Diffusion (expected none, or "
+            f"{_VECTOR}, as unCLIP models have it, with {_WIDTH})"
+        )
     if kind not in (None, ADDED_KIND) or (kind is None) != (width is None):
         raise ConfigError(
-            f"U-Net with addition_embed_type={str(kind)[:40]} and projection_class_embeddings_input_dim={str(width)[:40]} is "
-            f"another architecture than Stable Diffusion (expected neither, or {ADDED_KIND} and a width)"
+            f"U-Net with addition_embed_type={str(kind)[:40]} and {_WIDTH}={str(width)[:40]} is another "
+            f"architecture than Stable Diffusion (expected neither, or {ADDED_KIND} and a width)"
         )
     return {} if kind is None else {"added_dim": width, **({} if size_dim is None else {"size_dim": size_dim})}
 
@@ -273,7 +286,7 @@ def _refuse_other_architecture(
             values = value if isinstance(value, (list, tuple)) else (value,)
             if any(entry not in fixed[key] for entry in values):
                 raise ConfigError(
-                    f"{part} with {key}={str(value)[:80]}{_OTHERS.get(key, '')} is another architecture than "
+                    f"{part} with {key}={str(value)[:80]} is another architecture than "
                     f"Stable Diffusion 1.x, 2.x or XL (expected {fixed[key][0]!r})"
                 )
         elif key not in fields and not key.startswith("_") and value not in (None, False):

@@ -20,7 +20,7 @@ OF_BASE, OF_REFINER = 6, 5
 
 
 class Told(NamedTuple):
-    """What the rows that follow the prompt are told, and those that avoid something; (1, K) each."""
+    """What the rows that follow the prompt are told, and those that avoid something; (1, K) for all, or (N, K)."""
 
     positive: Tensor
     negative: Tensor

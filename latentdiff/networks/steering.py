@@ -81,12 +81,16 @@ def prompted_denoiser(
         if view is not None:
             extra = None if extra is None else view.of(extra)
             own = [control.within(view.rows, view.columns) for control in controls]
-        same: dict[str, Any] = {"sizes": told, "controls": own, **more}
+        told = told if told is None or len(told) == 1 else told[list(of)]
+        same: dict[str, Any] = {"controls": own, **more}
         if len({text.shape[1] for text in texts}) == 1:
-            return Conditioning.of(unet, torch.cat(list(texts)), extra_channels=extra, **same)
-        extras = [None] * len(texts) if extra is None else extra.split(1)
+            return Conditioning.of(unet, torch.cat(list(texts)), extra_channels=extra, sizes=told, **same)
+        extras, each = (_of_each(rows, len(texts)) for rows in (extra, told))
         return Conditioning.cat(
-            [Conditioning.of(unet, text, extra_channels=own, **same) for text, own in zip(texts, extras, strict=True)]
+            [
+                Conditioning.of(unet, text, extra_channels=seen, sizes=own, **same)
+                for text, seen, own in zip(texts, extras, each, strict=True)
+            ]
         )
 
     def regional(
@@ -126,3 +130,8 @@ def prompted_denoiser(
 
     is_staged = any(len(part.stages) > 1 for prompt in (*positive, *negative) for part in prompt.parts)
     return staged_denoiser(of_step, levels) if is_staged else of_step(1)
+
+
+def _of_each(rows: Tensor | None, count: int) -> Sequence[Tensor | None]:
+    """Rows (N, ...), or one for all, one by one."""
+    return [None] * count if rows is None else rows.expand(count, *rows.shape[1:]).split(1)

@@ -18,7 +18,13 @@ from latentdiff.errors import UsageError
 from latentdiff.networks.config import UNetConfig
 from latentdiff.networks.layers.embeddings import TimestepEmbedding, added_embedding, sinusoidal_embedding
 from latentdiff.networks.layers.resnet import Downsample, ResnetBlock, Upsample
-from latentdiff.networks.layers.transformer import Context, ProjectedContext, SizedText, SpatialTransformer
+from latentdiff.networks.layers.transformer import (
+    Context,
+    ProjectedContext,
+    SizedText,
+    SpatialTransformer,
+    text_attentions,
+)
 from latentdiff.networks.pooled import split_pooled
 
 _EPS = 1e-5
@@ -35,6 +41,10 @@ class UNetEncoder(nn.Module):
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], config.time_cond_proj_dim)
         if config.added_dim is not None:
             self.add_embedding = TimestepEmbedding(config.added_dim, 4 * widths[0])
+        if config.num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(config.num_class_embeds, 4 * widths[0])
+        if config.class_dim is not None:
+            self.class_embedding = TimestepEmbedding(config.class_dim, 4 * widths[0])
         self.down_blocks = nn.ModuleList(_DownLevel(config, level) for level in range(len(widths)))
         self.mid_block = _MidBlock(config)
 
@@ -46,7 +56,7 @@ class UNetEncoder(nn.Module):
         return self.mid_block(x, time, context), skips
 
     def embedded(self, x: Tensor, t: Tensor | float, context: Context) -> tuple[Tensor, Tensor | ProjectedContext]:
-        """The embedding of the timesteps, (N, time channels), with what pooled text and sizes add; and the text alone."""
+        """The embedding of the timesteps, (N, time channels), with what the U-Net is told beside; and the text alone."""
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(x.shape[0])
         time = self.time_embedding(sinusoidal_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
         if isinstance(context, ProjectedContext):
@@ -58,11 +68,10 @@ class UNetEncoder(nn.Module):
         """Compute the text's keys and values of every cross-attention once, for use at every step of one prompt.
 
         Args:
-            context: embeddings (N, L, cross_attention_dim), with sizes if the U-Net is told them.
+            context: embeddings (N, L, cross_attention_dim), with sizes, a label or a vector if the U-Net is told them.
         """
         text, added = self._told(context)
-        layers = (module.attn2 for module in self.modules() if hasattr(module, "attn2"))
-        projected = ProjectedContext({layer: layer.keys_values(text) for layer in layers})
+        projected = ProjectedContext({layer: layer.keys_values(text) for layer in text_attentions(self)})
         projected.added = added
         return projected
 
@@ -73,15 +82,19 @@ class UNetEncoder(nn.Module):
                 module.checkpointing = True
 
     def _told(self, context: Tensor | SizedText) -> tuple[Tensor, Tensor | None]:
-        """The text for the cross-attentions, and what pooled text and sizes add to the embedding of the timestep."""
+        """The text for the cross-attentions, and what is added to the embedding of the timestep."""
         config = self.config
-        if config.added_dim is None:
+        if config.added_dim is config.num_class_embeds is config.class_dim is None:
             if isinstance(context, SizedText):
-                raise UsageError("this U-Net is told no sizes, found some beside the text")
+                raise UsageError("this U-Net is told nothing beside the text, found numbers for it")
             return context, None
         if not isinstance(context, SizedText):
-            raise UsageError("this U-Net is told sizes beside the text; expected a SizedText, found a tensor")
+            raise UsageError("this U-Net is told numbers beside the text; expected a SizedText, found a tensor")
         sizes = context.sizes.to(context.text.device)
+        if config.num_class_embeds is not None:
+            return context.text, self.class_embedding(sizes[:, 0].long())
+        if config.added_dim is None:
+            return context.text, self.class_embedding(sizes.to(context.text.dtype))
         text, pooled = split_pooled(context.text, config.added_dim - sizes.shape[1] * config.size_dim)
         return text, self.add_embedding(added_embedding(pooled, sizes, config.size_dim))
 
@@ -138,7 +151,8 @@ class _Level(nn.Module):
             for channels in in_channels
         )  # fmt: skip
         if attention:
-            self.attentions = nn.ModuleList(_transformer(config, level) for _ in in_channels)
+            crossed = config.only_cross_attention[level]
+            self.attentions = nn.ModuleList(_transformer(config, level, crossed=crossed) for _ in in_channels)
 
     def block(self, index: int, x: Tensor, time: Tensor, context: Context) -> Tensor:
         """ResBlock number `index` and its transformer."""
@@ -183,7 +197,7 @@ class _MidBlock(nn.Module):
             )
             for _ in range(2)
         )  # fmt: skip
-        self.attentions = nn.ModuleList([_transformer(config, len(config.block_out_channels) - 1)])
+        self.attentions = nn.ModuleList([_transformer(config, len(config.block_out_channels) - 1, crossed=False)])
 
     def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
         x = self.resnets[0](x, time)
@@ -212,7 +226,7 @@ class _UpLevel(_Level):
         return x
 
 
-def _transformer(config: UNetConfig, level: int) -> SpatialTransformer:
+def _transformer(config: UNetConfig, level: int, *, crossed: bool) -> SpatialTransformer:
     return SpatialTransformer(
         config.block_out_channels[level],
         config.cross_attention_dim,
@@ -221,4 +235,5 @@ def _transformer(config: UNetConfig, level: int) -> SpatialTransformer:
         linear_projection=config.use_linear_projection,
         upcast=config.upcast_attention,
         depth=config.transformer_depth[level],
+        crossed=crossed,
     )

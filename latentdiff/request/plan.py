@@ -20,7 +20,7 @@ from latentdiff.diffusion.schedule import Level, Schedule
 from latentdiff.engines.deepcache import UNCACHED, CacheSettings
 from latentdiff.errors import UsageError
 from latentdiff.networks.config import VAEConfig
-from latentdiff.networks.sizes import SizeOptions
+from latentdiff.networks.sizes import SizeOptions, Told
 from latentdiff.networks.text_embedding import Reading
 from latentdiff.prompts.syntax import as_list, read_prompt
 from latentdiff.prompts.tags import LoRATag
@@ -237,6 +237,7 @@ class Start:
     x: Tensor  # (N, C, h, w), at the first level
     after_step: Callable[[Tensor, Level], Tensor] | None = None  # see `denoise`
     extra_channels: Tensor | None = None  # see `Pipeline.denoiser`
+    told: Told | None = None  # what the U-Net is told beside the text, where that is not the size of the image
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 File = dict[str, str]
 # How roles of files or folders with weights begin.
-MODEL_ROLES = ("control_model", "ip_adapter", "image_encoder", "upscaler", "hires_upscaler")
+MODEL_ROLES = ("control_model", "ip_adapter", "image_encoder", "upscaler", "hires_upscaler", "depth_model")
 _STRICT: dict[str, Any] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # for pydantic
 
 

@@ -11,6 +11,8 @@ from latentdiff.request.options import OPTIONS, SIDE, InversionName, Translation
 _SIZE = {"width": SIDE, "height": SIDE}
 _STEPS = {name: OPTIONS[name].domain for name in ("steps", "guidance_scale")}
 
+NOISE_LEVEL = Whole(0, 350)  # of the x4 upscaler
+VARY: dict[str, Any] = {"noise_level": Whole(0, 999)}
 EDIT: dict[str, Any] = {"strength": Real(0, 1), "image_guidance_scale": Real(0), **_SIZE}
 INPAINT: dict[str, Any] = {
     "remove": YesNo(),
@@ -53,7 +55,17 @@ FACTOR, NOISE, MOTION = Whole(2, 64), Real(0), Real(1, 1024)
 DAMAGE: dict[str, Any] = {"factor": FACTOR, "sigma": NOISE}
 
 _INPUTS = ("mask", "inversion", "extend")
-NAMES = frozenset(OPTIONS) | {*EDIT, *INPAINT, *INTERPOLATE, *INVERT, *TRANSLATE, *RESTORE, *DAMAGE, *_INPUTS}
+NAMES = frozenset(OPTIONS) | {
+    *EDIT,
+    *INPAINT,
+    *INTERPOLATE,
+    *INVERT,
+    *TRANSLATE,
+    *RESTORE,
+    *DAMAGE,
+    *_INPUTS,
+    "noise_level",
+}
 
 
 def check_blur(std: float) -> float:

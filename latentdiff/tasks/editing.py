@@ -18,7 +18,7 @@ from latentdiff.diffusion.latents import NoiseStream
 from latentdiff.errors import UsageError
 from latentdiff.image import to_pil, to_tensor
 from latentdiff.memory.sharing import one_use
-from latentdiff.networks.inputs import INSTRUCTIONS
+from latentdiff.networks.inputs import DEPTH, INSTRUCTIONS
 from latentdiff.networks.tiny_vae import TinyVAE
 from latentdiff.networks.vae import LatentDistribution
 from latentdiff.pipeline import Pipeline
@@ -29,6 +29,7 @@ from latentdiff.request.plan import Plan, Sampling, Start
 from latentdiff.request.second_pass import first_way_down, last_steps
 from latentdiff.request.sources import ImageInput, extended, open_source
 from latentdiff.request.task_options import EDIT
+from latentdiff.tasks.depths import Depths
 from latentdiff.tasks.inversion.artefact import Inversion, given_inversion
 from latentdiff.tasks.inversion.run import invert
 from latentdiff.tasks.sources import file_of, resized, sampling_of, warn_if_large
@@ -67,6 +68,7 @@ def image_to_image(
     *,
     strength: float | None = None,
     image_guidance_scale: float | None = None,
+    depth: ImageInput | None = None,
     width: int | None = None,
     height: int | None = None,
     **options: Unpack[SamplingOptions],
@@ -87,6 +89,8 @@ def image_to_image(
             all the while: 1 begins from pure noise there.
         image_guidance_scale: of models for instructions: how strongly to keep to the image, beside `guidance_scale`, how
             strongly to follow the text (Brooks et al. 2023, eq. 3). None is 1.5; 1 is no guidance.
+        depth: of depth models (SD 2): a map of the image, brighter where it is nearer, or the folder of a depth model of
+            transformers. None is the one in the model's own folder.
         width: bring the image to this width in pixels first; alone it keeps the proportions, None is its own size.
             Sides that are no multiples of the VAE's factor (8) are extended by their last pixels and cut again at the
             end.
@@ -109,7 +113,9 @@ def image_to_image(
         return _from_inversion(
             pipe, *given, prompt, STRENGTH if strength is None else strength, (width, height), options
         )
-    pipe.check_text_to_image(INSTRUCTIONS)
+    pipe.check_text_to_image(INSTRUCTIONS, DEPTH)
+    if depth is not None and pipe.inputs != DEPTH:
+        raise UsageError("expected no depth with this model, found one; a ControlNet for depths takes it (--control)")
     source, is_told = open_source(given), pipe.inputs == INSTRUCTIONS
     if strength is None:
         strength = 1.0 if is_told else STRENGTH
@@ -118,13 +124,15 @@ def image_to_image(
     plan = replace(plan, guidance=replace(plan.guidance, image_scale=1.0 if image_scale is None else image_scale))
     colours = source.colours()
     shown = resized(colours.on("white"), width, height)
-    seen = as_encoded if is_told else None
+    depths = Depths.of(pipe, depth, shown.size) if pipe.inputs == DEPTH and plan.steps else None
+    seen = depths.seen if depths else as_encoded if is_told else None
     images = [shown.copy() for _ in plan.prompts]
     if plan.steps:
         images = walked(pipe, shown, plan, seen, from_noise=is_told and strength == 1.0)
     images = [finished(image, colours) for image in images]
     settings = EditSettings(strength=strength, image_guidance_scale=image_scale, width=width, height=height)
-    return with_recipes(pipe, images, plan, TASK, asdict(settings), {"image": source.entry})
+    sources = {"image": source.entry, **(depths.sources if depths else {})}
+    return with_recipes(pipe, images, plan, TASK, asdict(settings), sources)
 
 
 def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.Image:
@@ -134,7 +142,8 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
     source: ImageInput | Inversion = sources["inversion"] if "inversion" in sources else file_of(sources, "image")
     if inverting is not None:
         source = invert(pipe, source, measure=False, progress=False, **inverting)
-    return image_to_image(pipe, source, recipe.prompt, **settings, **sampling_of(recipe, sources))[0]
+    depth = sources.get("depth") or sources.get("depth_model")
+    return image_to_image(pipe, source, recipe.prompt, depth=depth, **settings, **sampling_of(recipe, sources))[0]
 
 
 def begin_at(plan: Plan, strength: float) -> Plan:

@@ -30,19 +30,19 @@ def _resblock(name: str, into: int, out: int, time: int) -> Shapes:
     return shapes | (_conv(f"{name}.skip_connection", out, into, 1) if into != out else {})
 
 
-def _transformer(name: str, width: int, context: int, linear: bool, depth: int = 1) -> Shapes:
+def _transformer(name: str, width: int, context: int, linear: bool, depth: int = 1, crossed: bool = False) -> Shapes:
     shapes = _norm(f"{name}.norm", width)
     for proj in ("proj_in", "proj_out"):
         full = f"{name}.{proj}"
         shapes |= _linear(full, width, width) if linear else _conv(full, width, width, 1)
     for number in range(depth):
-        shapes |= _block(f"{name}.transformer_blocks.{number}", width, context)
+        shapes |= _block(f"{name}.transformer_blocks.{number}", width, context, crossed)
     return shapes
 
 
-def _block(block: str, width: int, context: int) -> Shapes:
+def _block(block: str, width: int, context: int, crossed: bool = False) -> Shapes:
     shapes: Shapes = {}
-    for attention, into in (("attn1", width), ("attn2", context)):
+    for attention, into in (("attn1", context if crossed else width), ("attn2", context)):
         shapes |= _linear(f"{block}.{attention}.to_q", width, width, bias=False)
         shapes |= _linear(f"{block}.{attention}.to_k", width, into, bias=False)
         shapes |= _linear(f"{block}.{attention}.to_v", width, into, bias=False)
@@ -64,11 +64,17 @@ def unet(
     prefix: str = "model.diffusion_model.",
     depth: tuple[int, ...] = (1, 1, 1, 1),
     told: int = 0,
+    labels: int = 0,
+    crossed: tuple[bool, ...] = (False,) * 4,
 ) -> Shapes:
-    """`UNetModel` of latent-diffusion, and of generative-models, which has `depth` and is `told` a vector."""
+    """`UNetModel` of latent-diffusion, and of generative-models, which has `depth` and is `told` a vector.
+
+    Of the x4 upscaler it has `labels`, and `crossed` are its `disable_self_attentions`.
+    """
     time = 4 * width
     shapes = _linear("time_embed.0", time, width) | _linear("time_embed.2", time, time)
     shapes |= _linear("label_emb.0.0", time, told) | _linear("label_emb.0.2", time, time) if told else {}
+    shapes |= {"label_emb.weight": (labels, time)} if labels else {}
     shapes |= _conv("input_blocks.0.0", width, in_channels)
     channels, skips, index = width, [width], 1
     for level, mult in enumerate(mults):
@@ -76,7 +82,9 @@ def unet(
             shapes |= _resblock(f"input_blocks.{index}.0", channels, mult * width, time)
             channels = mult * width
             if attention[level]:
-                shapes |= _transformer(f"input_blocks.{index}.1", channels, context, linear, depth[level])
+                shapes |= _transformer(
+                    f"input_blocks.{index}.1", channels, context, linear, depth[level], crossed[level]
+                )
             skips.append(channels)
             index += 1
         if level < len(mults) - 1:
@@ -92,7 +100,9 @@ def unet(
             shapes |= _resblock(f"output_blocks.{index}.0", channels + skips.pop(), mults[level] * width, time)
             channels, layer = mults[level] * width, 1
             if attention[level]:
-                shapes |= _transformer(f"output_blocks.{index}.1", channels, context, linear, depth[level])
+                shapes |= _transformer(
+                    f"output_blocks.{index}.1", channels, context, linear, depth[level], crossed[level]
+                )
                 layer = 2
             if level and block == blocks:
                 shapes |= _conv(f"output_blocks.{index}.{layer}.conv", channels, channels)
@@ -180,6 +190,38 @@ def open_clip(
         shapes |= _norm(f"{name}.ln_1", width) | _norm(f"{name}.ln_2", width)
         shapes |= _linear(f"{name}.mlp.c_fc", 4 * width, width) | _linear(f"{name}.mlp.c_proj", width, 4 * width)
     return {f"{prefix}model.{name}": shape for name, shape in shapes.items()}
+
+
+def visual(width: int, layers: int, patch: int, projection: int, prefix: str = "embedder.model.visual.") -> Shapes:
+    """The image tower of open_clip and of OpenAI's clip, for 224 pixels, as unCLIP files hold it."""
+    shapes: Shapes = {"class_embedding": (width,), "positional_embedding": (1 + (224 // patch) ** 2, width)}
+    shapes |= {"conv1.weight": (width, 3, patch, patch), "proj": (width, projection)}
+    shapes |= _norm("ln_pre", width) | _norm("ln_post", width)
+    for layer in range(layers):
+        name = f"transformer.resblocks.{layer}"
+        shapes |= {f"{name}.attn.in_proj_weight": (3 * width, width), f"{name}.attn.in_proj_bias": (3 * width,)}
+        shapes |= _linear(f"{name}.attn.out_proj", width, width)
+        shapes |= _norm(f"{name}.ln_1", width) | _norm(f"{name}.ln_2", width)
+        shapes |= _linear(f"{name}.mlp.c_fc", 4 * width, width) | _linear(f"{name}.mlp.c_proj", width, 4 * width)
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def x4_upscaler() -> Shapes:
+    """The file x4-upscaler-ema, whose `low_scale_model` has a noise schedule."""
+    shapes = unet(
+        width=256, mults=(1, 2, 2, 4), attention=(False, True, True, True), context=1024, linear=True, in_channels=7,
+        labels=1000, crossed=(True, True, True, False),
+    )  # fmt: skip
+    shapes |= vae(mults=(1, 2, 4)) | open_clip() | {name: (1000,) for name in SCHEDULE_BUFFERS}
+    return shapes | {f"low_scale_model.{name}": (1000,) for name in SCHEDULE_BUFFERS[:3]}
+
+
+def unclip(width: int, layers: int, projection: int) -> Shapes:
+    """The files sd21-unclip-h and -l: besides the image tower, the rest of CLIP without its text transformer."""
+    shapes = unet(context=1024, linear=True, told=2 * projection) | vae() | open_clip()
+    shapes |= visual(width, layers, 14, projection) | {"embedder.model.logit_scale": ()}
+    shapes |= {"embedder.model.token_embedding.weight": (49408, projection)}
+    return shapes | {f"noise_augmentor.{name}": (1000,) for name in SCHEDULE_BUFFERS[:3]}
 
 
 SCHEDULE_BUFFERS = (

@@ -109,7 +109,7 @@ def test_parts_without_a_place_are_mentioned_and_not_promised(tmp_path: Path):
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     (source / "model_index.json").write_text(json.dumps(index))
     (source / "safety_checker").mkdir()
-    assert convert(source, tmp_path / "model.safetensors") == ["safety_checker left out: not used here"]
+    assert convert(source, tmp_path / "model.safetensors") == ["safety_checker left out: the result cannot hold them"]
     convert(tmp_path / "model.safetensors", tmp_path / "back")
     assert json.loads((tmp_path / "back/model_index.json").read_text())["safety_checker"] == [None, None]
 

@@ -248,7 +248,6 @@ def test_probe_that_fails_falls_back_to_what_most_files_predict():
 @pytest.mark.parametrize(
     ("extra", "family"),
     [
-        ("model.diffusion_model.label_emb.0.0.weight", "class-conditional"),
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
         ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "Flux"),
     ],

@@ -49,6 +49,22 @@ def test_instructions_and_reproduce(command, sources, workplace):
     assert done.code == 2 and "this model follows instructions about an image" in done.errors[-1]
 
 
+def test_depth_and_reproduce(command, sources, workplace):
+    model = peers.folder("depth")
+    save_png(mask((4, 4, 12, 12), 24, 20), "map.png")
+    done = command("edit", "photo.png", "red fox", "--depth", "map.png", "--model", model, *QUICK, "--out", "a.png")
+    assert (done.code, done.out) == (0, "a.png\n")
+    done = command("reproduce", "a.png", "--model", model)
+    assert (done.code, done.out) == (0, "identical: every pixel is the same\n")
+    estimator = model / "depth_estimator"
+    done = command("edit", "photo.png", "red fox", "--depth", estimator, "--model", model, *QUICK, "--out", "b.png")
+    assert (done.code, done.out) == (0, "b.png\n")
+    done = command("reproduce", "b.png", "--model", model, "--source", f"depth_model={estimator}")
+    assert (done.code, done.out) == (0, "identical: every pixel is the same\n")
+    done = command("edit", "photo.png", "red fox", "--depth", "none.png", "--model", model, *QUICK)
+    assert done.code == 1 and done.errors == ["error: no image at none.png"]
+
+
 def test_the_row_shows_what_went_in_and_came_out(command, sd1, sources):
     command(
         "inpaint",

@@ -42,6 +42,20 @@ def test_diffusion_and_reproduce(command, sd1, sources, workplace):
     assert done.code == 2 and "expected --diffusion with --steps" in done.err
 
 
+def test_the_command_tells_it_from_other_upscalers(command, workplace):
+    save_png(an_image(12, 8), "photo.png")
+    model = peers.folder("x4")
+    done = command("upscale", "photo.png", "--model", model, "--steps", 2, "--seed", 1, "--noise-level", 30)
+    assert (done.code, done.out) == (0, "images/photo-4x.png\n")
+    assert open_image("images/photo-4x.png").size == (48, 32)
+    done = command("reproduce", "images/photo-4x.png", "--model", model, "--source", "image=photo.png")
+    assert (done.code, done.out) == (0, "identical: every pixel is the same\n")
+    done = command("upscale", "photo.png", "--model", model, "--tile", 256)
+    assert done.code == 2 and "expected no --tile with a diffusion model" in done.errors[-1]
+    done = command("upscale", "photo.png", "--model", peers.folder("sd1"), "--steps", 2)
+    assert done.code == 2 and "expected a model that enlarges images, found one for text" in done.errors[-1]
+
+
 def test_another_upscaler_is_noticed(command, sources, workplace):
     command("upscale", "photo.png", "--model", "2x.safetensors", "--out", "large.png")
     upscalers.saved(upscalers.esrgan(2, seed=1), workplace / "2x.safetensors")

@@ -38,6 +38,7 @@ def test_sd21_unet_is_read() -> None:
 def unet_configs(draw) -> UNetConfig:
     levels = draw(st.integers(1, 4))
     heads = draw(st.lists(st.sampled_from([1, 2, 4]), min_size=levels, max_size=levels))
+    told = [{}, {"num_class_embeds": 1000}, {"class_dim": 48}, {"added_dim": 68, "size_dim": 8}]
     return UNetConfig(
         in_channels=draw(st.sampled_from([4, 8, 9])),
         sample_size=draw(st.integers(1, 96)),
@@ -48,6 +49,8 @@ def unet_configs(draw) -> UNetConfig:
         cross_attention_dim=draw(st.sampled_from([8, 24])),
         use_linear_projection=draw(st.booleans()),
         upcast_attention=draw(st.booleans()),
+        only_cross_attention=tuple(draw(st.booleans()) for _ in range(levels)),
+        **draw(st.sampled_from(told)),
     )
 
 
@@ -76,6 +79,13 @@ def _without_class(config: dict) -> dict:
     [
         ({"addition_embed_type": "text_time"}, "addition_embed_type"),
         ({"transformer_layers_per_block": [1, 2, 10]}, "transformer_depth"),
+        ({"class_embed_type": "timestep"}, "class_embed_type"),
+        ({"class_embed_type": "projection"}, "class_embed_type"),
+        (
+            {"num_class_embeds": 9, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 8},
+            "several",
+        ),
+        ({"only_cross_attention": [True, False]}, "only_cross_attention"),
         ({"down_block_types": ["AttnDownBlock2D"] * 4}, "AttnDownBlock2D"),
         ({"up_block_types": ["UpBlock2D"] * 4}, "mirror"),
         ({"a_key_from_the_future": 3}, "a_key_from_the_future"),

@@ -63,7 +63,7 @@ def diffusers_pipeline(kind: str, family: str, sampler: str):
         {**components["scheduler"].config, "timestep_spacing": spacing, "clip_sample": False}
     )
     if kind == "own":
-        pipe = type(peers.theirs(family))(**components, requires_safety_checker=False)
+        pipe = type(peers.theirs(family))(**components)
     elif family.startswith("xl"):
         pipeline = StableDiffusionXLInpaintPipeline if kind == "inpaint" else StableDiffusionXLImg2ImgPipeline
         pipe = pipeline(**components, add_watermarker=False)

@@ -21,7 +21,8 @@ class ProjectedContext(dict[nn.Module, KeysValues]):
     `UNet.project_context`.
 
     Attributes:
-        added: (N, time channels), what pooled text and sizes add to the embedding of the timestep, if they do.
+        added: (N, time channels), what pooled text and sizes, or what else the U-Net is told, add to the embedding of the
+            timestep, if they do.
         further: what cross-attentions attend to besides; each answer is added to that of the text (decoupled
             cross-attention, Ye et al. 2023, eq. 5).
     """
@@ -64,10 +65,10 @@ class ProjectedContext(dict[nn.Module, KeysValues]):
 
 
 class SizedText(NamedTuple):
-    """Text embeddings with the sizes that a U-Net is told beside them: what `UNet.project_context` takes."""
+    """Text embeddings with the numbers that a U-Net is told beside them: what `UNet.project_context` takes."""
 
-    text: Tensor  # (N, L + 1, C), the pooled text in the last row; see `networks.pooled`
-    sizes: Tensor  # (N, K)
+    text: Tensor  # (N, L, C); of SDXL (N, L + 1, C), the pooled text in the last row; see `networks.pooled`
+    sizes: Tensor  # (N, K): the sizes of SDXL, a label (K = 1), or a vector
 
 
 Context = Tensor | SizedText | ProjectedContext
@@ -143,12 +144,19 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each normalised before and added to its input."""
+    """Self-attention, cross-attention and feed-forward, each normalised before and added to its input.
 
-    def __init__(self, channels: int, context_channels: int, heads: int, *, upcast: bool) -> None:
+    Args:
+        crossed: the first attention, too, is to the text.
+    """
+
+    def __init__(
+        self, channels: int, context_channels: int, heads: int, *, upcast: bool, crossed: bool = False
+    ) -> None:
         super().__init__()
+        self.crossed = crossed
         self.norm1 = nn.LayerNorm(channels)
-        self.attn1 = Attention(channels, channels, heads, upcast=upcast)
+        self.attn1 = Attention(channels, context_channels if crossed else channels, heads, upcast=upcast)
         self.norm2 = nn.LayerNorm(channels)
         self.attn2 = Attention(channels, context_channels, heads, upcast=upcast)
         self.norm3 = nn.LayerNorm(channels)
@@ -157,9 +165,13 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x (N, L, C) -> (N, L, C)."""
         h = self.norm1(x)
-        x = x + self.attn1(h, h)
+        x = x + self.attn1(h, context if self.crossed else h)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
+
+    def text_attentions(self) -> list[Attention]:
+        """Those that read the text."""
+        return [self.attn1, self.attn2] if self.crossed else [self.attn2]
 
 
 class SpatialTransformer(nn.Module):
@@ -179,13 +191,14 @@ class SpatialTransformer(nn.Module):
         linear_projection: bool,
         upcast: bool,
         depth: int = 1,
+        crossed: bool = False,
     ) -> None:
         super().__init__()
         self.linear_projection = linear_projection
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, context_channels, heads, upcast=upcast) for _ in range(depth)
+            TransformerBlock(channels, context_channels, heads, upcast=upcast, crossed=crossed) for _ in range(depth)
         )
         self.proj_out = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
 
@@ -199,6 +212,12 @@ class SpatialTransformer(nn.Module):
         if self.linear_projection:
             return x + _to_map(self.proj_out(h), height, width)
         return x + self.proj_out(_to_map(h, height, width))
+
+
+def text_attentions(network: nn.Module) -> list[Attention]:
+    """All attentions of a network that read the text, in its order."""
+    blocks = (module for module in network.modules() if isinstance(module, TransformerBlock))
+    return [layer for block in blocks for layer in block.text_attentions()]
 
 
 def _to_tokens(x: Tensor) -> Tensor:
