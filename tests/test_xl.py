@@ -188,7 +188,7 @@ def test_what_an_engine_takes_is_the_context(pipe: Pipeline) -> None:
 
 
 def test_bare_text_is_refused_where_sizes_are_told(pipe: Pipeline) -> None:
-    with pytest.raises(UsageError, match="told sizes beside the text"):
+    with pytest.raises(UsageError, match="told numbers beside the text"):
         pipe.unet(start(), 500.0, pipe.encode([PROMPT]))
 
 

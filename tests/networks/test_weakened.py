@@ -150,7 +150,7 @@ def test_recipes_hold_it():
         ({"pag_scale": 3.0, "seg_scale": 3.0}, "pag_scale or seg_scale, found both, 3 and 3"),
         ({"pag_scale": 3.0, "cache_interval": 2}, "PAG and SEG act on layers that a cache leaves out"),
         ({"freeu": (1.5, 1.6, 0.9, 0.2), "cache_interval": 2}, "FreeU's factors act on layers that a cache leaves out"),
-        ({"pag_scale": 3.0, "guidance_kind": "cfg++", "guidance_scale": 0.5}, "other kinds of guidance than cfg\\+\\+"),
+        ({"pag_scale": 3.0, "guidance_kind": "cfg++", "guidance_scale": 0.5}, "go with other kinds than cfg\\+\\+"),
         ({"pag_scale": -1.0}, "pag_scale to be a finite number of 0 or more, found -1.0"),
         ({"seg_blur": float("nan")}, "seg_blur to be a finite number of 0 or more"),
         ({"freeu": (1.5, 1.6)}, "freeu to be 4 finite numbers of 0 or more, found \\(1.5, 1.6\\)"),

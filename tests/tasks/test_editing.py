@@ -176,7 +176,8 @@ def test_the_recipe_makes_the_image_again(tmp_path):
     )
     recipe = read_recipe(image.info)
     assert recipe.task == "edit"
-    assert recipe.task_settings == {"strength": 0.5, "width": 24, "height": None, "inversion": None}
+    unsaid = dict.fromkeys(("height", "inversion", "image_guidance_scale"))
+    assert recipe.task_settings == {"strength": 0.5, "width": 24, **unsaid}
     assert recipe.sources["image"]["file"] == "a.png" and len(recipe.sources["image"]["sha256"]) == 64
     assert apart(TASKS["edit"](shared("sd1"), recipe, {"image": tmp_path / "a.png"}), image) == 0
     assert "Denoising strength: 0.5" in image.info["parameters"]

@@ -246,6 +246,7 @@ def test_smaller_networks_have_default_blocks_that_exist(levels, attention_level
         num_heads=(2,) * levels,
         attention_levels=attention_levels,
         transformer_depth=(1,),
+        only_cross_attention=(False,),
     )
     spec = default_spec(config)
     assert (spec.feature_blocks, spec.attn_blocks) == ((features,), attentions)
