@@ -140,7 +140,10 @@ class Forgetting:
 
     def kept(self, module: DenoisingLoss) -> float:
         """What the model as it is has kept, 0 to 1."""
-        return max(0.0, 1.0 - self._squares(module, self._walks.text) / self._scale)
+        squares = self._squares(module, self._walks.text)
+        if not self._scale:  # a model that does not heed its text
+            return float(squares == 0)
+        return max(0.0, 1.0 - squares / self._scale)
 
     @torch.no_grad()
     def _squares(self, module: DenoisingLoss, text: Arrays) -> float:

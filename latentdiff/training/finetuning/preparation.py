@@ -28,7 +28,7 @@ from latentdiff.training.finetuning.finishing import Decision
 from latentdiff.training.finetuning.material import batches_of, read_material
 from latentdiff.training.finetuning.methods import FinetuningMethod, make_method
 from latentdiff.training.finetuning.old import Forgetting, Practice, Walks, texts, walks
-from latentdiff.training.finetuning.old_prompts import old_prompts
+from latentdiff.training.finetuning.old_prompts import GENERAL, old_prompts
 from latentdiff.training.finetuning.streaming import shards_to_stream
 from latentdiff.training.lean import lean_layers
 from latentdiff.training.loop import Trainer
@@ -127,7 +127,9 @@ class Preparation:
         settings, parts = self.settings, self.method.parts
         side = settings.resolution or parts.unet.config.sample_size * parts.vae.config.downscale
         count, levels = WALKS[purpose]
-        prompts = list(settings.old_prompts) or old_prompts(parts.words, count, purpose)
+        prompts = list(dict.fromkeys(settings.old_prompts)) or old_prompts(parts.words, count, purpose)
+        if purpose == "measured" and len(prompts) == 1:
+            prompts.append("" if prompts[0] else GENERAL[0])  # the scale is the distance to another prompt
         told = texts(prompts, self.material.samples.tokens, side, tells_sizes=self.material.samples.tells_sizes)
         latent = side // parts.vae.config.downscale
         shape = (parts.vae.config.latent_channels, latent, latent)
