@@ -183,12 +183,7 @@ def open_clip(
     shapes: Shapes = {"positional_embedding": (positions, width), "logit_scale": ()}
     shapes |= {"text_projection": (width, width if pooled is None else pooled)}
     shapes |= {"token_embedding.weight": (vocabulary, width)} | _norm("ln_final", width)
-    for layer in range(layers):
-        name = f"transformer.resblocks.{layer}"
-        shapes |= {f"{name}.attn.in_proj_weight": (3 * width, width), f"{name}.attn.in_proj_bias": (3 * width,)}
-        shapes |= _linear(f"{name}.attn.out_proj", width, width)
-        shapes |= _norm(f"{name}.ln_1", width) | _norm(f"{name}.ln_2", width)
-        shapes |= _linear(f"{name}.mlp.c_fc", 4 * width, width) | _linear(f"{name}.mlp.c_proj", width, 4 * width)
+    shapes |= _resblocks(width, layers)
     return {f"{prefix}model.{name}": shape for name, shape in shapes.items()}
 
 
@@ -197,12 +192,7 @@ def visual(width: int, layers: int, patch: int, projection: int, prefix: str = "
     shapes: Shapes = {"class_embedding": (width,), "positional_embedding": (1 + (224 // patch) ** 2, width)}
     shapes |= {"conv1.weight": (width, 3, patch, patch), "proj": (width, projection)}
     shapes |= _norm("ln_pre", width) | _norm("ln_post", width)
-    for layer in range(layers):
-        name = f"transformer.resblocks.{layer}"
-        shapes |= {f"{name}.attn.in_proj_weight": (3 * width, width), f"{name}.attn.in_proj_bias": (3 * width,)}
-        shapes |= _linear(f"{name}.attn.out_proj", width, width)
-        shapes |= _norm(f"{name}.ln_1", width) | _norm(f"{name}.ln_2", width)
-        shapes |= _linear(f"{name}.mlp.c_fc", 4 * width, width) | _linear(f"{name}.mlp.c_proj", width, 4 * width)
+    shapes |= _resblocks(width, layers)
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
@@ -291,3 +281,15 @@ def tensors(shapes: Shapes, seed: int = 0, dtype: torch.dtype = torch.float32) -
         made["betas"] = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square().float()
         made["alphas_cumprod"] = torch.cumprod(1 - made["betas"], dim=0)
     return {name: tensor.to(dtype) for name, tensor in made.items()}
+
+
+def _resblocks(width: int, layers: int) -> Shapes:
+    """The transformer of open_clip's towers."""
+    shapes: Shapes = {}
+    for layer in range(layers):
+        name = f"transformer.resblocks.{layer}"
+        shapes |= {f"{name}.attn.in_proj_weight": (3 * width, width), f"{name}.attn.in_proj_bias": (3 * width,)}
+        shapes |= _linear(f"{name}.attn.out_proj", width, width)
+        shapes |= _norm(f"{name}.ln_1", width) | _norm(f"{name}.ln_2", width)
+        shapes |= _linear(f"{name}.mlp.c_fc", 4 * width, width) | _linear(f"{name}.mlp.c_proj", width, 4 * width)
+    return shapes
