@@ -63,3 +63,48 @@ class EMA:
         """Restore saved averages; names and shapes must be those of the parameters."""
         for name, tensor in self.average.items():
             tensor.copy_(average[name])
+
+
+class ScheduleFreeAverage(EMA):
+    """The averages that schedule-free AdamW keeps by itself, for which an `EMA` is taken otherwise.
+
+    Its gradients are taken at y = (1 - beta1) z + beta1 x, which the live parameters are; z is in its state, and the average
+    x is what is to be used (Defazio et al. 2024, "The Road Less Scheduled", equations 8 to 10). The library's own `eval` and
+    `train` turn one into the other and back, which costs a rounding each time, so that a run that measures more often
+    would learn something else. Here y stays untouched and x is made beside it.
+
+    Args:
+        parameters: the live ones, by name.
+        optimizer: trains them, in its training mode.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> None:
+        super().__init__({}, 0.0)
+        self._live, self._optimizer = dict(parameters), optimizer
+        self._made: dict[str, Tensor] = {}
+
+    @property
+    def average(self) -> dict[str, Tensor]:
+        """x by name, of the newest step, or as it was loaded."""
+        if not self._made:
+            self._made = self._averages()
+        return self._made
+
+    @average.setter
+    def average(self, value: dict[str, Tensor]) -> None:
+        self._made = value
+
+    def update(self, step: int) -> None:
+        self._made = {}
+
+    @torch.no_grad()
+    def _averages(self) -> dict[str, Tensor]:
+        share = {
+            parameter: 1 - 1 / group["betas"][0]
+            for group in self._optimizer.param_groups
+            for parameter in group["params"]
+        }
+        return {
+            name: y.detach().lerp(self._optimizer.state.get(y, {}).get("z", y.detach()), share[y])
+            for name, y in self._live.items()
+        }

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from latentdiff.errors import ConfigError, NotFiniteError, Stopped
 from latentdiff.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from latentdiff.training.ema import EMA
+from latentdiff.training.ema import EMA, ScheduleFreeAverage
 from latentdiff.training.folder import prepare
 from latentdiff.training.journal import Journal, Window, peak_memory
 from latentdiff.training.microbatches import micro_batch_size, micro_batches
@@ -56,8 +56,12 @@ class Trainer:
         self._groups, averaged = task.parameter_groups(), task.averaged()
         self.parameters = {name: p for group in self._groups for name, p in group.parameters.items()}
         in_ema = {name: p for group in self._groups if group.name in averaged for name, p in group.parameters.items()}
-        self.ema = EMA(in_ema, settings.ema_decay, settings.ema_every)
         self.optimizer = make_optimizer(self._groups, settings)
+        self.ema = (
+            ScheduleFreeAverage(in_ema, self.optimizer)
+            if settings.optimizer == "schedulefree"
+            else EMA(in_ema, settings.ema_decay, settings.ema_every)
+        )
         self.scaler: torch.amp.GradScaler | None = getattr(accelerator, "scaler", None)
         self.step = 0
         self._started = self._done = False

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from latentdiff.errors import MissingDependencyError
+from latentdiff.errors import ConfigError, MissingDependencyError
 from latentdiff.training.muon import is_hidden, muon_step
 from latentdiff.training.sections import StageSection
 from latentdiff.training.sharding import is_split, own_part, part_of
 from latentdiff.training.torch_private import adamw_step
 
-# Entries of Prodigy's groups that change while it runs.
-_REMEMBERED = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")
+# Entries of the groups of Prodigy and of schedule-free AdamW that change while they run.
+_REMEMBERED = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k", "weight_sum", "lr_max", "scheduled_lr")
 
 _MUON_MOMENTUM = 0.95
+_MOST_RELATIVE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,29 @@ def make_optimizer(groups: list[ParameterGroup], settings: StageSection) -> torc
     """The optimizer that `settings` name; biases and norms are not decayed.
 
     adamw is AdamW (Loshchilov and Hutter 2019), fused; adamw8bit keeps its moments in 8 bits (Dettmers et al. 2022);
-    prodigy finds its step size by itself (Mishchenko and Defazio 2024), the learning rate is a factor on that.
+    prodigy finds its step size by itself (Mishchenko and Defazio 2024), the learning rate is a factor on that;
+    adafactor keeps one number a row and column in place of one a weight (Shazeer and Stern 2018), and with
+    `relative_step` sets its steps as they do; lion steps by the sign of its momentum (Chen et al. 2023); schedulefree is
+    AdamW with averages in place of a decay (Defazio et al. 2024), see `ScheduleFreeAverage`.
 
     Raises:
+        ConfigError: groups have different learning rates, and the optimizer knows one alone.
         MissingDependencyError: the library of the optimizer is not installed.
     """
-    param_groups = []
+    param_groups = _by_decay(groups, settings)
+    if (settings.optimizer == "prodigy" or settings.relative_step) and len({group.lr_scale for group in groups}) > 1:
+        name = "prodigy" if settings.optimizer == "prodigy" else "adafactor with relative_step"
+        raise ConfigError(
+            f"{name} finds one step size for all; leave out learning rates of parts, or take another optimizer"
+        )
+    if settings.optimizer in _LIBRARIES:
+        return _of_library(param_groups, settings)
+    return FusedAdamW(param_groups, lr=settings.lr, betas=settings.betas)
+
+
+def _by_decay(groups: list[ParameterGroup], settings: StageSection) -> list[dict[str, Any]]:
+    """The groups as optimizers take them, parted by what decays and by what Muon trains."""
+    param_groups: list[dict[str, Any]] = []
     for group in groups:
         muon = settings.optimizer == "muon" and group.muon
         hidden = {name for name, parameter in group.parameters.items() if muon and is_hidden(name, parameter)}
@@ -66,15 +84,25 @@ def make_optimizer(groups: list[ParameterGroup], settings: StageSection) -> torc
                 param_groups.append(
                     {"params": members, "weight_decay": weight_decay, "lr_scale": group.lr_scale, **kind}
                 )
-    if settings.optimizer == "adamw8bit":
-        return _library("bitsandbytes", "adamw8bit").optim.AdamW8bit(param_groups, lr=settings.lr, betas=settings.betas)
+    return param_groups
+
+
+def _of_library(param_groups: list[dict[str, Any]], settings: StageSection) -> torch.optim.Optimizer:
+    library, usual = _library(settings.optimizer), {"lr": settings.lr, "betas": settings.betas}
+    if settings.optimizer == "adafactor":
+        # By a learning rate, weights of all sizes change alike, as in AdamW; relative steps are shares of their size.
+        relative = settings.relative_step
+        rate = {"lr": None if relative else settings.lr, "relative_step": relative, "scale_parameter": relative}
+        return library.Adafactor(param_groups, **rate)
     if settings.optimizer == "prodigy":
-        library = _library("prodigyopt", "prodigy")
         # The warm-up of the learning rate must not count in the estimate of the step size.
-        return library.Prodigy(
-            param_groups, lr=settings.lr, betas=settings.betas, use_bias_correction=True, safeguard_warmup=True
-        )
-    return FusedAdamW(param_groups, lr=settings.lr, betas=settings.betas)
+        return library.Prodigy(param_groups, **usual, use_bias_correction=True, safeguard_warmup=True)
+    if settings.optimizer == "schedulefree":
+        made = library.AdamWScheduleFree(param_groups, **usual)
+        made.train()  # where it stays: its other mode would have to be left again, which is not exact
+        return made
+    make = library.Lion if settings.optimizer == "lion" else library.optim.AdamW8bit
+    return make(param_groups, **usual)
 
 
 class FusedAdamW(torch.optim.Optimizer):
@@ -126,7 +154,18 @@ class FusedAdamW(torch.optim.Optimizer):
         return state
 
 
-def _library(name: str, optimizer: str) -> Any:
+# By optimizer, the module that has it.
+_LIBRARIES = {
+    "adafactor": "transformers.optimization",
+    "adamw8bit": "bitsandbytes",
+    "lion": "lion_pytorch",
+    "prodigy": "prodigyopt",
+    "schedulefree": "schedulefree",
+}
+
+
+def _library(optimizer: str) -> Any:
+    name = _LIBRARIES[optimizer]
     try:
         return import_module(name)
     except ImportError as error:
@@ -150,7 +189,12 @@ def clip_gradients(parameters: Sequence[Parameter], largest: float) -> Tensor:
 
 
 def learning_rate(step: int, settings: StageSection) -> float:
-    """Learning rate of step 0, 1, ...: linear warm-up, then constant, then the fall to 0 at `max_steps`."""
+    """Learning rate of step 0, 1, ...: linear warm-up, then constant, then the fall to 0 at `max_steps`.
+
+    That of relative steps is a share of the size of each weight, and Adafactor's own (Shazeer and Stern 2018, section 8).
+    """
+    if settings.relative_step:
+        return min(_MOST_RELATIVE, 1 / math.sqrt(step + 1))
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     if settings.decay == "constant":
@@ -188,7 +232,7 @@ def restore_moments(
 
 
 def group_state(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
-    """What the optimizer remembers of whole groups of parameters: Prodigy's estimates of the step size."""
+    """What the optimizer remembers of whole groups of parameters: estimates of the step size, sums of weights."""
     return [{name: float(group[name]) for name in _REMEMBERED if name in group} for group in optimizer.param_groups]
 
 

@@ -115,9 +115,14 @@ class StageSection(Section):
     """Images per optimizer step, over all processes and micro-batches."""
     accumulation: PositiveInt = 1
     """Micro-batches that a process splits its part of the batch into; less memory, same gradients."""
-    optimizer: Literal["adamw", "muon", "adamw8bit", "prodigy"] = "adamw"
-    """muon takes the matrices of hidden layers and AdamW the rest, both at `lr`; adamw8bit needs bitsandbytes, for a GPU
-    or, in version 0.50, a CPU; prodigy needs prodigyopt, with a lr of about 1."""
+    optimizer: Literal["adamw", "muon", "adafactor", "lion", "schedulefree", "prodigy", "adamw8bit"] = "adamw"
+    """muon takes the matrices of hidden layers and AdamW the rest, both at `lr`; adafactor keeps far less in memory, at the
+    `lr` of adamw; lion keeps half, at a third to a tenth of that `lr`; schedulefree needs no decay, at that `lr` or more;
+    prodigy finds the rate, with a `lr` of 1; adamw8bit keeps a quarter, for a GPU or, from bitsandbytes 0.50, a CPU. All but
+    the first three need pip install 'latentdiff[optimizers]'."""
+    relative_step: bool = False
+    """adafactor sets its own steps, relative to the size of each weight and to the number of steps taken; `lr`, warm-up
+    and decay do not count then."""
     lr: Positive
     """Learning rate after the warm-up."""
     warmup_steps: Count = 200
@@ -155,6 +160,19 @@ class StageSection(Section):
     """Steps between checkpoints; a signal (Ctrl-C, SIGTERM) always writes one."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints that stay on disk; so does that of the smallest validation loss."""
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> StageSection:
+        if self.relative_step and self.optimizer != "adafactor":
+            raise ValueError("relative_step goes with optimizer adafactor")
+        if self.optimizer == "schedulefree" and (self.decay != "constant" or self.ema_decay):
+            raise ValueError(
+                "schedulefree averages the weights itself, in place of a decay: expected decay constant and ema_decay 0,"
+                f" found {self.decay} and {self.ema_decay:g}"
+            )
+        if self.optimizer == "schedulefree" and not self.betas[0]:
+            raise ValueError("schedulefree needs betas of which the first is above 0, such as 0.9 0.999")
+        return self
 
 
 class ObjectiveSection(Section):

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from latentdiff.errors import ConfigError, UsageError
+from latentdiff.training.finetuning.rates import optimizer_defaults
 from latentdiff.training.sections import (
     Count,
     DenoisingSection,
@@ -202,8 +203,8 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
             return values
         if values.get("stop") == "auto" and not values.get("validation") and not values.get("stream"):
             values = {**values, "validation_share": values.get("validation_share") or _SHARE_TO_STOP_BY}
-        own_lr = {"lr": 1.0} if values.get("optimizer") == "prodigy" else {}
-        return {**METHOD_DEFAULTS.get(method, {}), **own_lr, **values}
+        usual = METHOD_DEFAULTS.get(method, {})
+        return {**usual, **optimizer_defaults(values.get("optimizer"), usual), **values}
 
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneConfig:
@@ -214,8 +215,8 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
         if self.result == "best" and not (self.validation or self.validation_share):
             raise ValueError("the best step is known from held-out images: give validation or validation_share")
         self._stopping_fits()
-        if self.optimizer == "prodigy" and self.text_encoder_lr is not None:
-            raise ValueError("prodigy knows one learning rate only; leave out text_encoder_lr")
+        if (self.optimizer == "prodigy" or self.relative_step) and self.text_encoder_lr is not None:
+            raise ValueError(f"{self.optimizer} finds one step size for all; leave out text_encoder_lr")
         if self.method == "textual_inversion" and not self.word:
             raise ValueError("textual_inversion needs the new word, for example --word '<teapot>'")
         if self.keep and self.method not in ("lora", "full"):

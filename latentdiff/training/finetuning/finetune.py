@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from latentdiff.device import is_out_of_memory
 from latentdiff.errors import LatentDiffError, UsageError
 from latentdiff.training.checkpoint import newest_checkpoint
-from latentdiff.training.finetuning.config import FinetuneConfig, load_finetune_config, resumed_config
+from latentdiff.training.finetuning.config import METHOD_DEFAULTS, FinetuneConfig, load_finetune_config, resumed_config
 from latentdiff.training.finetuning.finishing import finish
 from latentdiff.training.finetuning.preparation import Preparation, make_accelerator, write_config
+from latentdiff.training.finetuning.rates import rate_advice
 from latentdiff.training.folder import owned
 from latentdiff.training.replay import verify_resume
 
@@ -93,6 +94,8 @@ def _run(settings: FinetuneConfig, accelerator: Accelerator, verify_steps: int |
         made.build_caches()
         with made.trainer() as trainer:
             trainer.start()
+            if advice := rate_advice(settings, METHOD_DEFAULTS[settings.method]["lr"]):
+                accelerator.print(f"note: {advice}")
             write_config(settings, accelerator)  # only once what lies in the folder has taken it
             if verify_steps:
                 first, last = verify_resume(trainer, verify_steps)

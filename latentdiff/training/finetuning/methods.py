@@ -170,7 +170,7 @@ class TextualInversionMethod(FinetuningMethod):
         return self.word.attached(self.parts.tokenizer, self.parts.text_encoder)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        return [ParameterGroup("word", dict(self.word.named_parameters()))]
+        return [ParameterGroup("word", dict(self.word.named_parameters()), muon=False)]  # rows of a table, no matrix
 
     def save(self, run: Path, facts: Mapping[str, Any]) -> Path:
         path = run / "embedding.safetensors"

@@ -12,6 +12,7 @@ from latentdiff.training.finetuning.config import (
     load_finetune_config,
     make_config,
 )
+from latentdiff.training.finetuning.rates import rate_advice
 from latentdiff.training.sections import dump_config
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "finetune"
@@ -34,6 +35,33 @@ def test_methods_have_defaults_of_their_own():
     lora, full = (make_config({"data": "x", "method": method}, "test") for method in ("lora", "full"))
     assert lora.lr > full.lr and lora.weight_decay == 0 < full.weight_decay
     assert make_config({"data": "x", "method": "lora", "lr": 0.5}, "test").lr == 0.5
+
+
+def test_optimizers_have_defaults_of_their_own():
+    lion, adamw, free, prodigy = (
+        make_config({"data": "x", "method": "full", "optimizer": name}, "test")
+        for name in ("lion", "adamw", "schedulefree", "prodigy")
+    )
+    assert lion.lr * lion.weight_decay == pytest.approx(adamw.lr * adamw.weight_decay)  # what decays stays the same
+    assert lion.lr <= adamw.lr / 3 and lion.betas == (0.9, 0.99)
+    assert (free.decay, free.ema_decay, free.lr) == ("constant", 0.0, adamw.lr)
+    assert prodigy.lr == 1.0
+
+
+@pytest.mark.parametrize(
+    ("values", "advice"),
+    [
+        ({"optimizer": "prodigy", "lr": 1e-3}, "prodigy multiplies the rate that it finds by lr: 1 is usual"),
+        ({"optimizer": "lion", "lr": 1e-4}, "lion wants a third to a tenth of the lr of adamw: about 1e-05 here"),
+        ({"optimizer": "lion"}, ""),
+        ({"optimizer": "prodigy"}, ""),
+        ({"optimizer": "adamw", "lr": 1e-2}, ""),
+    ],
+)
+def test_rates_of_another_optimizer_are_told(values, advice):
+    config = make_config({"data": "x", "method": "full", **values}, "test")
+    found = rate_advice(config, METHOD_DEFAULTS["full"]["lr"])
+    assert found.startswith(advice) and bool(found) == bool(advice)
 
 
 def test_flags_replace_the_file_which_replaces_the_defaults(tmp_path):
@@ -86,6 +114,13 @@ def test_configurations_of_the_examples_teach_the_text_encoder_the_new_word(path
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"relative_step": True}, "relative_step goes with optimizer adafactor"),
+        ({"optimizer": "schedulefree", "ema_decay": 0.9}, "expected decay constant and ema_decay 0, found constant and 0.9"),
+        ({"optimizer": "schedulefree", "betas": [0, 0.9]}, "betas of which the first is above 0"),
+        (
+            {"optimizer": "adafactor", "relative_step": True, "text_encoder_lr": 1e-3, "method": "full"},
+            "adafactor finds one step size for all; leave out text_encoder_lr",
+        ),
         ({"learning_rate": 1}, "learning_rate: Extra inputs are not permitted"),
         ({"lr": -1}, "lr: Input should be greater than 0, found -1"),
         ({"method": "dreambooth"}, "or 'controlnet', found 'dreambooth'"),

@@ -42,6 +42,7 @@ from tests import peers
 from tests.training.finetuning.build import captioned_folder, model_folder, settings, state_of
 
 ROOT = Path(__file__).parents[3]
+LIBRARIES = {"prodigy": "prodigyopt", "lion": "lion_pytorch", "schedulefree": "schedulefree"}
 
 
 @pytest.fixture
@@ -110,12 +111,24 @@ def test_the_text_encoder_is_trained_if_asked_for(tmp):
     assert not list((tmp / "run" / "cache").glob("text-*"))
 
 
-@pytest.mark.parametrize("method, optimizer", [("lora", "adamw"), ("full", "adamw"), ("lora", "prodigy")])
-def test_stopped_and_resumed_equals_unbroken(tmp, method, optimizer):
-    if optimizer == "prodigy":
-        pytest.importorskip("prodigyopt")
+@pytest.mark.parametrize(
+    "method, optimizer, more",
+    [
+        ("lora", "adamw", {}),
+        ("full", "adamw", {}),
+        ("lora", "muon", {}),
+        ("lora", "prodigy", {}),
+        ("lora", "adafactor", {}),
+        ("full", "adafactor", {"relative_step": True}),
+        ("lora", "lion", {"lr": 1e-3}),
+        ("lora", "schedulefree", {"validation_share": 0.3, "validate_every": 2, "result": "best"}),
+    ],
+)
+def test_stopped_and_resumed_equals_unbroken(tmp, method, optimizer, more):
+    if optimizer in LIBRARIES:
+        pytest.importorskip(LIBRARIES[optimizer])
     for name, steps in (("whole", 6), ("parts", 3)):
-        run(settings(tmp, method=method, optimizer=optimizer, out=tmp / name, max_steps=steps))
+        run(settings(tmp, method=method, optimizer=optimizer, out=tmp / name, max_steps=steps, **more))
     (tmp / "parts" / "checkpoints" / "step-00000003" / "manifest.json").unlink()
     run(resolve(tmp / "parts", None, {"max_steps": 6}))
     assert_same(state_of(tmp / "parts"), state_of(tmp / "whole"))
