@@ -95,14 +95,14 @@ def computes_in_bf16(kind: str) -> bool:
 
 
 def finite_or_float32(
-    part: str, module: nn.Module, compute: Callable[[torch.dtype], Tensor], *, where: str = ""
+    part: str, module: nn.Module, compute: Callable[[torch.dtype], Tensor], *, where: Callable[[], str] = str
 ) -> Tensor:
     """The result of `compute`, which uses `module`; once more in float32 if it overflows a shorter format.
 
     Args:
         part: what is computed, for messages: "the U-Net".
         compute: is given the dtype of the module's weights at that moment.
-        where: more for the error message: "at step 3 of 25".
+        where: makes more for the error message: "at step 3 of 25".
 
     Raises:
         NotFiniteError: the result is not finite in float32 either.
@@ -120,7 +120,8 @@ def finite_or_float32(
             return result
     broken = _broken_weight(module)
     cause = f"its weight {broken} holds them: the model file is damaged" if broken else _NO_CAUSE
-    raise NotFiniteError(f"{part} gives NaN or infinity {where + ' ' if where else ''}in float32; {cause}")
+    place = f"{where()} ".lstrip()
+    raise NotFiniteError(f"{part} gives NaN or infinity {place}in float32; {cause}")
 
 
 def _broken_weight(module: nn.Module) -> str | None:

@@ -31,12 +31,11 @@ from latentdiff.memory.sharing import one_use
 from latentdiff.model.prompted import PromptedModel
 from latentdiff.networks.attention import attention_backend
 from latentdiff.networks.conditioning import Applied
-from latentdiff.networks.functions import checked_model, decode_latents, encode_images
 from latentdiff.networks.regional import Regions
 from latentdiff.networks.sizes import Told
-from latentdiff.networks.steering import prompted_denoiser
+from latentdiff.networks.steering import checked_model, prompted_denoiser
 from latentdiff.networks.text_embedding import EncodedPrompt, Given
-from latentdiff.networks.vae import LatentDistribution
+from latentdiff.networks.vae import LatentDistribution, decode_latents, encode_images
 from latentdiff.networks.windows import Windows, windowed
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice, refusal

@@ -17,10 +17,18 @@ from latentdiff import __version__, foreign
 from latentdiff.errors import DataError, UsageError
 from latentdiff.foreign.account import Account, Field, NamedLoRA
 from latentdiff.request.domains import Choice, ChoiceOrFile
-from latentdiff.request.infotext import joined, read_value, split, written_value
+from latentdiff.request.infotext import (
+    joined,
+    read_method,
+    read_pass,
+    read_value,
+    split,
+    written_method,
+    written_pass,
+    written_value,
+)
 from latentdiff.request.options import GENERATING, KEPT, OPTIONS, SAMPLING, checked
 from latentdiff.request.recorded import RecordedControl, RecordedImagePrompt, RecordedRegion
-from latentdiff.request.titles import read_method, read_pass, written_method, written_pass
 
 JSON_CHUNK = "latentdiff"
 TEXT_CHUNK = "parameters"

@@ -66,8 +66,8 @@ def test_names_agree_with_what_they_name():
     from latentdiff.device import FORMATS
     from latentdiff.diffusion.samplers import SAMPLERS, SPACINGS
     from latentdiff.networks.attention import ATTENTION_BACKENDS
+    from latentdiff.request.infotext import SAMPLER_TITLES
     from latentdiff.request.options import AttentionName, PrecisionName, SamplerName, SpacingName
-    from latentdiff.request.titles import SAMPLER_TITLES
 
     assert tuple(SAMPLERS) == get_args(SamplerName)
     assert set(SAMPLERS) == set(SAMPLER_TITLES)

@@ -64,7 +64,7 @@ def cases(dtype: Any, tiny: bool) -> Iterator[Case]:
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
     from latentdiff.engines.fast_forms import use_fast_forms
-    from latentdiff.networks.attention.auto import auto_attention
+    from latentdiff.networks.attention import auto_attention
 
     generator = torch.Generator().manual_seed(0)
 

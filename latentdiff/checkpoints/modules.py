@@ -17,8 +17,7 @@ from latentdiff.checkpoints.raw import PART_LABELS, RawModel
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.errors import CheckpointError, ConfigError, LatentDiffError
 from latentdiff.networks.config import UNetConfig, VAEConfig
-from latentdiff.networks.layers.text_transformer import TextTransformerConfig
-from latentdiff.networks.text_encoder import TextEncoder
+from latentdiff.networks.text_encoder import TextEncoder, TextTransformerConfig
 from latentdiff.networks.tiny_vae import NAME as TINY_VAE
 from latentdiff.networks.tiny_vae import TinyVAE, TinyVAEConfig
 from latentdiff.networks.unet import UNet

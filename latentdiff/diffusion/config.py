@@ -30,6 +30,8 @@ class ScheduleConfig:
     set_alpha_to_one: bool = False  # clean end: alpha_cumprod 1 (True) or that of timestep 0 (False, Stable Diffusion)
     trained_betas: tuple[float, ...] | None = None  # a table in place of beta_schedule and its ends
     rescale_betas_zero_snr: bool = False  # Lin et al. 2023: the last timestep holds no signal at all
+    # How the model's authors draw, if the schedule was read from their file. No field: it is no part of the schedule itself.
+    drawing = Drawing()
 
     def __post_init__(self) -> None:
         _check_number("num_train_timesteps", self.num_train_timesteps, 1, LONGEST_TRAINING, whole=True)
@@ -67,13 +69,8 @@ class ScheduleConfig:
     def with_drawing(self, drawing: Drawing) -> Self:
         """The same schedule, drawn from in another way."""
         other = replace(self)
-        vars(other)["_drawing"] = drawing
+        vars(other)["drawing"] = drawing
         return other
-
-    @property
-    def drawing(self) -> Drawing:
-        """How the model's authors draw, if the schedule was read from their file; no part of the schedule itself."""
-        return vars(self).get("_drawing", Drawing())
 
     def to_diffusers(self) -> dict[str, Any]:
         """A `scheduler_config.json` from which diffusers builds a scheduler with the same schedule.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from latentdiff.errors import ConfigError, UsageError
+from latentdiff.errors import ConfigError
 
 # diffusers' classes, and the samplers here that do the same.
 CLASSES = {
@@ -138,16 +138,6 @@ class Drawing:
     refusal: str = ""
     notes: tuple[str, ...] = ()
     file: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # as it was read
-
-    def default_sampler(self) -> str | None:
-        """The sampler to draw with where none is asked for.
-
-        Raises:
-            UsageError: the authors' own is not here.
-        """
-        if self.refusal:
-            raise UsageError(f"{self.refusal}; ask for a sampler, ddim say, to draw otherwise than its authors do")
-        return self.sampler
 
     def thresholding_of(self, sampler: str) -> Thresholding | None:
         """The thresholding of x0 that a sampler obeys; for others diffusers has none."""

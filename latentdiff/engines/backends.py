@@ -7,9 +7,9 @@ from typing import get_args
 
 from latentdiff.engines import Example
 from latentdiff.errors import UsageError
-from latentdiff.networks.functions import LatentDecoder, Network
+from latentdiff.networks.steering import Network
 from latentdiff.networks.unet import UNet
-from latentdiff.networks.vae import VAE
+from latentdiff.networks.vae import VAE, LatentDecoder
 from latentdiff.request.options import BackendName
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentdiff.errors import UsageError
-from latentdiff.networks.functions import Network
 from latentdiff.networks.layers.transformer import Context
+from latentdiff.networks.steering import Network
 from latentdiff.networks.taps import Tap
 from latentdiff.networks.unet import UNet
 

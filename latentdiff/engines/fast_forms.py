@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff.engines import form_trials as trials
-from latentdiff.networks.kernels.choice import takes_fast_form
+from latentdiff.networks.kernels.choice import NEEDED, takes_fast_form
 from latentdiff.networks.kernels.onednn import as_matrix, has_product, product, windows
 from latentdiff.networks.layers.resnet import ResnetBlock, Upsample
 from latentdiff.networks.layers.transformer import FeedForward
@@ -30,6 +30,15 @@ MAX_MAP = 512  # pixels of a batch, up to which a convolution is faster as one m
 MAX_KERNELS = 2**22  # numbers of a weight that are added up at a time: the sums are memory beside the weights
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 FF_ROWS = 1024  # tokens that go through a feed-forward at a time, per thread
+# Kinds of sizes within which one choice holds, see `form_trials`.
+FEW_ROWS = 256
+SMALL_MAPS = (32, 128, 512)  # pixels of a batch, at most
+LARGE_MAPS = (1024, 512)  # at least
+LARGE_KERNEL = 2**23  # bytes
+# How many times as fast as torch's a form must be in its trial, where that differs from the network; see there.
+LARGE_KERNEL_NEEDED = {32: 0.6, 128: 0.6, 512: 0.75}
+FEED_FORWARD_NEEDED = 1.2
+UPSAMPLING_NEEDED = {torch.float32: 0.5, torch.bfloat16: 1.0}
 
 
 def use_fast_forms(network: nn.Module) -> None:
@@ -81,11 +90,19 @@ def _is_foreign(dtype: torch.dtype) -> bool:
 def fastest_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., I), weight (O, I) -> x weightᵀ + bias by oneDNN, or by torch's linear layer where that is faster."""
     rows = x.numel() // x.shape[-1]
-    if rows >= MIN_ROWS and has_product(x.dtype) and takes_fast_form(*trials.linear(rows, x.dtype)):
+    if rows >= MIN_ROWS and has_product(x.dtype) and _is_faster_linear(rows, x.dtype):
         return product(x, weight, bias)
-    if rows >= MIN_ROWS and _is_foreign(x.dtype) and takes_fast_form(*trials.widened_linear(widened_product, x.dtype)):
-        return widened_product(x, weight, bias)
+    if rows >= MIN_ROWS and _is_foreign(x.dtype):
+        trial = partial(trials.widened_linear, widened_product, x.dtype)
+        if takes_fast_form(f"widened linear {_short(x.dtype)}", trial):
+            return widened_product(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _is_faster_linear(rows: int, dtype: torch.dtype) -> bool:
+    few = rows <= FEW_ROWS
+    form = f"linear {_short(dtype)} {'few' if few else 'many'} rows"
+    return takes_fast_form(form, partial(trials.linear, few, dtype))
 
 
 def widened_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -104,20 +121,26 @@ def _conv(layer: nn.Conv2d, x: Tensor) -> Tensor | None:
     hundred pixels; a product over the unfolded map does not.
     """
     if _is_foreign(x.dtype):
-        is_faster = takes_fast_form(*trials.widened_convolution(widened_convolution, x.dtype))
+        trial = partial(trials.widened_convolution, widened_convolution, x.dtype)
+        is_faster = takes_fast_form(f"widened convolution {_short(x.dtype)}", trial)
         return widened_convolution(layer, x) if is_faster else None
     if layer.groups != 1 or layer.dilation != (1, 1) or layer.stride != (1, 1):
         return None
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     if layer.kernel_size == (1, 1) and layer.padding == (0, 0):
-        return pointwise(layer, x) if takes_fast_form(*trials.pointwise(pointwise, x.dtype)) else None
+        form, trial = f"1x1 convolution {_short(x.dtype)}", partial(trials.pointwise, pointwise, x.dtype)
+        return pointwise(layer, x) if takes_fast_form(form, trial) else None
     if layer.kernel_size == (3, 3) and layer.padding == (1, 1) and pixels <= MAX_MAP and layer.in_channels >= 64:
-        return (
-            small_convolution(layer, x)
-            if takes_fast_form(*trials.convolution(small_convolution, pixels, layer.weight))
-            else None
-        )
+        return small_convolution(layer, x) if _is_faster_convolution(pixels, layer.weight) else None
     return None
+
+
+def _is_faster_convolution(pixels: int, weight: Tensor) -> bool:
+    most = next(most for most in SMALL_MAPS if pixels <= most)
+    is_large = weight.numel() * weight.element_size() >= LARGE_KERNEL
+    form = f"3x3 convolution {_short(weight.dtype)} up to {most} pixels{', large kernel' if is_large else ''}"
+    needed = LARGE_KERNEL_NEEDED[most] if is_large else NEEDED
+    return takes_fast_form(form, partial(trials.convolution, small_convolution, most, weight.dtype), needed)
 
 
 def widened_convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -157,7 +180,10 @@ def _upsample(block: Upsample, x: Tensor, size: torch.Size | None = None) -> Ten
     pixels = x.shape[0] * height * width
     if size not in (None, (2 * height, 2 * width)) or pixels < MAX_MAP or has_taps(block.conv) or _is_foreign(x.dtype):
         return None
-    return folded_upsample(block, x) if takes_fast_form(*trials.upsample(folded_upsample, pixels, x.dtype)) else None
+    least = next(least for least in LARGE_MAPS if pixels >= least)
+    form = f"upsampling {_short(x.dtype)} from {least} pixels"
+    trial = partial(trials.upsample, folded_upsample, least, x.dtype)
+    return folded_upsample(block, x) if takes_fast_form(form, trial, UPSAMPLING_NEEDED[x.dtype]) else None
 
 
 def folded_upsample(block: Upsample, x: Tensor) -> Tensor:
@@ -195,7 +221,8 @@ def feed_forward(block: FeedForward, x: Tensor) -> Tensor | None:
     if has_taps(*block.children()):
         return None
     rows = FF_ROWS * torch.get_num_threads()
-    is_gated = has_product(x.dtype) and takes_fast_form(*trials.feed_forward(gated_in_product, x.dtype))
+    form, trial = f"feed-forward {_short(x.dtype)}", partial(trials.feed_forward, gated_in_product, x.dtype)
+    is_gated = has_product(x.dtype) and takes_fast_form(form, trial, FEED_FORWARD_NEEDED)
     piecewise = gated_in_product if is_gated else _gated
     if not is_gated and x.shape[0] * x.shape[1] <= rows:
         return None
@@ -218,6 +245,10 @@ def _gated(block: FeedForward, x: Tensor) -> Tensor:
     inner, outer = block.net[0].proj, block.net[2]
     value, gate = fastest_product(x, inner.weight, inner.bias).chunk(2, dim=-1)
     return fastest_product(F.gelu(gate).mul_(value), outer.weight, outer.bias)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from latentdiff.errors import DataError
 from latentdiff.foreign.account import Account, Draft
 from latentdiff.foreign.hires import hires_handlers
-from latentdiff.request.infotext import InfoText
-from latentdiff.request.titles import AUTOMATIC, SCHEDULES, TITLES, WITHOUT_SCHEDULE, read_sampler
+from latentdiff.request.infotext import AUTOMATIC, SCHEDULES, TITLES, WITHOUT_SCHEDULE, InfoText, read_sampler
 
 NEEDED = {"steps": "Steps", "sampler": "Sampler", "guidance_scale": "CFG scale", "seed": "Seed", "width": "Size"}
 PATHS = ("dpmpp-sde", "dpmpp-2m-sde", "dpmpp-3m-sde")  # whose noise is a Brownian path of k-diffusion there

@@ -11,8 +11,7 @@ from typing import Any, cast
 
 from latentdiff.foreign import comfy
 from latentdiff.foreign.account import Account, Draft
-from latentdiff.request.infotext import InfoText
-from latentdiff.request.titles import TITLES
+from latentdiff.request.infotext import TITLES, InfoText
 
 NEEDED = {"prompt": "prompt", "seed": "seed", "steps": "steps", "sampler": "sampler", "width": "resolution"}
 # The names of its JSON for those of its text.

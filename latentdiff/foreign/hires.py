@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from latentdiff.foreign.account import Draft
-from latentdiff.request.titles import UPSCALERS
+from latentdiff.request.infotext import UPSCALERS
 
 Handler = Callable[[Draft, str, str], None]
 _OF_PASS = ("Hires upscale", "Hires resize")

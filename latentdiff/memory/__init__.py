@@ -2,6 +2,5 @@
 
 parts        networks whose weights are read when they are first used and can be given back
 streaming    a U-Net whose weights pass through memory block by block
-available    how much memory this process may still take
-estimate     how much an image will take, known before anything is allocated
+estimate     how much an image will take, known before anything is allocated, and how much there is
 """

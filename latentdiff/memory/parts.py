@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.checkpoints.mapping import empty, fill, release
-from latentdiff.memory.available import trim
 
 
 class Part:
@@ -110,3 +111,11 @@ class _Trace:
 
     def is_of(self, tensor: Tensor) -> bool:
         return self.tensor() is tensor and (tensor._version, tensor.data_ptr()) == (self.version, self.address)
+
+
+def trim() -> None:
+    """Give memory that was freed, but that the C library still holds, back to the system."""
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "malloc_trim"):  # glibc only
+            library.malloc_trim(0)

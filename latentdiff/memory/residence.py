@@ -14,8 +14,16 @@ from torch import Tensor, nn
 
 from latentdiff.device import Precision
 from latentdiff.errors import LatentDiffError, UsageError
-from latentdiff.memory.available import available_memory, free_swap
-from latentdiff.memory.estimate import Weights, Workload, advice, in_gigabytes, needed, weight_bytes
+from latentdiff.memory.estimate import (
+    Weights,
+    Workload,
+    advice,
+    available_memory,
+    free_swap,
+    in_gigabytes,
+    needed,
+    weight_bytes,
+)
 from latentdiff.memory.parts import Part
 from latentdiff.memory.streaming import StreamedPart, block_bytes, has_blocks
 

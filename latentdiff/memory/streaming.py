@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.checkpoints.mapping import empty, placed, prefetch, put, release
-from latentdiff.memory.available import trim
-from latentdiff.memory.parts import Part
+from latentdiff.memory.parts import Part, trim
 from latentdiff.networks.layers.resnet import Downsample, ResnetBlock, Upsample
 from latentdiff.networks.layers.transformer import TransformerBlock, text_attentions
 

@@ -31,7 +31,7 @@ from latentdiff.model.adapted import AdaptedModel
 from latentdiff.model.parts import ModelParts
 from latentdiff.model.portable import PortableModel, absolute
 from latentdiff.networks.inputs import GUIDANCE, INPAINTING, TEXT, inputs_of
-from latentdiff.networks.sizes import SizeOptions, Told, count_of_sizes
+from latentdiff.networks.sizes import count_of_sizes
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
 from latentdiff.request.calls import public
@@ -90,13 +90,13 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
     ) -> None:
         self.tokenizer = tokenizer
         parts = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
-        self.sharing = Sharing(lambda: self._changes_in_use)
+        self.sharing = Sharing(self.changes_in_use)
         self.residence = Residence(parts, stored or {}, low_memory=low_memory, may_give_back=self.sharing.claim)
         is_told = unet.config.time_cond_proj_dim is not None
         few_steps = distilled.options if distilled else None
         drawing = replace(schedule_config.drawing, tells_guidance=is_told, few_steps=few_steps)
-        usual = GUIDANCE.get(inputs_of(unet.config, vae.config.latent_channels))
-        drawing = replace(drawing, guidance_scale=drawing.guidance_scale or usual)
+        self.inputs = inputs_of(unet.config, vae.config.latent_channels)
+        drawing = replace(drawing, guidance_scale=drawing.guidance_scale or GUIDANCE.get(self.inputs))
         self.schedule = Schedule(schedule_config.with_drawing(drawing))
         self.images = images
         self.augmentation = Schedule(augmentation) if augmentation else None
@@ -293,18 +293,6 @@ class LoadedModel(ModelParts, AdaptedModel, PortableModel):
             )
         channels, sizes = self.vae.config.latent_channels, self.told(*self.default_size)
         return calibration_examples(self.tokenizer, self.text_encoder, self.unet, self.schedule, channels, sizes)
-
-    def told(self, height: int, width: int, options: SizeOptions = SizeOptions()) -> Told | None:  # noqa: B008
-        """What the U-Net is told beside the text of an image of this size in pixels; None if it is told nothing.
-
-        Raises:
-            UsageError: something else than the defaults is to be told to one that is told nothing.
-        """
-        if self.told_count:
-            return options.told(self.told_count, height, width)
-        if options != SizeOptions():
-            raise UsageError("this model is not told sizes, crops or scores, which those of SDXL are; leave them out")
-        return None
 
     def __repr__(self) -> str:
         """What is loaded: model, size, precision, device, and what adapts it."""

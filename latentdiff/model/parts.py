@@ -12,10 +12,11 @@ from latentdiff.device import apart_from_torch
 from latentdiff.errors import UsageError
 from latentdiff.memory.residence import Residence
 from latentdiff.memory.sharing import Sharing
-from latentdiff.networks.functions import LatentDecoder, Network
-from latentdiff.networks.inputs import INPAINTING, inputs_of
+from latentdiff.networks.inputs import INPAINTING
+from latentdiff.networks.sizes import SizeOptions, Told
+from latentdiff.networks.steering import Network
 from latentdiff.networks.unet import UNet
-from latentdiff.networks.vae import VAE
+from latentdiff.networks.vae import VAE, LatentDecoder
 
 if TYPE_CHECKING:
     from latentdiff.networks.text_encoder import TextEncoder
@@ -33,6 +34,8 @@ class ModelParts:
     residence: Residence
     sharing: Sharing
     backend: Any
+    inputs: str  # what the U-Net sees besides latents and text; see `networks.inputs`
+    told_count: int  # how many sizes it is told beside the text
     _network: Network | None = None  # what an engine made of the U-Net
     _decoder: LatentDecoder | None = None
 
@@ -69,8 +72,7 @@ class ModelParts:
     def decoder(self, decoder: LatentDecoder) -> None:
         self._decoder = None if decoder == self.residence.module("vae").decode else decoder
 
-    @property
-    def _changes_in_use(self) -> bool:
+    def changes_in_use(self) -> bool:
         """Whether drawing puts something on the modules: an engine's forms, the guidance scale that a U-Net is told, or
         what the residence does."""
         has_engine = self._network is not None or self._decoder is not None
@@ -83,15 +85,22 @@ class ModelParts:
         side = self.residence.module("unet").config.sample_size * self.residence.module("vae").config.downscale
         return side, side
 
+    def told(self, height: int, width: int, options: SizeOptions = SizeOptions()) -> Told | None:  # noqa: B008
+        """What the U-Net is told beside the text of an image of this size in pixels; None if it is told nothing.
+
+        Raises:
+            UsageError: something else than the defaults is to be told to one that is told nothing.
+        """
+        if self.told_count:
+            return options.told(self.told_count, height, width)
+        if options != SizeOptions():
+            raise UsageError("this model is not told sizes, crops or scores, which those of SDXL are; leave them out")
+        return None
+
     @property
     def device(self) -> torch.device:
         """Where the model lies and latents are made."""
         return self.residence.device
-
-    @property
-    def inputs(self) -> str:
-        """What the U-Net sees besides latents and text; see `networks.inputs`."""
-        return inputs_of(self.residence.module("unet").config, self.residence.module("vae").config.latent_channels)
 
     @property
     def is_for_inpainting(self) -> bool:

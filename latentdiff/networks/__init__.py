@@ -5,7 +5,7 @@ unet          noisy latents, timestep and text to a prediction
 vae           images to latents and back
 text_encoder  token ids to embeddings
 conditioning  what steers the U-Net
-functions     the networks as plain functions that never give NaN
+steering      the U-Net as a denoiser that follows prompts, and never gives NaN
 taps          reading and replacing what named modules take and give
 layers        what they are built from
 attention     one function, several back ends

@@ -1,7 +1,7 @@
 """What steers a U-Net besides the latents and the level, in one value that guidance can join and split.
 
 Something new that steers it becomes a field of `Conditioning`, with the rows of the batch first: joining and splitting
-then need no change, and `functions.checked_model` is where a field is handed to the network.
+then need no change, and `steering.checked_model` is where a field is handed to the network.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Self
 
 from latentdiff.diffusion.config import known_entries
@@ -209,7 +210,7 @@ class VAEConfig:
         _check_values("VAE", self)
         _check_groups("VAE", self.block_out_channels, self.norm_num_groups)
 
-    @property
+    @cached_property
     def downscale(self) -> int:
         """Pixels per latent along one side: 8 for Stable Diffusion."""
         return 2 ** (len(self.block_out_channels) - 1)

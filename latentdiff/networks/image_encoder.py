@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import ConfigError
-from latentdiff.networks.layers.text_transformer import ACTIVATIONS, LARGEST, CLIPLayer
+from latentdiff.networks.text_encoder import ACTIVATIONS, LARGEST, CLIPLayer
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in CLIP's training, and the standard deviations
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)

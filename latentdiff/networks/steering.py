@@ -1,13 +1,16 @@
-"""From encoded prompts to a denoiser that follows them: composed where they have parts, another one at each stage."""
+"""From a network and encoded prompts to a denoiser that follows them: composed where they have parts, another one at each
+stage; and never NaN."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from latentdiff.device import finite_or_float32
+from latentdiff.diffusion.denoise import is_asynchronous
 from latentdiff.diffusion.guidance import (
     Composition,
     Guidance,
@@ -19,12 +22,18 @@ from latentdiff.diffusion.guidance import (
 from latentdiff.diffusion.parameterization import Denoiser, Parameterization
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
-from latentdiff.networks.conditioning import AnyConditioning, Applied, Conditioning
+from latentdiff.networks.conditioning import AnyConditioning, Applied, Conditioning, by_groups
 from latentdiff.networks.regional import RegionalConditioning, Regions, View, check_is_plain, regional_model
 from latentdiff.networks.sizes import Told
 from latentdiff.networks.text_embedding import EncodedPrompt
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.weakened import weakened_model
+
+# (x (N, C, h, w), t, text embeddings and sizes, or what `UNet.project_context` made of them) -> raw (N, C_out, h, w).
+# Where something is added to the skips, a fourth argument, the residuals, which only the U-Net's own modules take.
+Network = Callable[..., Tensor]
+
+_AS_WIDE_AS_FLOAT32 = (torch.bfloat16, torch.float32)  # in their exponents
 
 
 def prompted_denoiser(
@@ -44,7 +53,7 @@ def prompted_denoiser(
     """A denoiser for a batch of N images.
 
     Args:
-        model: what computes `unet`, see `functions.checked_model`.
+        model: what computes `unet`, see `checked_model`.
         positive, negative: what each of the images follows and avoids; negatives have one part.
         levels: what will be walked; stages count its steps.
         extra_channels: (N, E, h, w), what an inpainting U-Net sees after the latents.
@@ -135,3 +144,38 @@ def prompted_denoiser(
 def _of_each(rows: Tensor | None, count: int) -> Sequence[Tensor | None]:
     """Rows (N, ...), or one for all, one by one."""
     return [None] * count if rows is None else rows.expand(count, *rows.shape[1:]).split(1)
+
+
+def checked_model(network: Network, unet: UNet, levels: Sequence[Level]) -> Model:
+    """The network as a function (x, t, Conditioning) -> raw output that is finite, or an error that names the step.
+
+    Args:
+        network: what computes `unet`; `unet` itself, or what an engine made of it.
+        unet: computes again, in float32, what overflows.
+    """
+
+    def place(t: float) -> str:
+        number = next((number for number, level in enumerate(levels[:-1], 1) if level.t == t), None)
+        return f"at timestep {t:g}" if number is None else f"at step {number} of {len(levels) - 1}"
+
+    def run(latents: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+        x = latents
+        if conditioning.extra_channels is not None:
+            x = torch.cat([x, conditioning.extra_channels.to(x)], dim=1)
+
+        def compute(dtype: torch.dtype) -> Tensor:
+            computes = network if dtype == conditioning.dtype else unet
+            residuals = conditioning.residuals(latents, t, dtype)
+            added = () if residuals is None else (residuals,)
+            with conditioning.with_features(unet, t, dtype):
+                return computes(x.to(dtype), t, conditioning.context_in(dtype, t, unet), *added)
+
+        if is_asynchronous(x.device) and conditioning.dtype in _AS_WIDE_AS_FLOAT32:
+            # Float32 would overflow as well; the loop checks, and need not wait.
+            return compute(next(unet.parameters()).dtype)
+        return finite_or_float32("the U-Net", unet, compute, where=lambda: place(t))
+
+    def model(x: Tensor, t: float, conditioning: AnyConditioning) -> Tensor:
+        return by_groups(conditioning, x, lambda rows, part: run(rows, t, part))
+
+    return model

@@ -242,7 +242,7 @@ class PromptEncoder:
         own = 1 if self._two is None else 1 + PENULTIMATE  # what the model was trained on
         encoder, skip = self._text_encoder, max(self._reading.clip_skip - own, 0)
         found = finite_or_float32(
-            "the text encoder", encoder, lambda _: encoder(token_ids, skip=skip), where=f"on {shortened(text)}"
+            "the text encoder", encoder, lambda _: encoder(token_ids, skip=skip), where=lambda: f"on {shortened(text)}"
         ).float()
         return found, torch.tensor(weights, dtype=torch.float32, device=found.device)[None, :, None]
 

@@ -1,20 +1,21 @@
-"""Token ids -> embeddings: the CLIP text encoder of SD 1.x and 2.x, or an OpenCLIP one (extra `openclip`).
+"""Token ids -> embeddings: the CLIP text encoder of SD 1.x and 2.x, and the transformer that it is made of.
 
 SD 1.x reads the last hidden state of CLIP ViT-L/14, SD 2.x the penultimate one of OpenCLIP ViT-H/14, both after the final
 layer norm. The diffusers layout stores the second as a CLIP whose last layer is cut off, so that both are "the last
-hidden state". SDXL has two encoders: `text_encoders`.
+hidden state". SDXL has two encoders: `text_encoders`. Names are those on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from latentdiff.errors import ConfigError, MissingDependencyError, UsageError
-from latentdiff.networks.layers.text_transformer import TextTransformer, TextTransformerConfig
+from latentdiff.errors import ConfigError, UsageError
 
 PREFIX = "text_model."
 PROJECTION = "text_projection"  # into CLIP's space, of the pooled text
@@ -70,90 +71,8 @@ class TextEncoder(nn.Module):
         Args:
             skip: leave out so many of the last layers; the final norm stays.
         """
-        _check_length(token_ids, self.context_length)
+        check_length(token_ids, self.context_length)
         return self.text_model(token_ids, skip)  # (N, L, C)
-
-
-class OpenCLIPTextEncoder(nn.Module):
-    """The text tower of an OpenCLIP model, read at its penultimate layer as SD 2.x does (extra `openclip`).
-
-    The names in `state_dict()` are OpenCLIP's (`token_embedding.weight`, `transformer.resblocks.0...`).
-
-    Args:
-        architecture: a name that open_clip knows. SD 2.x uses "ViT-H-14".
-        skip_last: how many of the last layers are left out; 1 is the penultimate layer.
-
-    Raises:
-        MissingDependencyError: open_clip is not installed.
-        ConfigError: open_clip does not know the architecture, or its text tower is not a CLIP transformer.
-    """
-
-    def __init__(self, architecture: str = "ViT-H-14", skip_last: int = 1) -> None:
-        super().__init__()
-        open_clip = _import_open_clip()
-        from open_clip.transformer import TextTransformer
-
-        model_config = open_clip.get_model_config(architecture)
-        if model_config is None or "layers" not in model_config.get("text_cfg", {}):
-            raise ConfigError(f"open_clip has no CLIP text transformer called {architecture!r}; SD 2.x uses 'ViT-H-14'")
-        text = model_config["text_cfg"]
-        tower = TextTransformer(
-            context_length=text.get("context_length", 77),
-            vocab_size=text.get("vocab_size", 49408),
-            width=text["width"],
-            heads=text["heads"],
-            layers=text["layers"] - skip_last,
-            act_layer=open_clip.model.QuickGELU if model_config.get("quick_gelu") else nn.GELU,
-            output_dim=model_config["embed_dim"],
-        )
-        self.architecture, self.skip_last = architecture, skip_last
-        self.token_embedding = tower.token_embedding
-        self.positional_embedding = tower.positional_embedding
-        self.transformer = tower.transformer
-        self.ln_final = tower.ln_final
-        self.register_load_state_dict_pre_hook(_drop_unused_open_clip)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        architecture: str = "ViT-H-14",
-        pretrained: str = "laion2b_s32b_b79k",
-        skip_last: int = 1,
-    ) -> OpenCLIPTextEncoder:
-        """Load the text tower of `pretrained`: a tag of open_clip (downloaded unless cached) or a file."""
-        open_clip = _import_open_clip()
-        full = open_clip.create_model(architecture, pretrained=pretrained).state_dict()
-        encoder = cls(architecture, skip_last)
-        encoder.load_state_dict({name: full[name] for name in full if not name.startswith("visual.")})
-        return encoder
-
-    @property
-    def context_length(self) -> int:
-        """The longest prompt in tokens, start and end marks included."""
-        return self.positional_embedding.shape[0]
-
-    @property
-    def embedding_width(self) -> int:
-        """Channels of the embeddings; equals the U-Net's `cross_attention_dim`."""
-        return self.positional_embedding.shape[1]
-
-    @property
-    def depth(self) -> int:
-        """Layers that are there, so that `skip` is less."""
-        return len(self.transformer.resblocks)
-
-    def forward(self, token_ids: Tensor, skip: int = 0) -> Tensor:
-        """Embed token ids (N, L), padded with 0 as OpenCLIP does; return the hidden state (N, L, C).
-
-        Args:
-            skip: leave out so many more of the last layers; the final norm stays.
-        """
-        _check_length(token_ids, self.context_length)
-        length = token_ids.shape[1]
-        x = self.token_embedding(token_ids)  # (N, L, C)
-        x = x + self.positional_embedding[:length].to(x.dtype)
-        causal = torch.full((length, length), float("-inf"), dtype=x.dtype, device=x.device).triu(1)  # (L, L)
-        return self.ln_final(self.transformer(x, attn_mask=causal))  # (N, L, C)
 
 
 def disk_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -172,16 +91,6 @@ def _rename_for_loading(module: nn.Module, state: dict[str, Tensor], prefix: str
     state.update({prefix + name: value for name, value in renamed.items()})
 
 
-def _drop_unused_open_clip(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Drop what the hidden state does not depend on: later layers and the projection to CLIP's space."""
-    layers = len(module.transformer.resblocks)
-    for name in list(state):
-        parts = name[len(prefix) :].split(".")
-        later_layer = parts[:2] == ["transformer", "resblocks"] and layers <= int(parts[2]) < layers + module.skip_last
-        if name.startswith(prefix) and (later_layer or parts[0] in ("text_projection", "logit_scale", "attn_mask")):
-            del state[name]
-
-
 def _projection_width(config: Mapping[str, Any]) -> int:
     width = config.get("projection_dim", 512)
     if type(width) is not int or not 0 < width <= 2**16:
@@ -191,17 +100,192 @@ def _projection_width(config: Mapping[str, Any]) -> int:
     return width
 
 
-def _check_length(token_ids: Tensor, longest: int) -> None:
+def check_length(token_ids: Tensor, longest: int) -> None:
+    """Raise a UsageError if token ids are not (N, L) with L at most `longest`."""
     if token_ids.dim() != 2 or token_ids.shape[1] > longest:
         shape = tuple(token_ids.shape)
         raise UsageError(f"expected token ids (N, L) with L at most {longest}, found shape {shape}")
 
 
-def _import_open_clip() -> Any:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the OpenCLIP text encoder needs open_clip; install it with: pip install 'latentdiff[openclip]'"
-        ) from error
-    return open_clip
+def quick_gelu(x: Tensor) -> Tensor:
+    """x σ(1.702 x), the approximation of GELU that OpenAI trained CLIP with (Hendrycks & Gimpel 2016)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+# More of these is no text encoder of this world, and would take hours to build; ViT-bigG has 32 layers.
+LARGEST = {"num_hidden_layers": 256, "max_position_embeddings": 4096}
+
+
+@dataclass(frozen=True)
+class TextTransformerConfig:
+    """The architecture; names and defaults are those of a `text_encoder/config.json`.
+
+    Raises:
+        ConfigError: a value is of the wrong type or makes no sense.
+    """
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            largest = LARGEST.get(field.name, 2**22)
+            if field.type == "int" and not (type(value) is int and 0 < value <= largest):
+                shown = str(value)[:40]
+                raise ConfigError(
+                    f"expected a number from 1 to {largest} as {field.name} of the text encoder, found {shown}"
+                )
+            if field.type == "float" and not (isinstance(value, int | float) and 0 <= value < 1):
+                raise ConfigError(f"expected a number from 0 to 1 as {field.name} of the text encoder, found {value!r}")
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
+            known, shown = ", ".join(ACTIVATIONS), str(self.hidden_act)[:40]
+            raise ConfigError(f"expected hidden_act of the text encoder to be one of {known}, found {shown!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"the text encoder's hidden_size {self.hidden_size} is not a multiple of its "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        """Read the keys that describe this architecture; others serve CLIP's pooled output or the program that wrote
+        them."""
+        return cls(**{field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None})
+
+
+class LayerSizes(Protocol):
+    """What one layer is built from; see `TextTransformerConfig`."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+    @property
+    def attention_dropout(self) -> float: ...
+
+
+class TextTransformer(nn.Module):
+    """Token ids to hidden states. New weights are drawn as CLIP's were."""
+
+    def __init__(self, config: TextTransformerConfig) -> None:
+        super().__init__()
+        self.embeddings = _Embeddings(config)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(CLIPLayer(config) for _ in range(config.num_hidden_layers))})
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def forward(self, token_ids: Tensor, skip: int = 0) -> Tensor:
+        """token_ids (N, L) -> (N, L, C), without the last `skip` layers, after the final norm."""
+        return self.final_layer_norm(self.hidden(token_ids, skip))
+
+    def hidden(self, token_ids: Tensor, skip: int) -> Tensor:
+        """token_ids (N, L) -> (N, L, C), without the last `skip` layers, before the final norm."""
+        x = self.embeddings(token_ids)
+        layers = self.encoder["layers"]
+        for layer in layers[: len(layers) - skip]:
+            x = layer(x)
+        return x
+
+    def last(self, hidden: Tensor, skip: int) -> Tensor:
+        """What `forward` gives, (N, L, C), from what `hidden` gave without the last `skip` layers."""
+        layers = self.encoder["layers"]
+        for layer in layers[len(layers) - skip :]:
+            hidden = layer(hidden)
+        return self.final_layer_norm(hidden)
+
+
+class _Embeddings(nn.Module):
+    """Of tokens and of their places."""
+
+    def __init__(self, config: TextTransformerConfig) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        for embedding in (self.token_embedding, self.position_embedding):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """(N, L) -> (N, L, C)."""
+        places = torch.arange(token_ids.shape[1], device=token_ids.device)
+        return self.token_embedding(token_ids) + self.position_embedding(places)
+
+
+class CLIPLayer(nn.Module):
+    """Self-attention and a feed-forward network, each on the norm of what it is added to.
+
+    Args:
+        causal: each token sees itself and those before it, as in the text transformer; else all, as in that of images.
+    """
+
+    def __init__(self, config: LayerSizes, *, causal: bool = True) -> None:
+        super().__init__()
+        self.self_attn = _SelfAttention(config, causal=causal)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = _FeedForward(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, C) -> (N, L, C)."""
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class _SelfAttention(nn.Module):
+    """Each token attends to itself and to those before it, or to all."""
+
+    def __init__(self, config: LayerSizes, *, causal: bool) -> None:
+        super().__init__()
+        width, self.causal = config.hidden_size, causal
+        self.heads, self.dropout = config.num_attention_heads, config.attention_dropout
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+        for linear in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.normal_(linear.weight, std=(2 * config.num_hidden_layers * width) ** -0.5)
+        nn.init.normal_(self.out_proj.weight, std=width**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, C) -> (N, L, C)."""
+        q, k, v = (self._split_heads(linear(x)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal)  # (N, heads, L, d)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N, heads, L, d)
+
+
+class _FeedForward(nn.Module):
+    """Two linear layers."""
+
+    def __init__(self, config: LayerSizes) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(width, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, width)
+        nn.init.normal_(self.fc1.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(self.fc2.weight, std=(2 * config.num_hidden_layers * width) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, C) -> (N, L, C)."""
+        return self.fc2(self.activation(self.fc1(x)))

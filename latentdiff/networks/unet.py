@@ -16,8 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from latentdiff.errors import UsageError
 from latentdiff.networks.config import UNetConfig
-from latentdiff.networks.layers.embeddings import TimestepEmbedding, added_embedding, sinusoidal_embedding
-from latentdiff.networks.layers.resnet import Downsample, ResnetBlock, Upsample
+from latentdiff.networks.layers.resnet import (
+    Downsample,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+    added_embedding,
+    sinusoidal_embedding,
+)
 from latentdiff.networks.layers.transformer import (
     Context,
     ProjectedContext,

@@ -7,12 +7,16 @@ The scale factor that brings latents to unit variance is applied here and nowher
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentdiff.device import finite_or_float32, is_out_of_memory
 from latentdiff.networks.config import VAEConfig
 from latentdiff.networks.layers.resnet import Downsample, ResnetBlock, Upsample
 from latentdiff.networks.layers.transformer import Attention
@@ -240,3 +244,56 @@ def _feather(length: int, like: Tensor) -> Tensor:
     """Weights of a tile along one side: 1 in the middle, falling towards the borders, never 0."""
     position = torch.arange(1, length + 1, device=like.device, dtype=like.dtype)
     return torch.minimum(position, length + 1 - position).clamp(max=max(1, length // 4)) / max(1, length // 4)
+
+
+class LatentDecoder(Protocol):
+    """What `VAE.decode` is: latents to images."""
+
+    def __call__(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
+        """Latents (N, C, h, w) -> images (N, 3, H, W), about in [-1, 1]."""
+        ...
+
+
+def encode_images(
+    vae: VAE, images: Tensor, device: torch.device, *, tile: int | None = None
+) -> LatentDistribution:
+    """The latents of images (N, 3, H, W) in [-1, 1], float32; `tile` as `VAE.encode` takes it."""
+
+    def compute(image: Tensor, dtype: torch.dtype) -> Tensor:
+        found = vae.encode(image.to(device, dtype), tile=tile)
+        return torch.cat([found.mean, found.logvar], dim=1)  # (1, 2 C, h, w)
+
+    encoded = [
+        finite_or_float32("the VAE's encoder", vae, partial(compute, image)).float() for image in images.split(1)
+    ]
+    return LatentDistribution(*torch.cat(encoded).chunk(2, dim=1))
+
+
+def decode_latents(
+    decoder: LatentDecoder, vae: VAE, latents: Tensor, device: torch.device, *, tile: int | None = None
+) -> Tensor:
+    """The images (N, 3, H, W) of latents (N, C, h, w), about in [-1, 1], float32; one at a time, so that an
+    image does not depend on its neighbours; in tiles where memory is short.
+
+    Args:
+        decoder: what computes `vae.decode`; that itself, or what an engine made of it.
+        tile: decode in tiles of so many pixels at once; see `VAE.decode`.
+    """
+    return torch.cat([_decode_one(decoder, vae, latent, device, tile) for latent in latents.split(1)])
+
+
+def _decode_one(decoder: LatentDecoder, vae: VAE, latent: Tensor, device: torch.device, tile: int | None) -> Tensor:
+    own = next(vae.parameters()).dtype
+
+    def compute(dtype: torch.dtype, tile: int | None = tile) -> Tensor:
+        computes = decoder if dtype == own else vae.decode
+        return computes(latent.to(device, dtype), tile=tile)
+
+    try:
+        return finite_or_float32("the VAE's decoder", vae, compute).float()
+    except (RuntimeError, MemoryError) as error:
+        if tile or not is_out_of_memory(error):
+            raise
+    # Outside of the block above: as long as the error is handled, it keeps everything alive that the decoder had made.
+    warnings.warn("not enough memory to decode the image whole; decoding it in tiles", stacklevel=2)
+    return finite_or_float32("the VAE's decoder", vae, partial(compute, tile=vae.config.sample_size)).float()

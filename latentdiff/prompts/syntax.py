@@ -32,6 +32,7 @@ _NOT_COMFY = [
     re.compile(r"\[[^\[\]]*[:|][^\[\]]*\]"),
 ]
 _ALL_STEPS = 100  # enough to see every text of a prompt that changes
+_WEIGHED = re.compile(r"[()\[\]\\:]|\bBREAK\b")  # a text without any of these is one run
 _RUNS: dict[str, Callable[[str], list[Stretch]]] = {
     "a1111": a1111_runs,
     "comfy": comfy_runs,
@@ -114,7 +115,7 @@ def read_prompt(text: str, syntax: str, *, negative: bool = False) -> Prompt:
 
 def runs_of(text: str, syntax: str) -> list[Stretch]:
     """The runs of one weight of a stage's text, one list for each stretch between `BREAK`s."""
-    return _RUNS[syntax](text)
+    return _RUNS[syntax](text) if _WEIGHED.search(text) else [[Run(text)] if text else []]
 
 
 def said(text: str, syntax: str) -> str:

@@ -40,14 +40,14 @@ class Sampling(Settings):
         Raises:
             UsageError: an option outside its domain.
         """
-        own = self.for_model(schedule)
+        own, drawing = self.for_model(schedule), schedule.config.drawing
         if own.fast and own.guidance_scale == 1.0 and any(as_list(own.negative_prompt)):
             warnings.warn(
                 "the model's LoRA for few steps needs no guidance, and without it the negative prompt does nothing; give"
                 " guidance_scale 1.5, or leave out fast",
                 stacklevel=2,
             )
-        if (habit := schedule.config.drawing.habit) and self.left_open & {"steps", "guidance_scale"}:
+        if (habit := drawing.habit) and self.left_open & {"steps", "guidance_scale"}:
             warnings.warn(habit, stacklevel=2)
         if own.cache_interval > 1 and (deep := "ControlNets" if own.controls else own.taps()):
             raise UsageError(
@@ -61,7 +61,7 @@ class Sampling(Settings):
             prompts=prompts,
             negatives=negatives,
             seeds=seed_of_each(own.seed, len(prompts)),
-            guidance=own.guidance(tells=schedule.config.drawing.tells_guidance),
+            guidance=own.guidance(tells=drawing.tells_guidance),
             sampler=method.over(schedule, len(levels) - 1, own.told_timesteps),
             levels=levels,
             start_scale=own.start_scale(method, schedule, levels[0]),
@@ -72,7 +72,7 @@ class Sampling(Settings):
             if own.cache_interval == 1
             else CacheSettings(own.cache_interval, own.cache_branch, own.cache_centre),
             reading=Reading(own.prompt_syntax, own.clip_skip),
-            thresholding=schedule.config.drawing.thresholding_of(own.sampler),
+            thresholding=drawing.thresholding_of(own.sampler) if drawing.thresholding else None,
             sizes=SizeOptions(**{field.name: getattr(own, field.name) for field in fields(SizeOptions)}),
         )
 
@@ -89,7 +89,9 @@ class Sampling(Settings):
             )
         changes: dict[str, Any] = {"fast": bool(self.fast and few)}  # from here on: whether the model's LoRA acts
         if "sampler" in self.left_open:
-            changes["sampler"] = drawing.default_sampler() or self.sampler
+            if drawing.refusal:
+                raise UsageError(f"{drawing.refusal}; ask for a sampler, ddim say, to draw otherwise than its authors do")
+            changes["sampler"] = drawing.sampler or self.sampler
         name = changes.get("sampler", self.sampler)
         sampler = SAMPLERS[name]
         guidance = TOLD_GUIDANCE if drawing.tells_guidance else sampler.customary_guidance
@@ -106,7 +108,7 @@ class Sampling(Settings):
         elif self.spacing is None:
             of_model = None if sampler.ignores_model else schedule.config.timestep_spacing
             changes["spacing"] = (drawing.spacing if is_theirs else None) or of_model
-        return replace(self, **changes)
+        return self.decided(changes)
 
     def guidance(self, *, tells: bool) -> Guidance:
         """How the prompt is emphasized by a second evaluation; not at all where the U-Net is told the scale.

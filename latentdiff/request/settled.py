@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 from latentdiff.errors import UsageError
 from latentdiff.prompts.syntax import as_list, read_prompt
-from latentdiff.request.options import OPTIONS, SAMPLING, SamplingOptions, checked
+from latentdiff.request.options import OPTIONS, SAMPLING, SamplingOptions
 
 if TYPE_CHECKING:
 
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 
         def __init__(self, **options: Unpack[SamplingOptions]) -> None: ...
         def but(self, **changes: Any) -> Self: ...
+        def decided(self, changes: Mapping[str, Any]) -> Self: ...
         def __getattr__(self, name: str) -> Any: ...
 
 else:
     from dataclasses import field, make_dataclass
 
-    from latentdiff.request.options import FAST
+    from latentdiff.request.options import FAST, checked
 
     class _Settled:
         """All of `SamplingOptions`, checked, with the defaults in place of what was not given, or those of `fast`.
@@ -36,8 +38,10 @@ else:
         """
 
         def __post_init__(self) -> None:
-            asked = {name: getattr(self, name) for name in SAMPLING}
-            given = {name: value for name, value in checked(asked).items() if value is not None}
+            given = _not_none(self)
+            self._settle(checked(given) if given else given)
+
+        def _settle(self, given: dict[str, Any]) -> None:
             fast = FAST if given.get("fast") else {}
             defaults = {name: option.default for name, option in SAMPLING.items()}
             left_open = SAMPLING.keys() - given.keys() - fast.keys()
@@ -45,8 +49,18 @@ else:
                 object.__setattr__(self, name, value)
 
         def but(self, **changes: Any) -> Self:
-            """The same with these options given, and what was left open left open; `replace` closes all."""
+            """The same with these options given, and what was left open left open."""
             return type(self)(**{**self.given, **changes})
+
+        def decided(self, changes: Mapping[str, Any]) -> Self:
+            """The same with these values, which are not checked again, and nothing left open that has a default."""
+            other = copy(self)
+            other._settle(_not_none(self) | {name: value for name, value in changes.items() if value is not None})
+            return other
+
+    def _not_none(settings: _Settled) -> dict[str, Any]:
+        values = ((name, getattr(settings, name)) for name in SAMPLING)
+        return {name: value for name, value in values if value is not None}
 
     Settings = make_dataclass(
         "Settings",

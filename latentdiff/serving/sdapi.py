@@ -1,6 +1,6 @@
 """AUTOMATIC1111's interface, /sdapi/v1: what its clients ask for is done as its web UI does it, or refused by name.
 
-Facts from its modules/api/api.py and models.py (webui 1.10). Names of samplers and schedules are in `request.titles`.
+Facts from its modules/api/api.py and models.py (webui 1.10). Names of samplers and schedules are in `request.infotext`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from latentdiff.errors import DataError, UsageError
 from latentdiff.reading.images import opened
 from latentdiff.reading.texts import texts_of
 from latentdiff.recipe import TEXT_CHUNK
-from latentdiff.request.infotext import split
+from latentdiff.request.infotext import AUTOMATIC, SAMPLER_TITLES, SCHEDULES, UPSCALERS, read_sampler, split
 from latentdiff.request.options import checked
-from latentdiff.request.titles import AUTOMATIC, SAMPLER_TITLES, SCHEDULES, UPSCALERS, read_sampler
 from latentdiff.serving.asked import decoded, seeds_from
 from latentdiff.serving.engine import Engine
 from latentdiff.serving.errors import Refused, of_failure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from latentdiff.request.titles import AUTOMATIC, SCHEDULES, TITLES, UPSCALERS
+from latentdiff.request.infotext import AUTOMATIC, SCHEDULES, TITLES, UPSCALERS
 from latentdiff.serving.engine import Engine
 
 

@@ -21,7 +21,7 @@ from latentdiff.errors import UsageError
 from latentdiff.image import to_pil
 from latentdiff.memory.sharing import one_use
 from latentdiff.networks.conditioning import Conditioning
-from latentdiff.networks.functions import checked_model
+from latentdiff.networks.steering import checked_model
 from latentdiff.networks.text_embedding import Reading
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe

@@ -20,7 +20,7 @@ from latentdiff.image import to_pil
 from latentdiff.memory.sharing import one_use
 from latentdiff.networks.image_encoder import ImageEncoder
 from latentdiff.networks.inputs import VARIATIONS
-from latentdiff.networks.layers.embeddings import sinusoidal_embedding
+from latentdiff.networks.layers.resnet import sinusoidal_embedding
 from latentdiff.networks.sizes import Told
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentdiff.memory.available import available_memory, free_swap
+from latentdiff.memory.estimate import available_memory, free_swap
 
 CPU = torch.device("cpu")
 GB = 10**9

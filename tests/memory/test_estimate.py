@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from latentdiff.engines.fast_forms import use_fast_forms
-from latentdiff.memory.available import trim
 from latentdiff.memory.estimate import (
     _SLACK,
     Weights,
@@ -21,6 +20,7 @@ from latentdiff.memory.estimate import (
     needed,
     weight_bytes,
 )
+from latentdiff.memory.parts import trim
 from latentdiff.networks.attention import use_attention_backend
 from latentdiff.networks.config import UNetConfig, VAEConfig
 from latentdiff.networks.unet import UNet

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from latentdiff.errors import ConfigError, MissingDependencyError, UsageError
-from latentdiff.networks.text_encoder import OpenCLIPTextEncoder, TextEncoder, disk_names
+from latentdiff.networks.open_clip import OpenCLIPTextEncoder
+from latentdiff.networks.text_encoder import TextEncoder, disk_names
 from tests import tiny
 
 IDS = torch.randint(0, 500, (2, 77), generator=torch.Generator().manual_seed(0))

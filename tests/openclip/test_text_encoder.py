@@ -11,7 +11,7 @@ from torch import nn
 open_clip = pytest.importorskip("open_clip", reason="needs the extra openclip")
 
 from latentdiff.errors import ConfigError  # noqa: E402
-from latentdiff.networks.text_encoder import OpenCLIPTextEncoder  # noqa: E402
+from latentdiff.networks.open_clip import OpenCLIPTextEncoder  # noqa: E402
 
 # ViT-H-14, the tower of SD 2.x, in small.
 SMALL = {

@@ -7,8 +7,8 @@ import pytest
 from latentdiff.errors import UsageError
 from latentdiff.prompts.lines import Line, read_lines
 from latentdiff.prompts.wildcards import Wildcards
+from latentdiff.request.infotext import SAMPLER_TITLES
 from latentdiff.request.options import OPTIONS, checked
-from latentdiff.request.titles import SAMPLER_TITLES
 
 
 @pytest.mark.parametrize(

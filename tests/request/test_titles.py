@@ -10,8 +10,7 @@ from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.diffusion.samplers import SAMPLERS, SPACINGS
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import DataError
-from latentdiff.request.options import SamplerName, SpacingName
-from latentdiff.request.titles import (
+from latentdiff.request.infotext import (
     SAMPLER_TITLES,
     SCHEDULES,
     TITLES,
@@ -20,6 +19,7 @@ from latentdiff.request.titles import (
     read_sampler,
     written_method,
 )
+from latentdiff.request.options import SamplerName, SpacingName
 
 
 def test_every_sampler_has_one_title_and_every_title_names_what_is_here() -> None:

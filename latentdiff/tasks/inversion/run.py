@@ -21,7 +21,7 @@ from latentdiff.errors import UsageError
 from latentdiff.image import to_tensor
 from latentdiff.memory.sharing import one_use
 from latentdiff.networks.conditioning import Conditioning
-from latentdiff.networks.functions import checked_model
+from latentdiff.networks.steering import checked_model
 from latentdiff.pipeline import Pipeline
 from latentdiff.request.calls import public
 from latentdiff.request.options import InversionName, SpacingName

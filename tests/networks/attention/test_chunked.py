@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from latentdiff.networks.attention import attention, auto, chunked, plain, use_attention_backend
+from latentdiff.networks import attention as backends
+from latentdiff.networks.attention import attention, chunked, plain, use_attention_backend
 from latentdiff.networks.kernels.onednn import has_product
 
 pytestmark = pytest.mark.skipif(not has_product(torch.float32), reason="torch without oneDNN's products")
@@ -89,7 +90,7 @@ def test_heads_behind_tokens_need_no_copy_by_the_caller() -> None:
 
 def test_auto_takes_it_for_large_maps_in_inference_only(monkeypatch) -> None:
     taken = []
-    monkeypatch.setattr(auto, "chunked_attention", lambda q, k, v: taken.append(q.dtype) or q)
+    monkeypatch.setattr(backends, "chunked_attention", lambda q, k, v: taken.append(q.dtype) or q)
     large = [x.float() for x in tensors(200, 200, 8)]
     with use_attention_backend("auto"), torch.no_grad():
         attention(*large)
