@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from latentdiff.training.sections import StageSection
 from latentdiff.training.sharding import is_split, own_part
 
 
@@ -108,3 +109,10 @@ class ScheduleFreeAverage(EMA):
             name: y.detach().lerp(self._optimizer.state.get(y, {}).get("z", y.detach()), share[y])
             for name, y in self._live.items()
         }
+
+
+def make_average(parameters: Mapping[str, Parameter], settings: StageSection, optimizer: torch.optim.Optimizer) -> EMA:
+    """The averages that `settings` ask for of parameters that `optimizer` trains."""
+    if settings.optimizer == "schedulefree":
+        return ScheduleFreeAverage(parameters, optimizer)
+    return EMA(parameters, settings.ema_decay, settings.ema_every)

@@ -1,4 +1,4 @@
-"""What a run writes down about itself."""
+"""What a run writes down about itself, and for whom."""
 
 from __future__ import annotations
 
@@ -6,19 +6,39 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from latentdiff.errors import DataError, MissingDependencyError
 from latentdiff.files import atomic_path
 from latentdiff.training.report.tensorboard import TensorBoard
+from latentdiff.training.report.wandb_run import WandB
+
+
+class Tracker(Protocol):
+    """A program that shows the log and the samples of a run."""
+
+    def write(self, entry: Mapping[str, float]) -> None:
+        """Take in one entry of `log.jsonl`."""
+        ...
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        """Take in a sample sheet."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Journal:
     """`log.jsonl`: one JSON object per line, and the same for TensorBoard where that is installed.
+
+    What trackers do wrong never ends a training: one that fails is told and left out from then on.
 
     Lines beyond the resumed step belong to a lost continuation and go.
 
@@ -27,11 +47,23 @@ class Journal:
         step: the resumed one, or 0.
         enabled: whether this process writes.
         measure_again: what was measured at the resumed step goes too, since it is measured again.
+        tracked: the configuration, where Weights & Biases gets everything too.
     """
 
-    def __init__(self, path: Path, step: int, *, enabled: bool, measure_again: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        step: int,
+        *,
+        enabled: bool,
+        measure_again: bool = False,
+        tracked: Mapping[str, object] | None = None,
+    ) -> None:
         self._path, self._enabled, self._step = path, enabled, step
-        self._board: TensorBoard | None = None
+        self._trackers: list[Tracker] = []
+        if tracked is not None:
+            self._trackers.append(tracker := WandB(path.parent, tracked))
+            tqdm.write(f"Weights & Biases: {tracker.place}")
         self._wants_board = enabled
         if enabled and path.is_file():
             whole = [(line, json.loads(line)) for line in path.read_text().splitlines() if line.endswith("}")]
@@ -54,23 +86,34 @@ class Journal:
             raise DataError(
                 f"cannot write {self._path}: {error.strerror}; free some space, the run goes on from there"
             ) from error
-        if self._wants_board and self._board is None:
-            self._board = _tensorboard(self._path.parent, self._step)
-            self._wants_board = self._board is not None
-        if self._board is not None:
-            self._board.write(entry)
+        if self._wants_board:
+            self._wants_board = False
+            with contextlib.suppress(MissingDependencyError):
+                self._trackers.append(TensorBoard(self._path.parent, self._step))
+        self._tell(lambda tracker: tracker.write(entry))
+
+    def show(self, step: int) -> None:
+        """Give the sample sheets of a step to the trackers."""
+        if not self._trackers:
+            return
+        for path in sorted(self._path.parent.glob(f"samples/step-{step:08d}/*/sheet.png")):
+            with Image.open(path) as sheet:
+                sheet.load()
+            self._tell(lambda tracker, name=path.parent.name, image=sheet: tracker.image(name, image, step))
 
     def close(self) -> None:
-        """Finish TensorBoard's files."""
-        if self._board is not None:
-            self._board.close()
+        """Finish what the trackers write."""
+        self._tell(lambda tracker: tracker.close())
 
-
-def _tensorboard(folder: Path, step: int) -> TensorBoard | None:
-    try:
-        return TensorBoard(folder, step)
-    except MissingDependencyError:
-        return None
+    def _tell(self, what: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                what(tracker)
+            except Exception as error:  # of a library, its service, or the network: anything
+                self._trackers.remove(tracker)
+                tqdm.write(
+                    f"note: {type(tracker).__name__} fails and gets no more of this run: {error}", file=sys.stderr
+                )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from latentdiff.errors import ConfigError, NotFiniteError, Stopped
 from latentdiff.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from latentdiff.training.ema import EMA, ScheduleFreeAverage
+from latentdiff.training.ema import make_average
 from latentdiff.training.folder import prepare
 from latentdiff.training.journal import Journal, Window, peak_memory
 from latentdiff.training.microbatches import micro_batch_size, micro_batches
@@ -57,11 +57,7 @@ class Trainer:
         self.parameters = {name: p for group in self._groups for name, p in group.parameters.items()}
         in_ema = {name: p for group in self._groups if group.name in averaged for name, p in group.parameters.items()}
         self.optimizer = make_optimizer(self._groups, settings)
-        self.ema = (
-            ScheduleFreeAverage(in_ema, self.optimizer)
-            if settings.optimizer == "schedulefree"
-            else EMA(in_ema, settings.ema_decay, settings.ema_every)
-        )
+        self.ema = make_average(in_ema, settings, self.optimizer)
         self.scaler: torch.amp.GradScaler | None = getattr(accelerator, "scaler", None)
         self.step = 0
         self._started = self._done = False
@@ -82,7 +78,9 @@ class Trainer:
         self.start()
         settings, main = self.settings, self.accelerator.is_main_process
         # What was due at the resumed step may have been cut off after the checkpoint; done again, it gives the same.
-        log = Journal(self.folder / LOG, self.step, enabled=main, measure_again=self._measures_now or self._draws_now)
+        again = self._measures_now or self._draws_now
+        tracked = self._settings() if main and settings.track and self.step < settings.max_steps else None
+        log = Journal(self.folder / LOG, self.step, enabled=main, measure_again=again, tracked=tracked)
         bar = tqdm(
             total=settings.max_steps, initial=self.step, desc=self.folder.name, unit="step", smoothing=0.02,
             disable=not main, mininterval=2.0,
@@ -134,6 +132,7 @@ class Trainer:
             log.write({"step": self.step, **self.validate()})
         if self._draws_now:
             log.write({"step": self.step, **self.preview()})
+            log.show(self.step)
         if self._measures_now:
             self._done = self._any(self.accelerator.is_main_process and self.task.is_done())
 

@@ -161,6 +161,10 @@ class StageSection(Section):
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints that stay on disk; so does that of the smallest validation loss."""
 
+    track: Literal["wandb"] | None = None
+    """wandb: send the log and the samples to Weights & Biases too, as WANDB_PROJECT, WANDB_NAME and WANDB_MODE=offline say;
+    needs pip install 'latentdiff[wandb]'. TensorBoard's files are written wherever that is installed."""
+
     @model_validator(mode="after")
     def _optimizer_fits(self) -> StageSection:
         if self.relative_step and self.optimizer != "adafactor":

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from latentdiff.training.journal import Journal, Window
 
@@ -52,3 +53,55 @@ def test_the_first_step_that_is_not_finite_is_found(name, value):
     for number in (1.0, 2.0, value, value):
         window.add({"loss": torch.tensor(0.5), name: torch.tensor(number), "kl": torch.tensor(0.0)})
     assert window.first_not_finite() == 2
+
+
+class Broken:
+    """A tracker whose service fails after the first entry."""
+
+    place = "nowhere"
+
+    def __init__(self, run, settings):
+        self.got = []
+
+    def write(self, entry):
+        if self.got:
+            raise ConnectionError("the network is gone")
+        self.got.append(entry)
+
+    def image(self, name, image, step):
+        self.got.append((name, image.size, step))
+
+    def close(self):
+        raise AssertionError("closed after it failed")
+
+
+def test_a_tracker_that_fails_is_told_once_and_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("latentdiff.training.journal.WandB", Broken)
+    sheet = tmp_path / "samples" / "step-00000001" / "ema" / "sheet.png"
+    sheet.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 4)).save(sheet)
+    journal = Journal(tmp_path / "log.jsonl", 0, enabled=True, tracked={"lr": 1.0})
+    tracker = journal._trackers[0]
+    for step in (1, 2, 3):
+        journal.write({"step": step, "loss": 0.5})
+        journal.show(step)
+    journal.close()
+    assert tracker.got == [{"step": 1, "loss": 0.5}, ("ema", (8, 4), 1)]
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+    said = capsys.readouterr()
+    assert said.err.count("note: Broken fails and gets no more of this run: the network is gone") == 1
+    assert "Weights & Biases: nowhere" in said.out
+
+
+def test_sheets_reach_tensorboard(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    sheet = tmp_path / "samples" / "step-00000001" / "raw" / "sheet.png"
+    sheet.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 4)).save(sheet)
+    journal = Journal(tmp_path / "log.jsonl", 0, enabled=True)
+    journal.write({"step": 1, "loss": 0.5})
+    journal.show(1)
+    journal.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Images("samples/raw")[0].step == 1

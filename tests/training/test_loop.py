@@ -323,3 +323,30 @@ def test_another_result_of_the_same_steps_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"steps 14 to 20 of .*, taken again, give another bias \(weights\)"):
         verify_resume(run, 1)
     assert_same({"weight": run.parameters["weight"].detach()}, {"weight": state_of(tmp_path)["weight"]})
+
+
+def test_a_tracker_gets_what_the_log_gets(tmp_path, monkeypatch):
+    class Kept:
+        place = "here"
+
+        def __init__(self, run, settings):
+            self.settings, self.entries = settings, []
+            trackers.append(self)
+
+        def write(self, entry):
+            self.entries.append(dict(entry))
+
+        def image(self, name, image, step):
+            raise ConnectionError("nobody listens")
+
+        def close(self):
+            self.entries.append("closed")
+
+    trackers = []
+    monkeypatch.setattr("latentdiff.training.journal.WandB", Kept)
+    trainer(tmp_path, track="wandb").fit()
+    (tracker,) = trackers
+    assert [*map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()), "closed"] == tracker.entries
+    assert tracker.settings["lr"] == 0.05 and tracker.settings["max_steps"] == 20
+    trainer(tmp_path, track="wandb").fit()  # nothing is left to do, so there is nothing to show
+    assert len(trackers) == 1

@@ -35,6 +35,7 @@ from latentdiff.training.loop import Trainer
 from latentdiff.training.loss import DenoisingLoss, attention_backend
 from latentdiff.training.material import Material, announce, build_latents, build_texts
 from latentdiff.training.objective import DiffusionObjective
+from latentdiff.training.report.wandb_run import check_installed
 from latentdiff.training.sections import dump_config
 from latentdiff.training.sharding import is_sharding
 from latentdiff.training.sheets import Followed, SampleSheets
@@ -60,6 +61,8 @@ class Preparation:
     """
 
     def __init__(self, settings: FinetuneConfig, accelerator: Accelerator) -> None:
+        if settings.track is not None:
+            check_installed()
         parts = load_components(settings.model or embedded_model())
         if settings.model is None:
             parts.name = EMBEDDED_NAME

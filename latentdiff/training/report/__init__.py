@@ -5,4 +5,5 @@ page            the report in one HTML file
 charts          curves, by matplotlib
 memorization    whether samples are copies of training images
 tensorboard     the log for TensorBoard
+wandb_run       the log for Weights & Biases
 """

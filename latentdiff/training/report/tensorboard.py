@@ -41,7 +41,7 @@ class TensorBoard:
         step = int(entry["step"])
         for name, value in entry.items():
             if name != "step":
-                self._writer.add_scalar(_tag(name), value, step)
+                self._writer.add_scalar(tag(name), value, step)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         """Take in a sample sheet."""
@@ -59,7 +59,8 @@ class TensorBoard:
         self.close()
 
 
-def _tag(name: str) -> str:
+def tag(name: str) -> str:
+    """The name of a measurement of `log.jsonl` where charts are grouped by what stands before the stroke."""
     if name.startswith(("val_", "train_")) or name == "gap":
         return f"loss at fixed noise/{name}"
     return f"training/{name}"
