@@ -29,6 +29,7 @@ _PLACEHOLDERS = {
     "out": "FOLDER",
     "cache": "FOLDER",
     "keep": "old[:WEIGHT]",
+    "block_rank": "BLOCK=RANK",
     "sample_options": "NAME=VALUE",
 }
 

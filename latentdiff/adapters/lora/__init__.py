@@ -5,7 +5,7 @@ from __future__ import annotations
 from latentdiff.adapters.lora.adapter import LoRA, merge
 from latentdiff.adapters.lora.kinds import LoRALayer
 from latentdiff.adapters.lora.loading import LoadReport, load_lora
-from latentdiff.adapters.lora.metadata import learned_words, lora_metadata
+from latentdiff.adapters.lora.metadata import learned_words, lora_metadata, network_metadata
 from latentdiff.adapters.lora.reading import LoRAFile, made_for, read_lora
 from latentdiff.adapters.lora.saving import save_lora
 from latentdiff.adapters.lora.spec import TARGET_GROUPS, LoRASpec
@@ -24,6 +24,7 @@ __all__ = [
     "lora_metadata",
     "made_for",
     "merge",
+    "network_metadata",
     "read_lora",
     "save_lora",
 ]

@@ -2,7 +2,7 @@
 
 The model does not know of them. While a LoRA is attached, a tap on every adapted layer adds its part to the output;
 detaching removes the taps, and as no weight was touched, the outputs are the old ones bit for bit. What a layer's part
-is, `kinds` says; the others than LoRA are only read, not trained.
+is, `kinds` says; some are trained, the others only read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from latentdiff.adapters.lora.kinds import Change, LoRALayer
+from latentdiff.adapters.lora.kinds import Change
+from latentdiff.adapters.lora.kinds.new import NEW
+from latentdiff.adapters.lora.kinds.relative import DoRA
 from latentdiff.adapters.lora.names import kohya_name
 from latentdiff.adapters.lora.spec import LoRASpec, changeable
 from latentdiff.adapters.lora.strength import Strength
@@ -51,7 +53,7 @@ class LoRA(nn.Module):
 
     @classmethod
     def create(cls, unet: UNet, text_encoder: nn.Module | None, spec: LoRASpec, seed: int = 0) -> Self:
-        """A new LoRA in float32 that changes nothing yet.
+        """A new LoRA, or an adapter of another kind, in float32 that changes nothing yet.
 
         Args:
             unet, text_encoder: what to adapt; they stay as they are. None leaves the text encoder out.
@@ -63,9 +65,7 @@ class LoRA(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
         targets = spec.select(unet, text_encoder)
-        layers = {name: LoRALayer(target, spec.rank, spec.strength) for name, target in targets.items()}
-        for layer in layers.values():
-            layer.reset(generator)
+        layers = {name: NEW[spec.kind](target, shape, generator) for name, (target, shape) in targets.items()}
         return cls(layers, unet, text_encoder).to(unet.conv_in.weight.device)
 
     @property
@@ -78,6 +78,13 @@ class LoRA(nn.Module):
         """What kohya's tools call the layers of this model, by full name."""
         two = SECOND in self._model
         return {name: kohya_name(name, self._model["unet"].config if two else None) for name in self._targets}
+
+    def keep_in(self, dtype: torch.dtype) -> None:
+        """Take a precision for good, as far as the changes bear it."""
+        for module in self.modules():
+            if not isinstance(module, DoRA):  # 16 bits of a whole length would be as coarse as what was learned
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
 
     @property
     def targets(self) -> list[nn.Module]:

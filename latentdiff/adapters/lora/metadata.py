@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from latentdiff import __version__
+from latentdiff.adapters.lora.spec import LoRASpec
 from latentdiff.networks.config import UNetConfig
 
 OWN = "latentdiff"  # the entry that holds everything as JSON
@@ -60,6 +61,21 @@ def lora_metadata(
         "training": facts,
     }
     return {name: value for name, value in about.items() if value} | {OWN: json.dumps(own)}
+
+
+def network_metadata(spec: LoRASpec) -> dict[str, str]:
+    """What LyCORIS writes into its files, for a new adapter of a kind that it has; `save_lora` does it for LoRAs."""
+    if spec.kind == "lora":
+        return {}
+    options = {"algo": "diag-oft"} if spec.kind == "oft" else {"algo": spec.kind}
+    if spec.kind == "dora":
+        options = {"algo": "lora", "dora_wd": "True", "wd_on_output": str(spec.axis == 0)}
+    return {
+        "ss_network_module": "lycoris.kohya",
+        "ss_network_dim": str(spec.rank),
+        "ss_network_alpha": str(spec.shape(spec.rank).alpha),
+        "ss_network_args": json.dumps(options),
+    }
 
 
 def learned_words(metadata: Mapping[str, str]) -> list[str]:

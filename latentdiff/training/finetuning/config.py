@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from latentdiff.errors import ConfigError, UsageError
+from latentdiff.training.finetuning.adapter_options import AdapterSection
 from latentdiff.training.finetuning.rates import optimizer_defaults
 from latentdiff.training.sections import (
     Count,
@@ -48,13 +49,14 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-class FinetuneConfig(DenoisingSection, ReadingSection):
+class FinetuneConfig(AdapterSection, DenoisingSection, ReadingSection):
     """A fine-tuning."""
 
     # --- what is trained
     method: Literal["lora", "full", "textual_inversion", "controlnet"] = "lora"
-    """lora: small matrices beside the weights, a small file. full: all weights of the U-Net. textual_inversion: the
-    embedding of one new word. controlnet: a network that lets the model follow hints, such as edges."""
+    """lora: an adapter beside the weights, a small file; `adapter` says of which kind. full: all weights of the U-Net.
+    textual_inversion: the embedding of one new word. controlnet: a network that lets the model follow hints, such as
+    edges."""
     model: str | None = None
     """Folder, file or hub id of the model to start from; without it, the one that comes with latentdiff."""
     out: Path = Path("runs/finetune")
@@ -63,12 +65,6 @@ class FinetuneConfig(DenoisingSection, ReadingSection):
     """Everything random in the run follows from it."""
     train_text_encoder: bool = False
     """Train the text encoder too (method full; for lora, put text_encoder into `targets`)."""
-    rank: PositiveInt = 8
-    """Rank of the LoRA matrices."""
-    alpha: Positive | None = None
-    """The LoRA is scaled by alpha / rank; without it, alpha is the rank."""
-    targets: Texts = ("attention",)
-    """What the LoRA changes: attention, feed_forward, convolutions, text_encoder, or patterns of module names."""
     prediction_type: Literal["model", "epsilon", "v_prediction"] = "model"
     """What the U-Net predicts in the end. Another kind than the model's is learned anew, which takes long (method full)."""
     zero_snr: bool = False

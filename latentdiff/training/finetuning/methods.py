@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentdiff.adapters.lora import LoRA, LoRASpec, lora_metadata, save_lora
+from latentdiff.adapters.lora import LoRA, LoRASpec, lora_metadata, network_metadata, save_lora
 from latentdiff.adapters.textual_inversion import NewWord
 from latentdiff.checkpoints.components import Components, save_folder
 from latentdiff.checkpoints.control import read_control
@@ -24,6 +24,7 @@ from latentdiff.networks.controlnet import ControlNetwork, control_config
 from latentdiff.networks.text_encoders import unused_by
 from latentdiff.training.data.randomness import torch_seed
 from latentdiff.training.denoising import text_and_unet
+from latentdiff.training.finetuning.adapter_options import assignments
 from latentdiff.training.finetuning.config import FinetuneConfig
 from latentdiff.training.optimizer import ParameterGroup
 
@@ -118,12 +119,11 @@ class FullMethod(FinetuningMethod):
 
 
 class LoRAMethod(FinetuningMethod):
-    """Low-rank matrices beside the weights (Hu et al. 2021)."""
+    """Low-rank matrices beside the weights (Hu et al. 2021), or another kind of adapter."""
 
     def __init__(self, parts: Components, settings: FinetuneConfig) -> None:
         super().__init__(parts, settings)
-        spec = LoRASpec(rank=settings.rank, alpha=settings.alpha, targets=settings.targets)
-        self.adapter = self.lora = LoRA.create(parts.unet, parts.text_encoder, spec, settings.seed)
+        self.adapter = self.lora = LoRA.create(parts.unet, parts.text_encoder, _spec(settings), settings.seed)
         self.trains_text = any(not name.startswith("unet.") for name in self.lora.layers)
 
     def attached(self) -> AbstractContextManager[Any]:
@@ -147,9 +147,22 @@ class LoRAMethod(FinetuningMethod):
             training=facts,
         )
         if (wanted := TYPES.get(self.settings.result_precision)) is not None:
-            self.lora.to(wanted)
-        save_lora(self.lora, path, metadata)
+            self.lora.keep_in(wanted)
+        save_lora(self.lora, path, metadata | network_metadata(_spec(self.settings)))
         return path
+
+
+def _spec(settings: FinetuneConfig) -> LoRASpec:
+    return LoRASpec(
+        rank=settings.rank,
+        alpha=settings.alpha,
+        targets=settings.targets,
+        kind=settings.adapter,
+        block_rank={block: int(rank) for block, rank in assignments(settings.block_rank).items()},
+        rank_stabilized=settings.rslora,
+        axis=("outputs", "inputs").index(settings.dora_lengths),
+        factor=settings.lokr_factor,
+    )
 
 
 class TextualInversionMethod(FinetuningMethod):

@@ -6,6 +6,7 @@ products     LoHa, LoKr
 rotations    OFT, BOFT
 relative     IA3, GLoRA, DoRA
 differences  whole weights, norms, biases
+new          those that are trained here, at their start
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def _with_lengths(change: Change, lengths: Tensor, role: str, target: nn.Module)
     axis = 1 if is_of_inputs else 0
     if lengths.numel() != target.weight.shape[axis]:
         raise Misfit(f"DoRA: expected {target.weight.shape[axis]} lengths, found {show(tuple(lengths.shape))}")
-    return DoRA(change, lengths, axis, role)
+    return DoRA(change, lengths, axis, role, target.weight.ndim)
 
 
 def _check_values(tensors: Mapping[str, Tensor]) -> None:

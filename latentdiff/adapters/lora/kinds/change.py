@@ -42,7 +42,7 @@ class Facts:
 
 
 class LayerChange(nn.Module):
-    """Base of all kinds that are read from files and not trained here; they keep the file's tensors as they are.
+    """Base of all kinds but LoRA; they keep a file's tensors as they are. `kinds.new` makes those that are trained here.
 
     Class attributes:
         kind: what people call it.
@@ -114,8 +114,9 @@ class LayerChange(nn.Module):
 
     def added(self, target: nn.Module, x: Tensor, strength: float = 1.0) -> Tensor:
         """What is added to the output of `target` for the input `x`."""
-        weight = self.weight_change(target.weight.detach().float(), strength)
-        bias = self.bias_change(None if target.bias is None else target.bias.detach().float(), strength)
+        with torch.autocast(x.device.type, enabled=False):  # small differences of weights need all bits
+            weight = self.weight_change(target.weight.detach().float(), strength)
+            bias = self.bias_change(None if target.bias is None else target.bias.detach().float(), strength)
         weight = None if weight is None else weight.reshape(target.weight.shape).to(x.dtype)
         return apply_layer(target, x, weight, None if bias is None else bias.to(x.dtype))
 

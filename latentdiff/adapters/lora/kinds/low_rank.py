@@ -86,7 +86,7 @@ class LoRALayer(nn.Module):
 
     def weight_change(self, weight: Tensor | None = None, strength: float = 1.0) -> Tensor:
         """The change of the layer's weight, in its shape, in float32."""
-        up, down = self.lora_up.weight.detach().float(), self.lora_down.weight.detach().float()
+        up, down = self.lora_up.weight.float(), self.lora_down.weight.float()
         product = up.flatten(1) @ down.flatten(1)  # (out, rank) (rank, in k k)
         return strength * self.factor * product.reshape(up.shape[0], *down.shape[1:])
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.adapters.lora.kinds.change import LayerChange
+from latentdiff.adapters.lora.kinds.low_rank import LoRALayer
 from latentdiff.adapters.lora.kinds.products import rebuilt
 
 
@@ -19,7 +20,7 @@ class IA3(LayerChange):
 
     def weight_change(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """See `LayerChange`."""
-        return strength * weight * along(self.role("weight"), weight, int(self.on_input.item() != 0))
+        return strength * weight * along(self.role("weight"), weight.ndim, int(self.on_input.item() != 0))
 
     def to_empty_copy(self) -> Self:
         """The flag keeps its value."""
@@ -39,7 +40,7 @@ class PEFTIA3(LayerChange):
     def weight_change(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """See `LayerChange`."""
         axis = 0 if self._is_of_outputs(weight.shape[0]) else 1
-        return strength * weight * (along(self.role("ia3_l"), weight, axis) - 1)
+        return strength * weight * (along(self.role("ia3_l"), weight.ndim, axis) - 1)
 
     def bias_change(self, bias: Tensor | None, strength: float = 1.0) -> Tensor | None:
         """See `LayerChange`."""
@@ -81,12 +82,13 @@ class DoRA(nn.Module):
         lengths: m.
         axis: 0 for output channels, 1 for input channels.
         role: what the file calls m.
+        ndim: how many sizes W has.
     """
 
-    def __init__(self, inner: LayerChange, lengths: Tensor, axis: int, role: str) -> None:
+    def __init__(self, inner: LayerChange | LoRALayer, lengths: Tensor, axis: int, role: str, ndim: int) -> None:
         super().__init__()
-        self.inner, self.axis, self._role = inner, axis, role
-        self.register_buffer("lengths", lengths)
+        self.inner, self.axis, self._role, self._ndim = inner, axis, role, ndim
+        self.register_buffer("lengths", lengths.flatten())
 
     @property
     def kind(self) -> str:
@@ -98,7 +100,7 @@ class DoRA(nn.Module):
         new = weight + self.inner.weight_change(weight).reshape(weight.shape)
         others = [axis for axis in range(weight.ndim) if axis != self.axis]
         length = torch.linalg.vector_norm(new, dim=others, keepdim=True) + torch.finfo(new.dtype).eps
-        return strength * (new * along(self.lengths.float(), weight, self.axis) / length - weight)
+        return strength * (new * along(self.lengths.float(), self._ndim, self.axis) / length - weight)
 
     def bias_change(self, bias: Tensor | None, strength: float = 1.0) -> None:
         """The bias stays."""
@@ -111,11 +113,11 @@ class DoRA(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """See `LayerChange`."""
-        return {**self.inner.tensors(), self._role: self.lengths}
+        return {**self.inner.tensors(), self._role: along(self.lengths, self._ndim, self.axis)}
 
 
-def along(vector: Tensor, weight: Tensor, axis: int) -> Tensor:
-    """A vector as a tensor that multiplies `weight` along one axis."""
-    shape = [1] * weight.ndim
+def along(vector: Tensor, ndim: int, axis: int) -> Tensor:
+    """A vector as a tensor that multiplies one of `ndim` sizes along one axis."""
+    shape = [1] * ndim
     shape[axis] = -1
     return vector.reshape(shape)

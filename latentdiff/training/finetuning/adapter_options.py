@@ -1,0 +1,78 @@
+"""What an adapter that is trained is like: the keys of method lora."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, PositiveInt, field_validator, model_validator
+
+from latentdiff.training.sample_options import as_texts
+from latentdiff.training.sections import Positive, Section, Texts
+
+Assignments = Annotated[tuple[str, ...], BeforeValidator(as_texts)]
+
+_ONLY_FOR = {"dora_lengths": "dora", "lokr_factor": "lokr"}
+
+
+class AdapterSection(Section):
+    """An adapter, beside a model that stays as it is."""
+
+    adapter: Literal["lora", "dora", "loha", "lokr", "oft"] = "lora"
+    """What is added to the weights (method lora). lora: products of two matrices. dora: those, and new lengths of the
+    weights' rows or columns. loha: two products, multiplied element by element. lokr: Kronecker products. oft: blocks of
+    outputs are rotated."""
+    rank: PositiveInt = 8
+    """Rank of the matrices; of oft, the largest size of a block."""
+    alpha: Positive | None = None
+    """Products are scaled by alpha / rank; without it, alpha is the rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023), so that high ranks learn as fast as low
+    ones."""
+    targets: Texts = ("attention",)
+    """What the adapter changes: attention, feed_forward, convolutions, text_encoder, or patterns of module names."""
+    block_rank: Assignments = ()
+    """BLOCK=RANK: another rank for down, mid, up, text_encoder, a group of `targets`, or a pattern of module names; the
+    last that fits decides, and 0 leaves the block out."""
+    dora_lengths: Literal["inputs", "outputs"] = "inputs"
+    """What dora gives lengths to. inputs: a file that ComfyUI and the web UIs read. outputs: as PEFT and diffusers have
+    it."""
+    lokr_factor: PositiveInt | None = None
+    """Largest size of the smaller factor of lokr; without it, the square root of the layer's. Smaller learns more, in a
+    larger file."""
+
+    @field_validator("block_rank")
+    @classmethod
+    def _are_ranks(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not value.isdecimal() for value in assignments(texts).values()):
+            raise ValueError("expected BLOCK=RANK with a rank of 0 or more, such as mid=32")
+        return texts
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> AdapterSection:
+        given = self.model_fields_set & AdapterSection.model_fields.keys()
+        method = getattr(self, "method", "lora")
+        changed = sorted(name for name in given if getattr(self, name) != AdapterSection.model_fields[name].default)
+        if method != "lora" and (own := [name for name in changed if name not in ("rank", "alpha", "targets")]):
+            raise ValueError(f"{own[0]} goes with method lora, found {method}")
+        for name in changed:
+            if _ONLY_FOR.get(name, self.adapter) != self.adapter:
+                raise ValueError(f"{name} goes with adapter {_ONLY_FOR[name]}, found {self.adapter}")
+        if self.adapter == "oft":
+            if self.rslora or self.alpha is not None:
+                raise ValueError("oft rotates, and is not scaled; leave out alpha and rslora")
+            if self.rank == 1:
+                raise ValueError("the rank of oft is the size of its blocks: expected 2 or more, found 1")
+        return self
+
+
+def assignments(texts: Sequence[str]) -> dict[str, str]:
+    """BLOCK=VALUE by block, in the order given.
+
+    Raises:
+        ValueError: one is not written so.
+    """
+    pairs = [text.rpartition("=") for text in texts]
+    if not all(name.strip() and value.strip() for name, _, value in pairs):
+        raise ValueError("expected BLOCK=VALUE, such as mid=32")
+    return {name.strip(): value.strip() for name, _, value in pairs}
