@@ -75,8 +75,8 @@ def check(
     """Look at every image and caption before anything is spent on training.
 
     A FOLDER holds metadata.jsonl, .csv or .parquet (file_name and text), or a .txt or .caption file beside each image,
-    or WebDataset shards, or a saved Hugging Face data set; a hub id is looked up. The exit code is 1 if training would
-    fail.
+    or WebDataset shards, or a saved Hugging Face data set; a hub id is looked up. For finetune --loss dpo, the metadata
+    name pairs of images: preferred, rejected and text. The exit code is 1 if training would fail.
     """
     if sheet is not None:
         check_image_file("--sheet", sheet)
@@ -107,7 +107,7 @@ def check(
 def _read(sources: tuple[str, ...], reading: dict[str, Any]) -> Dataset:
     from latentdiff.training.data import read_dataset
 
-    return read_dataset(sources, allow_missing=True, **reading)
+    return read_dataset(sources, allow_missing=True, pairs=None, **reading)
 
 
 def _preprocessing(pipe: Pipeline, resolution: int | None, options: dict[str, Any]) -> Any:

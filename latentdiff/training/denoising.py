@@ -143,14 +143,20 @@ class DenoisingTask(Task):
         return self._batches.names(step)
 
     def validate(self) -> dict[str, float]:
-        """Losses with fixed noise, of held-out images and as many training images; and what was not forgotten."""
+        """What is measured with fixed noise, of held-out images and as many training images; and what was not forgotten."""
         of = self._material
         kept = {} if self.knowledge is None else {"kept": round(self.knowledge.kept(self.module), 4)}
         if not len(of.held_out[1]):
             return kept
-        measured = [self._banded(*part) for part in (of.held_out, of.training_part) if len(part[1])]
-        timesteps = len(self.module.objective.alpha)
-        return losses_entry(measured[0], measured[1] if len(measured) > 1 else None, timesteps) | kept
+        losses, others = [], {}
+        for part, images in (("val", of.held_out), ("train", of.training_part)):
+            if len(images[1]):
+                banded, means = self._banded(*images)
+                losses.append(banded)
+                others |= {f"{part}_{name}": float(f"{mean:.5g}") for name, mean in means.items()}
+        timesteps, held_out, *training = len(self.module.objective.alpha), *losses
+        entry = losses_entry(held_out, training[0] if training else None, timesteps, self.module.measure)
+        return entry | others | kept
 
     def preview(self, folder: Path, step: int) -> dict[str, float] | None:
         self._sheets.write(step, "ema")
@@ -167,7 +173,10 @@ class DenoisingTask(Task):
     def is_done(self) -> bool:
         return self.decides is not None and self.decides.is_done()
 
-    def _banded(self, samples: Samples, indices: np.ndarray) -> np.ndarray:
+    def _banded(self, samples: Samples, indices: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+        """The loss in bands, see `banded_losses`, and the means of what else is measured."""
+        others: dict[str, list[Tensor]] = {}
+
         def errors_of(images: np.ndarray, noise: np.ndarray, timesteps: np.ndarray) -> Tensor:
             captions = [samples.data.captions[index][0] for index in images]
             arrays = {
@@ -178,9 +187,12 @@ class DenoisingTask(Task):
             }
             device = self.module.objective.alpha.device
             batch = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in arrays.items()}
-            return self.module.errors(batch)
+            measured = self.module.measured(batch)
+            for name, values in measured.items():
+                others.setdefault(name, []).append(values)
+            return measured[self.module.measure]
 
-        return banded_losses(
+        losses = banded_losses(
             indices,
             samples.data.names,
             samples.latent_shape,
@@ -188,6 +200,8 @@ class DenoisingTask(Task):
             num_train_timesteps=len(self.module.objective.alpha),
             seed=self._seed,
         )
+        del others[self.module.measure]
+        return losses, {name: float(torch.cat(values).double().mean()) for name, values in others.items()}
 
 
 def text_and_unet(

@@ -30,6 +30,9 @@ _PIXELS_AT_ONCE = 512 * 512
 class DenoisingLoss(nn.Module):
     """U-Net and text encoder with their training loss.
 
+    Attributes:
+        measure: the name, in `measured`, of what is to fall on held-out images.
+
     Args:
         unet, text_encoder: the model; what of it is trained has `requires_grad`.
         objective: noise levels, target and weights.
@@ -38,6 +41,8 @@ class DenoisingLoss(nn.Module):
         control: a ControlNet that is trained beside the U-Net and follows the batch's `hints`.
         trains_text: whether gradients must reach through the text encoder.
     """
+
+    measure = "mse"
 
     def __init__(
         self,
@@ -66,15 +71,19 @@ class DenoisingLoss(nn.Module):
                 noisy, `old_timesteps` (k,), `old_raw` (k, C, h, w), `old_weights` (k,), and with `old_` before their
                 names what the U-Net is told there.
         """
+        parts = self.learned(batch)
+        if "old_x" in batch:
+            parts["old"] = self._changes(batch) / len(batch["timesteps"])
+            parts["loss"] = parts["loss"] + parts["old"]
+        return parts
+
+    def learned(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The loss of what is learned, as means over the batch: "loss", and parts to log."""
         timesteps, differences = batch["timesteps"], self.differences(batch)
         costs = masked_mean(self.objective.costs(differences, timesteps), batch.get("masks"))
         weights = self.objective.weights(timesteps) * batch["weights"]
         squares = masked_mean(differences.detach().square(), batch.get("masks"))
-        parts = {"loss": (weights * costs).mean(), "mse": squares.mean()}
-        if "old_x" in batch:
-            parts["old"] = self._changes(batch) / len(timesteps)
-            parts["loss"] = parts["loss"] + parts["old"]
-        return parts
+        return {"loss": (weights * costs).mean(), "mse": squares.mean()}
 
     def _changes(self, batch: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the mean squares of what is predicted otherwise than before."""
@@ -90,13 +99,19 @@ class DenoisingLoss(nn.Module):
 
     def context(self, batch: dict[str, Tensor]) -> Tensor | SizedText:
         """Text embeddings (n, chunks L, width), with sizes if there are some."""
-        if "context" in batch:
-            text = batch["context"]
-        else:
-            with torch.set_grad_enabled(self._trains_text and torch.is_grad_enabled()):
-                text = encode_tokens(self.text_encoder, batch["tokens"])
-        text = text.to(self.unet.conv_in.weight.dtype)
+        text = self.text(batch).to(self.unet.conv_in.weight.dtype)
         return SizedText(text, batch["sizes"]) if "sizes" in batch else text
+
+    def text(self, batch: dict[str, Tensor]) -> Tensor:
+        """Text embeddings (n, chunks L, width): those of the batch, or of its tokens."""
+        if "context" in batch:
+            return batch["context"]
+        with torch.set_grad_enabled(self._trains_text and torch.is_grad_enabled()):
+            return encode_tokens(self.text_encoder, batch["tokens"])
+
+    def measured(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is measured on held-out images, (n,) each."""
+        return {"mse": self.errors(batch)}
 
     def errors(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean squared error of each sample, (n,); see `forward`."""

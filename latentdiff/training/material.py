@@ -77,6 +77,7 @@ class Material:
         return {
             "sources": data.layouts,
             "images": len(self.training),
+            **({"pairs": len(self.training)} if data.paired else {}),
             **({"regularization": len(self.reminders)} if self.reminders else {}),
             "held_out": len(self.held_out[1]),
             "captions": len(captions),
@@ -136,7 +137,8 @@ def announce(summary: Mapping[str, Any], path: Path, accelerator: Accelerator) -
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     sizes, unreadable = len(summary["buckets"]), summary["unreadable"]
-    parts = [f"training on {summary['images']} images" + (f" in {sizes} sizes" if sizes > 1 else "")]
+    kind = "pairs of images" if "pairs" in summary else "images"
+    parts = [f"training on {summary['images']} {kind}" + (f" in {sizes} sizes" if sizes > 1 else "")]
     if summary["held_out"]:
         parts.append(f"{summary['held_out']} held out")
     if summary.get("regularization"):

@@ -58,7 +58,7 @@ class DiffusionObjective(nn.Module):
         (Khrapov et al. 2024, "Improving Diffusion Models's Data-Corruption Resistance using Scheduled Pseudo-Huber
         Loss").
         """
-        if self._settings.loss == "mse":
+        if self._settings.loss != "huber":
             return differences.square()
         c = self._huber_c(timesteps)
         return 2 * c * ((differences.square() + c.square()).sqrt() - c)

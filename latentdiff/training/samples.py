@@ -66,28 +66,31 @@ class Samples:
         width, height = self.buckets[index]
         return self._channels, height // self._downscale, width // self._downscale
 
-    def pixels(self, index: int, *, flipped: bool = False, crop_key: CropKey = None) -> np.ndarray:
+    def pixels(
+        self, index: int, *, flipped: bool = False, crop_key: CropKey = None, rejected: bool = False
+    ) -> np.ndarray:
         """An image in its bucket, (H, W, 3) uint8; with a `crop_key`, where the crop lies depends on it."""
-        random = None if crop_key is None else generator(*crop_key)
-        image = prepare(self.data.load(index), self.buckets[index], crop="random" if random else "center", rng=random)
+        random, image = None if crop_key is None else generator(*crop_key), self.data.load(index, rejected=rejected)
+        image = prepare(image, self.buckets[index], crop="random" if random else "center", rng=random)
         return np.ascontiguousarray(image[:, ::-1] if flipped else image)
 
-    def _latent_key(self, index: int, *, flipped: bool = False) -> str:
+    def _latent_key(self, index: int, *, flipped: bool = False, rejected: bool = False) -> str:
         """Names the latents of an image for ever: by its file, its bucket and how it is prepared."""
-        entry = self.data.entries[index]
+        entry = self.data.entries[index].images[int(rejected)]
         about = (entry.name, entry.origin.stamp(), self.data.background, self.buckets[index], flipped, _PREPARATION)
         return row_key(*about)
 
     def latent_work(self, indices: Sequence[int]) -> LatentWork:
         """What `cache_latents` needs for these images, mirrored too where training mirrors them."""
         return {
-            self.latent_key(index, flipped=flipped): (
+            self.latent_key(index, flipped=flipped, rejected=rejected): (
                 self.buckets[index],
-                partial(self.pixels, index, flipped=flipped),
+                partial(self.pixels, index, flipped=flipped, rejected=rejected),
                 self.data.names[index],
             )
             for index in indices
             for flipped in ((False, True) if self._settings.flip else (False,))
+            for rejected in ((False, True) if self.data.paired else (False,))
         }
 
     def images(
@@ -99,19 +102,32 @@ class Samples:
         crop_keys: Sequence[CropKey] | None = None,
     ) -> Arrays:
         """Images of one bucket: their latents where these are cached, otherwise their pixels and the noise to draw
-        with; their hints and masks."""
+        with; their hints and masks. Of pairs, those of the other image are `rejected_latents` or `rejected_images`."""
         mirrored = [False] * len(indices) if flipped is None else flipped
         keys = [None] * len(indices) if crop_keys is None else crop_keys
         others = self._sizes(indices, mirrored, keys) | self._hints(indices, mirrored, keys)
         others |= self._masks(indices, mirrored, keys)
+        found = self._images(indices, posterior, mirrored, keys)
+        if self.data.paired:  # both drawn from their distributions with the same noise
+            other = self._images(indices, posterior, mirrored, keys, rejected=True)
+            found |= {f"rejected_{name}": rows for name, rows in other.items() if name != "posterior"}
+        return found | others
+
+    def _images(
+        self,
+        indices: Sequence[int],
+        posterior: np.ndarray,
+        flipped: Sequence[bool],
+        crop_keys: Sequence[CropKey],
+        *,
+        rejected: bool = False,
+    ) -> Arrays:
+        rows = list(zip(indices, flipped, crop_keys, strict=True))
         if self.latents is not None:
-            rows = [self.latent_key(index, flipped=flip) for index, flip in zip(indices, mirrored, strict=True)]
-            return {"latents": self.latents.sample(rows, posterior), **others}
-        pixels = [
-            self.pixels(index, flipped=flip, crop_key=key)
-            for index, flip, key in zip(indices, mirrored, keys, strict=True)
-        ]
-        return {"images": np.stack(pixels), "posterior": posterior, **others}
+            keys = [self.latent_key(index, flipped=flip, rejected=rejected) for index, flip, _ in rows]
+            return {"latents": self.latents.sample(keys, posterior)}
+        pixels = [self.pixels(index, flipped=flip, crop_key=key, rejected=rejected) for index, flip, key in rows]
+        return {"images": np.stack(pixels), "posterior": posterior}
 
     def _sizes(
         self, indices: Sequence[int], flipped: Sequence[bool], crop_keys: Sequence[CropKey]

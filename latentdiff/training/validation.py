@@ -131,20 +131,22 @@ def _timestep_places(key: str, draw: int, draws: int, seed: int) -> np.ndarray:
     return (generator(seed, "validation timesteps", key).random(BANDS) + draw / draws) % 1
 
 
-def losses_entry(held_out: np.ndarray, training_part: np.ndarray | None, num_train_timesteps: int) -> dict[str, float]:
-    """What the log says: means over the bands `val_mse` and `train_mse`, each band, and `gap`, held-out minus
-    training."""
-    entry = _entry("val", held_out, num_train_timesteps)
+def losses_entry(
+    held_out: np.ndarray, training_part: np.ndarray | None, num_train_timesteps: int, measure: str = "mse"
+) -> dict[str, float]:
+    """What the log says: means over the bands `val_mse` and `train_mse`, or of another measure, each band, and `gap`,
+    held-out minus training."""
+    entry = _entry("val", held_out, num_train_timesteps, measure)
     if training_part is not None:
-        entry |= _entry("train", training_part, num_train_timesteps)
+        entry |= _entry("train", training_part, num_train_timesteps, measure)
         entry["gap"] = float(f"{held_out.mean() - training_part.mean():.5g}")
     return entry
 
 
-def _entry(name: str, losses: np.ndarray, num_train_timesteps: int) -> dict[str, float]:
+def _entry(name: str, losses: np.ndarray, num_train_timesteps: int, measure: str) -> dict[str, float]:
     bounds = [band * num_train_timesteps // BANDS for band in range(BANDS + 1)]
     bands = {f"{name}_{low}_{high - 1}": loss for low, high, loss in zip(bounds[:-1], bounds[1:], losses, strict=True)}
-    return {key: float(f"{value:.5g}") for key, value in {f"{name}_mse": losses.mean(), **bands}.items()}
+    return {key: float(f"{value:.5g}") for key, value in {f"{name}_{measure}": losses.mean(), **bands}.items()}
 
 
 def sample_prompts(captions: Sequence[str], count: int, seed: int) -> list[str]:

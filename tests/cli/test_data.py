@@ -69,6 +69,29 @@ def test_findings(check, folder):
     assert "loses" not in check(folder, "--long-captions", "chunk").out
 
 
+def test_pairs(check, folder):
+    pairs = [("0.png", "1.png"), ("1.png", "0.png"), ("2.png", "2.png")]
+    rows = [{"preferred": one, "rejected": other, "text": "x"} for one, other in pairs]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = check(folder)
+    assert done.code == 0
+    for said in (
+        "metadata.jsonl, 3 pairs of images",
+        "pairs of images: 3 readable, 0 not\ncaptions: 3 for 3 pairs of images",
+        "pairs of equal images, from which nothing is learned: 1\n  2.png > 2.png\n",
+        "pairs that contradict one another: 1\n  0.png > 1.png and 1.png > 0.png\n",
+        "training would start",
+    ):
+        assert said in done.out
+    (folder / "metadata.jsonl").write_text(json.dumps(rows[2]))
+    done = check(folder)
+    assert done.code == 1 and "training would fail: all pairs are of equal images" in done.out
+    (folder / "1.png").write_bytes(encoded(an_image(1, SIZE))[:-60])  # seen only when it is decoded
+    (folder / "metadata.jsonl").write_text(json.dumps(rows[0]))
+    done = check(folder)
+    assert done.code == 1 and "0.png > 1.png: " in done.out and "no image can be read" in done.out
+
+
 def test_leakage(check, folder, workplace):
     held_out = jsonl_folder(workplace / "held-out", 2, size=SIZE, seed=3)
     done = check(folder, "--validation", held_out)

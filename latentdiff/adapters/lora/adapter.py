@@ -48,6 +48,7 @@ class LoRA(nn.Module):
         targets = dict(changeable(unet, text_encoder))
         self._model = _Others({"unet": unet, **encoders_of(text_encoder)})
         self._targets = _Others({name: targets[name] for name in layers})
+        self._is_on = True
         for name, layer in layers.items():
             self.add_module(kohya_name(name), layer)
 
@@ -105,6 +106,8 @@ class LoRA(nn.Module):
 
         def added(part: str, path: str, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             name = f"{part}.{path}"
+            if not self._is_on:
+                return output
             return output + layers[name].added(self._targets[name], inputs[0], scales[name])
 
         with ExitStack() as taps:
@@ -113,6 +116,16 @@ class LoRA(nn.Module):
                 if paths:
                     taps.enter_context(Tap(root, paths, output=partial(added, part)))
             yield self
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Inside, and within `attached`, the model's outputs are the old ones bit for bit. For training: it holds for all
+        threads."""
+        self._is_on = False
+        try:
+            yield
+        finally:
+            self._is_on = True
 
     def merge(self, scale: float | Strength = 1.0) -> None:
         """Put the adaptation into the model's weights for good; see `merge`."""

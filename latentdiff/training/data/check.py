@@ -48,6 +48,9 @@ class CheckReport:
     same: list[list[str]] = field(default_factory=list)
     near: list[list[str]] = field(default_factory=list)
     leaked: list[tuple[str, str]] = field(default_factory=list)  # training image, validation image
+    pairs: int = 0  # of a preferred and a rejected image
+    halves: list[str] = field(default_factory=list)  # pairs of one image with itself
+    contrary: list[tuple[str, str]] = field(default_factory=list)  # pairs that say the opposite of one another
 
     @property
     def failures(self) -> list[str]:
@@ -59,6 +62,8 @@ class CheckReport:
             found.append(f"no image is large enough for sides of {self.settings.step} pixels; take --upscale")
         if self.uncaptioned and not self.settings.allow_missing:
             found.append(f"{len(self.uncaptioned)} images have no caption; write them, or take --allow-missing")
+        if self.images and len(self.halves) == self.images:
+            found.append("all pairs are of equal images")
         if self.problems and self.settings.strict:
             found.append(f"{len(self.problems)} images cannot be used, and --strict is set")
         return found
@@ -66,9 +71,10 @@ class CheckReport:
     def lines(self) -> Iterator[str]:
         """The report as text."""
         yield from (f"layout: {layout}" for layout in self.layouts)
-        yield f"images: {self.images} readable, {len(self.problems)} not"
+        kind = "pairs of images" if self.pairs else "images"
+        yield f"{kind}: {self.images} readable, {len(self.problems)} not"
         yield from _examples(f"{item.name}: {item.reason}" for item in self.problems)
-        yield f"captions: {self.captions} for {self.captioned} images, {len(self.uncaptioned)} without"
+        yield f"captions: {self.captions} for {self.captioned} {kind}, {len(self.uncaptioned)} without"
         yield from _examples(self.uncaptioned)
         yield from (f"note: {note}" for note in self.notes[:SHOWN])
         if self.sizes:
@@ -76,6 +82,8 @@ class CheckReport:
         yield from _finding(
             "captions too long for the model", [f"{name} loses: {_cut(lost)}" for name, lost in self.truncated]
         )
+        yield from _finding("pairs of equal images, from which nothing is learned", self.halves)
+        yield from _finding("pairs that contradict one another", [" and ".join(two) for two in self.contrary])
         yield from _finding("groups of equal images", [", ".join(group[:SHOWN]) for group in self.same])
         yield from _finding("groups of nearly equal images", [", ".join(group[:SHOWN]) for group in self.near])
         yield from _finding("validation images that are in training too", [" = ".join(pair) for pair in self.leaked])
@@ -132,15 +140,34 @@ def check(
             for caption in captions
         )
         report.truncated = [(name, lost) for name, lost in texts if lost]
+    if data.paired:
+        report.pairs = len(data)
+        report.halves, report.contrary = _pairs(data)
     if validation is not None:
         pairs = shared(looks, _look(validation))
         report.leaked = [(data.names[one], validation.names[other]) for one, other in pairs]
     return report
 
 
+def _pairs(data: Dataset) -> tuple[list[str], list[tuple[str, str]]]:
+    """Pairs of one image with itself, and pairs that others of the same prompt contradict."""
+    halves, contrary, known = [], [], {}
+    for name, content, captions in zip(data.names, data.contents, data.captions, strict=True):
+        half = len(content) // 2  # the two images' hashes are joined
+        preferred, rejected = content[:half], content[half:]
+        if preferred == rejected:
+            halves.append(name)
+        known[preferred, rejected, captions] = name
+        if other := known.get((rejected, preferred, captions)):
+            contrary += [(other, name)] if other != name else []
+    return halves, contrary
+
+
 def _look(data: Dataset) -> list[Look]:
     def work(index: int) -> Look | Unusable:
         try:
+            if data.paired:
+                data.load(index, rejected=True)
             return look_at(data.load(index))
         except (DataError, OSError) as error:
             return problem(data.entries[index], error)

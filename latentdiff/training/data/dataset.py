@@ -21,7 +21,7 @@ from latentdiff.reading.json import parse_json
 from latentdiff.reading.plain import read_text
 from latentdiff.training.data import huggingface
 from latentdiff.training.data.captions import prefixed
-from latentdiff.training.data.entries import Entry, Listing, Unusable
+from latentdiff.training.data.entries import PREFERRED, REJECTED, Entry, Listing, Unusable
 from latentdiff.training.data.folders import METADATA, list_folder
 from latentdiff.training.data.images import BACKGROUND, SUFFIXES, image_size, read_image
 from latentdiff.training.data.shards import find_shards, list_shards
@@ -100,13 +100,21 @@ class Dataset:
         """Captions of each image; `("",)` where it has none and that was allowed."""
         return tuple(entry.captions or ("",) for entry in self.entries)
 
-    def load(self, index: int) -> Image.Image:
+    @property
+    def paired(self) -> bool:
+        """Whether these are pairs of a preferred and a rejected image."""
+        return bool(self.entries) and self.entries[0].rejected is not None
+
+    def load(self, index: int, *, rejected: bool = False) -> Image.Image:
         """Decode an image: RGB, 8 bits, upright, transparency on `background`.
+
+        Args:
+            rejected: take the other one of a pair.
 
         Raises:
             DataError: it cannot be read; the message names it.
         """
-        entry = self.entries[index]
+        entry = self.entries[index].images[int(rejected)]
         try:
             source = entry.origin.source()
         except OSError as error:
@@ -135,7 +143,7 @@ class Dataset:
     @property
     def listing(self) -> str:
         """As `fingerprint`, known before any image is read: by the times and sizes of the files."""
-        return self._hash_with([entry.origin.stamp() for entry in self.entries])
+        return self._hash_with([entry.stamp() for entry in self.entries])
 
     def _hash_with(self, about: Sequence[str]) -> str:
         digest = hashlib.sha256(f"{self.background}\n".encode())
@@ -154,6 +162,7 @@ def read_dataset(
     background: str = BACKGROUND,
     index: Path | None = None,
     limit: int | None = None,
+    pairs: bool | None = False,
 ) -> Dataset:
     """Find the images and captions of one or more sources; each layout is recognised by itself.
 
@@ -166,9 +175,11 @@ def read_dataset(
         background: the colour under transparent images, as CSS names it.
         index: a folder for what was found out about the images, so that the next run need not read them all again.
         limit: take the first so many images alone.
+        pairs: whether they are to be pairs of a preferred and a rejected image; None takes either.
 
     Raises:
-        DataError: there are no images or captions, or an image cannot be read and `strict` is set.
+        DataError: there are no images or captions, or an image cannot be read and `strict` is set; they are pairs, or
+            not, where the other is wanted.
     """
     given = [source if isinstance(source, DataSource) else DataSource(source) for source in sources]
     if not given:
@@ -177,6 +188,7 @@ def read_dataset(
     data = Dataset(background=background)
     for source in given:
         listing = list_source(source.path, caption_column)
+        _check_pairs(source, listing, pairs)
         prefix = f"{Path(source.path).name}/" if len(given) > 1 else ""
         _add(data, source, listing, prefix, allow_missing)
     data.entries, data.repeats, data.weights = data.entries[:limit], data.repeats[:limit], data.weights[:limit]
@@ -222,6 +234,20 @@ def _list_folder(folder: Path, column: str | None) -> Listing:
     return list_folder(folder, column)
 
 
+def _check_pairs(source: DataSource, listing: Listing, wanted: bool | None) -> None:
+    found = any(entry.rejected for entry in listing.entries)
+    if wanted is None or found == wanted or not listing.entries:
+        return
+    if found:
+        raise DataError(
+            f"{os.fspath(source.path)} holds pairs of preferred and rejected images; learn from them with finetune --loss dpo"
+        )
+    raise DataError(
+        f"expected pairs of images in {os.fspath(source.path)}, found single ones; name each pair in a metadata file with"
+        f" the columns {PREFERRED}, {REJECTED} and text"
+    )
+
+
 def _add(data: Dataset, source: DataSource, listing: Listing, prefix: str, allow_missing: bool) -> None:
     missing = [entry for entry in listing.entries if not entry.captions]
     if missing and not allow_missing:
@@ -240,7 +266,8 @@ def _add(data: Dataset, source: DataSource, listing: Listing, prefix: str, allow
     data.weights += [source.weight * entry.weight for entry in listing.entries]
     data.problems += [Unusable(f"{prefix}{problem.name}", problem.reason) for problem in listing.problems]
     data.notes += [f"{os.fspath(source.path)}: {note}" for note in listing.notes]
-    data.layouts.append(f"{os.fspath(source.path)}: {listing.layout}, {count} images")
+    kind = "pairs of images" if any(entry.rejected for entry in listing.entries) else "images"
+    data.layouts.append(f"{os.fspath(source.path)}: {listing.layout}, {count} {kind}")
 
 
 def _measure(data: Dataset, verify: bool, index: Path | None) -> None:
@@ -249,10 +276,16 @@ def _measure(data: Dataset, verify: bool, index: Path | None) -> None:
     def measure(number: int) -> _Measured | Unusable:
         entry = data.entries[number]
         try:
-            source = entry.origin.source()
-            size = data.load(number).size if verify else image_size(source, entry.name)
-            content = source if isinstance(source, bytes) else source.read_bytes()
-            return *size, hashlib.blake2b(content, digest_size=8).hexdigest()
+            sizes, contents = [], []
+            for place, one in enumerate(entry.images):
+                source = one.origin.source()
+                size = data.load(number, rejected=bool(place)).size if verify else image_size(source, one.name)
+                content = source if isinstance(source, bytes) else source.read_bytes()
+                sizes.append(size)
+                contents.append(hashlib.blake2b(content, digest_size=8).hexdigest())
+            # Both images of a pair go into one bucket, so that they are as large as what both cover.
+            width, height = (min(sides) for sides in zip(*sizes, strict=True))
+            return width, height, "".join(contents)
         except (DataError, OSError) as error:
             return problem(entry, error)
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from latentdiff.errors import DataError
 
 WEIGHT = "weight"  # the column of a metadata file that says what each image counts
+PREFERRED, REJECTED = "preferred", "rejected"  # the columns that name the two images of a pair
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
 
 
@@ -63,6 +64,16 @@ class Entry:
     captions: tuple[str, ...]  # empty where the image has none
     origin: Origin
     weight: float = 1.0  # factor of its loss
+    rejected: Entry | None = None  # the image of the same captions to which this one is preferred
+
+    @property
+    def images(self) -> tuple[Entry, ...]:
+        """The image, and in a pair the rejected one."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    def stamp(self) -> str:
+        """Changes when the image does, or the other one of a pair."""
+        return " ".join(one.origin.stamp() for one in self.images)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from latentdiff.errors import DataError, MissingDependencyError
 from latentdiff.reading.json import parse_json
 from latentdiff.reading.plain import LONGEST_CAPTION, bounded_lines, exists, open_file, read_text
 from latentdiff.training.data.entries import (
+    PREFERRED,
+    REJECTED,
     WEIGHT,
     Entry,
     FileOrigin,
@@ -82,20 +85,20 @@ def _from_metadata(folder: Path, metadata: list[Path], images: list[Path], colum
         found = (
             caption_column(dict.fromkeys(name for _, row in rows for name in row), column, str(table)) if rows else ""
         )
+        paired = any(PREFERRED in row or REJECTED in row for _, row in rows)
         for number, row in rows:
             place = f"{table} row {number}"
-            name = row.get(FILE_NAME)
-            if not isinstance(name, str) or not name:
-                raise DataError(f"{place}: expected a {FILE_NAME!r}, found {_short(row)}")
-            path = table.parent / name
-            named.add(path)
-            if exists(path) and path.is_file():
-                captions, weight = as_captions(row.get(found), place), as_weight(row.get(WEIGHT), place)
-                listing.entries.append(Entry(_name(path, folder), captions, FileOrigin(path), weight))
-            else:
-                listing.problems.append(
-                    Unusable(_name(path, folder), f"{table.name} names it, but there is no such file")
-                )
+            paths = [table.parent / _cell(row, name, place) for name in ((PREFERRED, REJECTED) if paired else (FILE_NAME,))]
+            named.update(paths)
+            if missing := [path for path in paths if not (exists(path) and path.is_file())]:
+                problem = Unusable(_name(missing[0], folder), f"{table.name} names it, but there is no such file")
+                listing.problems.append(problem)
+                continue
+            captions, weight = as_captions(row.get(found), place), as_weight(row.get(WEIGHT), place)
+            entry, *other = [Entry(_name(path, folder), captions, FileOrigin(path), weight) for path in paths]
+            for rejected in other:
+                entry = replace(entry, name=f"{entry.name} > {rejected.name}", rejected=rejected)
+            listing.entries.append(entry)
     if not named:
         raise DataError(f"{metadata[0]} is empty; expected one row per image")
     if weighted := sum(entry.weight != 1 for entry in listing.entries):
@@ -105,6 +108,14 @@ def _from_metadata(folder: Path, metadata: list[Path], images: list[Path], colum
             f"{len(left)} images are not in {listing.layout} and are left out, the first is {left[0].name}"
         )
     return listing
+
+
+def _cell(row: dict[str, Any], name: str, place: str) -> str:
+    """The file that a row names in a column."""
+    value = row.get(name)
+    if not isinstance(value, str) or not value:
+        raise DataError(f"{place}: expected a {name!r}, found {_short(row)}")
+    return value
 
 
 def _from_sidecars(folder: Path, images: list[Path], paths: list[Path]) -> Listing:

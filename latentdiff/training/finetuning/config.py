@@ -77,6 +77,14 @@ class FinetuneConfig(AdapterSection, DenoisingSection, ReadingSection):
     control_model: str | None = None
     """Folder, file or hub id of a ControlNet to start from; without it, it starts as a copy of the U-Net's way down."""
 
+    # --- how errors count
+    loss: Literal["mse", "huber", "dpo"] = "mse"  # type: ignore[assignment]  # one more than from nothing
+    """mse: the squared error. huber: the pseudo-Huber loss, on which outliers in the data have less influence. dpo: learn
+    from pairs of a preferred and a rejected image (Diffusion-DPO), with lora and full; lr is a tenth then and caption_dropout
+    0, if nothing else is said."""
+    dpo_beta: Positive = 2000.0
+    """How much the model is held to what it was while it learns from pairs; 2000 to 5000 are usual."""
+
     # --- what is learned from
     data: Entries = ()
     """Where the captioned images are; several are trained on together. FOLDER:3 repeats each image three times an
@@ -200,6 +208,9 @@ class FinetuneConfig(AdapterSection, DenoisingSection, ReadingSection):
         if values.get("stop") == "auto" and not values.get("validation") and not values.get("stream"):
             values = {**values, "validation_share": values.get("validation_share") or _SHARE_TO_STOP_BY}
         usual = METHOD_DEFAULTS.get(method, {})
+        if values.get("loss") == "dpo" and usual:
+            # Which image is right, only the prompt says; and the model draws the right ones already.
+            usual = {**usual, "caption_dropout": 0.0, "lr": usual["lr"] / 10}
         return {**usual, **optimizer_defaults(values.get("optimizer"), usual), **values}
 
     @model_validator(mode="after")
@@ -221,6 +232,7 @@ class FinetuneConfig(AdapterSection, DenoisingSection, ReadingSection):
             raise ValueError("prediction_type and zero_snr change what is predicted, which keep would hold; leave out keep")
         self._hints_fit()
         self._masks_fit()
+        self._pairs_fit()
         if self.prior_weight != 1 and not any(entry.regularization for entry in self.data):
             raise ValueError("prior_weight goes with data that is for regularization: {path: FOLDER, regularization: true}")
         if any(entry.regularization for entry in self.validation):
@@ -245,6 +257,24 @@ class FinetuneConfig(AdapterSection, DenoisingSection, ReadingSection):
             raise ValueError("unmasked_weight goes with masks")
         if self.stream and self.masks is not None:
             raise ValueError("a stream of shards brings no masks; leave out stream, or write the images out as a folder")
+
+    def _pairs_fit(self) -> None:
+        if self.loss != "dpo":
+            if self.dpo_beta != 2000:
+                raise ValueError("dpo_beta goes with loss dpo")
+            return
+        if self.method not in ("lora", "full"):
+            raise ValueError(f"loss dpo changes what the model draws: it goes with lora and full, not {self.method}")
+        if self.zero_snr or self.prediction_type != "model":
+            raise ValueError("prediction_type and zero_snr change what is predicted; loss dpo compares it with the start")
+        if self.min_snr_gamma is not None or self.debiased:
+            raise ValueError("loss dpo counts all timesteps the same; leave out min_snr_gamma and debiased")
+        if self.masks is not None:
+            raise ValueError("loss dpo compares whole images; leave out masks")
+        if self.stream:
+            raise ValueError("a stream of shards brings no pairs; leave out stream")
+        if any(entry.regularization for entry in self.data):
+            raise ValueError("images for regularization are no pairs; keep what the model knew with keep: old")
 
     def _hints_fit(self) -> None:
         of_controls = {"control_model": self.control_model, "hints": self.hints, "control_kind": self.control_kind}

@@ -42,7 +42,9 @@ def read_material(settings: FinetuneConfig, parts: Components, shards: Sequence[
     reminders, usable = usable[reminds], usable[~reminds]
     if not len(usable):
         raise DataError("all images are for regularization, expected some to learn from; add them with --data FOLDER")
-    names = [samples.data.names[index] for index in usable]
+    # Pairs of one prompt stay together, so that what is measured is what becomes of new prompts.
+    keys = samples.data.names if not samples.data.paired else [captions[0] for captions in samples.data.captions]
+    names = [keys[index] for index in usable]
     parted = split(names, settings.validation_share, settings.seed, settings.validation_images)
     held_out = (samples, usable[parted.held_out])
     if settings.validation:
@@ -81,6 +83,7 @@ def _samples(
         background=settings.background,
         verify=not settings.stream,
         index=settings.out / "index",
+        pairs=settings.loss == "dpo",
     )
     vae = parts.vae.config
     is_control = settings.method == "controlnet"

@@ -27,6 +27,7 @@ from latentdiff.training.denoising import text_and_unet
 from latentdiff.training.finetuning.adapter_options import assignments
 from latentdiff.training.finetuning.config import FinetuneConfig
 from latentdiff.training.optimizer import ParameterGroup
+from latentdiff.training.preferences import AsBefore, StartWeights
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -64,6 +65,10 @@ class FinetuningMethod(ABC):
         """Inside, the networks compute with the adapter."""
         return nullcontext()
 
+    def as_before(self) -> AsBefore:
+        """Made before anything was trained: a context inside which the networks compute as they do now."""
+        raise NotImplementedError  # `loss: dpo` alone asks, and goes with the methods that have it
+
     def networks(self) -> list[nn.Module]:
         """Networks of which everything is trained."""
         return []
@@ -99,6 +104,10 @@ class FullMethod(FinetuningMethod):
     def networks(self) -> list[nn.Module]:
         return [getattr(self.parts, part) for part in self._trained]
 
+    def as_before(self) -> AsBefore:
+        of = {name: p for group in self.parameter_groups() for name, p in group.parameters.items()}
+        return StartWeights(of).swapped_in
+
     def parameter_groups(self) -> list[ParameterGroup]:
         return self._groups(
             {
@@ -128,6 +137,9 @@ class LoRAMethod(FinetuningMethod):
 
     def attached(self) -> AbstractContextManager[Any]:
         return self.lora.attached()
+
+    def as_before(self) -> AsBefore:
+        return self.lora.switched_off
 
     def parameter_groups(self) -> list[ParameterGroup]:
         by_part: dict[str, dict[str, nn.Parameter]] = {"unet": {}, "text_encoder": {}}

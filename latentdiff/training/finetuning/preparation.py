@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from latentdiff.training.loop import Trainer
 from latentdiff.training.loss import DenoisingLoss, attention_backend
 from latentdiff.training.material import Material, announce, build_latents, build_texts
 from latentdiff.training.objective import DiffusionObjective
+from latentdiff.training.preferences import PreferenceLoss
 from latentdiff.training.report.wandb_run import check_installed
 from latentdiff.training.sections import dump_config
 from latentdiff.training.sharding import is_sharding
@@ -107,6 +109,8 @@ class Preparation:
     def trainer(self) -> Iterator[Trainer]:
         """The trainer, of the start model still; inside, the networks compute with the adapter."""
         settings = self.settings
+        if settings.loss == "dpo" and is_sharding(self.accelerator):
+            raise ConfigError("loss dpo compares with the start model, which FSDP has in parts only; take DDP")
         with self.method.attached():
             task = _task(settings, self.method, self.material, self.sheets, self.shards)
             if settings.stop == "auto":
@@ -211,15 +215,19 @@ def _task(
 ) -> DenoisingTask:
     parts, schedule = method.parts, Schedule(method.parts.schedule_config)
     for network in (parts.unet, method.control):
-        if network is not None and settings.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-    module = DenoisingLoss(
-        parts.unet.to(memory_format=torch.channels_last),
+        if network is not None:
+            network.to(memory_format=torch.channels_last)
+            if settings.gradient_checkpointing:
+                network.enable_gradient_checkpointing()
+    is_dpo = settings.loss == "dpo"
+    kind = partial(PreferenceLoss, as_before=method.as_before(), beta=settings.dpo_beta) if is_dpo else DenoisingLoss
+    module = kind(
+        parts.unet,
         parts.text_encoder,
         DiffusionObjective(schedule, settings),
         vae=None if of.cached else parts.vae,
         adapter=method.adapter,
-        control=None if method.control is None else method.control.to(memory_format=torch.channels_last),
+        control=method.control,
         trains_text=method.trains_text,
     )
     return DenoisingTask(

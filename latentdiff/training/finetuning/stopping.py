@@ -74,7 +74,7 @@ def relative_losses(log: RunLog) -> dict[int, float]:
 
 
 def _bands(log: RunLog) -> dict[str, dict[int, float]]:
-    return {name: dict(points) for name, points in log.values.items() if name.startswith("val_") and name != "val_mse"}
+    return {name: dict(points) for name, points in log.held_out_bands.items()}
 
 
 def _best(losses: Mapping[int, float], steps: list[int]) -> int:

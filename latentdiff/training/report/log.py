@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,6 +56,15 @@ class RunLog:
     def last(self, name: str) -> float | None:
         return self[name][-1][1] if self[name] else None
 
+    def losses(self, part: str) -> list[tuple[int, float]]:
+        """The loss at fixed noise on the images held out, "val", or on as many training images, "train"."""
+        return self[f"{part}_mse"] or self[f"{part}_dpo"]
+
+    @property
+    def held_out_bands(self) -> dict[str, list[tuple[int, float]]]:
+        """The held-out loss in each band of timesteps, by name."""
+        return {name: points for name, points in self.values.items() if re.fullmatch(r"val_\d+_\d+", name)}
+
     @property
     def steps(self) -> int:
         return max((points[-1][0] for points in self.values.values()), default=0)
@@ -62,7 +72,7 @@ class RunLog:
     @cached_property
     def best(self) -> tuple[int, float] | None:
         """Step and value of the smallest validation loss."""
-        finite = [point for point in self["val_mse"] if math.isfinite(point[1])]
+        finite = [point for point in self.losses("val") if math.isfinite(point[1])]
         return min(finite, key=lambda point: (point[1], point[0]), default=None)
 
 

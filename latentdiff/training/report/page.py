@@ -110,6 +110,8 @@ def _facts(run: Path, log: RunLog, settings: Mapping[str, Any], check: CopyCheck
             f"step {log.best[0]}",
             f"best by validation loss, {number(log.best[1])}; {'kept' if kept else 'not kept'} on disk",
         )
+    if accuracy := log.last("val_accuracy"):
+        yield f"{accuracy:.0%}", "of held-out pairs are told apart rightly at the end: 50 % is chance"
     if gaps := log["gap"]:
         (first_step, first), (_, last) = gaps[0], gaps[-1]
         yield number(last), f"validation loss minus training loss at the end; {number(first)} at step {first_step}"
@@ -151,12 +153,12 @@ def _warnings(log: RunLog, check: CopyCheck | None) -> Iterator[str]:
             f"{check.suspicious} of {len(check.nearest)} samples are suspiciously near a training image: the model may copy."
             " Compare the pairs below; fewer steps, a lower rank or more images help."
         )
-    if not log["val_mse"] and not log["psnr"]:
+    if not log.losses("val") and not log["psnr"]:
         yield "Nothing was held out, so that nothing here tells learning from memorising; set validation_share or validation."
 
 
 def _findings(log: RunLog) -> Iterator[str]:
-    losses = log["val_mse"]
+    losses = log.losses("val")
     if len(losses) < 2 or log.best is None:
         return
     (first_step, first), (last_step, last), (step, best) = losses[0], losses[-1], log.best
@@ -165,7 +167,7 @@ def _findings(log: RunLog) -> Iterator[str]:
     if step == last_step:
         yield "It was lowest at the last step: more steps may still help."
     elif last > best:
-        training = dict(log["train_mse"])
+        training = dict(log.losses("train"))
         still_falls = training.get(last_step, math.inf) < training.get(step, -math.inf)
         reason = "; as the training loss still fell, the later steps learned by heart" if still_falls else ""
         yield f"After step {step} it rose again to {number(last)}{reason}. Take step {step} unless the samples say otherwise."
@@ -186,11 +188,13 @@ def _curves(log: RunLog) -> Iterator[tuple[str, Mapping[str, Points], dict[str, 
         {"as logged": loss, "smoothed": smoothed(loss, max(1.0, log.steps / 30))},
         {"faint": ["as logged"]},
     )
-    yield "Loss at fixed noise", {"held out": log["val_mse"], "training images": log["train_mse"]}, mark
-    bands = {
-        _band(name): points for name, points in log.values.items() if name.startswith("val_") and name != "val_mse"
-    }
+    yield "Loss at fixed noise", {"held out": log.losses("val"), "training images": log.losses("train")}, mark
+    bands = {_band(name): points for name, points in log.held_out_bands.items()}
     yield "Held-out loss by timesteps (0 is clean)", bands, {"logarithmic": True, **mark}
+    pairs = {"held out": log["val_accuracy"], "training pairs": log["train_accuracy"]}
+    yield "Share of pairs of which the preferred image has become the likelier", pairs, {}
+    pairs = {"preferred": smoothed(log["preferred_change"], 3.0), "rejected": smoothed(log["rejected_change"], 3.0)}
+    yield "Change of the squared error on the images of pairs, smoothed", pairs, {}
     yield "Gap: held-out minus training images", {"gap": log["gap"]}, mark
     yield "Kept of what the model knew: 1 is all, 0 as far off as another prompt", {"kept": log["kept"]}, {}
     yield "Held-out images through the VAE, in dB", {"PSNR": log["psnr"]}, {}

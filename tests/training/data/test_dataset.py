@@ -380,3 +380,54 @@ def test_a_csv_caption_with_a_bare_comma_is_not_cut(tmp_path):
         read_dataset([DataSource(str(folder))])
     (folder / "metadata.csv").write_text('file_name,text\nb.png,"a cat, asleep"\nsub/a.png,a dog\n')
     assert [entry.captions for entry in read_dataset([DataSource(str(folder))]).entries][0] == ("a cat, asleep",)
+
+
+def pairs_folder(folder, rows):
+    folder.mkdir()
+    for row in rows:
+        for name in (row["preferred"], row["rejected"]):
+            an_image(len(name), size=(24, 16) if "large" in name else (16, 20)).save(folder / name)
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder
+
+
+def test_pairs(tmp_path):
+    rows = [{"preferred": "a.png", "rejected": "bb_large.png", "text": "one", "weight": 2}]
+    rows += [{"preferred": "bb_large.png", "rejected": "ccc.png", "text": "two"}]
+    folder = pairs_folder(tmp_path / "x", rows)
+    data = read_dataset([folder], pairs=True)
+    assert data.paired and data.names == ("a.png > bb_large.png", "bb_large.png > ccc.png")
+    assert data.captions == (("one",), ("two",)) and data.weights == [2, 1]
+    assert data.sizes == [(16, 16)] * 2  # what both images cover
+    assert data.load(0).size == (16, 20) and data.load(0, rejected=True).size == (24, 16)
+    assert "2 pairs of images" in data.layouts[0]
+    before = data.fingerprint
+    an_image(9).save(folder / "ccc.png")
+    assert read_dataset([folder], pairs=True).fingerprint != before
+
+
+def test_pairs_that_cannot_be_read_are_left_out_whole(tmp_path):
+    rows = [{"preferred": f"{n}a.png", "rejected": f"{n}b.png", "text": "x"} for n in range(3)]
+    folder = pairs_folder(tmp_path / "x", rows)
+    (folder / "0b.png").write_bytes(b"no image")
+    (folder / "1a.png").unlink()
+    data = read_dataset([folder], pairs=True)
+    assert data.names == ("2a.png > 2b.png",)
+    assert {problem.name: problem.reason for problem in data.problems} == {
+        "1a.png": "metadata.jsonl names it, but there is no such file",
+        "0a.png > 0b.png": data.problems[-1].reason,
+    }
+    assert "0b.png" in data.problems[-1].reason
+
+
+def test_pairs_where_none_are_wanted_and_the_other_way_round(tmp_path):
+    folder = pairs_folder(tmp_path / "x", [{"preferred": "a.png", "rejected": "bb.png", "text": "one"}])
+    with pytest.raises(DataError, match="holds pairs .*--loss dpo"):
+        read_dataset([folder])
+    single = rows_folder(tmp_path / "y", ROWS)
+    (single / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    with pytest.raises(DataError, match="expected pairs .*preferred, rejected and text"):
+        read_dataset([single], pairs=True)
+    (folder / "metadata.jsonl").write_text('{"preferred": "a.png", "text": "one"}')
+    with pytest.raises(DataError, match="row 1: expected a 'rejected'"):
+        read_dataset([folder], pairs=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from tests import tiny
 from tests.training.build import captioned_folder
 from tests.training.build import config as training_config
 
-__all__ = ["captioned_folder", "model_folder", "settings", "state_of"]
+__all__ = ["captioned_folder", "model_folder", "paired_folder", "settings", "state_of"]
 
 
 @cache
@@ -61,3 +62,19 @@ def state_of(run: Path) -> dict[str, torch.Tensor]:
 @cache
 def _scratch() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="latentdiff-tests-")  # disappears with the process
+
+
+def paired_folder(folder: Path, count: int) -> Path:
+    """So many pairs of the images of `captioned_folder`: the cat preferred for one half of the prompts, the dog for the
+    other."""
+    captioned_folder(folder, 2 * count)
+    rows = [
+        {
+            "preferred": f"{2 * pair + pair % 2}.png",
+            "rejected": f"{2 * pair + 1 - pair % 2}.png",
+            "text": f"a photo of the {('dog', 'cat')[pair % 2]} {'and ' * (pair // 2)}",
+        }
+        for pair in range(count)
+    ]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

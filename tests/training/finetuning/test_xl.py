@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from random import Random
 
@@ -15,6 +16,7 @@ from latentdiff.errors import UsageError
 from latentdiff.training.data.transforms import told_sizes
 from latentdiff.training.finetuning.finetune import run
 from latentdiff.training.loss import DenoisingLoss
+from latentdiff.training.preferences import PreferenceLoss
 from tests import scenes, tiny
 from tests.scenes import scene_language
 from tests.training.finetuning.build import settings
@@ -83,6 +85,23 @@ def test_cached_text_is_that_of_both_encoders(tmp_path: Path, monkeypatch: pytes
     expected = Pipeline.load(model, precision="fp32").encode(captions)
     for row in seen[0]:
         assert min((row - other).abs().max().item() for other in expected) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_it_learns_from_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    scenes_folder(tmp_path / "data", 4)
+    rows = [{"preferred": f"{n:02d}.png", "rejected": f"{n + 2:02d}.png", "text": "a cat"} for n in range(2)]
+    (tmp_path / "data" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen, errors = [], PreferenceLoss.errors
+    monkeypatch.setattr(PreferenceLoss, "errors", lambda self, batch: (seen.append(batch), errors(self, batch))[1])
+    model = str(tiny.xl_folder(tmp_path))
+    run(settings(tmp_path, model=model, method=method, loss="dpo", resolution=64, max_steps=2, batch_size=2, lr=1e-3))
+    for batch in seen:
+        first, second = batch["sizes"].chunk(2)
+        assert batch["sizes"].shape == (4, 6) and torch.equal(first, second)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in log if "loss" in line]
+    assert losses[0] == pytest.approx(0.69315, abs=1e-4) and abs(losses[1] - losses[0]) > 1e-4
 
 
 def test_the_refiner_is_refused(tmp_path: Path) -> None:
