@@ -30,6 +30,7 @@ _PLACEHOLDERS = {
     "cache": "FOLDER",
     "keep": "old[:WEIGHT]",
     "block_rank": "BLOCK=RANK",
+    "block_lr": "BLOCK=LR",
     "sample_options": "NAME=VALUE",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Protocol
@@ -74,6 +74,7 @@ class DenoisingTask(Task):
         practice: what goes into the batches for that.
         decides: says when the run is done and which step is the best; without it, the smallest held-out loss does the
             latter.
+        settles: what is done with the weights after each step.
 
     Args:
         module: the loss.
@@ -110,6 +111,7 @@ class DenoisingTask(Task):
         self.knowledge: Knowledge | None = None
         self.practice: Practice | None = None
         self.decides: Decides | None = None
+        self.settles: Callable[[], None] | None = None
         self._folder, self._seed, self._draws_raw = folder, seed, draws_raw
         self.loader_threads, self.measures_start, self.resume_hint = loader_threads, measures_start, resume_hint
         self.fingerprint = f"{batches.fingerprint}, shuffled by seed {seed}"
@@ -169,6 +171,10 @@ class DenoisingTask(Task):
     def steps_to_keep(self) -> Collection[int]:
         best = best_step(self._folder) if self.decides is None else self.decides.best()
         return () if best is None else (best,)
+
+    def after_step(self) -> None:
+        if self.settles is not None:
+            self.settles()
 
     def is_done(self) -> bool:
         return self.decides is not None and self.decides.is_done()

@@ -278,6 +278,7 @@ class Trainer:
         else:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.task.after_step()
         self.ema.update(self.step)
         return parts
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -33,6 +33,7 @@ class ParameterGroup:
         name: stands in the log.
         parameters: by name.
         lr_scale: factor on the stage's learning rate.
+        rates: another factor, beside it, for single parameters, by name.
         muon: whether the optimizer of that name trains its matrices; AdamW does otherwise.
     """
 
@@ -40,6 +41,14 @@ class ParameterGroup:
     parameters: dict[str, Parameter]
     lr_scale: float = 1.0
     muon: bool = True
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    def by_rate(self, names: Iterable[str]) -> dict[float, list[Parameter]]:
+        """These parameters by their factor on the stage's learning rate."""
+        found: dict[float, list[Parameter]] = {}
+        for name in names:
+            found.setdefault(self.lr_scale * self.rates.get(name, 1.0), []).append(self.parameters[name])
+        return found
 
 
 def make_optimizer(groups: list[ParameterGroup], settings: StageSection) -> torch.optim.Optimizer:
@@ -56,7 +65,7 @@ def make_optimizer(groups: list[ParameterGroup], settings: StageSection) -> torc
         MissingDependencyError: the library of the optimizer is not installed.
     """
     param_groups = _by_decay(groups, settings)
-    if (settings.optimizer == "prodigy" or settings.relative_step) and len({group.lr_scale for group in groups}) > 1:
+    if (settings.optimizer == "prodigy" or settings.relative_step) and len({group["lr_scale"] for group in param_groups}) > 1:
         name = "prodigy" if settings.optimizer == "prodigy" else "adafactor with relative_step"
         raise ConfigError(
             f"{name} finds one step size for all; leave out learning rates of parts, or take another optimizer"
@@ -72,18 +81,16 @@ def _by_decay(groups: list[ParameterGroup], settings: StageSection) -> list[dict
     for group in groups:
         muon = settings.optimizer == "muon" and group.muon
         hidden = {name for name, parameter in group.parameters.items() if muon and is_hidden(name, parameter)}
-        others = [parameter for name, parameter in group.parameters.items() if name not in hidden]
-        matrices = [parameter for parameter in others if parameter.ndim > 1]
-        vectors = [parameter for parameter in others if parameter.ndim <= 1]
-        by_muon = [group.parameters[name] for name in group.parameters if name in hidden]
-        for members, weight_decay, orthogonal in (
+        others = {name: parameter for name, parameter in group.parameters.items() if name not in hidden}
+        matrices = [name for name, parameter in others.items() if parameter.ndim > 1]
+        vectors = [name for name, parameter in others.items() if parameter.ndim <= 1]
+        by_muon = [name for name in group.parameters if name in hidden]
+        for names, weight_decay, orthogonal in (
             (matrices, settings.weight_decay, False), (vectors, 0.0, False), (by_muon, settings.weight_decay, True),
         ):  # fmt: skip
-            if members:
-                kind = {"orthogonal": True, "betas": (_MUON_MOMENTUM, 0.0)} if orthogonal else {}
-                param_groups.append(
-                    {"params": members, "weight_decay": weight_decay, "lr_scale": group.lr_scale, **kind}
-                )
+            kind = {"orthogonal": True, "betas": (_MUON_MOMENTUM, 0.0)} if orthogonal else {}
+            for scale, members in group.by_rate(names).items():
+                param_groups.append({"params": members, "weight_decay": weight_decay, "lr_scale": scale, **kind})
     return param_groups
 
 

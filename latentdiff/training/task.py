@@ -71,6 +71,9 @@ class Task(ABC):
     def preview(self, folder: Path, step: int) -> dict[str, float] | None:
         """Write a sheet of images, and give what is to be logged about them; called with the averaged weights in place."""
 
+    def after_step(self) -> None:  # noqa: B027 (optional)
+        """Called when the optimizer has taken a step; does nothing unless overridden."""
+
     def is_done(self) -> bool:
         """Whether what the log says ends the run before its last step; asked after each measurement."""
         return False

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, PositiveInt, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
 from latentdiff.training.sample_options import as_texts
 from latentdiff.training.sections import Positive, Section, Texts
@@ -34,6 +35,14 @@ class AdapterSection(Section):
     block_rank: Assignments = ()
     """BLOCK=RANK: another rank for down, mid, up, text_encoder, a group of `targets`, or a pattern of module names; the
     last that fits decides, and 0 leaves the block out."""
+    block_lr: Assignments = ()
+    """BLOCK=LR: another learning rate for a block, which is named as in `block_rank`; the last that fits decides."""
+    loraplus: Annotated[float, Field(ge=1)] | None = None
+    """Learning rate of the second matrix as a multiple of that of the first (LoRA+, Hayou et al. 2024), which speeds learning
+    up; for lora and dora; 16 is usual."""
+    max_norm: Positive | None = None
+    """Largest norm of what is added to a layer's weight; larger ones are scaled down after each step, so that none
+    dominates; 1 is usual."""
     dora_lengths: Literal["inputs", "outputs"] = "inputs"
     """What dora gives lengths to. inputs: a file that ComfyUI and the web UIs read. outputs: as PEFT and diffusers have
     it."""
@@ -48,6 +57,13 @@ class AdapterSection(Section):
             raise ValueError("expected BLOCK=RANK with a rank of 0 or more, such as mid=32")
         return texts
 
+    @field_validator("block_lr")
+    @classmethod
+    def _are_rates(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(0 < _number(value) < math.inf for value in assignments(texts).values()):
+            raise ValueError("expected BLOCK=LR with a rate above 0, such as mid=1e-4; block_rank mid=0 leaves it out")
+        return texts
+
     @model_validator(mode="after")
     def _adapters_fit(self) -> AdapterSection:
         given = self.model_fields_set & AdapterSection.model_fields.keys()
@@ -58,12 +74,24 @@ class AdapterSection(Section):
         for name in changed:
             if _ONLY_FOR.get(name, self.adapter) != self.adapter:
                 raise ValueError(f"{name} goes with adapter {_ONLY_FOR[name]}, found {self.adapter}")
+        one_rate = getattr(self, "optimizer", "") == "prodigy" or getattr(self, "relative_step", False)
+        if one_rate and (self.block_lr or self.loraplus is not None):
+            raise ValueError("this optimizer finds one step size for all; leave out block_lr and loraplus")
+        if self.loraplus is not None and self.adapter not in ("lora", "dora"):
+            raise ValueError(f"loraplus goes with adapters lora and dora, found {self.adapter}")
+        if self.max_norm is not None and getattr(self, "optimizer", "") == "schedulefree":
+            raise ValueError("schedulefree trains other weights than those that it gives; leave out max_norm")
+        self._oft_fits()
+        return self
+
+    def _oft_fits(self) -> None:
         if self.adapter == "oft":
+            if self.max_norm is not None:
+                raise ValueError("oft rotates, which keeps norms; leave out max_norm")
             if self.rslora or self.alpha is not None:
                 raise ValueError("oft rotates, and is not scaled; leave out alpha and rslora")
             if self.rank == 1:
                 raise ValueError("the rank of oft is the size of its blocks: expected 2 or more, found 1")
-        return self
 
 
 def assignments(texts: Sequence[str]) -> dict[str, str]:
@@ -76,3 +104,10 @@ def assignments(texts: Sequence[str]) -> dict[str, str]:
     if not all(name.strip() and value.strip() for name, _, value in pairs):
         raise ValueError("expected BLOCK=VALUE, such as mid=32")
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from latentdiff.adapters.lora import LoRA, LoRASpec, lora_metadata, network_metadata, save_lora
+from latentdiff.adapters.lora.norms import limit_norms
+from latentdiff.adapters.lora.spec import by_block
 from latentdiff.adapters.textual_inversion import NewWord
 from latentdiff.checkpoints.components import Components, save_folder
 from latentdiff.checkpoints.control import read_control
@@ -72,6 +74,9 @@ class FinetuningMethod(ABC):
     def networks(self) -> list[nn.Module]:
         """Networks of which everything is trained."""
         return []
+
+    def after_step(self) -> None:  # noqa: B027 (optional)
+        """What is done with the weights when the optimizer has taken a step."""
 
     @abstractmethod
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -134,6 +139,8 @@ class LoRAMethod(FinetuningMethod):
         super().__init__(parts, settings)
         self.adapter = self.lora = LoRA.create(parts.unet, parts.text_encoder, _spec(settings), settings.seed)
         self.trains_text = any(not name.startswith("unet.") for name in self.lora.layers)
+        block_lr = {block: float(rate) for block, rate in assignments(settings.block_lr).items()}
+        self._block_lr = by_block(block_lr, list(self.lora.layers), 0.0, "block_lr")  # 0 where nothing is said
 
     def attached(self) -> AbstractContextManager[Any]:
         return self.lora.attached()
@@ -146,7 +153,21 @@ class LoRAMethod(FinetuningMethod):
         for layer_name, layer in self.lora.layers.items():
             part = "unet" if layer_name.startswith("unet.") else "text_encoder"
             by_part[part] |= {f"{layer_name}.{name}": parameter for name, parameter in layer.named_parameters()}
-        return self._groups(by_part)
+        groups, orthogonal = self._groups(by_part), self.settings.adapter != "oft"  # its blocks are no matrices that act
+        return [replace(g, rates=self._factors(g), muon=g.muon and orthogonal) for g in groups]
+
+    def _factors(self, group: ParameterGroup) -> dict[str, float]:
+        """Factors on the learning rate of the group: of blocks, and of the second matrices by LoRA+."""
+        usual, plus = self.settings.lr * group.lr_scale, self.settings.loraplus or 1.0
+        return {
+            f"{layer}.{name}": (rate / usual if rate else 1.0) * (plus if name.endswith("lora_up.weight") else 1.0)
+            for layer, rate in self._block_lr.items()
+            for name, _ in self.lora.layers[layer].named_parameters()
+        }
+
+    def after_step(self) -> None:
+        if (largest := self.settings.max_norm) is not None:
+            limit_norms(self.lora.layers.values(), largest)
 
     def save(self, run: Path, facts: Mapping[str, Any]) -> Path:
         parts, path = self.parts, run / "lora.safetensors"

@@ -113,6 +113,7 @@ class Preparation:
             raise ConfigError("loss dpo compares with the start model, which FSDP has in parts only; take DDP")
         with self.method.attached():
             task = _task(settings, self.method, self.material, self.sheets, self.shards)
+            task.settles = self.method.after_step
             if settings.stop == "auto":
                 task.decides = Decision(settings, self.material, lambda: self.sheets.written)
             trainer = Trainer(task, settings, settings.out, self.accelerator)

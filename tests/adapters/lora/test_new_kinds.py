@@ -10,6 +10,7 @@ from torch import nn
 
 from latentdiff.adapters.lora import LoRA, LoRASpec, load_lora, merge, read_lora, save_lora
 from latentdiff.adapters.lora.kinds.new import NEW, Shape
+from latentdiff.adapters.lora.norms import limit_norms
 from latentdiff.errors import UsageError
 from tests import peers
 from tests.adapters.lora.conftest import EVERYTHING, fill, our_outputs
@@ -215,3 +216,23 @@ def test_impossible_kinds():
         LoRASpec(kind="boft")
     with pytest.raises(UsageError, match="5 output channels can be divided into blocks of 2 or more, found 4"):
         new("oft", nn.Linear(3, 5))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
+@torch.no_grad()
+def test_norms_are_limited_along_the_direction(kind):
+    torch.manual_seed(0)
+    target, _ = LAYERS["convolution"]()
+    change = learned(new(kind, target, Shape(4, 8.0)))
+    inner = change.inner if kind == "dora" else change
+    before = inner.weight_change(None).clone()
+    kept = {name: parameter.clone() for name, parameter in change.named_parameters()}
+    limit_norms([change], 1.01 * before.norm().item())
+    assert all(torch.equal(parameter, kept[name]) for name, parameter in change.named_parameters())
+    limit_norms([change], 0.25 * before.norm().item())
+    torch.testing.assert_close(inner.weight_change(None), 0.25 * before, rtol=1e-4, atol=1e-6)
+    if kind == "lora":  # as kohya's scripts: both matrices by the square root
+        for name, parameter in change.named_parameters():
+            torch.testing.assert_close(parameter, 0.5 * kept[name])
+    if kind == "dora":
+        assert torch.equal(change.lengths, kept["lengths"])

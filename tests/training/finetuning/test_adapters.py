@@ -12,6 +12,7 @@ from latentdiff import Pipeline, finetune
 from latentdiff.adapters.lora import load_lora
 from latentdiff.errors import ConfigError
 from latentdiff.training.finetuning.finetune import resolve, run
+from latentdiff.training.finetuning.preparation import Preparation, make_accelerator
 from tests.training.finetuning.build import captioned_folder, model_folder, settings, state_of
 
 EVERYTHING = ["attention", "feed_forward", "convolutions", "text_encoder"]
@@ -63,6 +64,55 @@ def test_blocks_have_ranks(tmp):
     assert ranks == {"down_blocks": 2, "mid_block": 3}
 
 
+def first_step(tmp, **changes):
+    """By how much each parameter moved in the first step, in units of the learning rate; Adam's first step has size 1."""
+    made = Preparation(*reversed(make_accelerator(settings(tmp, warmup_steps=0, batch_size=2, **changes))))
+    made.read_data()
+    made.build_caches()
+    with made.trainer() as trainer:
+        before = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
+        trainer.replay(1)
+        return {
+            name: round(((parameter - before[name]).abs().max() / trainer.settings.lr).item(), 2)
+            for name, parameter in trainer.parameters.items()
+        }
+
+
+def test_second_matrices_and_blocks_have_rates(tmp):
+    how = {"loraplus": 16, "lr": 1e-3, "block_lr": {"mid": 2e-3, "text_encoder": 5e-4}, "text_encoder_lr": 1e-4}
+    moved = first_step(tmp, targets=["attention", "text_encoder"], **how)
+    blocks = {"unet.mid_block": 2, "unet.": 1, "text_encoder.": 0.5}
+    seen = set()
+    for name, found in moved.items():
+        if name.endswith("lora_down.weight"):  # whose gradients are zero while the second ones are
+            assert found == 0
+            continue
+        block = next(block for block in blocks if name.startswith(block))
+        seen.add(block)
+        assert found == pytest.approx(16 * blocks[block], rel=0.02), name
+    assert seen == set(blocks)
+
+
+def test_dora_lengths_keep_their_rate_beside_loraplus(tmp):
+    moved = first_step(tmp, adapter="dora", loraplus=4, lr=1e-4)
+    assert {found for name, found in moved.items() if name.endswith("lengths")} == {1.0}
+    assert {found for name, found in moved.items() if name.endswith("lora_up.weight")} == {4.0}
+
+
+def test_norms_stay_within_their_limit_in_a_run(tmp):
+    run(settings(tmp, out=tmp / "free", max_steps=4))
+    run(settings(tmp, out=tmp / "whole", max_steps=4, max_norm=0.01))
+    run(settings(tmp, out=tmp / "parts", max_steps=2, max_norm=0.01))
+    run(resolve(tmp / "parts", None, {"max_steps": 4}))
+    assert_same(state_of(tmp / "parts"), state_of(tmp / "whole"))
+    norms = {}
+    for name in ("free", "whole"):
+        state = state_of(tmp / name)
+        ups = {key: value for key, value in state.items() if key.endswith("lora_up.weight") and "ema" not in key}
+        norms[name] = [(up @ state[key.replace("lora_up", "lora_down")]).norm().item() for key, up in ups.items()]
+    assert max(norms["whole"]) <= 0.01 * (1 + 1e-5) < max(norms["free"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -74,6 +124,14 @@ def test_blocks_have_ranks(tmp):
         ({"method": "full", "block_rank": "mid=2"}, "block_rank goes with method lora, found full"),
         ({"block_rank": "mid"}, "expected BLOCK=VALUE, such as mid=32"),
         ({"block_rank": ["mid=2", "up=-1"]}, "expected BLOCK=RANK with a rank of 0 or more"),
+        (
+            {"block_lr": "mid=0"},
+            "expected BLOCK=LR with a rate above 0, such as mid=1e-4; block_rank mid=0 leaves it out",
+        ),
+        ({"block_lr": "mid=1e-4", "optimizer": "prodigy"}, "one step size for all; leave out block_lr and loraplus"),
+        ({"loraplus": 4, "adapter": "loha"}, "loraplus goes with adapters lora and dora, found loha"),
+        ({"max_norm": 1, "adapter": "oft"}, "oft rotates, which keeps norms; leave out max_norm"),
+        ({"max_norm": 1, "optimizer": "schedulefree"}, "leave out max_norm"),
     ],
 )
 def test_what_does_not_combine_is_refused(tmp, changes, message):
