@@ -28,19 +28,19 @@ from latentdiff.engines.deepcache import UNCACHED, CacheSettings, DeepCache
 from latentdiff.image import to_pil, to_tensor
 from latentdiff.memory.estimate import decoding_bytes, denoising_bytes
 from latentdiff.memory.sharing import one_use
-from latentdiff.model.prompted import PromptedModel
+from latentdiff.model.loaded import LoadedModel
 from latentdiff.networks.attention import attention_backend
 from latentdiff.networks.conditioning import Applied
 from latentdiff.networks.regional import Regions
 from latentdiff.networks.sizes import Told
 from latentdiff.networks.steering import checked_model, prompted_denoiser
 from latentdiff.networks.text_embedding import EncodedPrompt, Given
-from latentdiff.networks.vae import LatentDistribution, decode_latents, encode_images
+from latentdiff.networks.vae import LatentDistribution, decode_latents, encode_images, latent_shape
 from latentdiff.networks.windows import Windows, windowed
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice, refusal
 from latentdiff.request.options import SECOND_PASS, GenerateOptions, SamplingOptions
-from latentdiff.request.plan import Plan, Sampling, Start, latent_shape
+from latentdiff.request.plan import Plan, Sampling, Start
 from latentdiff.request.second_pass import LATENT_MODES, SecondPass, enlarged_latents, noised
 from latentdiff.request.windows import windows_of
 from latentdiff.upscaling.second_pass import enlarged
@@ -55,7 +55,7 @@ def _tensor(name: str, value: object) -> Tensor:
 Texts = Tensor | Sequence[EncodedPrompt]  # embeddings (N, L, C), or what each image is told
 
 
-class Pipeline(PromptedModel):
+class Pipeline(LoadedModel):
     """A text-to-image model, and what it can be asked for; `LoadedModel` says how it is loaded, moved and adapted."""
 
     @overload

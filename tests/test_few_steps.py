@@ -21,7 +21,7 @@ from latentdiff.checkpoints.distilled import Distilled, copy_distilled
 from latentdiff.cli import run
 from latentdiff.errors import CheckpointError
 from latentdiff.image import open_image, save_image
-from latentdiff.networks.taps import has_taps
+from latentdiff.networks.kernels import has_taps
 from latentdiff.recipe import read_recipe
 from latentdiff.tasks import image_to_image, interpolate
 from tests import peers

@@ -26,7 +26,7 @@ FLOORS: list[list[set[str]]] = [
     [{"memory"}],
     [{"adapters"}, {"request"}],
     [{"control"}, {"upscaling"}],
-    [{"model/adapted"}, {"model/parts"}, {"model/portable"}, {"training"}],
+    [{"model/adapted"}, {"model/portable"}, {"training"}],
     [{"model"}],
     [{"pipeline"}],
     [{"evaluation"}, {"tasks"}, {"training/sheets"}],

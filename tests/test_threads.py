@@ -23,7 +23,7 @@ from latentdiff import Pipeline
 from latentdiff.adapters.lora import save_lora
 from latentdiff.diffusion.denoise import Cancelled
 from latentdiff.errors import CheckpointError, UsageError
-from latentdiff.networks.taps import has_taps
+from latentdiff.networks.kernels import has_taps
 from latentdiff.tasks import image_to_image, inpaint, invert, translate
 from tests import tiny
 from tests.adapters.lora.conftest import make

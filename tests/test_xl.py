@@ -174,7 +174,7 @@ def test_low_memory_is_the_same_to_the_bit(folder: Path, pipe: Pipeline) -> None
 def test_what_an_engine_takes_is_the_context(pipe: Pipeline) -> None:
     """Engines take tensors alone: keys, values, and what is added to the embedding of the timestep."""
     from latentdiff.networks.conditioning import Conditioning
-    from latentdiff.networks.layers.transformer import ProjectedContext
+    from latentdiff.networks.layers import ProjectedContext
 
     unet, text, sizes = pipe.unet, pipe.encode([PROMPT]), pipe.told(SIDE, SIDE).positive
     context = Conditioning.of(unet, text, sizes=sizes).projected

@@ -92,8 +92,7 @@ def _modules(shrink: int) -> Iterator[tuple[str, str, Any, list[tuple[int, ...]]
     """Form, shape, module, and the shapes of its inputs."""
     from torch import nn
 
-    from latentdiff.networks.layers.resnet import ResnetBlock, Upsample
-    from latentdiff.networks.layers.transformer import FeedForward
+    from latentdiff.networks.layers import FeedForward, ResnetBlock, Upsample
 
     for rows, i, o in LINEAR:
         yield "linear", f"{rows}x{i} to {o}", nn.Linear(i // shrink, o // shrink), [(rows, i // shrink)]
@@ -113,7 +112,7 @@ def measured(dtype: str, repeat: int, tiny: bool) -> list[Row]:
     """All shapes in this process."""
     import torch
 
-    from latentdiff.networks.kernels import choice
+    from latentdiff.networks import kernels
 
     torch.set_num_threads(1)
     rows = []
@@ -124,9 +123,9 @@ def measured(dtype: str, repeat: int, tiny: bool) -> list[Row]:
                 "fast": partial(_under, "fast", ours),
                 "measured": partial(_under, "measured", ours),
             }
-            choice._used.clear()
+            kernels._used.clear()
             runs["measured"]()  # tries
-            is_fast = any(choice._used.values())
+            is_fast = any(kernels._used.values())
             least = dict.fromkeys(CONTENDERS, float("inf"))
             for _ in range(repeat):
                 for name, run in runs.items():

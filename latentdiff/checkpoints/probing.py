@@ -10,7 +10,7 @@ from latentdiff.checkpoints.hashing import remembered
 from latentdiff.checkpoints.modules import build_module, parse_config
 from latentdiff.checkpoints.prediction import PredictionType, probe_prediction_type
 from latentdiff.checkpoints.raw import RawModel
-from latentdiff.networks.layers.transformer import SizedText
+from latentdiff.networks.layers import SizedText
 
 
 def probed(raw: RawModel, *, second_family: bool) -> PredictionType:

@@ -31,9 +31,9 @@ from latentdiff.errors import UsageError
 from latentdiff.prompts.lines import Line, read_lines
 from latentdiff.prompts.notice import shortened
 from latentdiff.prompts.wildcards import Wildcards
+from latentdiff.request.calls import Settings
 from latentdiff.request.infotext import SAMPLER_TITLES
 from latentdiff.request.options import OPTIONS, SAMPLING, GenerateOptions, SizedOptions, check_second_pass, options_of
-from latentdiff.request.settled import Settings
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline

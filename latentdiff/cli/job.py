@@ -18,7 +18,6 @@ from latentdiff.prompts.lines import Line
 from latentdiff.prompts.syntax import read_prompt
 from latentdiff.recipe import recorded_steering
 from latentdiff.request.options import GENERATING, KEPT, OPTIONS, SAMPLING, SECOND_PASS, checked
-from latentdiff.request.settled import batches
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -101,6 +100,8 @@ class PromptsJob:
 
     def _calls(self, images: Sequence[WantedImage]) -> Iterator[list[WantedImage]]:
         """What one call of the pipeline makes: a prompt, or one batch of it where it is to be shared."""
+        from latentdiff.request.plan import batches
+
         for _, of_prompt in groupby(images, key=lambda image: (image.prompt, image.own)):
             found = list(of_prompt)
             parts = [slice(None)] if self.ranks.count == 1 else batches(len(found), self.settings.get("batch_size"))

@@ -22,7 +22,7 @@ from latentdiff.memory.parts import Part
 from latentdiff.memory.residence import Residence
 from latentdiff.networks.image_encoder import DEVIATION, MEAN, ImageEncoder
 from latentdiff.networks.ip_adapter import AppliedImagePrompt, IPAdapterNetwork, cross_attentions
-from latentdiff.networks.layers.transformer import KeysValues
+from latentdiff.networks.layers import KeysValues
 from latentdiff.networks.rows import window_of
 from latentdiff.networks.unet import UNet
 

@@ -6,6 +6,5 @@ parameterization  what a prediction means: noise, velocity or clean latents
 guidance          classifier-free guidance: a denoiser made of a model and two texts
 latents           seeds to noise, one generator per image
 samplers          one step from a noise level to the next
-denoise           the one loop over the steps
-progress          watching the loop: bar, callback, cancelling
+denoise           the one loop over the steps, and watching it: bar, callback, cancelling
 """

@@ -31,6 +31,8 @@ from latentdiff.errors import UsageError
 # (x (N, C, h, w), t, context of batch N) -> raw output (N, C, h, w). In a guided step N is twice the number of images.
 Model = Callable[[Tensor, float, Any], Tensor]
 
+EVERYWHERE = (0.0, math.inf)  # all noise levels
+
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
@@ -54,7 +56,7 @@ class Guidance:
 
     scale: float = 1.0
     rescale: float = 0.0
-    interval: tuple[float, float] = (0.0, math.inf)
+    interval: tuple[float, float] = EVERYWHERE
     kind: str = "cfg"
     projection: Projection = Projection()
     percentile: float = 0.995

@@ -18,6 +18,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from latentdiff.networks.layers.transformer import ProjectedContext
+from latentdiff.networks.layers import ProjectedContext
 
 Example = tuple[Tensor, float, ProjectedContext]  # what a network was called with

@@ -15,7 +15,7 @@ from latentdiff.diffusion.samplers import get_sampler
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.engines import Example
 from latentdiff.networks.conditioning import Conditioning
-from latentdiff.networks.layers.transformer import Context, ProjectedContext
+from latentdiff.networks.layers import Context, ProjectedContext
 from latentdiff.networks.sizes import Told
 from latentdiff.networks.steering import checked_model
 from latentdiff.networks.text_embedding import PromptEncoder

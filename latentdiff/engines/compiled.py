@@ -21,8 +21,15 @@ from latentdiff.engines.cuda_graphs import GraphedFunction
 from latentdiff.engines.replacement import forms_in_force, plain_steps_in, refuse_gradients, state_of
 from latentdiff.errors import MissingDependencyError
 from latentdiff.files import cache_folder
-from latentdiff.networks.layers.resnet import Downsample, ResnetBlock, Upsample
-from latentdiff.networks.layers.transformer import Context, ProjectedContext, SpatialTransformer, text_attentions
+from latentdiff.networks.layers import (
+    Context,
+    Downsample,
+    ProjectedContext,
+    ResnetBlock,
+    SpatialTransformer,
+    Upsample,
+    text_attentions,
+)
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
 

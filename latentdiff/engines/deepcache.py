@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentdiff.errors import UsageError
-from latentdiff.networks.layers.transformer import Context
+from latentdiff.networks.layers import Context
 from latentdiff.networks.steering import Network
 from latentdiff.networks.taps import Tap
 from latentdiff.networks.unet import UNet

@@ -1,7 +1,7 @@
 """The networks' fast forms for inference on an x86 CPU: the same mathematics up to rounding, by other routines.
 
 Which routine is faster depends on the processor, so that each form is tried against torch's when its size first comes
-by, see `latentdiff.networks.kernels.choice`. `use_fast_forms` gives each module of a network its fast form as an
+by, see `latentdiff.networks.kernels`. `use_fast_forms` gives each module of a network its fast form as an
 attribute `forward` of that one object: names, weights, hooks and taps stay as they are. Where gradients are recorded,
 or in another dtype or on another device, the plain forward computes.
 
@@ -19,11 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff.engines import form_trials as trials
-from latentdiff.networks.kernels.choice import NEEDED, takes_fast_form
-from latentdiff.networks.kernels.onednn import as_matrix, has_product, product, windows
-from latentdiff.networks.layers.resnet import ResnetBlock, Upsample
-from latentdiff.networks.layers.transformer import FeedForward
-from latentdiff.networks.taps import has_taps
+from latentdiff.networks.kernels import NEEDED, as_matrix, has_product, has_taps, product, takes_fast_form, windows
+from latentdiff.networks.layers import FeedForward, ResnetBlock, Upsample
 
 MIN_ROWS = 16  # below, a product is bound by reading its weights, whoever computes it
 MAX_MAP = 512  # pixels of a batch, up to which a convolution is faster as one matrix product

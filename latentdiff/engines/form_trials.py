@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.networks.kernels.choice import Form
-from latentdiff.networks.kernels.onednn import product
-from latentdiff.networks.layers.resnet import Upsample
-from latentdiff.networks.layers.transformer import FeedForward
+from latentdiff.networks.kernels import Form, product
+from latentdiff.networks.layers import FeedForward, Upsample
 
 Pair = tuple[Form, Form]
 Fast = Callable[[Any, Tensor], Tensor]

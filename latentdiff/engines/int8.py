@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from latentdiff.engines.replacement import forms_in_force, refuse_gradients, state_of
 from latentdiff.errors import UsageError
-from latentdiff.networks.layers.transformer import Context, FeedForward
-from latentdiff.networks.taps import has_taps
+from latentdiff.networks.kernels import has_taps
+from latentdiff.networks.layers import Context, FeedForward
 from latentdiff.networks.unet import UNet
 
 OUTER = 0.1  # share of the timesteps, at each end, that are computed in the U-Net's own precision

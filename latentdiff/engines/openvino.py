@@ -25,7 +25,7 @@ from latentdiff.engines.replacement import forms_in_force, plain_steps_in, refus
 from latentdiff.errors import MissingDependencyError, UsageError
 from latentdiff.files import cache_folder
 from latentdiff.networks.attention import use_attention_backend
-from latentdiff.networks.layers.transformer import Context, FeedForward, ProjectedContext, text_attentions
+from latentdiff.networks.layers import Context, FeedForward, ProjectedContext, text_attentions
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
 from latentdiff.networks.weights import weights_hash

@@ -24,7 +24,7 @@ from latentdiff.engines import Example
 from latentdiff.engines.int8 import is_outer, multiplies_in_8_bits
 from latentdiff.engines.openvino import OpenVINONetwork, cached_model, convert, openvino_package, without_telemetry
 from latentdiff.errors import MissingDependencyError
-from latentdiff.networks.layers.transformer import Context
+from latentdiff.networks.layers import Context
 from latentdiff.networks.unet import UNet
 
 SMOOTH_PRODUCTS = 0.5  # share of the differences between channels that SmoothQuant moves from activations to weights

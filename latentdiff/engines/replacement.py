@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UsageError
-from latentdiff.networks.taps import has_taps
+from latentdiff.networks.kernels import has_taps
 
 
 def plain_steps_in(module: nn.Module, engine: str) -> bool:

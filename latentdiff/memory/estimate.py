@@ -93,6 +93,12 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
+def held_bytes(module: nn.Module) -> int:
+    """Bytes of those of a network's weights that lie in memory, and not on the meta device."""
+    held = (parameter for parameter in module.parameters() if parameter.device.type != "meta")
+    return sum(parameter.numel() * parameter.element_size() for parameter in held)
+
+
 def denoising_bytes(workload: Workload) -> int:
     """Activations of one call of the U-Net."""
     config, levels = workload.unet, range(len(workload.unet.block_out_channels))

@@ -26,23 +26,14 @@ class Part:
         self.module = module.eval()  # may have no weights at the moment: for its configuration, `ready` for use
         self._stored = stored
         self._device = torch.device("cpu")
-        self._read: dict[str, _Trace] | None = None  # what was read
+        self._read: dict[str, _Trace] = {}  # what was read
+        self.is_ready = stored is None  # whether it has its weights
 
     @property
     def device(self) -> torch.device:
         """Where its weights lie, or will lie."""
         device = next(self.module.parameters()).device
         return self._device if device.type == "meta" else device
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it has its weights."""
-        return self._stored is None or self._read is not None
-
-    @property
-    def has_own_memory(self) -> bool:
-        """Whether weights lie in memory, and not on the meta device."""
-        return next(self.module.parameters()).device.type != "meta"
 
     def ready(self) -> nn.Module:
         """The network with its weights."""
@@ -65,7 +56,7 @@ class Part:
         if not self.is_as_stored:
             return False
         empty(self.module, self._stored)
-        self._read = None
+        self._read, self.is_ready = {}, False
         for tensor in self._stored.values():
             release(tensor)
         trim()
@@ -74,7 +65,7 @@ class Part:
     @property
     def is_as_stored(self) -> bool:
         """Whether the weights are those of the file still."""
-        if self._stored is None or self._read is None:
+        if self._stored is None or not self.is_ready:
             return self._stored is not None
         present = self.module.state_dict(keep_vars=True)
         return all(trace.is_of(present[name]) for name, trace in self._read.items())
@@ -95,6 +86,7 @@ class Part:
             fill(self.module, stored, self._device)
         present = self.module.state_dict(keep_vars=True)
         self._read = {name: _Trace.of(present[name]) for name in stored}
+        self.is_ready = True
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from latentdiff.memory.estimate import (
     advice,
     available_memory,
     free_swap,
+    held_bytes,
     in_gigabytes,
     needed,
     weight_bytes,
@@ -63,6 +64,7 @@ class Residence:
         self.beside: WeakKeyDictionary[Any, Part] = WeakKeyDictionary()
         self.low_memory = low_memory
         self.keep: bool | None = False if low_memory else None
+        self._device = torch.device("cpu")
         self._in_use: set[str] = set()
         self._may_give_back = may_give_back
         self._reading = threading.RLock()
@@ -70,7 +72,8 @@ class Residence:
     @property
     def device(self) -> torch.device:
         """Where the U-Net lies."""
-        return self.parts["unet"].device
+        device = next(self.module("unet").parameters()).device
+        return self._device if device.type == "meta" else device
 
     def adopt(self, key: Any, module: nn.Module, stored: Mapping[str, Tensor]) -> None:
         """Take a network on the meta device, with its weights, among those beside the U-Net."""
@@ -96,6 +99,7 @@ class Residence:
 
     def to(self, device: torch.device | str, precision: Precision) -> None:
         """Move all parts."""
+        self._device = torch.device(device)
         for name, part in self.parts.items():
             part.to(device, getattr(precision, name))
 
@@ -200,5 +204,5 @@ class Residence:
         """Bytes for the model and its work: what is free, and what the parts that are loaded have taken already."""
         available = available_memory(self.device)
         parts = (*self.parts.values(), *self.beside.values())
-        loaded = sum(weight_bytes(part.module) for part in parts if part.has_own_memory)
+        loaded = sum(held_bytes(part.module) for part in parts)
         return None if available is None else available + loaded

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from latentdiff.checkpoints.mapping import empty, placed, prefetch, put, release
 from latentdiff.memory.parts import Part, trim
-from latentdiff.networks.layers.resnet import Downsample, ResnetBlock, Upsample
-from latentdiff.networks.layers.transformer import TransformerBlock, text_attentions
+from latentdiff.networks.layers import Downsample, ResnetBlock, TransformerBlock, Upsample, text_attentions
 
 _BLOCKS = (ResnetBlock, TransformerBlock, Downsample, Upsample)
 

@@ -27,9 +27,8 @@ from latentdiff.engines.fast_forms import use_fast_forms
 from latentdiff.errors import UsageError
 from latentdiff.memory.residence import Residence
 from latentdiff.memory.sharing import Sharing, one_use
-from latentdiff.model.adapted import AdaptedModel
-from latentdiff.model.parts import ModelParts
 from latentdiff.model.portable import PortableModel, absolute
+from latentdiff.model.prompted import PromptedModel
 from latentdiff.networks.inputs import GUIDANCE, INPAINTING, TEXT, inputs_of
 from latentdiff.networks.sizes import count_of_sizes
 from latentdiff.networks.unet import UNet
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     from latentdiff.prompts.words import Words
 
 
-class LoadedModel(ModelParts, AdaptedModel, PortableModel):
+class LoadedModel(PromptedModel, PortableModel):
     """Tokenizer, text encoder, U-Net, VAE and noise schedule, each usable alone.
 
     Args:

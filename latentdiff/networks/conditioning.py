@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from latentdiff.networks.layers.transformer import Context, Further, ProjectedContext, SizedText
+from latentdiff.networks.layers import Context, Further, ProjectedContext, SizedText
 from latentdiff.networks.rows import Area, Rows
 from latentdiff.networks.taps import Tap
 from latentdiff.networks.unet import UNet

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.networks.layers.transformer import Context, Further, KeysValues
+from latentdiff.networks.layers import Context, Further, KeysValues
 from latentdiff.networks.rows import Rows, acts_at
 
 HEAD = 64  # channels of a head of the resampler

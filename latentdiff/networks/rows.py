@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from latentdiff.networks.layers.transformer import Context, Further
+from latentdiff.networks.layers import Context, Further
 
 Area = tuple[Tensor, Tensor]  # rows (h, 1) and columns (w,) of latents
 

@@ -13,7 +13,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.networks.layers.resnet import Upsample
+from latentdiff.networks.layers import Upsample
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from latentdiff.errors import UsageError
 from latentdiff.networks.config import UNetConfig
-from latentdiff.networks.layers.transformer import Context
+from latentdiff.networks.layers import Context
 from latentdiff.networks.rows import Area, Rows, acts_at
 
 _LUMA = (0.299, 0.587, 0.114)  # of RGB (ITU-R BT.601), for adapters that see grey

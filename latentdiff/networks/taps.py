@@ -66,11 +66,6 @@ class Tap:
             self._handles.pop().remove()
 
 
-def has_taps(*modules: nn.Module) -> bool:
-    """Whether anything, a LoRA say, listens to or changes what goes through one of these or a part of it."""
-    return any(part._forward_hooks or part._forward_pre_hooks for module in modules for part in module.modules())
-
-
 def find_module(root: nn.Module, name: str) -> nn.Module:
     """The module called `name` in `root`.
 

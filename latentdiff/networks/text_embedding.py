@@ -16,9 +16,8 @@ from latentdiff.device import finite_or_float32
 from latentdiff.errors import UsageError
 from latentdiff.networks.pooled import joined_chunks
 from latentdiff.networks.text_encoders import PENULTIMATE, TextEncoders
-from latentdiff.prompts.chunks import Chunk
 from latentdiff.prompts.notice import shortened
-from latentdiff.prompts.syntax import chunks_of, read_prompt, warn_of_lost_text, warn_of_unheeded
+from latentdiff.prompts.syntax import Chunk, chunks_of, read_prompt, warn_of_lost_text, warn_of_unheeded
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,17 @@ from torch.utils.checkpoint import checkpoint
 
 from latentdiff.errors import UsageError
 from latentdiff.networks.config import UNetConfig
-from latentdiff.networks.layers.resnet import (
+from latentdiff.networks.layers import (
+    Context,
     Downsample,
+    ProjectedContext,
     ResnetBlock,
+    SizedText,
+    SpatialTransformer,
     TimestepEmbedding,
     Upsample,
     added_embedding,
     sinusoidal_embedding,
-)
-from latentdiff.networks.layers.transformer import (
-    Context,
-    ProjectedContext,
-    SizedText,
-    SpatialTransformer,
     text_attentions,
 )
 from latentdiff.networks.pooled import split_pooled

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff.networks.controlnet import ControlNetConfig, ControlNetwork
-from latentdiff.networks.layers.resnet import TimestepEmbedding, sinusoidal_embedding
+from latentdiff.networks.layers import TimestepEmbedding, sinusoidal_embedding
 
 
 class _MixingLayer(nn.Module):

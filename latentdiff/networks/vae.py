@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff.device import finite_or_float32, is_out_of_memory
+from latentdiff.errors import UsageError
 from latentdiff.networks.config import VAEConfig
-from latentdiff.networks.layers.resnet import Downsample, ResnetBlock, Upsample
-from latentdiff.networks.layers.transformer import Attention
+from latentdiff.networks.layers import Attention, Downsample, ResnetBlock, Upsample
 
 _EPS = 1e-6
 
@@ -297,3 +297,29 @@ def _decode_one(decoder: LatentDecoder, vae: VAE, latent: Tensor, device: torch.
     # Outside of the block above: as long as the error is handled, it keeps everything alive that the decoder had made.
     warnings.warn("not enough memory to decode the image whole; decoding it in tiles", stacklevel=2)
     return finite_or_float32("the VAE's decoder", vae, partial(compute, tile=vae.config.sample_size)).float()
+
+
+def latent_shape(
+    asked: tuple[int | None, int | None],
+    trained: tuple[int, int],
+    vae: VAEConfig,
+    latents: Tensor | None,
+    count: int,
+) -> tuple[int, int, int]:
+    """(C, h, w) of one image's latents; sizes are (height, width) in pixels.
+
+    What is asked for counts, else the size of the given `latents`, else that of the training.
+
+    Raises:
+        UsageError: a size that the VAE cannot make, or latents of another shape.
+    """
+    factor = vae.downscale
+    given = (None, None) if latents is None else tuple(factor * side for side in latents.shape[-2:])
+    size = [next(side for side in sides if side is not None) for sides in zip(asked, given, trained, strict=True)]
+    for name, side in zip(("height", "width"), size, strict=True):
+        if side <= 0 or side % factor:
+            raise UsageError(f"expected a {name} that is a positive multiple of {factor}, found {side}")
+    shape = (vae.latent_channels, size[0] // factor, size[1] // factor)
+    if latents is not None and latents.shape != (count, *shape):
+        raise UsageError(f"expected latents of shape {(count, *shape)}, found {tuple(latents.shape)}")
+    return shape

@@ -1,10 +1,9 @@
 """From a prompt to token ids and weights; nothing here knows a network.
 
-syntax      what a prompt says: tags, parts joined by AND, stages over the steps, runs of one weight
+syntax      what a prompt says: tags, parts joined by AND, stages over the steps, runs of one weight, chunks of tokens
 tags        `<lora:name:weight>`
 stages      text that changes on the way: `[from:to:when]`, `[a|b]`
 weights     attention weights, as AUTOMATIC1111 and as ComfyUI read them
-chunks      tokens in pieces that the text encoder can read
 account     what a prompt means, as a table
 lines       prompt files with options on each line
 wildcards   `{a|b}` and `__name__`

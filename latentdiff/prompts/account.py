@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from latentdiff.prompts.chunks import Chunk, room
 from latentdiff.prompts.notice import shortened
-from latentdiff.prompts.syntax import Prompt, chunks_of, dropped_text, read_prompt
+from latentdiff.prompts.syntax import Chunk, Prompt, chunks_of, dropped_text, read_prompt, room
 from latentdiff.prompts.tokenizer import END_OF_WORD
 
 

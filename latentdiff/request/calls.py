@@ -1,15 +1,18 @@
-"""The door of the library: calls with a name that nobody takes, or a value outside its domain, end here in one line."""
+"""The door of the library: calls with a name that nobody takes, or a value outside its domain, end here in one line; and
+the options of a walk as they are when all is decided."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
+from dataclasses import field, make_dataclass
 from difflib import get_close_matches
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, Unpack, cast
 
 from latentdiff.errors import UsageError
-from latentdiff.request.options import OPTIONS, options_of
+from latentdiff.request.options import OPTIONS, SAMPLING, SamplingOptions, options_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Domain = Callable[[str, Any], Any]
@@ -119,3 +122,60 @@ def _expanded(plain: inspect.Signature, group: type[Any] | None, options: Mappin
         for name, option in options.items()
     ]
     return plain.replace(parameters=[*own, *added])
+
+
+if TYPE_CHECKING:
+
+    class Settings:
+        """All of `SamplingOptions`, checked, with the defaults in place of what was not given."""
+
+        __dataclass_fields__: ClassVar[dict[str, Any]]
+        left_open: set[str]
+        given: dict[str, Any]
+
+        def __init__(self, **options: Unpack[SamplingOptions]) -> None: ...
+        def but(self, **changes: Any) -> Self: ...
+        def decided(self, changes: Mapping[str, Any]) -> Self: ...
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    from latentdiff.request.options import FAST, checked
+
+    class _Settled:
+        """All of `SamplingOptions`, checked, with the defaults in place of what was not given, or those of `fast`.
+
+        `given` are those that were given, `left_open` the names of those that a default decided.
+        """
+
+        def __post_init__(self) -> None:
+            given = _not_none(self)
+            self._settle(checked(given) if given else given)
+
+        def _settle(self, given: dict[str, Any]) -> None:
+            fast = FAST if given.get("fast") else {}
+            defaults = {name: option.default for name, option in SAMPLING.items()}
+            left_open = SAMPLING.keys() - given.keys() - fast.keys()
+            for name, value in {**defaults, **fast, **given, "left_open": left_open, "given": given}.items():
+                object.__setattr__(self, name, value)
+
+        def but(self, **changes: Any) -> Self:
+            """The same with these options given, and what was left open left open."""
+            return type(self)(**{**self.given, **changes})
+
+        def decided(self, changes: Mapping[str, Any]) -> Self:
+            """The same with these values, which are not checked again, and nothing left open that has a default."""
+            other = copy(self)
+            other._settle(_not_none(self) | {name: value for name, value in changes.items() if value is not None})
+            return other
+
+    def _not_none(settings: _Settled) -> dict[str, Any]:
+        values = ((name, getattr(settings, name)) for name in SAMPLING)
+        return {name: value for name, value in values if value is not None}
+
+    Settings = make_dataclass(
+        "Settings",
+        [(name, Any, field(default=None)) for name in SAMPLING],
+        bases=(_Settled,),
+        frozen=True,
+        kw_only=True,
+    )

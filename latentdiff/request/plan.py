@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -12,21 +13,20 @@ from typing import Any
 from torch import Tensor
 
 from latentdiff.diffusion.drawing import Thresholding
-from latentdiff.diffusion.guidance import UNGUIDED, Guidance
+from latentdiff.diffusion.guidance import EVERYWHERE, UNGUIDED, Guidance
 from latentdiff.diffusion.guidance_kinds import CFG_PP_SAMPLERS, Projection, Weakening
 from latentdiff.diffusion.latents import NoiseRule
 from latentdiff.diffusion.samplers import SAMPLERS, Sampler, get_sampler
 from latentdiff.diffusion.schedule import Level, Schedule
 from latentdiff.engines.deepcache import UNCACHED, CacheSettings
 from latentdiff.errors import UsageError
-from latentdiff.networks.config import VAEConfig
 from latentdiff.networks.sizes import SizeOptions, Told
 from latentdiff.networks.text_embedding import Reading
 from latentdiff.prompts.syntax import as_list, read_prompt
 from latentdiff.prompts.tags import LoRATag
 from latentdiff.recipe import recorded_steering
+from latentdiff.request.calls import Settings
 from latentdiff.request.options import KEPT, SAMPLING
-from latentdiff.request.settled import Settings, batches_of_equal_loras, one_per_image, seed_of_each
 
 TOLD_GUIDANCE = 8.5  # customary for models that are told it (Luo et al. 2023)
 
@@ -84,9 +84,7 @@ class Sampling(Settings):
         """
         drawing, few = schedule.config.drawing, schedule.config.drawing.few_steps
         if self.fast and few and few.keys() - self.given.keys():
-            return self.but(**{name: value for name, value in few.items() if name not in self.given}).for_model(
-                schedule
-            )
+            return self.but(**{**few, **self.given}).for_model(schedule)
         changes: dict[str, Any] = {"fast": bool(self.fast and few)}  # from here on: whether the model's LoRA acts
         if "sampler" in self.left_open:
             if drawing.refusal:
@@ -95,9 +93,8 @@ class Sampling(Settings):
         name = changes.get("sampler", self.sampler)
         sampler = SAMPLERS[name]
         guidance = TOLD_GUIDANCE if drawing.tells_guidance else sampler.customary_guidance
-        customary = {
-            "steps": drawing.steps or sampler.customary_steps, "guidance_scale": drawing.guidance_scale or guidance
-        }  # fmt: skip
+        steps = drawing.steps or sampler.customary_steps
+        customary = {"steps": steps, "guidance_scale": drawing.guidance_scale or guidance}
         changes |= {key: value for key, value in customary.items() if value is not None and key in self.left_open}
         is_theirs = name == drawing.sampler
         if self.sde_noise is None and is_theirs and not drawing.path_noise:
@@ -119,11 +116,11 @@ class Sampling(Settings):
         if not tells:
             if self.guidance_kind == "cfg++" and self.sampler not in CFG_PP_SAMPLERS:
                 raise UsageError(f"cfg++ goes with {', '.join(CFG_PP_SAMPLERS)}, found the sampler {self.sampler}")
-            guidance = make_guidance(
-                self.guidance_scale, self.guidance_rescale, self.guidance_interval, self.guidance_kind
-            )
-            return replace(
-                guidance,
+            return Guidance(
+                scale=self.guidance_scale,
+                rescale=self.guidance_rescale,
+                interval=self.guidance_interval or EVERYWHERE,
+                kind=self.guidance_kind,
                 projection=Projection(self.apg_eta, self.apg_bound, self.apg_momentum),
                 percentile=self.threshold_percentile,
                 weakening=self.weakening(),
@@ -306,38 +303,48 @@ class Plan:
             yield {**same, "prompt": prompt, "negative_prompt": negative, "seed": seed}
 
 
-def latent_shape(
-    asked: tuple[int | None, int | None],
-    trained: tuple[int, int],
-    vae: VAEConfig,
-    latents: Tensor | None,
-    count: int,
-) -> tuple[int, int, int]:
-    """(C, h, w) of one image's latents; sizes are (height, width) in pixels.
-
-    What is asked for counts, else the size of the given `latents`, else that of the training.
+def one_per_image(
+    prompt: str | Sequence[str], negative_prompt: str | Sequence[str], num_images: int
+) -> tuple[list[str], list[str]]:
+    """Prompts and negative prompts, one of each per image, all images of a prompt in a row.
 
     Raises:
-        UsageError: a size that the VAE cannot make, or latents of another shape.
+        UsageError: there is no prompt, or the two do not pair up.
     """
-    factor = vae.downscale
-    given = (None, None) if latents is None else tuple(factor * side for side in latents.shape[-2:])
-    size = [next(side for side in sides if side is not None) for sides in zip(asked, given, trained, strict=True)]
-    for name, side in zip(("height", "width"), size, strict=True):
-        if side <= 0 or side % factor:
-            raise UsageError(f"expected a {name} that is a positive multiple of {factor}, found {side}")
-    shape = (vae.latent_channels, size[0] // factor, size[1] // factor)
-    if latents is not None and latents.shape != (count, *shape):
-        raise UsageError(f"expected latents of shape {(count, *shape)}, found {tuple(latents.shape)}")
-    return shape
+    prompts, negatives = as_list(prompt), as_list(negative_prompt)
+    if len(negatives) == 1:
+        negatives = negatives * len(prompts)
+    if len(negatives) != len(prompts):
+        raise UsageError(f"expected one negative prompt or {len(prompts)}, one for each prompt, found {len(negatives)}")
+    repeated = range(num_images)
+    return [text for text in prompts for _ in repeated], [text for text in negatives for _ in repeated]
 
 
-def make_guidance(scale: float, rescale: float, interval: tuple[float, float] | None, kind: str = "cfg") -> Guidance:
-    """The guidance; no interval is all noise levels.
+def seed_of_each(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """Seeds, one per image: image i has seed + i; a list is taken as it is, and None draws the first.
 
     Raises:
-        UsageError: a value outside its domain.
+        UsageError: a list of another length.
     """
-    if interval is None:
-        return Guidance(scale=scale, rescale=rescale, kind=kind)
-    return Guidance(scale=scale, rescale=rescale, interval=interval, kind=kind)
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+    if isinstance(seed, int):
+        return [seed + i for i in range(count)]
+    if len(seed) != count:
+        raise UsageError(f"expected one seed or {count}, one for each image, found {len(seed)}")
+    return list(seed)
+
+
+def batches(count: int, batch_size: int | None) -> list[slice]:
+    """Cut `count` images into parts of at most `batch_size`; None is the default."""
+    size = SAMPLING["batch_size"].default if batch_size is None else batch_size
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def batches_of_equal_loras(prompts: Sequence[str], syntax: str, batch_size: int) -> list[slice]:
+    """Batches whose prompts name the same LoRAs with the same strengths."""
+    found: list[slice] = []
+    for _, some in groupby(prompts, key=lambda text: read_prompt(text, syntax).loras):
+        start = found[-1].stop if found else 0
+        found += [slice(start + part.start, start + part.stop) for part in batches(len(list(some)), batch_size)]
+    return found

@@ -21,8 +21,7 @@ from latentdiff.diffusion.parameterization import Denoiser, Prediction
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.networks.config import UNetConfig
-from latentdiff.networks.layers.resnet import ResnetBlock
-from latentdiff.networks.layers.transformer import SpatialTransformer
+from latentdiff.networks.layers import ResnetBlock, SpatialTransformer
 from latentdiff.networks.taps import Tap, find_module
 from latentdiff.networks.unet import UNet
 

@@ -15,12 +15,12 @@ from latentdiff.diffusion.latents import NoiseStream, start_noise
 from latentdiff.errors import UsageError
 from latentdiff.image import gif_of, to_pil
 from latentdiff.memory.sharing import one_use
+from latentdiff.networks.vae import latent_shape
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe, read_recipe
 from latentdiff.request.calls import public
 from latentdiff.request.options import SamplingOptions
-from latentdiff.request.plan import Sampling, Start, latent_shape
-from latentdiff.request.settled import seed_of_each
+from latentdiff.request.plan import Sampling, Start, seed_of_each
 from latentdiff.request.task_options import INTERPOLATE
 from latentdiff.tasks.sources import sampling_of
 

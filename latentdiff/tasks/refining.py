@@ -13,12 +13,13 @@ from PIL import Image
 from latentdiff.diffusion.latents import NoiseStream
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.image import to_pil
+from latentdiff.networks.vae import latent_shape
 from latentdiff.pipeline import Pipeline, Start
 from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Real
 from latentdiff.request.options import SamplingOptions, SizedOptions
-from latentdiff.request.plan import Plan, Sampling, latent_shape
+from latentdiff.request.plan import Plan, Sampling
 from latentdiff.tasks.editing import with_recipes
 from latentdiff.tasks.sources import sampling_of
 

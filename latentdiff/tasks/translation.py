@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentdiff.device import explained_out_of_memory
 from latentdiff.diffusion.denoise import Callback, progress_bar
-from latentdiff.diffusion.guidance import UNGUIDED, Guidance, blended_denoiser, guided_denoiser
+from latentdiff.diffusion.guidance import EVERYWHERE, UNGUIDED, Guidance, blended_denoiser, guided_denoiser
 from latentdiff.diffusion.parameterization import Denoiser, parameterization
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
@@ -28,8 +28,7 @@ from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice
 from latentdiff.request.options import OPTIONS, BlendName, TranslationName, WalkOptions
-from latentdiff.request.plan import make_guidance
-from latentdiff.request.settled import batches, one_per_image
+from latentdiff.request.plan import batches, one_per_image
 from latentdiff.request.sources import ImageInput
 from latentdiff.request.task_options import TRANSLATE
 from latentdiff.tasks.features import PnPSpec, default_spec, replay, with_source_features
@@ -140,7 +139,7 @@ def translate(
     )
     scale = _guidance_scale(found, method, guidance_scale)
     rescale, interval = options.get("guidance_rescale") or 0.0, options.get("guidance_interval")
-    guidance = make_guidance(scale, rescale, interval)
+    guidance = Guidance(scale=scale, rescale=rescale, interval=interval or EVERYWHERE)
     chosen = _specification(pipe, method, spec, tau_f, tau_attn)
     reading = Reading(
         options.get("prompt_syntax") or OPTIONS["prompt_syntax"].default,

@@ -20,13 +20,14 @@ from latentdiff.image import to_pil
 from latentdiff.memory.sharing import one_use
 from latentdiff.networks.image_encoder import ImageEncoder
 from latentdiff.networks.inputs import VARIATIONS
-from latentdiff.networks.layers.resnet import sinusoidal_embedding
+from latentdiff.networks.layers import sinusoidal_embedding
 from latentdiff.networks.sizes import Told
+from latentdiff.networks.vae import latent_shape
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public
 from latentdiff.request.options import SamplingOptions, SizedOptions
-from latentdiff.request.plan import Sampling, Start, latent_shape
+from latentdiff.request.plan import Sampling, Start
 from latentdiff.request.sources import ImageInput, open_source
 from latentdiff.request.task_options import VARY
 from latentdiff.tasks.editing import with_recipes

@@ -21,10 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from latentdiff.networks.kernels.onednn import as_matrix, has_product, product, windows
-from latentdiff.networks.layers.resnet import ResnetBlock
-from latentdiff.networks.layers.transformer import FeedForward
-from latentdiff.networks.taps import has_taps
+from latentdiff.networks.kernels import as_matrix, has_product, has_taps, product, windows
+from latentdiff.networks.layers import FeedForward, ResnetBlock
 
 # Up to so many pixels in a batch of maps, the gradient of a 3x3 kernel is one product with the pixels' surroundings:
 # oneDNN's own gradient is as fast for more, and up to eight times slower for the fewest.

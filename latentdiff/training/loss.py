@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from latentdiff.networks.controlnet import ControlNetwork
-from latentdiff.networks.layers.transformer import SizedText
+from latentdiff.networks.layers import SizedText
 from latentdiff.networks.pooled import joined_chunks
 from latentdiff.networks.text_encoder import TextEncoder
 from latentdiff.networks.text_encoders import TextEncoders

@@ -17,8 +17,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from latentdiff.errors import CheckpointError
-from latentdiff.networks.layers.resnet import ResnetBlock
-from latentdiff.networks.layers.transformer import SpatialTransformer
+from latentdiff.networks.layers import ResnetBlock, SpatialTransformer
 
 # What is gathered for its forward pass and let go after it; the rest of a network is gathered as one.
 _BLOCKS = (ResnetBlock, SpatialTransformer)

@@ -16,7 +16,7 @@ from latentdiff.checkpoints.ip_adapter import empty_ip_adapter
 from latentdiff.checkpoints.mapping import fill
 from latentdiff.control.seen import clip_pixels
 from latentdiff.networks.ip_adapter import cross_attentions
-from latentdiff.networks.layers.transformer import ProjectedContext
+from latentdiff.networks.layers import ProjectedContext
 from tests import peers
 from tests.control import adapters
 from tests.tasks.images import an_image, apart

@@ -10,11 +10,10 @@ from torch import nn
 
 from latentdiff.adapters.lora import LoRA, LoRASpec
 from latentdiff.engines import fast_forms
+from latentdiff.networks import kernels
 from latentdiff.networks.config import UNetConfig, VAEConfig
-from latentdiff.networks.kernels import choice
-from latentdiff.networks.kernels.onednn import has_product
-from latentdiff.networks.layers.resnet import ResnetBlock, Upsample
-from latentdiff.networks.layers.transformer import FeedForward
+from latentdiff.networks.kernels import has_product
+from latentdiff.networks.layers import FeedForward, ResnetBlock, Upsample
 from latentdiff.networks.taps import Tap
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE
@@ -231,7 +230,7 @@ def test_what_is_tried_is_right_and_chosen_once(dtype: torch.dtype, monkeypatch,
     has_format = fast_forms.has_product(dtype)
     ours = {"linear", "1x1 convolution", "3x3 convolution", "upsampling", "feed-forward"}
     assert kinds == (ours if has_format else {"widened linear", "widened convolution"})
-    assert max(tried.values()) < choice.TOLERANCE
+    assert max(tried.values()) < kernels.TOLERANCE
 
 
 @torch.no_grad()

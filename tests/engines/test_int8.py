@@ -11,7 +11,7 @@ from latentdiff import Pipeline
 from latentdiff.engines import int8
 from latentdiff.engines.int8 import Int8Network, is_outer
 from latentdiff.errors import UsageError
-from latentdiff.networks.layers.transformer import FeedForward
+from latentdiff.networks.layers import FeedForward
 from latentdiff.networks.taps import Tap
 
 pytestmark = pytest.mark.skipif(not int8.int8_is_possible(), reason="needs a CPU with VNNI instructions")

@@ -13,7 +13,7 @@ from latentdiff.engines.deepcache import CacheSettings, DeepCache
 from latentdiff.engines.int8 import Int8Network
 from latentdiff.errors import UsageError
 from latentdiff.networks.conditioning import Conditioning
-from latentdiff.networks.layers.transformer import ProjectedContext
+from latentdiff.networks.layers import ProjectedContext
 from tests import peers
 from tests.tasks.images import apart
 

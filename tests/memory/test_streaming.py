@@ -12,8 +12,7 @@ from latentdiff.adapters.lora.spec import LoRASpec
 from latentdiff.device import PrecisionWarning
 from latentdiff.errors import UsageError
 from latentdiff.memory.streaming import StreamedPart, block_bytes
-from latentdiff.networks.layers.resnet import ResnetBlock
-from latentdiff.networks.layers.transformer import SpatialTransformer
+from latentdiff.networks.layers import ResnetBlock, SpatialTransformer
 from tests import peers
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latentdiff.networks.freeu import freeu, scaled_lows
-from latentdiff.networks.taps import has_taps
+from latentdiff.networks.kernels import has_taps
 from latentdiff.recipe import read_recipe
 from tests import peers
 from tests.tasks.images import apart

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from latentdiff.errors import UsageError
-from latentdiff.networks.kernels import choice, onednn
-from latentdiff.networks.kernels.choice import Choices
+from latentdiff.networks import kernels
+from latentdiff.networks.kernels import Choices
 
 ONE = torch.ones(4)
 
@@ -19,8 +19,8 @@ ONE = torch.ones(4)
 def clock(monkeypatch):
     """Time passes only where a form says so."""
     now = [0.0]
-    monkeypatch.setattr(choice, "_busy", lambda: now[0])
-    monkeypatch.setattr(choice.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(kernels, "_busy", lambda: now[0])
+    monkeypatch.setattr(kernels.time, "perf_counter", lambda: now[0])
     return now
 
 
@@ -65,7 +65,7 @@ def test_trials_take_no_longer_than_they_may(tmp_path, clock):
     choices = Choices(path)
     for number in range(200):
         choices.is_fast(str(number), forms(clock, plain=0.002, fast=0.001))
-    assert clock[0] < choice.SECONDS + choice.SECONDS_EACH + 0.003
+    assert clock[0] < kernels.SECONDS + kernels.SECONDS_EACH + 0.003
     assert choices.is_fast("0", never) and not choices.is_fast("199", never)
     assert not Choices(path).is_fast("199", never), "a later program must draw the same"
 
@@ -94,28 +94,28 @@ def test_where_nothing_can_be_written_the_choice_holds_in_memory(tmp_path, clock
 
 @pytest.mark.parametrize(("mode", "expected"), [("fast", True), ("torch", False)])
 def test_the_environment_decides_without_a_trial(monkeypatch, mode, expected):
-    monkeypatch.setenv(choice.VARIABLE, mode)
-    monkeypatch.setattr(choice, "_used", {})
-    assert choice.forms_in_use() == ""
-    assert choice.takes_fast_form("a", never) is expected
-    assert (choice.forms_in_use() == "torch") is not expected
-    monkeypatch.setenv(choice.VARIABLE, "quick")
+    monkeypatch.setenv(kernels.VARIABLE, mode)
+    monkeypatch.setattr(kernels, "_used", {})
+    assert kernels.forms_in_use() == ""
+    assert kernels.takes_fast_form("a", never) is expected
+    assert (kernels.forms_in_use() == "torch") is not expected
+    monkeypatch.setenv(kernels.VARIABLE, "quick")
     with pytest.raises(UsageError, match="measured, torch or fast, found 'quick'"):
-        choice.takes_fast_form("a", never)
+        kernels.takes_fast_form("a", never)
 
 
 def test_measured_choices_are_kept_by_machine(tmp_path, monkeypatch, clock):
-    monkeypatch.setenv(choice.VARIABLE, "measured")
+    monkeypatch.setenv(kernels.VARIABLE, "measured")
     monkeypatch.setenv("LATENTDIFF_CACHE", str(tmp_path))
-    monkeypatch.setattr(choice, "_of_machine", {})
-    assert choice.takes_fast_form("a", forms(clock, fast=0.0001))
+    monkeypatch.setattr(kernels, "_of_machine", {})
+    assert kernels.takes_fast_form("a", forms(clock, fast=0.0001))
     (file,) = (tmp_path / "forms").iterdir()
     assert json.loads(file.read_text())["form"] == "a"
     assert torch.__version__.split("+")[0].replace(".", "-") in file.name
-    choice.machine.cache_clear()
+    kernels.machine.cache_clear()
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
-    assert choice.machine(torch.get_num_threads()) != file.stem != choice.machine(64)
-    choice.machine.cache_clear()
+    assert kernels.machine(torch.get_num_threads()) != file.stem != kernels.machine(64)
+    kernels.machine.cache_clear()
 
 
 @pytest.mark.parametrize("then", ["none", "gelu", "sigmoid"])
@@ -123,27 +123,27 @@ def test_measured_choices_are_kept_by_machine(tmp_path, monkeypatch, clock):
 @pytest.mark.parametrize("is_there", [True, False])
 def test_the_product_is_the_same_without_torchs_private_name(monkeypatch, is_there, dtype, then):
     if not is_there:
-        monkeypatch.setattr(onednn, "_operation", lambda: None)
-    onednn.has_product.cache_clear()
+        monkeypatch.setattr(kernels, "_operation", lambda: None)
+    kernels.has_product.cache_clear()
     try:
-        assert is_there or not onednn.has_product(dtype)
+        assert is_there or not kernels.has_product(dtype)
         x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((20, 24), (8, 24), (8,)))
-        expected = onednn._THEN[then](F.linear(x.double(), weight.double(), bias.double()))
-        out = onednn.product(x, weight, bias, then)
+        expected = kernels._THEN[then](F.linear(x.double(), weight.double(), bias.double()))
+        out = kernels.product(x, weight, bias, then)
         assert out.dtype == dtype
         torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
     finally:
-        onednn.has_product.cache_clear()
+        kernels.has_product.cache_clear()
 
 
 def test_a_format_that_onednn_refuses_is_not_asked_for(monkeypatch):
     def refuse(*_):
         raise RuntimeError("could not create a primitive descriptor for the inner product forward propagation")
 
-    monkeypatch.setattr(onednn, "_operation", lambda: refuse)
-    onednn.has_product.cache_clear()
+    monkeypatch.setattr(kernels, "_operation", lambda: refuse)
+    kernels.has_product.cache_clear()
     try:
-        assert not onednn.has_product(torch.bfloat16)
-        torch.testing.assert_close(onednn.product(ONE[None], ONE[None]), 4 * ONE[:1, None])
+        assert not kernels.has_product(torch.bfloat16)
+        torch.testing.assert_close(kernels.product(ONE[None], ONE[None]), 4 * ONE[:1, None])
     finally:
-        onednn.has_product.cache_clear()
+        kernels.has_product.cache_clear()

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from latentdiff.networks.config import UNetConfig
-from latentdiff.networks.layers.transformer import ProjectedContext
+from latentdiff.networks.layers import ProjectedContext
 from latentdiff.networks.unet import UNet
 
 VARIANTS = {

@@ -19,7 +19,7 @@ from latentdiff.diffusion.guidance_kinds import Weakening
 from latentdiff.diffusion.parameterization import parameterization
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import UsageError
-from latentdiff.networks.taps import has_taps
+from latentdiff.networks.kernels import has_taps
 from latentdiff.networks.weakened import blurred_map, weakened_model
 from latentdiff.recipe import read_recipe
 from tests import peers

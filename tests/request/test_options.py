@@ -14,6 +14,7 @@ from latentdiff.cli import cli
 from latentdiff.errors import UsageError
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
+from latentdiff.request.calls import Settings
 from latentdiff.request.option_texts import texts
 from latentdiff.request.options import (
     KEPT,
@@ -25,7 +26,6 @@ from latentdiff.request.options import (
     checked,
     options_of,
 )
-from latentdiff.request.settled import Settings
 from latentdiff.tasks import image_to_image, inpaint, interpolate, restore, translate
 
 TAKERS = {

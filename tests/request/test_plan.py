@@ -10,8 +10,7 @@ from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import UsageError
 from latentdiff.request.options import FAST
-from latentdiff.request.plan import Sampling
-from latentdiff.request.settled import batches, one_per_image, seed_of_each
+from latentdiff.request.plan import Sampling, batches, one_per_image, seed_of_each
 
 
 @given(st.integers(1, 200), st.none() | st.integers(1, 250))

@@ -8,9 +8,8 @@ from torch import nn
 
 from latentdiff.adapters.lora import LoRA, LoRASpec
 from latentdiff.networks.config import UNetConfig
-from latentdiff.networks.kernels.onednn import has_product
-from latentdiff.networks.layers.resnet import ResnetBlock
-from latentdiff.networks.layers.transformer import FeedForward
+from latentdiff.networks.kernels import has_product
+from latentdiff.networks.layers import FeedForward, ResnetBlock
 from latentdiff.networks.taps import Tap
 from latentdiff.networks.unet import UNet
 from latentdiff.training import lean

@@ -28,7 +28,7 @@ from latentdiff.networks.attention.fastest import cuda_attention
 from latentdiff.networks.attention.plain import AttentionFunction, plain_attention
 from latentdiff.networks.attention.sliced import sliced_attention
 from latentdiff.networks.attention.xformers import xformers_attention
-from latentdiff.networks.kernels.choice import takes_fast_form
+from latentdiff.networks.kernels import takes_fast_form
 
 MIN_SCORES = 3 * 2**13  # of one head; below, `chunked` takes longer to start than it saves
 _TRIED = 2**25  # multiplications of a trial, of one head

@@ -14,7 +14,7 @@ from itertools import product as combinations
 import torch
 from torch import Tensor
 
-from latentdiff.networks.kernels.onednn import has_product, product
+from latentdiff.networks.kernels import has_product, product
 
 MAX_SCORES = (
     2**19

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from latentdiff.errors import UsageError
-from latentdiff.prompts.chunks import Chunk, chunks_by_commas, cut
-from latentdiff.prompts.syntax import dropped_text
+from latentdiff.prompts.syntax import Chunk, chunks_by_commas, cut, dropped_text
 from latentdiff.prompts.weights import Run
 from latentdiff.training.data.randomness import generator
 

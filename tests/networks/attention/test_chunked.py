@@ -7,7 +7,7 @@ import torch
 
 from latentdiff.networks import attention as backends
 from latentdiff.networks.attention import attention, chunked, plain, use_attention_backend
-from latentdiff.networks.kernels.onednn import has_product
+from latentdiff.networks.kernels import has_product
 
 pytestmark = pytest.mark.skipif(not has_product(torch.float32), reason="torch without oneDNN's products")
 
