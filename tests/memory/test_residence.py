@@ -9,7 +9,7 @@ from torch import Tensor
 from latentdiff import Pipeline
 from latentdiff.errors import LatentDiffError
 from latentdiff.memory import estimate, residence
-from latentdiff.memory.estimate import needed, weight_bytes
+from latentdiff.memory.estimate import held_bytes, needed
 from latentdiff.memory.residence import MemoryWarning
 from tests import peers
 
@@ -58,7 +58,7 @@ def test_every_part_only_as_long_as_it_is_used(free):
 def test_parts_are_given_back_where_memory_is_short(free, monkeypatch: pytest.MonkeyPatch):
     pipe = load()
     total = int(1.2 * needed(pipe.residence.workload(2, 8, 8), at_once=False))
-    taken = lambda: sum(weight_bytes(p.module) for p in pipe.residence.parts.values() if p.has_own_memory)  # noqa: E731
+    taken = lambda: sum(held_bytes(p.module) for p in pipe.residence.parts.values())  # noqa: E731
     monkeypatch.setattr(residence, "available_memory", lambda device: total - taken())
     (found,) = make(pipe, output="images")
     assert ready(pipe) == {"vae"}
