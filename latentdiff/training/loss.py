@@ -7,6 +7,7 @@ import contextlib
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from latentdiff.networks.controlnet import ControlNetwork
 from latentdiff.networks.layers import SizedText
@@ -67,9 +68,10 @@ class DenoisingLoss(nn.Module):
             batch: `noise` (n, C, h, w), `timesteps` (n,), `weights` (n,); `latents` (n, C, h, w), or `images`
                 (n, H, W, 3) uint8 with `posterior` noise (n, C, h, w); `context` (n, L, width), or `tokens` (n, chunks,
                 L); for U-Nets that are told them, `sizes` (n, 6); for a ControlNet `hints` (n, H, W, 3) uint8; `masks`
-                (n, 1, h, w), where errors do not count the same everywhere. To be kept as it was: `old_x` (k, C, h, w)
-                noisy, `old_timesteps` (k,), `old_raw` (k, C, h, w), `old_weights` (k,), and with `old_` before their
-                names what the U-Net is told there.
+                (n, 1, h, w), where errors do not count the same everywhere; for a model for inpainting `holes` (n, 1, H, W)
+                bool, `images`, and `seen_noise` (n, C, h, w) to draw the latents of what is left with. To be kept as it
+                was: `old_x` (k, C, h, w) noisy, `old_timesteps` (k,), `old_raw` (k, C, h, w), `old_weights` (k,), and
+                with `old_` before their names what the U-Net is told there.
         """
         parts = self.learned(batch)
         if "old_x" in batch:
@@ -127,11 +129,30 @@ class DenoisingLoss(nn.Module):
         """What the U-Net says about noisy latents (n, C, h, w) float32, in its own precision.
 
         Args:
-            batch: what it is told: `context` or `tokens`, and perhaps `sizes` and `hints`; see `forward`.
+            batch: what it is told: `context` or `tokens`, and perhaps `sizes`, `hints` and `holes`; see `forward`. A model
+                for inpainting that is told of no hole sees nothing of an image.
         """
         context, dtype = self.context(batch), self.unet.conv_in.weight.dtype
-        noisy = noisy.to(dtype).contiguous(memory_format=torch.channels_last)
+        noisy = self._with_hole(noisy, batch).to(dtype).contiguous(memory_format=torch.channels_last)
         return self.unet(noisy, timesteps, context, self._residuals(noisy, timesteps, context, batch))
+
+    def _with_hole(self, noisy: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Noisy latents (n, C, h, w); in front of a U-Net for inpainting with the mask and the latents of what is left of
+        the image behind them, (n, 2 C + 1, h, w), in the order of diffusers' StableDiffusionInpaintPipeline."""
+        if self.unet.config.in_channels == noisy.shape[1]:
+            return noisy
+        assert self.vae is not None
+        factor = self.vae.config.downscale
+        if "holes" in batch:
+            holes = batch["holes"].float()
+            seen = encode_pixels(self.vae, to_signed(batch["images"]) * (1 - holes)).sample(batch["seen_noise"])
+        else:
+            count, _, height, width = noisy.shape
+            holes = noisy.new_ones(count, 1, factor * height, factor * width, dtype=torch.float32)
+            grey = encode_pixels(self.vae, torch.zeros_like(holes[:1]).expand(-1, 3, -1, -1)).mode()
+            seen = grey.expand(count, -1, -1, -1)
+        # A cell with any pixel to be painted is painted, as in generation.
+        return torch.cat([noisy, F.max_pool2d(holes, factor), seen], 1)
 
     def _residuals(
         self, noisy: Tensor, timesteps: Tensor, context: Tensor | SizedText, batch: dict[str, Tensor]
@@ -145,15 +166,20 @@ class DenoisingLoss(nn.Module):
         return [one.to(dtype) for one in self.control(noisy.to(own), timesteps, text, hint)]
 
 
-@torch.no_grad()
 def encode_images(vae: VAE, images: Tensor) -> LatentDistribution:
     """Images (n, H, W, 3) uint8 -> the distributions of their latents (n, C, h, w), float32."""
+    return encode_pixels(vae, to_signed(images))
+
+
+@torch.no_grad()
+def encode_pixels(vae: VAE, images: Tensor) -> LatentDistribution:
+    """Images (n, 3, H, W) in [-1, 1] -> the distributions of their latents (n, C, h, w), float32."""
     dtype, kind = vae.quant_conv.weight.dtype, images.device.type
     half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     # The activations of SD's encoder do not fit into float16; bfloat16 has the range of float32.
     with torch.autocast(kind, enabled=False) if half else contextlib.nullcontext():
-        at_once = max(1, _PIXELS_AT_ONCE // (images.shape[1] * images.shape[2]))
-        parts = [vae.encode(to_signed(part).to(dtype)) for part in images.split(at_once)]
+        at_once = max(1, _PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]))
+        parts = [vae.encode(part.to(dtype)) for part in images.split(at_once)]
     return LatentDistribution(
         torch.cat([part.mean for part in parts]).float(), torch.cat([part.logvar for part in parts]).float()
     )

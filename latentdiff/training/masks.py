@@ -53,12 +53,16 @@ class Masks:
         Raises:
             DataError: the mask cannot be read; the message names it.
         """
-        random = None if crop_key is None else generator(*crop_key)
-        crop, size = "random" if random else "center", self.data.sizes[index]
-        mask = prepare(self._mask(index), bucket, crop=crop, rng=random, like=size)[..., 0]  # (H, W) uint8
+        mask = self.pixels(index, bucket, crop_key)
         height, width = (side // downscale for side in mask.shape)
         share = mask.reshape(height, downscale, width, downscale).mean((1, 3)) / 255
         return (self.outside + (1 - self.outside) * share)[None].astype(np.float32)
+
+    def pixels(self, index: int, bucket: Size, crop_key: CropKey) -> np.ndarray:
+        """The mask of an image in its bucket, (H, W) uint8; see `weights`."""
+        random = None if crop_key is None else generator(*crop_key)
+        crop, size = "random" if random else "center", self.data.sizes[index]
+        return prepare(self._mask(index), bucket, crop=crop, rng=random, like=size)[..., 0]
 
     def _mask(self, index: int) -> Image.Image:
         if self.files:

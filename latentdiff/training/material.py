@@ -57,13 +57,16 @@ class Material:
 
     def hints(self, settings: DenoisingSection, seed: int) -> list[Image.Image]:
         """The hint for each of `prompts`: that of the image whose caption it is, or of any one for prompts of `settings`."""
+        samples, chosen = self.drawn(settings, seed)
+        return [Image.fromarray(samples.hint(index)) for index in chosen]
+
+    def drawn(self, settings: DenoisingSection, seed: int) -> tuple[Samples, list[int]]:
+        """For each of `prompts` the image whose caption it is, or any one for prompts of `settings`."""
         samples, images = self._shown()
         if settings.prompts:
-            chosen = [int(images[place % len(images)]) for place in range(len(settings.prompts))]
-        else:
-            first = {samples.data.captions[index][0]: int(index) for index in reversed(images)}
-            chosen = [first[caption] for caption in self.prompts(settings, seed)]
-        return [Image.fromarray(samples.hint(index)) for index in chosen]
+            return samples, [int(images[place % len(images)]) for place in range(len(settings.prompts))]
+        first = {samples.data.captions[index][0]: int(index) for index in reversed(images)}
+        return samples, [first[caption] for caption in self.prompts(settings, seed)]
 
     def _shown(self) -> tuple[Samples, np.ndarray]:
         """The images whose captions are drawn."""

@@ -11,10 +11,11 @@ from latentdiff.training.caches import LatentCache, LatentWork, TextCache
 from latentdiff.training.data import Dataset
 from latentdiff.training.data.buckets import BatchPlan, Size
 from latentdiff.training.data.captions import choose
-from latentdiff.training.data.randomness import generator, normal, uniform
+from latentdiff.training.data.randomness import Key, generator, normal, uniform
 from latentdiff.training.data.tokens import CaptionTokens
 from latentdiff.training.data.transforms import prepare, told_sizes
 from latentdiff.training.hints import CropKey, Hints
+from latentdiff.training.holes import Holes, seen_noise
 from latentdiff.training.masks import Masks
 from latentdiff.training.noise import diffusion_noise
 from latentdiff.training.objective import draw_timesteps
@@ -39,6 +40,7 @@ class Samples:
         tells_sizes: the U-Net is told the sizes of images, as those of SDXL are.
         hints: what a ControlNet follows, if one is trained.
         masks: where in the images errors count, if not everywhere.
+        holes: what a model for inpainting is to paint.
     """
 
     def __init__(
@@ -52,8 +54,9 @@ class Samples:
         tells_sizes: bool = False,
         hints: Hints | None = None,
         masks: Masks | None = None,
+        holes: Holes | None = None,
     ) -> None:
-        self.tells_sizes, self.hints, self.masks = tells_sizes, hints, masks
+        self.tells_sizes, self.hints, self.masks, self.holes = tells_sizes, hints, masks, holes
         self.data, self.buckets, self.tokens = data, list(buckets), tokens
         self._settings = settings
         self.latent = self._channels, self._downscale = latent
@@ -100,13 +103,15 @@ class Samples:
         *,
         flipped: Sequence[bool] | None = None,
         crop_keys: Sequence[CropKey] | None = None,
+        hole_keys: Sequence[Key] | None = None,
     ) -> Arrays:
         """Images of one bucket: their latents where these are cached, otherwise their pixels and the noise to draw
-        with; their hints and masks. Of pairs, those of the other image are `rejected_latents` or `rejected_images`."""
+        with; their hints and masks; their holes, those of `Holes.of_name` without `hole_keys`, and their pixels. Of pairs,
+        those of the other image are `rejected_latents` or `rejected_images`."""
         mirrored = [False] * len(indices) if flipped is None else flipped
         keys = [None] * len(indices) if crop_keys is None else crop_keys
         others = self._sizes(indices, mirrored, keys) | self._hints(indices, mirrored, keys)
-        others |= self._masks(indices, mirrored, keys)
+        others |= self._masks(indices, mirrored, keys) | self._holes(indices, mirrored, keys, hole_keys)
         found = self._images(indices, posterior, mirrored, keys)
         if self.data.paired:  # both drawn from their distributions with the same noise
             other = self._images(indices, posterior, mirrored, keys, rejected=True)
@@ -122,12 +127,14 @@ class Samples:
         *,
         rejected: bool = False,
     ) -> Arrays:
-        rows = list(zip(indices, flipped, crop_keys, strict=True))
+        rows, found = list(zip(indices, flipped, crop_keys, strict=True)), {"posterior": posterior}
         if self.latents is not None:
             keys = [self.latent_key(index, flipped=flip, rejected=rejected) for index, flip, _ in rows]
-            return {"latents": self.latents.sample(keys, posterior)}
-        pixels = [self.pixels(index, flipped=flip, crop_key=key, rejected=rejected) for index, flip, key in rows]
-        return {"images": np.stack(pixels), "posterior": posterior}
+            found = {"latents": self.latents.sample(keys, posterior)}
+        if self.latents is None or self.holes is not None:
+            pixels = [self.pixels(index, flipped=flip, crop_key=key, rejected=rejected) for index, flip, key in rows]
+            found["images"] = np.stack(pixels)
+        return found
 
     def _sizes(
         self, indices: Sequence[int], flipped: Sequence[bool], crop_keys: Sequence[CropKey]
@@ -165,6 +172,22 @@ class Samples:
         weights = [(masks.weights(index, self.buckets[index], key, self._downscale), flip) for index, flip, key in rows]
         return {"masks": np.stack([row[..., ::-1] if flip else row for row, flip in weights])}
 
+    def _holes(
+        self,
+        indices: Sequence[int],
+        flipped: Sequence[bool],
+        crop_keys: Sequence[CropKey],
+        hole_keys: Sequence[Key] | None,
+    ) -> Arrays:
+        if (holes := self.holes) is None:
+            return {}
+        keys = list(hole_keys or [holes.of_name(self.data.names[index]) for index in indices])
+        made = [
+            holes.pixels(index, self.buckets[index], key, crop_key)[:, :: -1 if flip else 1]
+            for index, flip, key, crop_key in zip(indices, flipped, keys, crop_keys, strict=True)
+        ]
+        return {"holes": np.stack(made)[:, None], "seen_noise": seen_noise(keys, self.latent_shape(indices[0]))}
+
     def text(self, captions: Sequence[str], chunks: int) -> Arrays:
         """Captions: their embeddings where these are cached, otherwise their token ids (n, chunks, L)."""
         rows = self.tokens.rows(captions, chunks)
@@ -192,6 +215,8 @@ class Batches:
             self.fingerprint += f", hints {samples.hints.fingerprint}"
         if samples.masks:
             self.fingerprint += f", masks {samples.masks.fingerprint}"
+        if samples.holes is not None:
+            self.fingerprint += ", with holes"
         if any(weight != 1 for weight in samples.data.weights):
             self.fingerprint += f", weights {row_key(*samples.data.weights)[:8]}"
         repeats = [samples.data.repeats[index] for index in indices]
@@ -215,8 +240,9 @@ class Batches:
         shape = samples.latent_shape(indices[0])
         numbers, posterior, flipped = step_numbers(settings, seed, step, rows, shape, self._timesteps)
         crop_keys = [(seed, "crop", step, row) if settings.crop == "random" else None for row in rows]
+        hole_keys = samples.holes and samples.holes.of_step(step, rows)
         return {
-            **samples.images(indices, posterior, flipped=flipped, crop_keys=crop_keys),
+            **samples.images(indices, posterior, flipped=flipped, crop_keys=crop_keys, hole_keys=hole_keys),
             **samples.text(captions, chunks),
             "weights": np.array([samples.data.weights[index] for index in indices], np.float32),
             **numbers,

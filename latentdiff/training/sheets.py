@@ -28,6 +28,44 @@ class Followed:
 
     network: ControlNetwork
     hints: Sequence[Image.Image]
+    title = "hint"
+
+    def maker(self, pipe: Pipeline, name: str, options: Mapping[str, Any]) -> MakeImages:
+        weights = ControlWeights(
+            Path(name), self.network.state_dict(), self.network.control, guessed=False, is_difference=False
+        )
+        control = ControlNet(weights)
+        control.entry = {"file": name, "sha256": ""}  # as of the model: what it is at this step lies in no file
+
+        def follow(prompts: Sequence[str], *, seed: Sequence[int], **more: Any) -> list[Image.Image]:
+            made: list[Image.Image] = []
+            for prompt, own, hint in zip(prompts, seed, self.hints, strict=True):
+                size = {"width": hint.width, "height": hint.height}
+                made += pipe(
+                    [prompt], seed=[own], controls=[control(hint)], progress=False, **{**options, **size, **more}
+                )
+            return made
+
+        return follow
+
+
+class Steering(Protocol):
+    """What images are made from beside their prompts.
+
+    Attributes:
+        hints: an image for each prompt, which is shown beside what is made.
+        title: what stands above those.
+    """
+
+    @property
+    def hints(self) -> Sequence[Image.Image]: ...
+
+    @property
+    def title(self) -> str: ...
+
+    def maker(self, pipe: Pipeline, name: str, options: Mapping[str, Any]) -> MakeImages:
+        """What makes the images of all prompts, with the options of generation; `name` is that of the model."""
+        ...
 
 
 class SampleSheets:
@@ -50,7 +88,7 @@ class SampleSheets:
         settings: DenoisingSection,
         folder: Path,
         seed: int,
-        followed: Followed | None = None,
+        followed: Steering | None = None,
         drawing: Mapping[str, Any] | None = None,
     ) -> None:
         self._followed = followed
@@ -72,12 +110,11 @@ class SampleSheets:
         pipe = Pipeline.from_components(replace(self._parts, name=name, hash=""))
         options = dict(self._drawing)
         seed = options.pop("seed", self._seed)
-        make = partial(pipe, progress=False, **options)
-        folder, hints = sample_folder(self._folder, step, weights), []
-        if self._followed is not None:
-            make, hints = _following(make, self._followed, name), self._followed.hints
+        folder, followed = sample_folder(self._folder, step, weights), self._followed
+        make = followed.maker(pipe, name, options) if followed else partial(pipe, progress=False, **options)
+        hints, title = (followed.hints, followed.title) if followed else ([], "")
         with use_attention_backend("sdpa"):
-            write_samples(make, self._prompts, folder, seed=seed, hints=hints)
+            write_samples(make, self._prompts, folder, seed=seed, hints=hints, title=title)
         if weights == "ema":
             self.written = [folder / f"{number:02d}.png" for number in range(len(self._prompts))]
         for network, mode in zip(networks, modes, strict=True):
@@ -90,31 +127,19 @@ class MakeImages(Protocol):
     def __call__(self, prompt: Sequence[str], *, seed: Sequence[int], **options: Any) -> list[Image.Image]: ...
 
 
-def _following(make: MakeImages, followed: Followed, name: str) -> MakeImages:
-    """The same, but each image follows its hint."""
-    network = followed.network
-    weights = ControlWeights(Path(name), network.state_dict(), network.control, guessed=False, is_difference=False)
-    control = ControlNet(weights)
-    control.entry = {"file": name, "sha256": ""}  # as of the model: what it is at this step lies in no file
-
-    def follow(prompts: Sequence[str], *, seed: Sequence[int], **options: Any) -> list[Image.Image]:
-        made: list[Image.Image] = []
-        for prompt, own, hint in zip(prompts, seed, followed.hints, strict=True):
-            made += make(
-                [prompt], seed=[own], controls=[control(hint)], width=hint.width, height=hint.height, **options
-            )
-        return made
-
-    return follow
-
-
 def sample_folder(run: Path, step: int, weights: str) -> Path:
     """Where the images of a step lie; `weights` is "ema" or "raw"."""
     return run / "samples" / f"step-{step:08d}" / weights
 
 
 def write_samples(
-    make: MakeImages, prompts: Sequence[str], folder: Path, *, seed: int, hints: Sequence[Image.Image] = ()
+    make: MakeImages,
+    prompts: Sequence[str],
+    folder: Path,
+    *,
+    seed: int,
+    hints: Sequence[Image.Image] = (),
+    title: str = "hint",
 ) -> list[Image.Image]:
     """Make one image of each prompt, write each with its recipe as `00.png`, `01.png` ..., and all of them as
     `sheet.png`, each beside the hint that it followed.
@@ -128,7 +153,7 @@ def write_samples(
         save_image(hint, hint_file(folder / f"{index:02d}.png"), metadata=False)
     if hints:
         shown = [image for pair in zip(hints, images, strict=True) for image in pair]
-        texts = [text for prompt in prompts for text in ("hint", prompt)]
+        texts = [text for prompt in prompts for text in (title, prompt)]
         shown = [ImageOps.pad(image, shown[0].size, color="white") for image in shown]
     else:
         shown, texts = images, list(prompts)

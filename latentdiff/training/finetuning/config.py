@@ -100,7 +100,8 @@ class FinetuneConfig(AdapterSection, DenoisingSection, ReadingSection):
     """Make the hints of the images themselves, in place of reading them."""
     masks: str | None = None
     """Learn only what masks show in white: a folder of masks with the names of the images, or the column of the metadata
-    that names them; alpha takes the transparency of the images themselves."""
+    that names them; alpha takes the transparency of the images themselves. A model for inpainting paints just that, in
+    place of holes of random shapes."""
     unmasked_weight: Fraction = 0.0
     """What errors count where a mask is black; where it is white they count 1."""
     old_prompts: Texts = ()

@@ -15,6 +15,7 @@ from latentdiff.training.data.tokens import CaptionTokens
 from latentdiff.training.finetuning.config import FinetuneConfig
 from latentdiff.training.finetuning.streaming import StreamBatches
 from latentdiff.training.hints import Hints
+from latentdiff.training.holes import Holes
 from latentdiff.training.masks import Masks
 from latentdiff.training.material import Material, material
 from latentdiff.training.samples import Batches, Samples
@@ -69,6 +70,7 @@ def batches_of(
         samples.latent,
         num_train_timesteps,
         tells_sizes=samples.tells_sizes,
+        holes=samples.holes,
     )
 
 
@@ -86,6 +88,7 @@ def _samples(
         pairs=settings.loss == "dpo",
     )
     vae = parts.vae.config
+    masks = Masks.find(data, settings.masks, settings.unmasked_weight)
     is_control = settings.method == "controlnet"
     return Samples(
         data,
@@ -95,7 +98,8 @@ def _samples(
         (vae.latent_channels, vae.downscale),
         tells_sizes=parts.unet.config.added_dim is not None,
         hints=Hints.find(data, settings.hints, settings.control_kind) if is_control else None,
-        masks=Masks.find(data, settings.masks, settings.unmasked_weight),
+        masks=masks,
+        holes=Holes(settings.seed, masks) if parts.unet.config.in_channels > vae.latent_channels else None,
     )
 
 

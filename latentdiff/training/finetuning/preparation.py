@@ -22,6 +22,7 @@ from latentdiff.engines.fast_forms import use_fast_forms
 from latentdiff.errors import ConfigError, UsageError
 from latentdiff.files import atomic_path
 from latentdiff.networks.attention import use_attention_backend
+from latentdiff.networks.inputs import INPAINTING, NEEDS, TEXT, inputs_of
 from latentdiff.networks.sizes import OF_BASE, count_of_sizes
 from latentdiff.training.denoising import DenoisingTask
 from latentdiff.training.finetuning.config import CONFIG, FinetuneConfig
@@ -30,6 +31,7 @@ from latentdiff.training.finetuning.material import batches_of, read_material
 from latentdiff.training.finetuning.methods import FinetuningMethod, make_method
 from latentdiff.training.finetuning.old import Forgetting, Practice, Walks, texts, walks
 from latentdiff.training.finetuning.old_prompts import GENERAL, old_prompts
+from latentdiff.training.finetuning.painting import Painted
 from latentdiff.training.finetuning.streaming import shards_to_stream
 from latentdiff.training.lean import lean_layers
 from latentdiff.training.loop import Trainer
@@ -40,7 +42,7 @@ from latentdiff.training.preferences import PreferenceLoss
 from latentdiff.training.report.wandb_run import check_installed
 from latentdiff.training.sections import dump_config
 from latentdiff.training.sharding import is_sharding
-from latentdiff.training.sheets import Followed, SampleSheets
+from latentdiff.training.sheets import Followed, SampleSheets, Steering
 
 # Prompts, and places on the way of each, by what they are for.
 WALKS = {"measured": (16, 4), "kept": (32, 8)}
@@ -68,7 +70,7 @@ class Preparation:
         parts = load_components(settings.model or embedded_model())
         if settings.model is None:
             parts.name = EMBEDDED_NAME
-        _check_model(parts)
+        _check_model(parts, settings)
         parts.schedule_config = _schedule_config(parts.schedule_config, settings)
         self.accelerator, self.method = accelerator, make_method(parts, settings)
         side = (
@@ -158,18 +160,24 @@ def make_accelerator(settings: FinetuneConfig) -> tuple[Accelerator, FinetuneCon
     return Accelerator(cpu=cpu, mixed_precision=precision), settings.model_copy(update={"mixed_precision": precision})
 
 
-def _check_model(parts: Components) -> None:
-    inputs, latents = parts.unet.config.in_channels, parts.vae.config.latent_channels
+def _check_model(parts: Components, settings: FinetuneConfig) -> None:
+    kind = inputs_of(parts.unet.config, parts.vae.config.latent_channels)
     pooled = getattr(parts.text_encoder, "pooled_width", None)
     if count_of_sizes(parts.unet.config, pooled) not in (0, OF_BASE):
         raise UsageError(
             "the refiner of SDXL, which is told scores of images, cannot be fine-tuned here; take the base"
         )
-    if inputs != latents:
+    if kind not in (TEXT, INPAINTING):
         raise UsageError(
-            f"expected a text-to-image model with {latents} U-Net input channels, found {inputs}: models that"
-            " see more than a prompt, as those for inpainting do, cannot be fine-tuned here"
+            f"expected a text-to-image model or one for inpainting to fine-tune, found one that {NEEDS[kind]}"
         )
+    if kind == INPAINTING and settings.method == "controlnet":
+        raise UsageError(
+            "a ControlNet is trained beside a text-to-image model, found one for inpainting; take the model that it was made"
+            " from, whose ControlNets fit it too"
+        )
+    if kind == INPAINTING and settings.loss == "dpo":
+        raise UsageError("loss dpo compares whole images, found a model for inpainting, which sees a part of one; take another")
 
 
 def _schedule_config(of_model: ScheduleConfig, settings: FinetuneConfig) -> ScheduleConfig:
@@ -226,7 +234,7 @@ def _task(
         parts.unet,
         parts.text_encoder,
         DiffusionObjective(schedule, settings),
-        vae=None if of.cached else parts.vae,
+        vae=None if of.cached and of.samples.holes is None else parts.vae,
         adapter=method.adapter,
         control=method.control,
         trains_text=method.trains_text,
@@ -249,7 +257,9 @@ def _task(
 
 def _sheets(settings: FinetuneConfig, method: FinetuningMethod, material: Material) -> SampleSheets:
     prompts, seed = material.prompts(settings, settings.seed), settings.seed
-    if method.control is None:
-        return SampleSheets(method.parts, prompts, settings, settings.out, seed)
-    followed = Followed(method.control, material.hints(settings, seed))
+    followed: Steering | None = None
+    if method.control is not None:
+        followed = Followed(method.control, material.hints(settings, seed))
+    elif material.samples.holes is not None:
+        followed = Painted.of(material, settings, seed)
     return SampleSheets(method.parts, prompts, settings, settings.out, seed, followed)

@@ -21,6 +21,7 @@ from latentdiff.training.data.stream import Sample, ShardStream
 from latentdiff.training.data.tokens import CaptionTokens
 from latentdiff.training.data.transforms import prepare, told_sizes
 from latentdiff.training.finetuning.config import FinetuneConfig
+from latentdiff.training.holes import Holes, random_hole, seen_noise
 from latentdiff.training.samples import Arrays, step_numbers
 
 _REMEMBERED_STEPS = 1024  # whose file names are kept for messages
@@ -45,6 +46,7 @@ class StreamBatches:
         latent: channels of the latents, and pixels per latent.
         num_train_timesteps: of the noise schedule.
         tells_sizes: the U-Net is told the sizes of images.
+        holes: what a model for inpainting is to paint.
     """
 
     def __init__(
@@ -57,8 +59,9 @@ class StreamBatches:
         num_train_timesteps: int,
         *,
         tells_sizes: bool = False,
+        holes: Holes | None = None,
     ) -> None:
-        self._tells_sizes = tells_sizes
+        self._tells_sizes, self._holes = tells_sizes, holes
         self._shards, self._size, self._tokens, self._settings = shards, size, tokens, settings
         self._stream = ShardStream(tuple(shards), settings.batch_size, settings.seed)
         self._rules = settings.caption_rules
@@ -129,8 +132,16 @@ class StreamBatches:
             "tokens": self._tokens.rows([item.caption for item in items], chunks),
             "weights": np.ones(len(items), np.float32),
             **self._sizes(step, rows, items, flipped),
+            **self._with_holes(step, rows),
             **numbers,
         }
+
+    def _with_holes(self, step: int, rows: range) -> Arrays:
+        if self._holes is None:
+            return {}
+        keys = self._holes.of_step(step, rows)
+        made = [random_hole(self._size, generator(*key)) for key in keys]
+        return {"holes": np.stack(made)[:, None], "seen_noise": seen_noise(keys, self._latent_shape)}
 
     def _remember(self, step: int, names: list[str]) -> None:
         self._names[step] = names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,15 @@ __all__ = ["captioned_folder", "model_folder", "paired_folder", "settings", "sta
 
 
 @cache
-def model_folder(prediction_type: str = "v_prediction") -> Path:
+def model_folder(prediction_type: str = "v_prediction", *, inpainting: bool = False) -> Path:
     """A model for 16x16 images with random weights; do not write to it."""
-    tmp = Path(_scratch().name) / prediction_type
+    tmp = Path(_scratch().name) / f"{prediction_type}-{inpainting}"
     model = training_config(tmp).model
     tokenizer = tiny.tokenizer(tmp / "tokenizer", max_length=16)
     parts = Components(
         tokenizer,
         tiny.randomize(new_text_encoder(model.text_encoder, tokenizer, 0), 1),
-        tiny.randomize(new_unet(model.unet, 0), 2),
+        tiny.randomize(new_unet(replace(model.unet, in_channels=9) if inpainting else model.unet, 0), 2),
         tiny.randomize(seeded(lambda: VAE(model.vae), 0), 3),
         type(model.schedule)(**{**vars(model.schedule), "prediction_type": prediction_type}),
     )
