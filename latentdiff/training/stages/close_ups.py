@@ -1,7 +1,7 @@
 """Close-ups: parts of scenes around one thing, so that the names of things are learned on few latents.
 
 A thing fills a sixth to a half of its scene; a crop of the cached latents around it costs that much less to train on and asks
-for the same. Which scenes there are, where their things stand and how each is called alone is read from the metadata.
+for the same. Things that fill their scene are few; they take their turn among the close-ups with the whole of it. Which scenes there are, where their things stand and how each is called alone is read from the metadata.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class CloseUpBatches(Batches):
 
 
 def read_close_ups(data: Dataset, latent_size: int, downscale: int) -> list[CloseUps]:
-    """The close-ups of a data set, by their side; things that fill a scene have none.
+    """The close-ups of a data set, by their side; that of a thing that fills its scene is the scene.
 
     Args:
         data: images whose metadata has, for each, `scene.objects` with `box` in pixels and `text`.
@@ -132,10 +132,9 @@ def read_close_ups(data: Dataset, latent_size: int, downscale: int) -> list[Clos
             ) from error
         boxes = [box for _, box in things]
         for text, box in things:
-            side = _side(box)
-            if side < latent_size:
-                left, top = (_start(box, boxes, axis, side, latent_size) for axis in (0, 1))
-                found[side].append((index, top, left, text))
+            side = min(_side(box), latent_size)
+            left, top = (_start(box, boxes, axis, side, latent_size) for axis in (0, 1))
+            found[side].append((index, top, left, text))
     return [_close_ups(side, rows) for side, rows in sorted(found.items())]
 
 

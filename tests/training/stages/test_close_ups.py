@@ -21,8 +21,9 @@ def folder(tmp_path, *scenes):
 
 def test_crops_hold_their_thing_and_as_little_as_possible_of_others(tmp_path):
     data = folder(tmp_path, [[2, 36, 54, 88], [74, 36, 126, 88]], [[22, 22, 106, 106]], [[4, 4, 124, 124]])
-    small, middle = read_close_ups(data, 16, 8)
-    assert (small.side, middle.side) == (8, 12)
+    small, middle, large = read_close_ups(data, 16, 8)
+    assert (small.side, middle.side, large.side) == (8, 12, 16)
+    assert (large.scenes[0], large.tops[0], large.lefts[0], large.captions[0]) == (2, 0, 0, "thing 0")
     assert small.captions == ("thing 0", "thing 1") and middle.captions == ("thing 0",)
     assert list(small.scenes) == [0, 0] and list(middle.scenes) == [1]
     assert list(small.lefts) == [0, 8]  # neither sees the other
