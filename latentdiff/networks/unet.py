@@ -8,6 +8,8 @@ modules.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import copy_context
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +163,9 @@ class _Level(nn.Module):
     def block(self, index: int, x: Tensor, time: Tensor, context: Context) -> Tensor:
         """ResBlock number `index` and its transformer."""
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._block, index, x, time, context, use_reentrant=False)
+            # What a tap reads from its context must be the same when it is computed again.
+            again = self._block if torch.compiler.is_compiling() else partial(copy_context().run, self._block)
+            return checkpoint(again, index, x, time, context, use_reentrant=False)
         return self._block(index, x, time, context)
 
     def _block(self, index: int, x: Tensor, time: Tensor, context: Context) -> Tensor:

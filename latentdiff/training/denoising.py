@@ -127,7 +127,7 @@ class DenoisingTask(Task):
 
     def batch(self, step: int, rows: range) -> Arrays:
         assert isinstance(self._batches, Batches)
-        return self._batches.arrays(step, rows) | self._practised(step, rows)
+        return self._batches.arrays(step, rows) | self._besides(step, rows)
 
     def stream(self, first_step: int, rows: range, micro_batch: int) -> Iterator[Arrays] | None:
         batches = self._batches
@@ -136,10 +136,11 @@ class DenoisingTask(Task):
     def _streamed(self, batches: Stream, first_step: int, rows: range, micro_batch: int) -> Iterator[Arrays]:
         places = ((step, first) for step in count(first_step) for first in rows[::micro_batch])
         for arrays, (step, first) in zip(batches.iterate(first_step, rows, micro_batch), places, strict=False):
-            yield arrays | self._practised(step, range(first, first + micro_batch))
+            yield arrays | self._besides(step, range(first, first + micro_batch))
 
-    def _practised(self, step: int, rows: range) -> Arrays:
-        return {} if self.practice is None else self.practice.rows(step, rows)
+    def _besides(self, step: int, rows: range) -> Arrays:
+        numbers = {} if self.module.dropout is None else {"rows": np.arange(rows.start, rows.stop)}
+        return numbers if self.practice is None else numbers | self.practice.rows(step, rows)
 
     def sources(self, step: int) -> list[str]:
         return self._batches.names(step)

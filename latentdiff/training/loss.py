@@ -17,6 +17,7 @@ from latentdiff.networks.text_encoders import TextEncoders
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE, LatentDistribution
 from latentdiff.training.data.transforms import to_signed, to_unsigned
+from latentdiff.training.dropout import Dropout
 from latentdiff.training.objective import DiffusionObjective, masked_mean
 from latentdiff.training.sections import DenoisingSection
 
@@ -41,6 +42,7 @@ class DenoisingLoss(nn.Module):
         adapter: what is trained beside the model (a LoRA, the embedding of a word), so that it is part of this module.
         control: a ControlNet that is trained beside the U-Net and follows the batch's `hints`.
         trains_text: whether gradients must reach through the text encoder.
+        dropout: what the adapter leaves out in `forward`, where batches have `rows`.
     """
 
     measure = "mse"
@@ -55,9 +57,10 @@ class DenoisingLoss(nn.Module):
         adapter: nn.Module | None = None,
         control: ControlNetwork | None = None,
         trains_text: bool = False,
+        dropout: Dropout | None = None,
     ) -> None:
         super().__init__()
-        self._trains_text = trains_text
+        self._trains_text, self.dropout = trains_text, dropout
         self.unet, self.text_encoder, self.objective = unet, text_encoder, objective
         self.vae, self.adapter, self.control = vae, adapter, control
 
@@ -71,9 +74,11 @@ class DenoisingLoss(nn.Module):
                 (n, 1, h, w), where errors do not count the same everywhere; for a model for inpainting `holes` (n, 1, H, W)
                 bool, `images`, and `seen_noise` (n, C, h, w) to draw the latents of what is left with. To be kept as it
                 was: `old_x` (k, C, h, w) noisy, `old_timesteps` (k,), `old_raw` (k, C, h, w), `old_weights` (k,), and
-                with `old_` before their names what the U-Net is told there.
+                with `old_` before their names what the U-Net is told there. With `dropout`, `rows` (n,), the
+                places in the batch of the step.
         """
-        parts = self.learned(batch)
+        with contextlib.nullcontext() if self.dropout is None else self.dropout.drawing(step, batch["rows"]):
+            parts = self.learned(batch)
         if "old_x" in batch:
             parts["old"] = self._changes(batch) / len(batch["timesteps"])
             parts["loss"] = parts["loss"] + parts["old"]

@@ -7,7 +7,7 @@ is, `kinds` says; some are trained, the others only read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Self
@@ -25,6 +25,9 @@ from latentdiff.errors import UsageError
 from latentdiff.networks.taps import Tap
 from latentdiff.networks.text_encoders import SECOND, encoders_of
 from latentdiff.networks.unet import UNet
+
+# (full name, change, layer, input, strength) -> what is added to the output
+Part = Callable[[str, Change, nn.Module, Tensor, float], Tensor]
 
 
 class LoRA(nn.Module):
@@ -93,7 +96,7 @@ class LoRA(nn.Module):
         return list(self._targets.values())
 
     @contextmanager
-    def attached(self, scale: float | Strength = 1.0) -> Iterator[Self]:
+    def attached(self, scale: float | Strength = 1.0, part: Part | None = None) -> Iterator[Self]:
         """Inside, the model's outputs are those of the adapted model; outside, the old ones bit for bit.
 
         Gradients reach the adapters. With gradient checkpointing the backward pass must lie inside too, as it
@@ -101,20 +104,22 @@ class LoRA(nn.Module):
 
         Args:
             scale: strength of the adaptation; 0 is none, 1 is as trained.
+            part: what a layer adds, where it is not what its change says.
         """
         layers, scales = self.layers, self._scales(scale)
+        part = part or _as_changed
 
-        def added(part: str, path: str, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            name = f"{part}.{path}"
+        def added(network: str, path: str, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            name = f"{network}.{path}"
             if not self._is_on:
                 return output
-            return output + layers[name].added(self._targets[name], inputs[0], scales[name])
+            return output + part(name, layers[name], self._targets[name], inputs[0], scales[name])
 
         with ExitStack() as taps:
-            for part, root in self._model.items():
-                paths = [name.removeprefix(f"{part}.") for name in layers if name.startswith(f"{part}.")]
+            for network, root in self._model.items():
+                paths = [name.removeprefix(f"{network}.") for name in layers if name.startswith(f"{network}.")]
                 if paths:
-                    taps.enter_context(Tap(root, paths, output=partial(added, part)))
+                    taps.enter_context(Tap(root, paths, output=partial(added, network)))
             yield self
 
     @contextmanager
@@ -150,6 +155,10 @@ class LoRA(nn.Module):
         strength, config = Strength.of(scale), self._model["unet"].config
         strength.check(config)
         return {name: strength.at(name, config.layers_per_block) for name in self._targets}
+
+
+def _as_changed(name: str, change: Change, layer: nn.Module, x: Tensor, strength: float) -> Tensor:
+    return change.added(layer, x, strength)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
 from latentdiff.training.sample_options import as_texts
-from latentdiff.training.sections import Positive, Section, Texts
+from latentdiff.training.sections import Fraction, Positive, Section, Texts
 
 Assignments = Annotated[tuple[str, ...], BeforeValidator(as_texts)]
 
@@ -43,6 +43,12 @@ class AdapterSection(Section):
     max_norm: Positive | None = None
     """Largest norm of what is added to a layer's weight; larger ones are scaled down after each step, so that none
     dominates; 1 is usual."""
+    dropout: Fraction = 0.0
+    """Share of the numbers of a layer's input that its adapter does not see, as PEFT's lora_dropout."""
+    rank_dropout: Fraction = 0.0
+    """Share of the ranks that are left out, for each image anew (adapter lora)."""
+    module_dropout: Fraction = 0.0
+    """Share of the layers whose adapter is left out, for each step anew."""
     dora_lengths: Literal["inputs", "outputs"] = "inputs"
     """What dora gives lengths to. inputs: a file that ComfyUI and the web UIs read. outputs: as PEFT and diffusers have
     it."""
@@ -81,8 +87,19 @@ class AdapterSection(Section):
             raise ValueError(f"loraplus goes with adapters lora and dora, found {self.adapter}")
         if self.max_norm is not None and getattr(self, "optimizer", "") == "schedulefree":
             raise ValueError("schedulefree trains other weights than those that it gives; leave out max_norm")
+        self._dropout_fits()
         self._oft_fits()
         return self
+
+    def _dropout_fits(self) -> None:
+        if self.rank_dropout and self.adapter != "lora":
+            raise ValueError(f"rank_dropout goes with adapter lora, found {self.adapter}")
+        if not (self.dropout or self.rank_dropout or self.module_dropout):
+            return
+        if getattr(self, "compile", False):
+            raise ValueError("dropouts are drawn anew at each step, which compiled networks cannot; leave out compile")
+        if getattr(self, "loss", "") == "dpo":
+            raise ValueError("loss dpo compares both images of a pair, without dropouts; leave them out")
 
     def _oft_fits(self) -> None:
         if self.adapter == "oft":

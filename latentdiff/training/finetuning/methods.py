@@ -26,6 +26,7 @@ from latentdiff.networks.controlnet import ControlNetwork, control_config
 from latentdiff.networks.text_encoders import unused_by
 from latentdiff.training.data.randomness import torch_seed
 from latentdiff.training.denoising import text_and_unet
+from latentdiff.training.dropout import Dropout
 from latentdiff.training.finetuning.adapter_options import assignments
 from latentdiff.training.finetuning.config import FinetuneConfig
 from latentdiff.training.optimizer import ParameterGroup
@@ -49,6 +50,9 @@ class FinetuningMethod(ABC):
 
     control: ControlNetwork | None = None
     """The ControlNet that is trained beside the U-Net."""
+
+    dropout: Dropout | None = None
+    """What the adapter leaves out in training."""
 
     trains_text: bool = False
     """Whether the embeddings of captions change during training."""
@@ -139,11 +143,13 @@ class LoRAMethod(FinetuningMethod):
         super().__init__(parts, settings)
         self.adapter = self.lora = LoRA.create(parts.unet, parts.text_encoder, _spec(settings), settings.seed)
         self.trains_text = any(not name.startswith("unet.") for name in self.lora.layers)
+        shares = {"inputs": settings.dropout, "ranks": settings.rank_dropout, "layers": settings.module_dropout}
+        self.dropout = Dropout(settings.seed, **shares) if any(shares.values()) else None
         block_lr = {block: float(rate) for block, rate in assignments(settings.block_lr).items()}
         self._block_lr = by_block(block_lr, list(self.lora.layers), 0.0, "block_lr")  # 0 where nothing is said
 
     def attached(self) -> AbstractContextManager[Any]:
-        return self.lora.attached()
+        return self.lora.attached(part=self.dropout and self.dropout.added)
 
     def as_before(self) -> AsBefore:
         return self.lora.switched_off
@@ -153,7 +159,10 @@ class LoRAMethod(FinetuningMethod):
         for layer_name, layer in self.lora.layers.items():
             part = "unet" if layer_name.startswith("unet.") else "text_encoder"
             by_part[part] |= {f"{layer_name}.{name}": parameter for name, parameter in layer.named_parameters()}
-        groups, orthogonal = self._groups(by_part), self.settings.adapter != "oft"  # its blocks are no matrices that act
+        groups, orthogonal = (
+            self._groups(by_part),
+            self.settings.adapter != "oft",
+        )  # its blocks are no matrices that act
         return [replace(g, rates=self._factors(g), muon=g.muon and orthogonal) for g in groups]
 
     def _factors(self, group: ParameterGroup) -> dict[str, float]:

@@ -238,6 +238,7 @@ def _task(
         adapter=method.adapter,
         control=method.control,
         trains_text=method.trains_text,
+        dropout=method.dropout,
     )
     return DenoisingTask(
         module,

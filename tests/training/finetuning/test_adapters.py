@@ -132,8 +132,37 @@ def test_norms_stay_within_their_limit_in_a_run(tmp):
         ({"loraplus": 4, "adapter": "loha"}, "loraplus goes with adapters lora and dora, found loha"),
         ({"max_norm": 1, "adapter": "oft"}, "oft rotates, which keeps norms; leave out max_norm"),
         ({"max_norm": 1, "optimizer": "schedulefree"}, "leave out max_norm"),
+        ({"rank_dropout": 0.1, "adapter": "dora"}, "rank_dropout goes with adapter lora, found dora"),
+        ({"dropout": 0.1, "compile": True}, "which compiled networks cannot; leave out compile"),
+        ({"module_dropout": 0.1, "loss": "dpo"}, "without dropouts; leave them out"),
+        ({"dropout": 1}, "dropout"),
     ],
 )
 def test_what_does_not_combine_is_refused(tmp, changes, message):
     with pytest.raises(ConfigError, match=message):
         settings(tmp, **changes)
+
+
+DROPOUTS = {"dropout": 0.3, "rank_dropout": 0.3, "module_dropout": 0.2, "targets": EVERYTHING, "keep": "old"}
+
+
+def test_dropouts_resume_exactly_also_where_blocks_are_computed_again(tmp):
+    run(settings(tmp, out=tmp / "whole", max_steps=4, **DROPOUTS))
+    run(settings(tmp, out=tmp / "parts", max_steps=2, gradient_checkpointing=True, **DROPOUTS))
+    run(resolve(tmp / "parts", None, {"max_steps": 4}))
+    assert_same(state_of(tmp / "parts"), state_of(tmp / "whole"))
+    finetune(resume=tmp / "parts", max_steps=6, verify_resume=2)
+
+
+def test_dropouts_are_the_same_in_micro_batches_and_change_what_is_learned(tmp):
+    how = {**DROPOUTS, "max_steps": 2, "lr": 1e-3}
+    run(settings(tmp, out=tmp / "whole", **how))
+    run(settings(tmp, out=tmp / "micro", accumulation=4, **how))
+    run(settings(tmp, out=tmp / "none", **{**how, "dropout": 0, "rank_dropout": 0, "module_dropout": 0}))
+    whole, micro, none = (
+        {key: value for key, value in state_of(tmp / name).items() if "exp_avg" in key and "_sq" not in key}
+        for name in ("whole", "micro", "none")
+    )
+    size = sum(value.square().sum() for value in whole.values())
+    apart = [sum((other[key] - value).square().sum() for key, value in whole.items()) for other in (micro, none)]
+    assert apart[0] < 1e-6 * size < 0.05 * size < apart[1]

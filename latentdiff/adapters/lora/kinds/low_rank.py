@@ -76,9 +76,18 @@ class LoRALayer(nn.Module):
         """What the product of the two matrices is multiplied by."""
         return self.alpha / self.rank
 
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        """Input of the layer -> what is added to its output, in the precision of the input or that of autocast."""
-        return _in_precision_of(x, self.lora_up, _in_precision_of(x, self.lora_down, x)) * (self.factor * scale)
+    def forward(self, x: Tensor, scale: float = 1.0, inner: Tensor | None = None) -> Tensor:
+        """Input of the layer -> what is added to its output, in the precision of the input or that of autocast.
+
+        Args:
+            inner: factors on the numbers between the two matrices, (n, rank) for n inputs.
+        """
+        h = _in_precision_of(x, self.lora_down, x)
+        if inner is not None:
+            between = h.ndim - 2
+            ones = (*inner.shape, *[1] * between) if isinstance(self.lora_down, nn.Conv2d) else None
+            h = h * inner.to(h.dtype).view(ones or (len(inner), *[1] * between, self.rank))
+        return _in_precision_of(x, self.lora_up, h) * (self.factor * scale)
 
     def added(self, target: nn.Module, x: Tensor, strength: float = 1.0) -> Tensor:
         """See `LayerChange`; the large matrix is never made."""
