@@ -1,7 +1,8 @@
 """Close-ups: parts of scenes around one thing, so that the names of things are learned on few latents.
 
 A thing fills a sixth to a half of its scene; a crop of the cached latents around it costs that much less to train on and asks
-for the same. Things that fill their scene are few; they take their turn among the close-ups with the whole of it. Which scenes there are, where their things stand and how each is called alone is read from the metadata.
+for the same. Things that fill their scene are few; they take their turn among the close-ups with the whole of it. Which
+scenes there are, where their things stand and how each is called alone is read from the metadata.
 """
 
 from __future__ import annotations
