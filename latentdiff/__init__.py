@@ -11,14 +11,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from latentdiff.control.image_prompts import ImagePrompt as ImagePrompt
-    from latentdiff.control.image_prompts import IPAdapter as IPAdapter
-    from latentdiff.control.model import ControlNet as ControlNet
-    from latentdiff.control.regions import Region as Region
+    from latentdiff.adapters.control.image_prompts import ImagePrompt as ImagePrompt
+    from latentdiff.adapters.control.image_prompts import IPAdapter as IPAdapter
+    from latentdiff.adapters.control.model import ControlNet as ControlNet
+    from latentdiff.adapters.control.regions import Region as Region
     from latentdiff.errors import LatentDiffError as LatentDiffError
     from latentdiff.evaluation.run import evaluate as evaluate
     from latentdiff.image import save_image as save_image
     from latentdiff.image import save_png as save_png
+    from latentdiff.networks.upscaling.model import Upscaler as Upscaler
     from latentdiff.pipeline import Pipeline as Pipeline
     from latentdiff.tasks.editing import image_to_image as image_to_image
     from latentdiff.tasks.enlarging import enlarge as enlarge
@@ -31,18 +32,17 @@ if TYPE_CHECKING:
     from latentdiff.tasks.variations import vary as vary
     from latentdiff.training.finetuning.finetune import finetune as finetune
     from latentdiff.training.stages.train import train as train
-    from latentdiff.upscaling.model import Upscaler as Upscaler
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ControlNet": "latentdiff.control.model",
-    "IPAdapter": "latentdiff.control.image_prompts",
-    "ImagePrompt": "latentdiff.control.image_prompts",
+    "ControlNet": "latentdiff.adapters.control.model",
+    "IPAdapter": "latentdiff.adapters.control.image_prompts",
+    "ImagePrompt": "latentdiff.adapters.control.image_prompts",
     "LatentDiffError": "latentdiff.errors",
     "Pipeline": "latentdiff.pipeline",
-    "Region": "latentdiff.control.regions",
-    "Upscaler": "latentdiff.upscaling.model",
+    "Region": "latentdiff.adapters.control.regions",
+    "Upscaler": "latentdiff.networks.upscaling.model",
     "enlarge": "latentdiff.tasks.enlarging",
     "evaluate": "latentdiff.evaluation.run",
     "finetune": "latentdiff.training.finetuning.finetune",

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.device import explained_out_of_memory
 from latentdiff.diffusion.denoise import denoise, progress_bar, report
 from latentdiff.diffusion.guidance import Guidance
 from latentdiff.diffusion.latents import NoiseStream
@@ -26,15 +25,17 @@ from latentdiff.diffusion.schedule import Level
 from latentdiff.diffusion.thresholding import thresholded
 from latentdiff.engines.deepcache import UNCACHED, CacheSettings, DeepCache
 from latentdiff.image import to_pil, to_tensor
-from latentdiff.memory.estimate import decoding_bytes, denoising_bytes
-from latentdiff.memory.sharing import one_use
 from latentdiff.model.loaded import LoadedModel
+from latentdiff.model.memory.estimate import decoding_bytes, denoising_bytes
+from latentdiff.model.memory.sharing import one_use
 from latentdiff.networks.attention import attention_backend
 from latentdiff.networks.conditioning import Applied
+from latentdiff.networks.device import explained_out_of_memory
 from latentdiff.networks.regional import Regions
 from latentdiff.networks.sizes import Told
 from latentdiff.networks.steering import checked_model, prompted_denoiser
 from latentdiff.networks.text_embedding import EncodedPrompt, Given
+from latentdiff.networks.upscaling.second_pass import enlarged
 from latentdiff.networks.vae import LatentDistribution, decode_latents, encode_images, latent_shape
 from latentdiff.networks.windows import Windows, windowed
 from latentdiff.request.calls import public
@@ -43,7 +44,6 @@ from latentdiff.request.options import SECOND_PASS, GenerateOptions, SamplingOpt
 from latentdiff.request.plan import Plan, Sampling, Start
 from latentdiff.request.second_pass import LATENT_MODES, SecondPass, enlarged_latents, noised
 from latentdiff.request.windows import windows_of
-from latentdiff.upscaling.second_pass import enlarged
 
 
 def _tensor(name: str, value: object) -> Tensor:

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from latentdiff import __version__, foreign
+from latentdiff import __version__
 from latentdiff.errors import DataError, UsageError
-from latentdiff.foreign.account import Account, Field, NamedLoRA
+from latentdiff.request import foreign
 from latentdiff.request.domains import Choice, ChoiceOrFile
+from latentdiff.request.foreign.account import Account, Field, NamedLoRA
 from latentdiff.request.infotext import (
     joined,
     read_method,

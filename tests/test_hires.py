@@ -13,9 +13,9 @@ from latentdiff import Pipeline
 from latentdiff.diffusion.denoise import denoise
 from latentdiff.diffusion.latents import NoiseStream
 from latentdiff.errors import UsageError
-from latentdiff.foreign.a1111 import read
 from latentdiff.image import to_pil, to_tensor
 from latentdiff.recipe import Recipe, read_recipe
+from latentdiff.request.foreign.a1111 import read
 from latentdiff.request.infotext import split
 from latentdiff.request.plan import Sampling
 from latentdiff.request.second_pass import LATENT_MODES, SecondPass

@@ -63,9 +63,9 @@ def test_version_is_that_of_the_package():
 
 
 def test_names_agree_with_what_they_name():
-    from latentdiff.device import FORMATS
     from latentdiff.diffusion.samplers import SAMPLERS, SPACINGS
     from latentdiff.networks.attention import ATTENTION_BACKENDS
+    from latentdiff.networks.device import FORMATS
     from latentdiff.request.infotext import SAMPLER_TITLES
     from latentdiff.request.options import AttentionName, PrecisionName, SamplerName, SpacingName
 

@@ -21,12 +21,12 @@ from diffusers import (
 )
 
 from latentdiff import Pipeline
-from latentdiff.device import PrecisionWarning
 from latentdiff.diffusion.denoise import Cancelled
 from latentdiff.diffusion.latents import start_noise
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.errors import CheckpointError, LatentDiffError, NotFiniteError, UsageError
 from latentdiff.image import to_pil, to_tensor
+from latentdiff.networks.device import PrecisionWarning
 from latentdiff.recipe import Recipe, read_recipe
 from tests import peers
 from tests.diffusion.samplers.test_parity_of_solvers import PEERS

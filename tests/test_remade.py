@@ -15,7 +15,7 @@ import torch
 from latentdiff.diffusion.philox import normal
 from latentdiff.recipe import read_recipe
 from tests import peers
-from tests.foreign.test_comfy import changed, node
+from tests.request.foreign.test_comfy import changed, node
 
 SEED, STEPS, GUIDANCE, SIZE = 11, 6, 4.0, (64, 48)  # width, height
 SHAPE = (1, 4, SIZE[1] // 8, SIZE[0] // 8)

@@ -14,7 +14,7 @@ from latentdiff.errors import UsageError
 from latentdiff.networks.windows import Windows, windowed
 from latentdiff.recipe import read_recipe
 from tests import peers
-from tests.control import nets
+from tests.adapters.control import nets
 from tests.tasks.images import an_image, apart
 
 shared = cache(peers.ours)

@@ -80,7 +80,7 @@ def ours(spec: Spec) -> Run:
 def controls_of(spec: Spec, pipe: Any, levels: Any) -> Any:
     """The ControlNet beside the model with its hint, on a walk over `levels`."""
     from latentdiff import ControlNet
-    from latentdiff.control.applied import applied_controls
+    from latentdiff.adapters.control.applied import applied_controls
 
     control = ControlNet.load(Path(spec.model) / "controlnet")(hint(spec))
     sides = (4, spec.size // 8, spec.size // 8)

@@ -21,8 +21,8 @@ import click
 from PIL import Image
 from tqdm import tqdm
 
+from latentdiff.adapters.control.model import ControlNet
 from latentdiff.checkpoints.embedded import embedded_judge, embedded_model
-from latentdiff.control.model import ControlNet
 from latentdiff.errors import DataError, LatentDiffError
 from latentdiff.evaluation.judge import Judge, Verdict
 from latentdiff.evaluation.protocol import Score

@@ -8,8 +8,8 @@ from typing import Any
 
 from latentdiff.checkpoints.embedded import EMBEDDED_NAME
 from latentdiff.errors import UsageError
-from latentdiff.foreign.account import Account
 from latentdiff.request.domains import Interval
+from latentdiff.request.foreign.account import Account
 from latentdiff.request.options import OPTIONS
 
 TASKS = ("generate", "edit", "inpaint")

@@ -18,7 +18,7 @@ from latentdiff.files import check_named
 from latentdiff.request.options import CONTROL_MODES, PREPARATIONS
 
 if TYPE_CHECKING:
-    from latentdiff.control.model import Control
+    from latentdiff.adapters.control.model import Control
 
 DEPTH = "depth"
 _EDGES, _LINES = {"low", "high"}, {"sigma"}
@@ -83,7 +83,7 @@ def _take_controls(settings: dict[str, Any]) -> None:
     for _, file, place, _ in pairs:
         check_image(file)
         check_named(place)
-    from latentdiff.control.model import ControlNet
+    from latentdiff.adapters.control.model import ControlNet
 
     loaded: dict[str, ControlNet] = {}
     controls: list[Control] = []
@@ -138,7 +138,7 @@ def prepare(kind: str, image: Path, out: Path, model: str | None, **options: flo
     depth: how near things are, by a model that you name.
     """
     check_image_file("--out", out)
-    from latentdiff.control.preparation import prepared
+    from latentdiff.adapters.control.preparation import prepared
     from latentdiff.image import open_image, save_image
 
     given = {name: value for name, value in options.items() if value is not None}
@@ -151,7 +151,7 @@ def prepare(kind: str, image: Path, out: Path, model: str | None, **options: flo
             " take a folder of transformers, such as Depth Anything's"
         )
     if model is not None:
-        from latentdiff.control.depth import DepthModel
+        from latentdiff.adapters.control.depth import DepthModel
 
         hint = DepthModel.load(model)(open_image(image))
     else:

@@ -13,7 +13,7 @@ from latentdiff.errors import UsageError
 from latentdiff.files import check_named
 
 if TYPE_CHECKING:
-    from latentdiff.control.image_prompts import IPAdapter
+    from latentdiff.adapters.control.image_prompts import IPAdapter
 
 _NUMBER = r"\d*\.?\d+"
 _WITH_NUMBERS = re.compile(rf"(?P<file>.+?)(?::(?P<scale>{_NUMBER}))?(?:@(?P<start>{_NUMBER})-(?P<end>{_NUMBER}))?")
@@ -77,7 +77,7 @@ def take_image_prompts(settings: dict[str, Any]) -> None:
         check_image(file)
     for place in filter(None, (*adapters, rest["image_encoder"])):
         check_named(place)
-    from latentdiff.control.image_prompts import IPAdapter
+    from latentdiff.adapters.control.image_prompts import IPAdapter
 
     loaded: dict[str, IPAdapter] = {}
     prompts = []

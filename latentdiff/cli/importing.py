@@ -13,8 +13,8 @@ from latentdiff.cli.command_line import command_line, quoted
 from latentdiff.cli.options import ANY_PATH
 from latentdiff.cli.places import check_image
 from latentdiff.errors import LatentDiffError, printable
-from latentdiff.foreign.account import Account, Field
 from latentdiff.recipe import read_account
+from latentdiff.request.foreign.account import Account, Field
 
 _COLUMNS = ("field", "value", "verdict", "why")
 _WIDEST = 44  # letters of a field and of a value

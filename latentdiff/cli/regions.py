@@ -34,7 +34,7 @@ def take_regions(settings: dict[str, Any]) -> None:
     """
     parsed = [parse_region(text) for text in settings.pop("region")]
     if parsed:
-        from latentdiff.control.regions import Region
+        from latentdiff.adapters.control.regions import Region
 
         settings["regions"] = [Region(prompt, **where) for prompt, where in parsed]
 

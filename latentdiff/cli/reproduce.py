@@ -19,8 +19,8 @@ from latentdiff.request.recorded import MODEL_ROLES
 if TYPE_CHECKING:
     from PIL import Image
 
-    from latentdiff.foreign.account import Account
     from latentdiff.pipeline import Pipeline
+    from latentdiff.request.foreign.account import Account
 
 # Differences up to this many grey levels of 255 are rounding: another batch size or number of threads.
 ROUNDING = 2

@@ -73,8 +73,8 @@ def upscale(
         raise UsageError("expected no --noise-level with an upscaler of the ESRGAN family, which adds no noise")
     if diffusion is None:
         _check_nothing_said()
+    from latentdiff.networks.upscaling.model import Upscaler
     from latentdiff.tasks.upscaling import upscale as enlarge
-    from latentdiff.upscaling.model import Upscaler
 
     loaded = Upscaler.load(upscaler, device=settings["device"])
     settings["model"] = diffusion or None

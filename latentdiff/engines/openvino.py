@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff import __version__
-from latentdiff.device import in_float32
 from latentdiff.engines.replacement import forms_in_force, plain_steps_in, refuse_gradients, state_of
 from latentdiff.errors import MissingDependencyError, UsageError
 from latentdiff.files import cache_folder
 from latentdiff.networks.attention import use_attention_backend
+from latentdiff.networks.device import in_float32
 from latentdiff.networks.layers import Context, FeedForward, ProjectedContext, text_attentions
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE

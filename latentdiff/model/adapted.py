@@ -15,10 +15,10 @@ from latentdiff.adapters.lora.offered import OfferedLoRAs
 from latentdiff.adapters.lora.strength import Strength
 from latentdiff.adapters.textual_inversion import LoadedEmbeddings, is_word_file, read_embedding, read_words
 from latentdiff.checkpoints.distilled import Distilled
-from latentdiff.device import Precision
 from latentdiff.errors import LatentDiffError
-from latentdiff.memory.residence import Residence
-from latentdiff.memory.sharing import one_use
+from latentdiff.model.memory.residence import Residence
+from latentdiff.model.memory.sharing import one_use
+from latentdiff.networks.device import Precision
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Place, YesNo
 

@@ -17,7 +17,6 @@ from latentdiff.adapters.textual_inversion import LoadedEmbeddings
 from latentdiff.checkpoints.distilled import Distilled
 from latentdiff.checkpoints.embedded import EMBEDDED_NAME, embedded_model
 from latentdiff.checkpoints.parts import check_fit, described
-from latentdiff.device import Precision, apart_from_torch, pick_device, pick_precision, precision_of
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.engines import Example
@@ -25,10 +24,11 @@ from latentdiff.engines.backends import engines_for
 from latentdiff.engines.calibration import calibration_examples
 from latentdiff.engines.fast_forms import use_fast_forms
 from latentdiff.errors import UsageError
-from latentdiff.memory.residence import Residence
-from latentdiff.memory.sharing import Sharing, one_use
+from latentdiff.model.memory.residence import Residence
+from latentdiff.model.memory.sharing import Sharing, one_use
 from latentdiff.model.portable import PortableModel, absolute
 from latentdiff.model.prompted import PromptedModel
+from latentdiff.networks.device import Precision, apart_from_torch, pick_device, pick_precision, precision_of
 from latentdiff.networks.inputs import GUIDANCE, INPAINTING, TEXT, inputs_of
 from latentdiff.networks.sizes import count_of_sizes
 from latentdiff.networks.unet import UNet

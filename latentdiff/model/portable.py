@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from latentdiff.adapters.lora.offered import OfferedLoRAs
-from latentdiff.device import Precision
 from latentdiff.errors import CheckpointError, UsageError
-from latentdiff.memory.residence import Residence
+from latentdiff.model.memory.residence import Residence
+from latentdiff.networks.device import Precision
 
 Place = str | os.PathLike[str] | None
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latentdiff.control.applied import Steering, control_parts
-from latentdiff.device import apart_from_torch, describe_device
+from latentdiff.adapters.control.applied import Steering, control_parts
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import UsageError
-from latentdiff.memory.sharing import Sharing, one_use
 from latentdiff.model.adapted import AdaptedModel
+from latentdiff.model.memory.sharing import Sharing, one_use
+from latentdiff.networks.device import apart_from_torch, describe_device
 from latentdiff.networks.freeu import freeu
 from latentdiff.networks.inputs import INPAINTING, NEEDS, TEXT, VARIATIONS
 from latentdiff.networks.kernels import forms_in_use

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.device import in_float32
 from latentdiff.errors import ConfigError
 from latentdiff.networks.config import UNetConfig
+from latentdiff.networks.device import in_float32
 from latentdiff.networks.layers import Context, ProjectedContext
 from latentdiff.networks.rows import Area, Rows, acts_at
 from latentdiff.networks.unet import UNetEncoder

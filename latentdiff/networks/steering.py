@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.device import finite_or_float32
 from latentdiff.diffusion.denoise import is_asynchronous
 from latentdiff.diffusion.guidance import (
     Composition,
@@ -23,6 +22,7 @@ from latentdiff.diffusion.parameterization import Denoiser, Parameterization
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.networks.conditioning import AnyConditioning, Applied, Conditioning, by_groups
+from latentdiff.networks.device import finite_or_float32
 from latentdiff.networks.regional import RegionalConditioning, Regions, View, check_is_plain, regional_model
 from latentdiff.networks.sizes import Told
 from latentdiff.networks.text_embedding import EncodedPrompt

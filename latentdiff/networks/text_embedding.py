@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.device import finite_or_float32
 from latentdiff.errors import UsageError
+from latentdiff.networks.device import finite_or_float32
 from latentdiff.networks.pooled import joined_chunks
 from latentdiff.networks.text_encoders import PENULTIMATE, TextEncoders
 from latentdiff.prompts.notice import shortened

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.device import finite_or_float32, is_out_of_memory
 from latentdiff.errors import UsageError
 from latentdiff.networks.config import VAEConfig
+from latentdiff.networks.device import finite_or_float32, is_out_of_memory
 from latentdiff.networks.layers import Attention, Downsample, ResnetBlock, Upsample
 
 _EPS = 1e-6

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.control.model import Control, ControlNet
+from latentdiff.adapters.control.model import Control, ControlNet
 from latentdiff.diffusion.samplers import SAMPLERS
 from latentdiff.errors import UsageError
 from latentdiff.image import save_image

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image, ImageOps
 
-from latentdiff.control.preparation import prepared
+from latentdiff.adapters.control.preparation import prepared
 from latentdiff.reading.colours import as_rgb, upright
 from latentdiff.reading.images import opened
 from latentdiff.serving.work import Fit, Following, Sent

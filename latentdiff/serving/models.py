@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import torch
 
+from latentdiff.adapters.control.image_prompts import IPAdapter
+from latentdiff.adapters.control.model import ControlNet
 from latentdiff.checkpoints.tiny_vae import check_decoder_fits, load_tiny_decoder
-from latentdiff.control.image_prompts import IPAdapter
-from latentdiff.control.model import ControlNet
 from latentdiff.errors import CheckpointError, LatentDiffError, UsageError
 from latentdiff.pipeline import Pipeline
 from latentdiff.request.plan import Sampling

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from latentdiff.adapters.control.depth import DepthModel
 from latentdiff.checkpoints.hashing import place_hash
 from latentdiff.checkpoints.hub import locate
-from latentdiff.control.depth import DepthModel
 from latentdiff.errors import UsageError
 from latentdiff.networks.vae import LatentDistribution
 from latentdiff.pipeline import Pipeline

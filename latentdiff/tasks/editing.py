@@ -17,7 +17,7 @@ from torch import Tensor
 from latentdiff.diffusion.latents import NoiseStream
 from latentdiff.errors import UsageError
 from latentdiff.image import to_pil, to_tensor
-from latentdiff.memory.sharing import one_use
+from latentdiff.model.memory.sharing import one_use
 from latentdiff.networks.inputs import DEPTH, INSTRUCTIONS
 from latentdiff.networks.tiny_vae import TinyVAE
 from latentdiff.networks.vae import LatentDistribution

@@ -19,7 +19,7 @@ from latentdiff.diffusion.latents import NoiseStream
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import UsageError
 from latentdiff.image import to_pil, to_tensor
-from latentdiff.memory.sharing import one_use
+from latentdiff.model.memory.sharing import one_use
 from latentdiff.networks.inputs import NEEDS, UPSCALING
 from latentdiff.networks.sizes import Told
 from latentdiff.pipeline import Pipeline

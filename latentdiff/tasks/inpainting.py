@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from latentdiff.errors import UsageError
-from latentdiff.memory.sharing import one_use
+from latentdiff.model.memory.sharing import one_use
 from latentdiff.networks.inputs import INPAINTING
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe

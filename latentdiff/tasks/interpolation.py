@@ -14,7 +14,7 @@ from torch import Tensor
 from latentdiff.diffusion.latents import NoiseStream, start_noise
 from latentdiff.errors import UsageError
 from latentdiff.image import gif_of, to_pil
-from latentdiff.memory.sharing import one_use
+from latentdiff.model.memory.sharing import one_use
 from latentdiff.networks.vae import latent_shape
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe, read_recipe

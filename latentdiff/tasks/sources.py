@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from latentdiff.control.image_prompts import image_prompts_again
-from latentdiff.control.model import controls_again
-from latentdiff.control.regions import regions_again
+from latentdiff.adapters.control.image_prompts import image_prompts_again
+from latentdiff.adapters.control.model import controls_again
+from latentdiff.adapters.control.regions import regions_again
 from latentdiff.errors import DataError, UsageError
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe

@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.device import explained_out_of_memory
 from latentdiff.diffusion.denoise import Callback, progress_bar
 from latentdiff.diffusion.guidance import EVERYWHERE, UNGUIDED, Guidance, blended_denoiser, guided_denoiser
 from latentdiff.diffusion.parameterization import Denoiser, parameterization
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.image import to_pil
-from latentdiff.memory.sharing import one_use
+from latentdiff.model.memory.sharing import one_use
 from latentdiff.networks.conditioning import Conditioning
+from latentdiff.networks.device import explained_out_of_memory
 from latentdiff.networks.steering import checked_model
 from latentdiff.networks.text_embedding import Reading
 from latentdiff.pipeline import Pipeline

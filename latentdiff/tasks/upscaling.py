@@ -1,4 +1,4 @@
-"""Making an image larger by a network that was trained for it (see `latentdiff.upscaling`), and finer by a model."""
+"""Making an image larger by a network that was trained for it (see `latentdiff.networks.upscaling`), and finer by a model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any, Unpack
 
 from PIL import Image
 
-from latentdiff.device import describe_device
 from latentdiff.errors import UsageError
+from latentdiff.networks.device import describe_device
+from latentdiff.networks.upscaling.model import TILE, Upscaler
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import JSON_CHUNK, Recipe, library_versions
 from latentdiff.request.calls import public
@@ -23,7 +24,6 @@ from latentdiff.request.sources import ImageInput, Source, open_source
 from latentdiff.tasks.editing import begin_at, walked, with_recipes
 from latentdiff.tasks.sources import file_of, sampling_of
 from latentdiff.tasks.transparency import finished
-from latentdiff.upscaling.model import TILE, Upscaler
 
 TASK = "upscale"
 STRENGTH = 0.3

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.control.seen import adopted, clip_pixels
-from latentdiff.device import finite_or_float32
+from latentdiff.adapters.control.seen import adopted, clip_pixels
 from latentdiff.diffusion.latents import NoiseStream
 from latentdiff.errors import UsageError
 from latentdiff.image import to_pil
-from latentdiff.memory.sharing import one_use
+from latentdiff.model.memory.sharing import one_use
+from latentdiff.networks.device import finite_or_float32
 from latentdiff.networks.image_encoder import ImageEncoder
 from latentdiff.networks.inputs import VARIATIONS
 from latentdiff.networks.layers import sinusoidal_embedding

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from latentdiff.control.preparation import prepared
+from latentdiff.adapters.control.preparation import prepared
 from latentdiff.training.data import Dataset
 from latentdiff.training.data.buckets import Size
 from latentdiff.training.data.entries import FileOrigin

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from PIL import Image, ImageOps
 
+from latentdiff.adapters.control.model import ControlNet
 from latentdiff.checkpoints.components import Components
 from latentdiff.checkpoints.control import ControlWeights
-from latentdiff.control.model import ControlNet
 from latentdiff.image import contact_sheet, save_image, save_png
 from latentdiff.networks.attention import use_attention_backend
 from latentdiff.networks.controlnet import ControlNetwork

@@ -6,7 +6,7 @@ from PIL import Image
 from latentdiff.cli.image_prompts import with_numbers
 from latentdiff.image import open_image
 from latentdiff.recipe import read_recipe
-from tests.control.nets import hint, saved
+from tests.adapters.control.nets import hint, saved
 from tests.tasks.images import an_image, apart, mask
 
 

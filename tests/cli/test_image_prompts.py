@@ -6,7 +6,7 @@ import pytest
 
 from latentdiff.image import open_image
 from latentdiff.recipe import read_recipe
-from tests.control import adapters, test_t2i_adapters
+from tests.adapters.control import adapters, test_t2i_adapters
 from tests.tasks.images import an_image, apart, mask
 
 

@@ -18,8 +18,8 @@ from latentdiff.image import open_image, save_image, save_png
 from latentdiff.recipe import Recipe, read_recipe
 from tests import peers
 from tests.adapters.lora.conftest import make
-from tests.foreign.test_comfy import changed
-from tests.foreign.test_invokeai import VERSION_3
+from tests.request.foreign.test_comfy import changed
+from tests.request.foreign.test_invokeai import VERSION_3
 
 SETTINGS = "Steps: 2, Sampler: Euler a, Schedule type: Karras, CFG scale: 3, Seed: 5, Size: 64x48, Model: m"
 TEXTS = {

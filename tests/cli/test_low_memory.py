@@ -6,7 +6,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from latentdiff.cli import cli
-from latentdiff.memory.streaming import StreamedPart
+from latentdiff.model.memory.streaming import StreamedPart
 from latentdiff.pipeline import Pipeline
 from tests import peers
 

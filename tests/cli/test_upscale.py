@@ -108,7 +108,7 @@ def test_hires_by_a_file_and_reproduce(command, sd1, sources, workplace):
 
 
 def test_hires_by_a_file_is_the_upscaler_between_the_passes():
-    from latentdiff.upscaling.model import Upscaler
+    from latentdiff.networks.upscaling.model import Upscaler
 
     pipe = peers.ours("sd1")
     path = upscalers.saved(upscalers.esrgan(2), peers.folder("sd1").parent / "2x.safetensors")

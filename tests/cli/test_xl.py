@@ -12,7 +12,7 @@ from latentdiff.checkpoints.conversion import convert
 from latentdiff.cli import run
 from latentdiff.image import open_image
 from tests import peers
-from tests.control.nets import saved
+from tests.adapters.control.nets import saved
 from tests.tasks.images import an_image, apart, mask
 from tests.test_readme import FENCE, ROOT
 

@@ -11,9 +11,9 @@ from PIL.Image import Image
 
 from latentdiff import Pipeline
 from latentdiff.errors import UsageError
-from latentdiff.foreign.a1111 import read
 from latentdiff.networks.seamless import seamless
 from latentdiff.recipe import Recipe, read_recipe
+from latentdiff.request.foreign.a1111 import read
 from latentdiff.request.infotext import split
 from tests import peers
 from tests.tasks.images import apart

@@ -19,8 +19,8 @@ from latentdiff.serving.app import Server, make_server  # noqa: E402
 from latentdiff.serving.engine import Engine  # noqa: E402
 from latentdiff.serving.settings import Limits, ServerSettings, WorkerSettings  # noqa: E402
 from tests import peers  # noqa: E402
-from tests.control import adapters  # noqa: E402
-from tests.control.nets import saved  # noqa: E402
+from tests.adapters.control import adapters  # noqa: E402
+from tests.adapters.control.nets import saved  # noqa: E402
 
 PATIENCE = 120.0  # seconds, for machines under load
 

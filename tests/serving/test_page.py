@@ -22,7 +22,7 @@ from latentdiff.checkpoints.embedded import embedded_model
 from latentdiff.cli import run
 from latentdiff.image import open_image
 from latentdiff.recipe import read_recipe
-from tests.control import adapters
+from tests.adapters.control import adapters
 from tests.serving.conftest import Running, running, wait_for
 
 selenium = pytest.importorskip("selenium", reason="needs the extra `test`")

@@ -11,8 +11,8 @@ from latentdiff.errors import CheckpointError
 from latentdiff.serving.models import Models
 from latentdiff.serving.settings import WorkerSettings
 from tests import peers
-from tests.control import adapters
-from tests.control.nets import hint
+from tests.adapters.control import adapters
+from tests.adapters.control.nets import hint
 
 webuiapi = pytest.importorskip("webuiapi", reason="needs the extra `test`")
 cv2 = pytest.importorskip("cv2", reason="needs the extra `control`")

@@ -16,8 +16,8 @@ from latentdiff.adapters.lora.loading import LoadReport, load_lora
 from latentdiff.adapters.lora.reading import LoRAFile, read_lora
 from latentdiff.adapters.lora.strength import Strength
 from latentdiff.checkpoints.hashing import file_hash
-from latentdiff.device import Precision
 from latentdiff.errors import UsageError
+from latentdiff.networks.device import Precision
 from latentdiff.networks.text_encoder import TextEncoder
 from latentdiff.networks.text_encoders import TextEncoders
 from latentdiff.networks.unet import UNet

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from latentdiff.device import explained_out_of_memory
 from latentdiff.diffusion.denoise import Callback, Step, denoise, progress_bar, report
 from latentdiff.diffusion.guidance import UNGUIDED, Guidance, guided_denoiser
 from latentdiff.diffusion.parameterization import Denoiser, Prediction, parameterization
@@ -19,8 +18,9 @@ from latentdiff.diffusion.samplers import SAMPLERS, ddim
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.image import to_tensor
-from latentdiff.memory.sharing import one_use
+from latentdiff.model.memory.sharing import one_use
 from latentdiff.networks.conditioning import Conditioning
+from latentdiff.networks.device import explained_out_of_memory
 from latentdiff.networks.steering import checked_model
 from latentdiff.pipeline import Pipeline
 from latentdiff.request.calls import public

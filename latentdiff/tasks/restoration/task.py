@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.device import finite_or_float32
 from latentdiff.diffusion.denoise import Step
 from latentdiff.diffusion.latents import NoiseStream
 from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import DataError, UsageError
 from latentdiff.image import to_pil, to_tensor
-from latentdiff.memory.sharing import one_use
+from latentdiff.model.memory.sharing import one_use
+from latentdiff.networks.device import finite_or_float32
 from latentdiff.pipeline import Pipeline
 from latentdiff.recipe import Recipe
 from latentdiff.request.calls import public

@@ -9,8 +9,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from latentdiff.device import is_out_of_memory
 from latentdiff.errors import LatentDiffError, UsageError
+from latentdiff.networks.device import is_out_of_memory
 from latentdiff.training.checkpoint import newest_checkpoint
 from latentdiff.training.finetuning.config import METHOD_DEFAULTS, FinetuneConfig, load_finetune_config, resumed_config
 from latentdiff.training.finetuning.finishing import finish

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from latentdiff.adapters.control.applied import check_fits, network_for
 from latentdiff.adapters.lora import LoRA, LoRASpec, lora_metadata, network_metadata, save_lora
 from latentdiff.adapters.lora.norms import limit_norms
 from latentdiff.adapters.lora.spec import by_block
@@ -20,7 +21,6 @@ from latentdiff.adapters.textual_inversion import NewWord
 from latentdiff.checkpoints.components import Components, save_folder
 from latentdiff.checkpoints.control import read_control
 from latentdiff.checkpoints.control_layouts import write_control_folder
-from latentdiff.control.applied import check_fits, network_for
 from latentdiff.errors import UsageError
 from latentdiff.networks.controlnet import ControlNetwork, control_config
 from latentdiff.networks.text_encoders import unused_by

@@ -15,13 +15,13 @@ from accelerate.state import AcceleratorState
 
 from latentdiff.checkpoints.components import Components, load_components
 from latentdiff.checkpoints.embedded import EMBEDDED_NAME, embedded_model
-from latentdiff.device import computes_in_bf16
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.engines.fast_forms import use_fast_forms
 from latentdiff.errors import ConfigError, UsageError
 from latentdiff.files import atomic_path
 from latentdiff.networks.attention import use_attention_backend
+from latentdiff.networks.device import computes_in_bf16
 from latentdiff.networks.inputs import INPAINTING, NEEDS, TEXT, inputs_of
 from latentdiff.networks.sizes import OF_BASE, count_of_sizes
 from latentdiff.training.denoising import DenoisingTask

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from latentdiff.errors import UsageError
-from latentdiff.memory.estimate import available_memory
+from latentdiff.model.memory.estimate import available_memory
 from latentdiff.training.checkpoint import newest_checkpoint
 from latentdiff.training.finetuning.config import FinetuneConfig
 from latentdiff.training.finetuning.finishing import COPY_CANDIDATES, finish

@@ -14,10 +14,10 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 
 from latentdiff.checkpoints.components import Components, save_folder
 from latentdiff.checkpoints.distilled import read_distilled
-from latentdiff.device import computes_in_bf16
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.files import atomic_path
 from latentdiff.networks.attention import use_attention_backend
+from latentdiff.networks.device import computes_in_bf16
 from latentdiff.networks.text_encoder import TextEncoder
 from latentdiff.networks.vae import VAE
 from latentdiff.prompts.tokenizer import Tokenizer

@@ -13,8 +13,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from latentdiff import ControlNet, Pipeline
+from latentdiff.adapters.control.preparation import prepared
 from latentdiff.cli import cli
-from latentdiff.control.preparation import prepared
 from latentdiff.errors import CheckpointError, ConfigError, DataError, UsageError
 from latentdiff.networks.config import UNetConfig
 from latentdiff.networks.controlnet import ControlNetwork, control_config
@@ -26,7 +26,7 @@ from latentdiff.training.finetuning.config import FinetuneConfig
 from latentdiff.training.finetuning.finetune import run
 from latentdiff.training.loss import DenoisingLoss
 from tests import peers
-from tests.control.nets import saved
+from tests.adapters.control.nets import saved
 from tests.training.finetuning.build import captioned_folder, settings, state_of
 from tests.training.finetuning.test_parity import LR
 
