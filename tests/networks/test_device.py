@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from latentdiff import device as devices
 from latentdiff.errors import LatentDiffError, NotFiniteError, UsageError
+from latentdiff.networks import device as devices
 from latentdiff.networks.device import (
     FORMATS,
     PrecisionWarning,
