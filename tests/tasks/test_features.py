@@ -15,9 +15,9 @@ from latentdiff.diffusion.parameterization import parameterization
 from latentdiff.diffusion.samplers import ddim
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import UsageError
+from latentdiff.networks import layers
 from latentdiff.networks.attention import attention
 from latentdiff.networks.config import UNetConfig
-from latentdiff.networks.layers import transformer
 from latentdiff.networks.taps import Tap
 from latentdiff.networks.unet import UNet
 from latentdiff.tasks.features import PnPSpec, default_spec, replay, with_source_features
@@ -131,7 +131,7 @@ def attention_maps(unet, spec, source, monkeypatch):
             maps.append((q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(-1))
         return attention(q, k, v)
 
-    monkeypatch.setattr(transformer, "attention", recording)
+    monkeypatch.setattr(layers, "attention", recording)
     translated(unet, spec, text(1), text(2), source)
     return maps
 
