@@ -10,7 +10,7 @@ def main() -> None:
     try:
         from latentdiff.cli import main as run
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     run()
 

@@ -70,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception:
         if not signals.received:
             raise
-        code = _fail("interrupted", 128 + signals.received)  # libraries in C make other exceptions of it
+        click.echo("interrupted", err=True)  # libraries in C make other exceptions of it
+        code = 128 + signals.received
     signals.release()
     gc.freeze()
     sys.exit(close_streams() or code)
@@ -100,8 +101,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error.format_message()} (see {command} --help)", error.exit_code)
     except OSError as error:  # a file that cannot be read, a disk that fails
         return _fail(str(error), LatentDiffError.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted", INTERRUPTED)
+    except (click.Abort, KeyboardInterrupt):  # who wants it to end is told of no error
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
 
 
 def _fail(message: str, code: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
@@ -11,7 +12,7 @@ import click
 
 from latentdiff.cli.options import ANY_PATH
 from latentdiff.cli.places import check_data
-from latentdiff.errors import UsageError
+from latentdiff.errors import Stopped, UsageError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -143,13 +144,30 @@ def finetune(config: Path | None, resume: Path | None, verify_resume: int | None
     if dry_run:
         _forecast(settings)
         return
-    result = run(settings, verify_steps=verify_resume)
+    try:
+        result = run(settings, verify_steps=verify_resume)
+    except KeyboardInterrupt:  # before the first step, or after the last one
+        raise Stopped(
+            f"interrupted; go on with: {shlex.join(['latentdiff', 'finetune', '--resume', str(settings.out)])}"
+        ) from None
     if PartialState().is_main_process:
-        if kept := _kept(settings):
-            click.echo(f"kept what it knew: {kept}", err=True)
-        click.echo(f"how it went: {settings.out / 'report.html'}", err=True)
-        click.echo(f"use it: {_next_command(settings, result)}", err=True)
+        for line in _closing_lines(settings):
+            click.echo(line, err=True)
         click.echo(result)
+
+
+def _closing_lines(settings: FinetuneConfig) -> Iterator[str]:
+    """How a run went and what is to be done with its result, in words."""
+    from latentdiff.training.report.words import copies_in_words, learned_in_words, use_of_result
+
+    if learned := learned_in_words(settings.out):
+        yield f"learned: {learned}"
+    if kept := _kept(settings):
+        yield f"kept what it knew: {kept}"
+    if copies := copies_in_words(settings.out):
+        yield f"copies: {copies}"
+    yield f"how it went: {settings.out / 'report.html'}"
+    yield f"use it: {use_of_result(settings.out)}"
 
 
 def _kept(settings: FinetuneConfig) -> str:
@@ -169,19 +187,6 @@ def _forecast(settings: FinetuneConfig) -> None:
     for line in found.lines():
         click.echo(line)
     click.get_current_context().exit(0 if found.fits else 1)
-
-
-def _next_command(settings: FinetuneConfig, result: Path) -> str:
-    """The command that draws with the result of a run."""
-    model = ["--model", str(settings.model)] if settings.model and settings.method != "full" else []
-    how = [
-        {"full": "--model", "controlnet": "--control-model"}.get(settings.method, "--lora"),
-        str(result),
-    ]  # or a word
-    if settings.method == "controlnet":
-        how = ["--control", f"{settings.control_kind}=IMAGE" if settings.control_kind else "HINT", *how]
-    prompt = f"a picture of {settings.word}" if settings.word else "what its captions say"
-    return shlex.join(["latentdiff", "generate", prompt, *model, *how])
 
 
 def _as_values(given: dict[str, Any]) -> dict[str, Any]:

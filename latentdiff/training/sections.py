@@ -25,7 +25,7 @@ from latentdiff.errors import ConfigError, UsageError
 from latentdiff.reading.yaml import parse_yaml
 from latentdiff.reading.yaml import read_yaml as read_yaml_value
 from latentdiff.training.data import DataSource
-from latentdiff.training.data.captions import CaptionRules
+from latentdiff.training.data.captions import CaptionRules, worded
 from latentdiff.training.sample_options import as_texts, sample_options
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -49,6 +49,8 @@ class DataEntry(Section):
     """Factor on the loss of its images, where a U-Net is trained."""
     prefix: str = ""
     """Words before each of its captions, for example a word that stands for what is new."""
+    suffix: str = ""
+    """Words behind each of its captions."""
     regularization: bool = False
     """Its images only remind the model of what it knows: they count by `prior_weight` too, none is held out or drawn,
     and samples are not compared with them."""
@@ -88,6 +90,19 @@ def sources(entries: Sequence[DataEntry], prior_weight: float = 1.0) -> list[Dat
             entry.weight * (prior_weight if entry.regularization else 1.0),
             entry.prefix,
             entry.regularization,
+            entry.suffix,
+        )
+        for entry in entries
+    ]
+
+
+def with_words(entries: Sequence[DataEntry], prefix: str, suffix: str) -> list[DataEntry]:
+    """The entries with words around all captions of images to learn from, outside their own."""
+    return [
+        entry
+        if entry.regularization
+        else entry.model_copy(
+            update={"prefix": f"{prefix} {entry.prefix}".strip(), "suffix": worded([entry.suffix], "", suffix)[0]}
         )
         for entry in entries
     ]

@@ -301,7 +301,7 @@ def test_ctrl_c(generate, workplace, monkeypatch):
 
     monkeypatch.setattr("latentdiff.pipeline.Pipeline.__call__", call)
     done = generate("cat", "dog", "--seed", 1)
-    assert (done.code, done.errors) == (130, ["error: interrupted"])
+    assert (done.code, done.errors) == (130, ["interrupted"])
     assert files(workplace) == []
 
 
@@ -345,5 +345,5 @@ def test_ctrl_c_as_a_signal(workplace, sd1):
         assert running.stderr.readline().startswith("seed: ")  # it is at work now
         running.send_signal(signal.SIGINT)
         out, err = running.communicate(timeout=600)
-    assert (running.returncode, out, err.strip().splitlines()[-1]) == (130, "", "error: interrupted")
+    assert (running.returncode, out, err.strip().splitlines()[-1]) == (130, "", "interrupted")
     assert files(workplace) == []

@@ -49,9 +49,13 @@ class CaptionRules:
         return self.shuffle or self.part_dropout > 0
 
 
-def prefixed(captions: Sequence[str], prefix: str) -> tuple[str, ...]:
-    """Captions behind the words of their source, which an image without a caption has alone."""
-    return tuple(f"{prefix} {caption}".strip() for caption in captions or ("",)) if prefix else tuple(captions)
+def worded(captions: Sequence[str], prefix: str, suffix: str = "") -> tuple[str, ...]:
+    """Captions between the words of their source, which an image without a caption has alone; commas touch what is before
+    them."""
+    if not prefix and not suffix:
+        return tuple(captions)
+    behind = suffix if suffix.startswith((",", ".", ";")) else f" {suffix}"
+    return tuple((f"{prefix} {caption}".strip() + behind).strip() for caption in captions or ("",))
 
 
 def choose(captions: Sequence[str], rules: CaptionRules, *, seed: int, step: int, row: int) -> str:

@@ -20,7 +20,7 @@ from latentdiff.files import atomic_path, is_hub_id
 from latentdiff.reading.json import parse_json
 from latentdiff.reading.plain import read_text
 from latentdiff.training.data import huggingface
-from latentdiff.training.data.captions import prefixed
+from latentdiff.training.data.captions import worded
 from latentdiff.training.data.entries import PREFERRED, REJECTED, Entry, Listing, Unusable
 from latentdiff.training.data.folders import METADATA, list_folder
 from latentdiff.training.data.images import BACKGROUND, SUFFIXES, image_size, read_image
@@ -42,6 +42,7 @@ class DataSource:
         repeats: how often each of its images is seen in an epoch.
         weight: factor of the loss of its images.
         prefix: words before each of its captions.
+        suffix: words behind each of them.
         regularization: whether its images only remind the model of what it knows.
     """
 
@@ -50,6 +51,7 @@ class DataSource:
     weight: float = 1.0
     prefix: str = ""
     regularization: bool = False
+    suffix: str = ""
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or not self.weight > 0:
@@ -259,7 +261,7 @@ def _add(data: Dataset, source: DataSource, listing: Listing, prefix: str, allow
     if source.regularization:
         data.reminders |= set(range(len(data), len(data) + count))
     data.entries += [
-        replace(entry, name=f"{prefix}{entry.name}", captions=prefixed(entry.captions, source.prefix))
+        replace(entry, name=f"{prefix}{entry.name}", captions=worded(entry.captions, source.prefix, source.suffix))
         for entry in listing.entries
     ]
     data.repeats += [source.repeats] * count

@@ -93,6 +93,11 @@ class FinetuneConfig(AdapterSection, DenoisingSection, ReadingSection):
     """Held-out captioned images that are never trained on; replaces `validation_share`."""
     validation_share: Fraction = 0.0
     """Share of the images of `data` to hold out, chosen by the seed."""
+    caption_prefix: str = ""
+    """Words before each caption of `data` and `validation`, such as a trigger word: "sks dog,"; the images for regularization
+    stay without. With `shuffle_tags`, a comma and `keep_tags` keep it in front."""
+    caption_suffix: str = ""
+    """Words behind each of them, such as ", in the style of sks"."""
     hints: str | None = None
     """What a ControlNet is to follow: a folder of images with the names of those of `data`, or the column of the metadata
     that names them; without it, NAME.hint.png beside each image NAME."""

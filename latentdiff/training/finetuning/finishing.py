@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from PIL import Image
@@ -25,6 +27,8 @@ from latentdiff.training.validation import fixed_part
 
 # Training images that samples are compared with.
 COPY_CANDIDATES = 5000
+
+_LONGEST_PROMPT = 80  # characters, in the command that uses the result
 
 
 class Decision:
@@ -79,7 +83,8 @@ def finish(
     if not main:
         return result
     with atomic_path(settings.out / RESULT) as temporary:
-        temporary.write_text(json.dumps({"step": step, "why": why}) + "\n", encoding="utf-8")
+        about = {"step": step, "why": why, "use": _use(settings, material, result)}
+        temporary.write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
     # Those that no hole was painted in are the images themselves.
     compares = material.samples.holes is None or len(material.held_out[1]) > 0
     if compares and (drawn := [path for path in map(partial(_of_step, settings.out, step), written) if path.is_file()]):
@@ -133,6 +138,21 @@ def _facts(settings: FinetuneConfig, material: Material, method: FinetuningMetho
 
 def _captions(material: Material) -> Iterator[str]:
     return (text for index in material.training for text in material.samples.data.captions[index])
+
+
+def _use(settings: FinetuneConfig, material: Material, result: Path) -> str:
+    """The command that uses the result, with a caption of the training for a prompt."""
+    learned = (material.samples.data.captions[index][0] for index in material.learned)
+    prompt = next(filter(None, (*settings.prompts, *learned)), "")
+    words = ["generate", shorten(prompt, _LONGEST_PROMPT, placeholder="")]
+    if material.samples.holes is not None:
+        words = ["inpaint", "IMAGE", *words[1:], "--mask", "MASK"]
+    if settings.model and settings.method != "full":
+        words += ["--model", str(settings.model)]
+    if settings.method == "controlnet":
+        words += ["--control", f"{settings.control_kind}=IMAGE" if settings.control_kind else "HINT"]
+    flags = {"full": "--model", "controlnet": "--control-model", "textual_inversion": "--embedding"}
+    return shlex.join(["latentdiff", *words, flags.get(settings.method, "--lora"), str(result)])
 
 
 def _result(settings: FinetuneConfig) -> Path:

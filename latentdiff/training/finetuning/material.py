@@ -19,7 +19,7 @@ from latentdiff.training.holes import Holes
 from latentdiff.training.masks import Masks
 from latentdiff.training.material import Material, material
 from latentdiff.training.samples import Batches, Samples
-from latentdiff.training.sections import DataEntry, sources
+from latentdiff.training.sections import DataEntry, sources, with_words
 from latentdiff.training.validation import split
 
 
@@ -33,7 +33,7 @@ def read_material(settings: FinetuneConfig, parts: Components, shards: Sequence[
         DataError: there is nothing to train on; the message says what was looked for and what was there.
     """
     tokens = CaptionTokens(parts.tokenizer, settings.long_captions)
-    samples = _samples([DataEntry(path=str(shards[0]))] if shards else settings.data, settings, parts, tokens)
+    samples = _samples(_shard(settings, shards) if shards else settings.data, settings, parts, tokens)
     usable = _usable(samples)
     if not len(usable):
         raise DataError(
@@ -52,6 +52,10 @@ def read_material(settings: FinetuneConfig, parts: Components, shards: Sequence[
         other = _samples(settings.validation, settings, parts, tokens)
         held_out = (other, _usable(other)[: settings.validation_images])
     return material(samples, usable[parted.training], held_out, settings.seed, reminders)
+
+
+def _shard(settings: FinetuneConfig, shards: Sequence[Path]) -> list[DataEntry]:
+    return [settings.data[0].model_copy(update={"path": str(shards[0])})]
 
 
 def batches_of(
@@ -78,7 +82,7 @@ def _samples(
     entries: Sequence[DataEntry], settings: FinetuneConfig, parts: Components, tokens: CaptionTokens
 ) -> Samples:
     data = read_dataset(
-        sources(entries, settings.prior_weight),
+        sources(with_words(entries, settings.caption_prefix, settings.caption_suffix), settings.prior_weight),
         caption_column=settings.caption_column,
         strict=settings.strict,
         allow_missing=settings.allow_missing,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -252,7 +253,7 @@ def _task(
         loader_threads=settings.loader_threads,
         measures_start=True,
         draws_raw=True,
-        resume_hint=f"go on with: latentdiff finetune --resume {settings.out}",
+        resume_hint=f"go on with: {shlex.join(['latentdiff', 'finetune', '--resume', str(settings.out)])}",
     )
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from latentdiff.errors import DataError, UsageError
 from latentdiff.training.data.buckets import Size
-from latentdiff.training.data.captions import MAX_CHUNKS, choose, prefixed
+from latentdiff.training.data.captions import MAX_CHUNKS, choose, worded
 from latentdiff.training.data.randomness import generator
 from latentdiff.training.data.shards import find_shards
 from latentdiff.training.data.stream import Sample, ShardStream
@@ -23,6 +23,7 @@ from latentdiff.training.data.transforms import prepare, told_sizes
 from latentdiff.training.finetuning.config import FinetuneConfig
 from latentdiff.training.holes import Holes, random_hole, seen_noise
 from latentdiff.training.samples import Arrays, step_numbers
+from latentdiff.training.sections import with_words
 
 _REMEMBERED_STEPS = 1024  # whose file names are kept for messages
 _PROBLEMS_SHOWN = 20
@@ -65,6 +66,7 @@ class StreamBatches:
         self._shards, self._size, self._tokens, self._settings = shards, size, tokens, settings
         self._stream = ShardStream(tuple(shards), settings.batch_size, settings.seed)
         self._rules = settings.caption_rules
+        (self._source,) = with_words(settings.data, settings.caption_prefix, settings.caption_suffix)
         channels, downscale = latent
         self._latent_shape = (channels, size[1] // downscale, size[0] // downscale)
         self._timesteps = num_train_timesteps
@@ -104,7 +106,7 @@ class StreamBatches:
             wanted = "x".join(map(str, self._size))
             raise DataError(f"the image {sample.name} has {image.width}x{image.height} pixels, fewer than {wanted}")
         random = self._crop(step, row)
-        captions = prefixed(sample.captions(settings.caption_column), settings.data[0].prefix)
+        captions = worded(sample.captions(settings.caption_column), self._source.prefix, self._source.suffix)
         caption = choose(captions, self._rules, seed=settings.seed, step=step, row=row)
         return _Item(sample.name, prepare(image, self._size, crop=settings.crop, rng=random), caption, image.size)
 

@@ -30,6 +30,7 @@ from latentdiff.training.folder import hint_file
 from latentdiff.training.report.charts import HINT, Points, can_draw, line_chart, number, smoothed
 from latentdiff.training.report.log import LOG, RESULT, RunLog, kept_by_result, kept_in_words
 from latentdiff.training.report.memorization import CopyCheck, read_copy_check
+from latentdiff.training.report.words import use_of_result
 
 NAME = "report.html"
 
@@ -57,6 +58,7 @@ def write_report(run: Path) -> Path:
     text = template.render(
         title=f"{'Fine-tuning' if 'method' in settings else 'Training'} {run.resolve().name}",
         lead=_lead(settings),
+        use=use_of_result(run),
         stages=[_stage(stage, settings if stage == run else settings.get(stage.name, {}), run) for stage in stages],
         tables=[("Settings", list(_rows(settings)))] if settings else [],
     )

@@ -5,7 +5,7 @@ import pytest
 
 from latentdiff.errors import UsageError
 from latentdiff.prompts.syntax import chunks_of
-from latentdiff.training.data.captions import CaptionRules, choose, lost_words, prefixed, token_chunks
+from latentdiff.training.data.captions import CaptionRules, choose, lost_words, token_chunks, worded
 from tests.tiny import tokenizer as tiny_tokenizer
 
 LENGTH = 8  # two marks and six words
@@ -52,8 +52,10 @@ def test_dropping_parts_keeps_the_first_and_the_order():
 
 
 def test_prefixes():
-    assert prefixed(("a cat", ""), "sks style,") == ("sks style, a cat", "sks style,")
-    assert prefixed((), "sks") == ("sks",) and prefixed(("a",), "") == ("a",) and prefixed((), "") == ()
+    assert worded(("a cat", ""), "sks style,") == ("sks style, a cat", "sks style,")
+    assert worded(("a cat", ""), "", ", in oil") == ("a cat, in oil", ", in oil")
+    assert worded(("a cat",), "sks", "in oil") == ("sks a cat in oil",) and worded(("",), "", "in oil") == ("in oil",)
+    assert worded((), "sks") == ("sks",) and worded(("a",), "") == ("a",) and worded((), "") == ()
 
 
 def test_pure_function_of_its_key():

@@ -13,7 +13,7 @@ from latentdiff.training.finetuning.config import (
     make_config,
 )
 from latentdiff.training.finetuning.rates import rate_advice
-from latentdiff.training.sections import dump_config
+from latentdiff.training.sections import dump_config, sources, with_words
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "finetune"
 OF_EXAMPLES = sorted(CONFIGS.glob("concept_*.yaml"))
@@ -35,6 +35,18 @@ def test_methods_have_defaults_of_their_own():
     lora, full = (make_config({"data": "x", "method": method}, "test") for method in ("lora", "full"))
     assert lora.lr > full.lr and lora.weight_decay == 0 < full.weight_decay
     assert make_config({"data": "x", "method": "lora", "lr": 0.5}, "test").lr == 0.5
+
+
+def test_words_go_around_the_captions_of_what_is_learned():
+    given = [{"path": "a", "prefix": "new"}, {"path": "b", "suffix": "at night"}, {"path": "c", "regularization": True}]
+    entries = make_config({"data": given, "caption_prefix": "sks,", "caption_suffix": ", in oil"}, "test")
+    found = with_words(entries.data, entries.caption_prefix, entries.caption_suffix)
+    assert [(entry.prefix, entry.suffix) for entry in found] == [
+        ("sks, new", ", in oil"),
+        ("sks,", "at night, in oil"),
+        ("", ""),
+    ]
+    assert [source.suffix for source in sources(found)] == [", in oil", "at night, in oil", ""]
 
 
 def test_optimizers_have_defaults_of_their_own():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -379,7 +380,11 @@ def test_the_command(tmp, monkeypatch, capfd):
     result = CliRunner().invoke(cli, command.split(), catch_exceptions=False)
     assert result.exit_code == 0 and result.stdout.splitlines()[-1] == str(tmp / "run" / "lora.safetensors")
     assert f"how it went: {tmp / 'run' / 'report.html'}" in result.stderr
-    assert f"--lora {tmp / 'run' / 'lora.safetensors'}" in result.stderr
+    command_of_use = f"'a photo of the dog' --model {model_folder()} --lora {tmp / 'run' / 'lora.safetensors'}"
+    assert f"use it: latentdiff generate {command_of_use}" in result.stderr.replace("the cat", "the dog")
+    assert "learned: nothing was held out" in result.stderr
+    page = unescape((tmp / "run" / "report.html").read_text())
+    assert command_of_use in page.replace("the cat", "the dog")
     saved = (tmp / "run" / "config.yaml").read_text()
     assert (
         "min_snr_gamma: null" in saved
@@ -389,6 +394,20 @@ def test_the_command(tmp, monkeypatch, capfd):
     )
     assert run_command(command.split()) == 2
     assert re.search(r"error: .*run holds a run already; go on with --resume", capfd.readouterr().err)
+
+
+def test_ctrl_c_before_the_first_step_is_no_error_and_says_how_to_go_on(tmp, monkeypatch, capfd):
+    def stopped(self):
+        raise KeyboardInterrupt
+
+    out = tmp / "my run"
+    command = f"finetune --data {tmp / 'data'} --model {model_folder()} --rank 2 --max-steps 2 --sample-count 0 --device cpu"
+    with monkeypatch.context() as patch:
+        patch.setattr("latentdiff.training.finetuning.preparation.Preparation.build_caches", stopped)
+        assert run_command([*command.split(), "--out", str(out)]) == 130
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert said == f"interrupted; go on with: latentdiff finetune --resume '{out}'"
+    assert run_command(["finetune", "--resume", str(out)]) == 0 and (out / "lora.safetensors").is_file()
 
 
 def empty_folder(tmp):
