@@ -301,7 +301,7 @@ def test_ctrl_c(generate, workplace, monkeypatch):
 
     monkeypatch.setattr("latentdiff.pipeline.Pipeline.__call__", call)
     done = generate("cat", "dog", "--seed", 1)
-    assert (done.code, done.errors) == (130, ["interrupted"])
+    assert (done.code, done.errors, done.err.splitlines()[-1]) == (130, [], "interrupted")
     assert files(workplace) == []
 
 

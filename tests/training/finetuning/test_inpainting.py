@@ -137,6 +137,10 @@ def test_a_run_lowers_the_loss_and_its_lora_changes_what_is_painted(tmp):
     seen, made = (np.asarray(Image.open(folder / name)) for name in ("00-hint.png", "00.png"))
     hole = (seen == 127).all(-1)
     assert hole.any() and np.array_equal(seen[~hole], made[~hole])  # what it sees stays
+    use = json.loads((tmp / "run" / "result.json").read_text())["use"]
+    assert use.startswith("latentdiff inpaint IMAGE 'a photo of the ") and use.endswith(
+        f"--mask MASK --model {model_folder(inpainting=True)} --lora {result}"
+    )
     pipe = Pipeline.load(model_folder(inpainting=True), device="cpu")
     image, mask = Image.new("RGB", (16, 16), "red"), Image.new("L", (16, 16), 255)
     mask.paste(0, (0, 0, 4, 16))
