@@ -20,7 +20,7 @@ from tests import tiny
 from tests.training.build import captioned_folder
 from tests.training.build import config as training_config
 
-__all__ = ["captioned_folder", "model_folder", "paired_folder", "settings", "state_of"]
+__all__ = ["captioned_folder", "log_of", "model_folder", "paired_folder", "settings", "state_of"]
 
 
 @cache
@@ -79,3 +79,8 @@ def paired_folder(folder: Path, count: int) -> Path:
     ]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -13,15 +13,9 @@ from latentdiff.adapters.lora import load_lora
 from latentdiff.errors import ConfigError
 from latentdiff.training.finetuning.finetune import resolve, run
 from latentdiff.training.finetuning.preparation import Preparation, make_accelerator
-from tests.training.finetuning.build import captioned_folder, model_folder, settings, state_of
+from tests.training.finetuning.build import model_folder, settings, state_of
 
 EVERYTHING = ["attention", "feed_forward", "convolutions", "text_encoder"]
-
-
-@pytest.fixture
-def tmp(tmp_path):
-    captioned_folder(tmp_path / "data", 10)
-    return tmp_path
 
 
 def assert_same(first, second):

@@ -40,20 +40,10 @@ from latentdiff.training.finetuning.finetune import resolve, run
 from latentdiff.training.finetuning.streaming import shards_to_stream
 from latentdiff.training.loop import TrainingStopped
 from tests import peers
-from tests.training.finetuning.build import captioned_folder, model_folder, settings, state_of
+from tests.training.finetuning.build import captioned_folder, log_of, model_folder, settings, state_of
 
 ROOT = Path(__file__).parents[3]
 LIBRARIES = {"prodigy": "prodigyopt", "lion": "lion_pytorch", "schedulefree": "schedulefree"}
-
-
-@pytest.fixture
-def tmp(tmp_path):
-    captioned_folder(tmp_path / "data", 10)
-    return tmp_path
-
-
-def log_of(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def assert_same(first, second, **tolerance):

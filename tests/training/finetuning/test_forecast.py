@@ -13,7 +13,7 @@ from latentdiff.cli import cli
 from latentdiff.errors import UsageError
 from latentdiff.training.finetuning import trial
 from latentdiff.training.finetuning.forecast import Forecast, duration, remedies, times_due
-from tests.training.finetuning.build import captioned_folder, model_folder, settings
+from tests.training.finetuning.build import model_folder, settings
 
 # Of the kernel's two peaks, ru_maxrss begins with that of the process which started this one.
 MEASURED = """
@@ -27,10 +27,7 @@ finally:
 """
 
 
-@pytest.fixture
-def tmp(tmp_path):
-    captioned_folder(tmp_path / "data", 12)
-    return tmp_path
+IMAGES = 12
 
 
 def test_what_is_due_is_counted_as_the_loop_does_it():

@@ -18,14 +18,8 @@ from latentdiff.training.holes import Holes, random_hole
 from latentdiff.training.loss import DenoisingLoss
 from latentdiff.training.masks import Masks
 from tests import peers
-from tests.training.finetuning.build import captioned_folder, model_folder, settings, state_of
+from tests.training.finetuning.build import model_folder, settings, state_of
 from tests.training.finetuning.test_parity import step_of_ours
-
-
-@pytest.fixture
-def tmp(tmp_path):
-    captioned_folder(tmp_path / "data", 10)
-    return tmp_path
 
 
 def inpainting(tmp, **changes):

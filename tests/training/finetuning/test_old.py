@@ -15,19 +15,12 @@ from latentdiff.training.finetuning.old import Forgetting, Practice, Walks, pred
 from latentdiff.training.finetuning.old_prompts import GENERAL, old_prompts
 from latentdiff.training.finetuning.preparation import Preparation, make_accelerator
 from latentdiff.training.report.log import kept_in_words
-from tests.training.finetuning.build import captioned_folder, settings, state_of
+from tests.training.finetuning.build import log_of, settings, state_of
 
 PROMPTS = ["a photo of the cat", "a photo of the dog", "red", "the dog"]
 
 
-@pytest.fixture
-def tmp(tmp_path):
-    captioned_folder(tmp_path / "data", 8)
-    return tmp_path
-
-
-def log_of(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+IMAGES = 8
 
 
 @pytest.mark.parametrize("name", ["epsilon", "v_prediction", "sample"])
