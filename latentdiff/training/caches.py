@@ -9,7 +9,7 @@ Latents are kept as distributions and drawn anew at every use, as without the ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from latentdiff.errors import NotFiniteError
+from latentdiff.errors import DataError, NotFiniteError
 from latentdiff.networks.text_encoder import TextEncoder
 from latentdiff.networks.vae import VAE
 from latentdiff.networks.weights import weights_hash
@@ -110,6 +110,7 @@ def cache_latents(
         lambda key: f"the latents of {work[key][2]} are",
         accelerator,
     )
+    _check_whole(store, work)
     return LatentCache(store)
 
 
@@ -140,6 +141,7 @@ def cache_text(
         lambda key: "the embedding of a caption is",
         accelerator,
     )
+    _check_whole(store, work)
     return TextCache(store)
 
 
@@ -167,6 +169,14 @@ def _check_space(store: RowStore, needed: float) -> None:
     if needed:
         store.folder.mkdir(parents=True, exist_ok=True)
         check_space(store.folder, int(needed))
+
+
+def _check_whole(store: RowStore, keys: Iterable[str]) -> None:
+    if missing := sum(key not in store for key in keys):
+        raise DataError(
+            f"{missing} rows that other processes made are not in {store.folder}; the run and its `cache` must lie on storage"
+            " that all machines see"
+        )
 
 
 def _fill(

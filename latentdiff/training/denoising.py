@@ -78,7 +78,8 @@ class DenoisingTask(Task):
 
     Args:
         module: the loss.
-        groups: what is trained.
+        groups: gives what is trained; asked again once the networks have been split over processes, which changes their
+            parameters for others.
         batches: what each step sees.
         material: images to measure on; without held-out ones nothing is measured.
         sheets: draws samples of the averaged weights, and of the raw ones if `draws_raw`.
@@ -93,7 +94,7 @@ class DenoisingTask(Task):
     def __init__(
         self,
         module: DenoisingLoss,
-        groups: list[ParameterGroup],
+        groups: Callable[[], list[ParameterGroup]],
         batches: Batches | Stream,
         material: Material,
         sheets: Sheets,
@@ -117,7 +118,7 @@ class DenoisingTask(Task):
         self.fingerprint = f"{batches.fingerprint}, shuffled by seed {seed}"
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        return self._groups
+        return self._groups()
 
     def networks(self) -> list[nn.Module]:
         return self._networks

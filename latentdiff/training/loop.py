@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latentdiff.errors import ConfigError, NotFiniteError, Stopped
+from latentdiff.training.agreement import any_says, check_same_step, from_main
 from latentdiff.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 from latentdiff.training.ema import make_average
 from latentdiff.training.folder import prepare
@@ -114,12 +115,13 @@ class Trainer:
 
         Raises:
             CheckpointError: what lies there was trained otherwise than the settings say.
-            DataError: the folder cannot be written to.
+            DataError: the folder cannot be written to, or is not the same for all processes.
         """
         if not self._started:
             # Room for a checkpoint: weights, averages, two moments.
             prepare(self.folder, 4 * 4 * sum(p.numel() for p in self.parameters.values()))
             self.resume()
+            check_same_step(self.accelerator, self.step, self.folder / "checkpoints")
             self._started = True
 
     @property
@@ -134,7 +136,7 @@ class Trainer:
             log.write({"step": self.step, **self.preview()})
             log.show(self.step)
         if self._measures_now:
-            self._done = self._any(self.accelerator.is_main_process and self.task.is_done())
+            self._done = from_main(self.accelerator, self.task.is_done)
 
     @property
     def _draws_now(self) -> bool:
@@ -321,14 +323,7 @@ class Trainer:
         """Whether any process got a signal; several processes ask one another only when they log."""
         if self.accelerator.num_processes == 1:
             return received
-        return self._due(self.settings.log_every) and self._any(received)
-
-    def _any(self, says_yes: bool) -> bool:
-        """Whether any process says yes; all must ask."""
-        if self.accelerator.num_processes == 1:
-            return says_yes
-        flag = torch.tensor([float(says_yes)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum").item())
+        return self._due(self.settings.log_every) and any_says(self.accelerator, received)
 
     def _on_main(self, action: Callable[[], dict[str, float] | None], *, averaged: bool = True) -> dict[str, float]:
         """Run something with the averaged weights in place, on the main process while the others wait."""

@@ -7,6 +7,7 @@ import contextlib
 import torch
 
 from latentdiff.errors import CheckpointError, UsageError
+from latentdiff.training.agreement import from_main
 from latentdiff.training.checkpoint import Checkpoint, load_checkpoint, whole_checkpoints
 from latentdiff.training.loop import Trainer
 
@@ -37,7 +38,7 @@ def verify_resume(trainer: Trainer, steps: int) -> tuple[int, int]:
     trainer.take(load_checkpoint(paths[older]), paths[older])
     trainer.replay(newest.step)
     state = trainer.state()
-    differing = _first_difference(state, newest) if trainer.accelerator.is_main_process else None
+    differing = from_main(trainer.accelerator, lambda: _first_difference(state, newest))
     trainer.take(newest, paths[0])
     if differing:
         raise CheckpointError(

@@ -74,6 +74,7 @@ def run(settings: FinetuneConfig, *, verify_steps: int | None = None) -> Path:
     accelerator, settings = make_accelerator(settings)
     try:
         with owned(settings.out, main=accelerator.is_main_process):
+            accelerator.wait_for_everyone()  # the main one cleans the folder up, where others would write
             return _run(settings, accelerator, verify_steps)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from latentdiff.files import atomic_path
+from latentdiff.training.agreement import from_main
 from latentdiff.training.checkpoint import load_checkpoint
 from latentdiff.training.finetuning.config import FinetuneConfig
 from latentdiff.training.finetuning.methods import FinetuningMethod
@@ -70,13 +71,13 @@ def finish(
     """Write the result from the averaged weights, and the report."""
     step, why = trainer.step, ""
     if settings.stop == "auto":
-        choice = Decision(settings, material, lambda: written).choice()
+        choice = from_main(trainer.accelerator, Decision(settings, material, lambda: written).choice)
         why = choice.why
         if choice.ended:
             trainer.accelerator.print(f"stopped at step {step} of {settings.max_steps}: {why}")
         step = _take(choice.step, "the chosen one", trainer)
     elif settings.result == "best":
-        step = _take(best_step(settings.out), "the best by validation loss", trainer)
+        step = _take(from_main(trainer.accelerator, lambda: best_step(settings.out)), "the best by validation loss", trainer)
     main = trainer.accelerator.is_main_process
     with trainer.ema.swapped_in(), trainer.whole():
         result = method.save(settings.out, _facts(settings, material, method, step)) if main else _result(settings)

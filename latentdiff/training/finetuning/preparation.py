@@ -243,7 +243,7 @@ def _task(
     )
     return DenoisingTask(
         module,
-        method.parameter_groups(),
+        method.parameter_groups,
         batches_of(of, settings, schedule.num_train_timesteps, shards),
         of,
         sheets,

@@ -49,8 +49,13 @@ def dry_run(settings: FinetuneConfig) -> Forecast:
         # Named as the run, since its name stands in the files.
         own = settings.model_copy(update={"out": Path(scratch) / settings.out.resolve().name, "cache": None})
         accelerator, own = make_accelerator(own)
-        if accelerator.num_processes > 1:
-            raise UsageError("expected one process for --dry-run, found several; start it without accelerate launch")
+        if (processes := accelerator.num_processes) > 1:
+            rows = settings.batch_size // processes
+            raise UsageError(
+                f"expected one process for --dry-run, found {processes}; what each of them will take says one that is started"
+                f" without accelerate launch or torchrun, with --batch-size {rows}; with FSDP, divide the weights, averages,"
+                f" gradients and optimizer that it names by {processes}"
+            )
         own.out.mkdir()
         return _Trial(own, settings.out, accelerator).forecast()
 

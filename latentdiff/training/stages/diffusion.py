@@ -14,6 +14,7 @@ from latentdiff.training.denoising import DenoisingTask, text_and_unet
 from latentdiff.training.loss import DenoisingLoss
 from latentdiff.training.material import Material, material
 from latentdiff.training.objective import DiffusionObjective
+from latentdiff.training.optimizer import ParameterGroup
 from latentdiff.training.samples import Batches, Samples
 from latentdiff.training.sections import DenoisingSection, sources
 from latentdiff.training.sheets import SampleSheets
@@ -69,13 +70,17 @@ def diffusion_task(config: TrainingConfig, parts: Components, of: Material, fold
         parts.unet, parts.text_encoder, DiffusionObjective(schedule, settings),
         vae=None if of.cached else parts.vae.requires_grad_(False), trains_text=True,
     )  # fmt: skip
-    by_part = {
-        part: {f"{part}.{name}": p for name, p in getattr(parts, part).named_parameters()}
-        for part in ("unet", "text_encoder")
-    }
+
+    def groups() -> list[ParameterGroup]:
+        named = {
+            part: {f"{part}.{name}": p for name, p in getattr(parts, part).named_parameters()}
+            for part in ("unet", "text_encoder")
+        }
+        return text_and_unet(named, settings.lr, settings.text_encoder_lr)
+
     return DenoisingTask(
         module,
-        text_and_unet(by_part, settings.lr, settings.text_encoder_lr),
+        groups,
         _batches(config, of, schedule.num_train_timesteps),
         of,
         SampleSheets(parts, of.prompts(settings, config.seed), settings, folder, config.seed),
