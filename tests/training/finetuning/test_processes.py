@@ -49,7 +49,8 @@ def assert_same_run(one, two):
     for line, other in zip(first, second, strict=True):
         assert line.keys() == other.keys()
         for name in line.keys() - {"images_per_second", "peak_memory_mb"}:
-            assert other[name] == pytest.approx(line[name], **LOSSES), (line["step"], name)
+            close = {"abs": 0.02} if name.endswith("accuracy") else LOSSES  # a share of pairs, some of which are on the edge
+            assert other[name] == pytest.approx(line[name], **close), (line["step"], name)
     assert (one / "result.json").read_text() == (two / "result.json").read_text()
     weights, other = state_of(one), state_of(two)
     assert weights.keys() == other.keys()

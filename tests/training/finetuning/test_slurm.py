@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -59,7 +60,8 @@ def test_a_preempted_job_is_queued_again_and_goes_on(tmp_path):
     (tmp_path / "requeued").unlink()
     assert started(tmp_path, run, *options.split()).wait(300) == 0, said.read_text()
     assert "resumed" in said.read_text() and (run / "lora.safetensors").is_file()
-    assert [int(line.split(",")[0].split()[-1]) for line in log.read_text().splitlines() if '"loss"' in line] == list(range(1, 41))
+    steps = [entry["step"] for entry in map(json.loads, log.read_text().splitlines()) if "loss" in entry]
+    assert steps == list(range(1, 41))
     assert not (tmp_path / "requeued").exists()
 
     assert started(tmp_path, tmp_path / "other", "--data", tmp_path / "nowhere").wait(300) != 0
