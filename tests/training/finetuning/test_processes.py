@@ -49,7 +49,7 @@ def assert_same_run(one, two):
     for line, other in zip(first, second, strict=True):
         assert line.keys() == other.keys()
         for name in line.keys() - {"images_per_second", "peak_memory_mb"}:
-            close = {"abs": 0.02} if name.endswith("accuracy") else LOSSES  # a share of pairs, some of which are on the edge
+            close = {"abs": 0.05} if name.endswith("accuracy") else LOSSES  # a share of pairs, some of which are on the edge
             assert other[name] == pytest.approx(line[name], **close), (line["step"], name)
     assert (one / "result.json").read_text() == (two / "result.json").read_text()
     weights, other = state_of(one), state_of(two)
