@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latentdiff.adapters.lora.adapter import LoRA
 from latentdiff.adapters.lora.kinds import Change, LoRALayer
+from latentdiff.adapters.lora.kinds.relative import DoRA
 from latentdiff.checkpoints.folder import save_tensors
 from latentdiff.errors import UsageError
 from latentdiff.request.options import LoRADialect
@@ -85,10 +86,17 @@ def _peft(lora: LoRA) -> dict[str, Tensor]:
     """The dialect has no place for alpha; without one it is the rank."""
     tensors = {}
     for name, layer in lora.layers.items():
-        if not isinstance(layer, LoRALayer):
-            raise UsageError(f"the PEFT dialect is written for LoRA layers only, {name} has {layer.kind}; use kohya")
-        tensors[f"{name}.lora_A.weight"] = layer.lora_down.weight
-        tensors[f"{name}.lora_B.weight"] = _scaled(layer.lora_up.weight, layer.factor)
+        pair = layer.inner if isinstance(layer, DoRA) and layer.axis == 0 else layer
+        if not isinstance(pair, LoRALayer):
+            raise UsageError(
+                f"the PEFT dialect is written for LoRA and for DoRA with lengths of outputs, {name} has {layer.kind}"
+                f"{' with lengths of inputs' if isinstance(layer, DoRA) else ''}; use kohya"
+            )
+        tensors[f"{name}.lora_A.weight"] = pair.lora_down.weight
+        tensors[f"{name}.lora_B.weight"] = _scaled(pair.lora_up.weight, pair.factor)
+        if isinstance(layer, DoRA):
+            ones = [1] * (pair.lora_up.weight.ndim - 2)
+            tensors[f"{name}.lora_magnitude_vector"] = layer.lengths.view(1, -1, *ones) if ones else layer.lengths
     return tensors
 
 

@@ -184,11 +184,11 @@ def test_what_peft_writes(ours, tmp_path, name):
     assert report.matched == report.total and report.dialect == "peft"
     found = our_outputs(ours)[0]
     assert (found - plain).abs().max() > 1e-3
-    torch.testing.assert_close(found, _their_unet(wrapped.base_model.model.eval()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, their_unet(wrapped.base_model.model.eval()), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
-def _their_unet(unet) -> torch.Tensor:
+def their_unet(unet) -> torch.Tensor:
     no_text = SimpleNamespace(last_hidden_state=torch.zeros(1))
     return their_outputs(SimpleNamespace(unet=unet, text_encoder=lambda tokens: no_text))[0]
 

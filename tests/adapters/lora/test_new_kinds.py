@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
@@ -14,6 +15,7 @@ from latentdiff.adapters.lora.norms import limit_norms
 from latentdiff.errors import UsageError
 from tests import peers
 from tests.adapters.lora.conftest import EVERYTHING, fill, our_outputs
+from tests.adapters.lora.test_kinds_in_files import their_unet
 from tests.adapters.lora.test_lycoris import LAYERS, modules
 
 SHAPE = Shape(rank=4, alpha=2.0)
@@ -236,3 +238,44 @@ def test_norms_are_limited_along_the_direction(kind):
             torch.testing.assert_close(parameter, 0.5 * kept[name])
     if kind == "dora":
         assert torch.equal(change.lengths, kept["lengths"])
+
+
+@pytest.mark.parametrize("kind", ["dora", "loha", "lokr", "oft"])
+@torch.no_grad()
+def test_files_open_in_lycoris(kind, tmp_path):
+    """LyCORIS opens no DoRA with lengths of inputs, not even its own."""
+    from diffusers import UNet2DConditionModel
+    from lycoris import create_lycoris_from_weights
+
+    pipe = peers.ours("sd1")
+    targets = ("attention", "convolutions")
+    lora = fill(LoRA.create(pipe.unet, None, LoRASpec(4, None if kind == "oft" else 2.0, targets, kind, axis=0)))
+    save_lora(lora, tmp_path / "a.safetensors")
+    with lora.attached():
+        expected = our_outputs(pipe)[0]
+    theirs = UNet2DConditionModel.from_pretrained(peers.folder("sd1") / "unet")
+    names = {n.replace("lora_unet_", "lycoris_"): t for n, t in load_file(tmp_path / "a.safetensors").items()}
+    network, _ = create_lycoris_from_weights(1.0, None, theirs, weights_sd=names)
+    assert len(network.loras) == len(lora.layers)
+    network.apply_to()
+    torch.testing.assert_close(their_unet(theirs), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_dora_of_outputs_opens_in_diffusers(tmp_path):
+    pipe = peers.ours("sd1")
+    spec = LoRASpec(4, 2.0, ("attention", "convolutions"), "dora", axis=0)
+    lora = fill(LoRA.create(pipe.unet, None, spec))
+    save_lora(lora, tmp_path / "a.safetensors", dialect="peft")
+    with lora.attached():
+        expected = our_outputs(pipe)[0]
+    theirs = StableDiffusionPipeline.from_pretrained(peers.folder("sd1"), safety_checker=None)
+    theirs.load_lora_weights(tmp_path / "a.safetensors")
+    torch.testing.assert_close(their_unet(theirs.unet), expected, rtol=1e-4, atol=1e-4)
+    again, report = load_lora(tmp_path / "a.safetensors", pipe.unet, None)
+    assert report.matched == report.total and report.kinds == "DoRA"
+    with again.attached():
+        torch.testing.assert_close(our_outputs(pipe)[0], expected, rtol=1e-5, atol=1e-5)
+    other = LoRA.create(pipe.unet, None, LoRASpec(kind="dora"))
+    with pytest.raises(UsageError, match="DoRA with lengths of inputs; use kohya"):
+        save_lora(other, tmp_path / "b.safetensors", dialect="peft")

@@ -13,6 +13,7 @@ from latentdiff.adapters.lora import load_lora
 from latentdiff.errors import ConfigError
 from latentdiff.training.finetuning.finetune import resolve, run
 from latentdiff.training.finetuning.preparation import Preparation, make_accelerator
+from tests import tiny
 from tests.training.finetuning.build import model_folder, settings, state_of
 
 EVERYTHING = ["attention", "feed_forward", "convolutions", "text_encoder"]
@@ -135,6 +136,25 @@ def test_norms_stay_within_their_limit_in_a_run(tmp):
 def test_what_does_not_combine_is_refused(tmp, changes, message):
     with pytest.raises(ConfigError, match=message):
         settings(tmp, **changes)
+
+
+@pytest.mark.parametrize("adapter", ["dora", "lokr"])
+def test_models_of_the_shape_of_sdxl(tmp, adapter):
+    model, how = (
+        str(tiny.xl_folder(tmp)),
+        {"targets": EVERYTHING, "block_rank": ["up=0", "text_encoder=2"], "max_norm": 1},
+    )
+    result = run(
+        settings(tmp, model=model, adapter=adapter, resolution=64, upscale=True, max_steps=2, module_dropout=0.1, **how)
+    )
+    pipe = Pipeline.load(model, device="cpu")
+    lora, report = load_lora(result, pipe.unet, pipe.text_encoder)
+    assert report.matched == report.total == len(lora.layers)
+    assert {name.partition(".")[0] for name in lora.layers} == {"unet", "text_encoder", "text_encoder_2"}
+    averaged = {name.removeprefix("ema "): t for name, t in state_of(tmp / "run").items() if name.startswith("ema ")}
+    for name, layer in lora.layers.items():
+        for role, tensor in {**dict(layer.named_parameters()), **dict(layer.named_buffers())}.items():
+            assert torch.equal(tensor, averaged[f"{name}.{role}"]), f"{name}.{role}"
 
 
 DROPOUTS = {"dropout": 0.3, "rank_dropout": 0.3, "module_dropout": 0.2, "targets": EVERYTHING, "keep": "old"}
