@@ -15,19 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from latentdiff import __version__
 from latentdiff.errors import DataError, UsageError
-from latentdiff.request import foreign
+from latentdiff.request import foreign, infotext
 from latentdiff.request.domains import Choice, ChoiceOrFile
 from latentdiff.request.foreign.account import Account, Field, NamedLoRA
-from latentdiff.request.infotext import (
-    joined,
-    read_method,
-    read_pass,
-    read_value,
-    split,
-    written_method,
-    written_pass,
-    written_value,
-)
 from latentdiff.request.options import GENERATING, KEPT, OPTIONS, SAMPLING, checked
 from latentdiff.request.recorded import RecordedControl, RecordedImagePrompt, RecordedRegion
 
@@ -176,15 +166,16 @@ class Recipe(_Asked):
 
     def to_parameters(self) -> str:
         """The recipe in the format of the web UIs: prompt, negative prompt, and one line of settings."""
-        return joined(self.prompt, self.negative_prompt, self._settings())
+        return infotext.joined(self.prompt, self.negative_prompt, self._settings())
 
     def _settings(self) -> dict[str, str]:
         asked = {
-            kept.title: written_value(value)
+            kept.title: infotext.written_value(value)
             for name, kept in KEPT.items()
             if kept.title and (value := getattr(self, name)) != kept.absent
         }
-        asked = (written_method(self.sampling()) if self.sampler else {}) | written_pass(self.generating()) | asked
+        method = infotext.written_method(self.sampling()) if self.sampler else {}
+        asked = method | infotext.written_pass(self.generating()) | asked
         model = {"Size": f"{self.width}x{self.height}", "Model hash": self.model_hash[:10], "Model": self.model}
         is_literal = self.prompt_syntax == "plain" and _LOOKS_LIKE_GRAMMAR.search(self.prompt + self.negative_prompt)
         done = {
@@ -205,15 +196,15 @@ class Recipe(_Asked):
         Raises:
             DataError: a setting that is needed is missing, or has a value that latentdiff does not know.
         """
-        said = split(text)
+        said = infotext.split(text)
         settings = said.settings
         try:
             width, height = settings["Size"].split("x")
             asked: dict[str, Any] = (
-                read_method(settings)
-                | read_pass(settings)
+                infotext.read_method(settings)
+                | infotext.read_pass(settings)
                 | {
-                    name: read_value(kept.kind, settings[kept.title])
+                    name: infotext.read_value(kept.kind, settings[kept.title])
                     for name, kept in KEPT.items()
                     if kept.title and (kept.title in settings or kept.absent is ...)
                 }
@@ -289,7 +280,7 @@ def _own_recipe(info: Mapping[Any, Any]) -> Recipe | None:
     if isinstance(info.get(JSON_CHUNK), str):
         return Recipe.from_json(info[JSON_CHUNK])
     if isinstance(text := info.get(TEXT_CHUNK), str):
-        settings = split(text).settings
+        settings = infotext.split(text).settings
         if settings.get("Version", "").startswith("latentdiff") or _ONLY_OURS & settings.keys():
             return Recipe.from_parameters(text)
     return Recipe.from_json(info[COMMENT]) if has_comment(info) else None

@@ -111,11 +111,6 @@ def stages_of(text: str, steps: int) -> list[Stage]:
     return found
 
 
-def text_at(stages: Sequence[Stage], step: int) -> str:
-    """What is said at a step, from 1; the last stage goes on for ever."""
-    return next((stage.text for stage in stages if step <= stage.last), stages[-1].text)
-
-
 def _read(text: str) -> list[_Item]:
     stack = [_Bracket("")]
     for token in _TOKEN.findall(text):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentdiff.errors import UsageError
-from latentdiff.prompts.stages import Stage, stages_of, text_at
+from latentdiff.prompts.stages import Stage, stages_of
 
 # prompt -> [(last step, text)] over 10 steps; the first eleven are examples of AUTOMATIC1111's own
 STAGES = {
@@ -73,7 +73,7 @@ def test_stages(prompt):
 )
 def test_alternation(prompt, texts):
     stages = stages_of(prompt, 5)
-    assert [text_at(stages, step) for step in range(1, 6)] == texts
+    assert [next(stage.text for stage in stages if step <= stage.last) for step in range(1, 6)] == texts
 
 
 def test_the_fraction_follows_the_steps():
