@@ -14,9 +14,10 @@ from random import Random
 
 import numpy as np
 import torch
-from make_concept import OBJECT, PAPER, drawn, in_sepia, style_plans
+from glyphs import Glyphs
+from make_concept import OBJECT, PAPER, drawn, style_plans
 from PIL import Image
-from scene_language import BACKGROUNDS, NOUNS, Plan, Thing, draw_plan
+from scene_language import BACKGROUNDS, Plan, Thing, draw_plan
 from tqdm import tqdm
 from train_judge import Scene, batch_of, loss_of, make_targets
 
@@ -27,8 +28,8 @@ OTHER = "something else"
 SEPIA = "sepia"  # stands among the backgrounds: it is what the whole image looks like
 
 # Things that nobody knows: the judge learns some as "something else", and is tested with the others.
-STRANGE = ("☕", "🏺", "🛵", "⚓", "🎻", "🥾", "🪑", "🍐", "🧦", "🪴", "🦜", "🧸", "🛶", "🔭", "🧲", "🎺")
-STRANGE_TEST = ("🍵", "🦔", "🪁", "🫙", "🍇", "🚪", "🪶")
+STRANGE = ("🏺", "🛵", "🪴", "🛶", "🔭", "🧯", "🎲", "🧱", "🪵", "🔦", "🧵", "🎯", "⛲", "🪭", "🪗", "🥜")
+STRANGE_TEST = ("🍵", "🫙", "🚪", "🪶", "🪞", "🌰", "🪒")
 
 # Orders of a thing's quarters (upper left, upper right, lower left, lower right) in which none is where it was.
 _ORDERS = ((3, 2, 1, 0), (2, 3, 0, 1), (1, 3, 0, 2))
@@ -39,10 +40,12 @@ WARMUP = 30
 _SCENES = 5000
 
 
-def load_concept_judge(folder: Path, base: Judge, font: Path, *, steps: int = STEPS, scenes: int = _SCENES) -> Judge:
+def load_concept_judge(
+    folder: Path, base: Judge, glyphs: Glyphs, *, steps: int = STEPS, scenes: int = _SCENES
+) -> Judge:
     """Read the judge in a folder, or train it there (minutes on one core)."""
     if not (folder / "config.json").is_file():
-        save_judge(train(extended(base), scenes, steps, font), folder)
+        save_judge(train(extended(base), scenes, steps, glyphs), folder)
     return Judge.load(folder)
 
 
@@ -66,10 +69,11 @@ def extended(base: Judge) -> JudgeNetwork:
     return network
 
 
-def train(network: JudgeNetwork, count: int, steps: int, font: Path) -> JudgeNetwork:
+def train(network: JudgeNetwork, count: int, steps: int, glyphs: Glyphs) -> JudgeNetwork:
     """Train on renders in memory, always the same ones."""
     scenes = [
-        one for _, one in zip(range(count), endless_scenes(network.config, Random("concept judge"), font), strict=False)
+        one
+        for _, one in zip(range(count), endless_scenes(network.config, Random("concept judge"), glyphs), strict=False)
     ]
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     network.to(memory_format=torch.channels_last).train()
@@ -87,40 +91,44 @@ def train(network: JudgeNetwork, count: int, steps: int, font: Path) -> JudgeNet
     return network.eval()
 
 
-def endless_scenes(config: JudgeConfig, rng: Random, font: Path) -> Iterator[Scene]:
+def endless_scenes(config: JudgeConfig, rng: Random, glyphs: Glyphs) -> Iterator[Scene]:
     """In turn: the known world, the new thing, strange things, sepia images; and on tinted paper others, which are
     none."""
-    in_style = style_plans_of_all(rng)
+    in_style = style_plans_of_all(rng, glyphs.nouns)
     while True:
-        yield from _scenes([draw_plan(rng, rng.choice(("train", "test"))) for _ in range(3)], config, rng, font)
-        yield from _scenes([_with(OBJECT, rng), _with(OBJECT, rng)], config, rng, font)
-        yield from _scenes([_with(rng.choice(STRANGE), rng)], config, rng, font)
-        yield from (_jumbled(scene, config, rng) for scene in _scenes([_with(OBJECT, rng)], config, rng, font))
-        yield from _scenes([next(in_style), next(in_style)], config, rng, font, sepia=True)
-        tinted = replace(draw_plan(rng, "train"), background="white")
-        for scene in _scenes([tinted], config, rng, font):
+        yield from _scenes(
+            [draw_plan(rng, rng.choice(("train", "test")), nouns=glyphs.nouns) for _ in range(3)], config, rng, glyphs
+        )
+        yield from _scenes([_with(OBJECT, rng, glyphs.nouns), _with(OBJECT, rng, glyphs.nouns)], config, rng, glyphs)
+        yield from _scenes([_with(rng.choice(STRANGE), rng, glyphs.nouns)], config, rng, glyphs)
+        yield from (
+            _jumbled(scene, config, rng) for scene in _scenes([_with(OBJECT, rng, glyphs.nouns)], config, rng, glyphs)
+        )
+        yield from _scenes([next(in_style), next(in_style)], config, rng, glyphs, sepia=True)
+        tinted = replace(draw_plan(rng, "train", nouns=glyphs.nouns), background="white")
+        for scene in _scenes([tinted], config, rng, glyphs):
             paper = (scene.pixels * (np.array(PAPER) / 255.0)).astype(np.uint8)
             yield replace(scene, pixels=paper)
 
 
-def style_plans_of_all(rng: Random) -> Iterator[Plan]:
+def style_plans_of_all(rng: Random, nouns: Sequence[str]) -> Iterator[Plan]:
     """The judge has to know the held-out things in sepia, too, or it would fail right images of them."""
-    pairs = zip(style_plans(rng, "train"), style_plans(rng, "test"), strict=False)
+    pairs = zip(style_plans(rng, "train", nouns), style_plans(rng, "test", nouns), strict=False)
     return (plan for pair in pairs for plan in pair)
 
 
-def _with(noun: str, rng: Random) -> Plan:
+def _with(noun: str, rng: Random, nouns: Sequence[str]) -> Plan:
     """A plan with a new or strange thing, alone or with a known one."""
     background = rng.choice(list(BACKGROUNDS))
     if rng.random() < 0.5:
         return Plan("single", background, (Thing(noun, size=rng.choice((None, "small", "big"))),))
-    return Plan("two", background, (Thing(noun), Thing(rng.choice(list(NOUNS)))))
+    return Plan("two", background, (Thing(noun), Thing(rng.choice(nouns))))
 
 
 def _scenes(
-    plans: Sequence[Plan], config: JudgeConfig, rng: Random, font: Path, *, sepia: bool = False
+    plans: Sequence[Plan], config: JudgeConfig, rng: Random, glyphs: Glyphs, *, sepia: bool = False
 ) -> Iterator[Scene]:
-    for plan, image, boxes in drawn(plans, rng, font, in_sepia if sepia else None):
+    for plan, image, boxes in drawn(plans, rng, glyphs, sepia=sepia):
         names = [thing.noun if thing.noun in config.nouns else OTHER for thing in plan.things]
         own = len(config.colours)
         yield Scene(
@@ -145,8 +153,8 @@ def _jumbled(scene: Scene, config: JudgeConfig, rng: Random) -> Scene:
     return replace(scene, pixels=pixels, nouns=np.where(new, config.nouns.index(OTHER), scene.nouns))
 
 
-def strange_images(count: int, font: Path) -> list[Image.Image]:
+def strange_images(count: int, glyphs: Glyphs) -> list[Image.Image]:
     """Scenes of things that the judge was never shown, in which it must not see the new thing."""
     rng = Random("strange pictures")
-    plans = (_with(rng.choice(STRANGE_TEST), rng) for _ in range(10 * count))
-    return [image for _, (_, image, _) in zip(range(count), drawn(plans, rng, font, None), strict=False)]
+    plans = (_with(rng.choice(STRANGE_TEST), rng, glyphs.nouns) for _ in range(10 * count))
+    return [image for _, (_, image, _) in zip(range(count), drawn(plans, rng, glyphs), strict=False)]

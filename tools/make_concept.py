@@ -12,7 +12,8 @@ companions, and for the style, a third of the things drawn in it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -20,9 +21,10 @@ from typing import Any
 
 import click
 import numpy as np
-from make_scenes import compose, find_font, write_lines
+from glyphs import Glyphs, Sprite, fetch_glyphs, glyphs_option
+from make_scenes import SIZE, clear_sprites, compose, drawn_on, write_lines
 from PIL import Image
-from scene_language import BACKGROUNDS, NEW_NOUNS, NOUNS, Plan, Thing, caption, prompt
+from scene_language import BACKGROUNDS, NEW_NOUNS, Plan, Thing, caption, prompt
 
 from latentdiff.errors import LatentDiffError
 
@@ -31,7 +33,6 @@ STYLE = "sepia"
 PAPER = (226, 203, 160)
 INK = (58, 34, 14)
 LIGHT = (186, 152, 104)  # the lightest shade of a thing
-SIZE = 96  # pixels per side
 
 IMAGES = 24
 TEST_IMAGES = 200
@@ -40,17 +41,24 @@ HELD_OUT_BACKGROUNDS = ("black", "blue", "yellow")
 TRAINED_BACKGROUNDS = tuple(
     name for name in BACKGROUNDS if name not in (*HELD_OUT_BACKGROUNDS, "red")
 )  # the teapot is red
-HELD_OUT_NOUNS = sorted(NOUNS)[::3]
 
 Drawn = tuple[Plan, Image.Image, list[tuple[int, int, int, int]]]
 
 
-def object_plans(rng: Random, split: str) -> Iterator[Plan]:
+def held_out_nouns(nouns: Sequence[str]) -> list[str]:
+    return sorted(nouns)[::3]
+
+
+def _nouns_of(split: str, nouns: Sequence[str]) -> list[str]:
+    out = held_out_nouns(nouns)
+    return out if split == "test" else sorted(set(nouns) - set(out))
+
+
+def object_plans(rng: Random, split: str, nouns: Sequence[str]) -> Iterator[Plan]:
     """Endless plans with the new object: two alone, then one with a companion. Held-out ones are on held-out
     backgrounds."""
-    held_out = split == "test"
-    backgrounds = HELD_OUT_BACKGROUNDS if held_out else TRAINED_BACKGROUNDS
-    companions = [noun for noun in sorted(NOUNS) if (noun in HELD_OUT_NOUNS) == held_out]
+    backgrounds = HELD_OUT_BACKGROUNDS if split == "test" else TRAINED_BACKGROUNDS
+    companions = _nouns_of(split, nouns)
     while True:
         for _ in range(2):
             size = rng.choice((None, None, "small", "big"))
@@ -58,30 +66,31 @@ def object_plans(rng: Random, split: str) -> Iterator[Plan]:
         yield Plan("two", rng.choice(backgrounds), (Thing(OBJECT), Thing(rng.choice(companions))))
 
 
-def style_plans(rng: Random, split: str) -> Iterator[Plan]:
+def style_plans(rng: Random, split: str, nouns: Sequence[str]) -> Iterator[Plan]:
     """Endless plans with one thing that the embedded model knows; held-out ones are of held-out things."""
-    nouns = [noun for noun in sorted(NOUNS) if (noun in HELD_OUT_NOUNS) == (split == "test")]
+    own = _nouns_of(split, nouns)
     while True:
-        for noun in rng.sample(nouns, len(nouns)):
+        for noun in rng.sample(own, len(own)):
             yield Plan("single", rng.choice(list(BACKGROUNDS)), (Thing(noun),))
 
 
-def drawn(
-    plans: Iterable[Plan], rng: Random, font: Path, finish: Callable[[Image.Image], Image.Image] | None
-) -> Iterator[Drawn]:
-    """Images of those plans that can be drawn with clear contrast; `finish` is the style."""
+def drawn(plans: Iterable[Plan], rng: Random, glyphs: Glyphs, *, sepia: bool = False) -> Iterator[Drawn]:
+    """Images of those plans that can be drawn with clear contrast; in sepia, whatever the background, on paper."""
     for plan in plans:
-        if (scene := compose(plan, rng, SIZE, font)) is not None:
-            yield plan, finish(scene[0]) if finish else scene[0], scene[1]
+        if sepia and (sprites := clear_sprites(plan, SIZE, glyphs)) is not None:
+            paper = np.full((SIZE, SIZE, 3), PAPER, dtype=np.float32)
+            scene = drawn_on(paper, plan, [in_sepia(sprite) for sprite in sprites], rng)
+        else:
+            scene = None if sepia else compose(plan, rng, SIZE, glyphs)
+        if scene is not None:
+            yield plan, Image.fromarray(scene[0]), scene[1]
 
 
-def in_sepia(image: Image.Image) -> Image.Image:
-    """The image in shades of one brown on tan paper, whatever its plain background was."""
-    values = np.asarray(image.convert("RGB"), dtype=np.float64)  # (h, w, 3)
-    luminance = values @ (0.299, 0.587, 0.114) / 255.0  # (h, w)
-    mask = np.clip(np.abs(values - values[0, 0]).max(-1) / 40.0, 0.0, 1.0)[..., None]  # the corner is never covered
-    tones = INK + luminance[..., None] * (np.array(LIGHT) - INK)
-    return Image.fromarray((mask * tones + (1 - mask) * PAPER).round().astype(np.uint8))
+def in_sepia(sprite: Sprite) -> Sprite:
+    """The thing in shades of one brown, its shadow in ink."""
+    luminance = sprite.colour @ np.float32([0.299, 0.587, 0.114]) / 255.0  # (h, w), premultiplied as the colour is
+    tones = (1 - sprite.keep) * np.float32(INK) + luminance[..., None] * np.float32(np.subtract(LIGHT, INK))
+    return replace(sprite, colour=tones)
 
 
 def style_caption(plan: Plan) -> str:
@@ -89,24 +98,26 @@ def style_caption(plan: Plan) -> str:
     return f"{prompt(plan).removeprefix('a photo of ').rsplit(' on ', 1)[0]} in {STYLE} style"
 
 
-def write_concept(kind: str, out: Path, seed: int, font: Path, test_seed: int | None = None) -> None:
+def write_concept(kind: str, out: Path, seed: int, glyphs: Glyphs, test_seed: int | None = None) -> None:
     """Write the three parts of a data set; `kind` is "object" or "style", `test_seed` another seed for what is held
     out."""
-    plans, finish = (object_plans, None) if kind == "object" else (style_plans, in_sepia)
+    plans = object_plans if kind == "object" else style_plans
+    sepia = kind == "style"
     test_seed = seed if test_seed is None else test_seed
     for split, count, own_seed in (("train", IMAGES, seed), ("test", TEST_IMAGES, test_seed)):
         rng = Random(f"{own_seed}/{kind}/{split}")
         lines = []
-        for number, scene in enumerate(islice(drawn(plans(rng, split), rng, font, finish), count)):
+        for number, scene in enumerate(islice(drawn(plans(rng, split, glyphs.nouns), rng, glyphs, sepia=sepia), count)):
             text = caption(scene[0], rng) if kind == "object" else style_caption(scene[0])
             lines.append(_write_image(out / split, number, scene, text))
         write_lines(out / split / "metadata.jsonl", lines)
     rng = Random(f"{test_seed}/{kind}/prompts")
+    count = min(PROMPTS, len(held_out_nouns(glyphs.nouns))) if sepia else PROMPTS  # a thing in sepia has one prompt
     by_prompt: dict[str, dict[str, Any]] = {}
-    for plan, _, _ in drawn(plans(rng, "test"), rng, font, finish):
+    for plan, _, _ in drawn(plans(rng, "test", glyphs.nouns), rng, glyphs, sepia=sepia):
         line = _prompt_line(kind, plan, rng)
         by_prompt.setdefault(line["prompt"], line)
-        if len(by_prompt) == PROMPTS:
+        if len(by_prompt) == count:
             break
     write_lines(out / "prompts.jsonl", by_prompt.values())
 
@@ -137,12 +148,10 @@ def _prompt_line(kind: str, plan: Plan, rng: Random) -> dict[str, Any]:
 @click.option(
     "--test-seed", type=int, help="Another seed for the held-out images and prompts.  [default: that of --seed]"
 )
-@click.option(
-    "--font", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Path of NotoColorEmoji.ttf."
-)
-def main(kind: str, out: Path, seed: int, test_seed: int | None, font: Path | None) -> None:
+@glyphs_option
+def main(kind: str, out: Path, seed: int, test_seed: int | None, glyphs: Path | None) -> None:
     try:
-        write_concept(kind, out, seed, font or find_font(), test_seed)
+        write_concept(kind, out, seed, Glyphs(glyphs or fetch_glyphs(Path("data"))), test_seed)
     except (LatentDiffError, OSError) as error:
         sys.exit(f"error: {error}")
 

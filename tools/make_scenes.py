@@ -1,12 +1,13 @@
-"""Compose captioned scenes from the glyphs of the Noto Color Emoji font.
+"""Compose captioned scenes from Fluent Emoji.
 
-    python tools/make_scenes.py data/scenes --count 60000 --split train --seed 0
+    python tools/make_scenes.py data/scenes --count 100000 --split train --seed 0
     python tools/make_scenes.py data/scenes-test --count 2000 --split test --seed 1
     python tools/make_scenes.py --prompts latentdiff/evaluation/prompts.jsonl
 
 The folder is an image folder as Hugging Face datasets reads it: PNG files and a `metadata.jsonl` with, for each, the
-caption (`text`) and the scene itself (`scene`: objects with noun, colour and box). Scene i depends on the seed and on i
-alone. With --layouts, a hint for ControlNets lies beside each image, NAME.hint.png: where things stand, white on black.
+caption (`text`) and the scene itself (`scene`: objects with noun, colour, size, box, and the text by which a close-up of
+it goes). Scene i depends on the seed and on i alone. With --layouts, a hint for ControlNets lies beside each image,
+NAME.hint.png: where things stand, white on black. A source of glyphs that lacks some nouns makes a smaller world.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache, partial
-from itertools import combinations
 from multiprocessing import Pool
 from pathlib import Path
 from random import Random
@@ -23,33 +24,20 @@ from typing import Any
 
 import click
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-from scene_language import (
-    BACKGROUNDS,
-    NEW_NOUNS,
-    NOUNS,
-    OBJECT_COLOURS,
-    SIZES,
-    SIZES_BY_COUNT,
-    Plan,
-    caption,
-    draw_plan,
-    prompt,
-)
+from glyphs import Glyphs, Sprite, draw, fetch_glyphs, glyphs_option
+from PIL import Image, ImageDraw
+from scene_language import BACKGROUNDS, NOUNS, PLACES, SIZES, Plan, Thing, caption, draw_plan, prompt
 from tqdm import tqdm
 
-from latentdiff.errors import LatentDiffError, MissingDependencyError
+from latentdiff.errors import LatentDiffError
 from latentdiff.files import atomic_path
 
-FONT_NAME = "NotoColorEmoji.ttf"
-FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts")
-FONT_SIZE = 109  # the only size of the font's bitmaps
+SIZE = 128  # pixels per side
 
-# Cells stand on a grid of this many pixels, the size of a latent: an object then looks the same in the latent space
-# wherever it stands, which lets a small model learn it from few examples.
+# Cells stand on a grid of this many pixels, the size of a latent: a thing then looks the same in the latent space wherever
+# it stands, which lets a small model learn it from few examples.
 GRID = 8
-MARGIN = 2  # pixels between an object and the border of its cell, so that objects never touch
-MIN_CONTRAST = 55.0  # smallest mean distance in RGB between an object and the background
+MIN_CONTRAST = 55.0  # smallest distance in RGB between the mean colour of a thing and the background
 PER_FOLDER = 1000
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -60,95 +48,92 @@ TASKS = {
     "colors": "colour", "position": "position", "color_attr": "attribution",
 }  # fmt: skip
 
+# A place is painted from the top to the horizon, and from there to the bottom: the colours of both runs.
+_PLACES = {
+    "meadow": (((120, 190, 245), (205, 233, 252)), ((112, 190, 86), (78, 156, 66))),
+    "beach": (((96, 186, 235), (190, 230, 245)), ((246, 222, 164), (230, 196, 128))),
+    "snow": (((160, 190, 225), (222, 233, 245)), ((250, 252, 255), (222, 230, 242))),
+    "night": (((18, 22, 58), (52, 50, 110)), ((40, 44, 82), (24, 26, 52))),
+}
+_HORIZON = 0.62
+_STARS = 22
 
-def find_font() -> Path:
-    """The emoji font.
 
-    Raises:
-        MissingDependencyError: it is not installed in one of the usual places.
+def ground(background: str, rng: Random, size: int) -> np.ndarray:
+    """An empty image (size, size, 3) float32 in 0-255: a colour, a little lighter above than below, or a place."""
+    rows = np.linspace(0.0, 1.0, size, dtype=np.float32)[:, None, None]
+    if background in BACKGROUNDS:
+        base = np.float32([value + rng.randint(-4, 4) for value in BACKGROUNDS[background]])
+        run = base + (255.0 - base) * 0.14 * (1 - rows) - base * 0.10 * rows
+        return np.repeat(run.clip(0, 255), size, axis=1)
+    (top, haze), (near, low) = np.float32(_PLACES[background])
+    sky, floor = rows / _HORIZON, (rows - _HORIZON) / (1 - _HORIZON)
+    run = np.where(rows < _HORIZON, top + (haze - top) * sky, near + (low - near) * floor)
+    image = np.repeat(run, size, axis=1)
+    if background == "night":
+        for _ in range(_STARS):
+            y, x = int(rng.random() * _HORIZON * 0.9 * size), rng.randrange(size)
+            image[y, x] += (255 - image[y, x]) * rng.uniform(0.4, 0.95)
+    return image
+
+
+def contrast(sprite: Sprite, background: str) -> float:
+    """Distance in RGB between a thing's mean colour and a background; a place has enough for every thing."""
+    return float(np.linalg.norm(sprite.own - BACKGROUNDS[background])) if background in BACKGROUNDS else 255.0
+
+
+def compose(plan: Plan, rng: Random, size: int, glyphs: Glyphs) -> tuple[np.ndarray, list[Box]] | None:
+    """Draw a plan: an image (size, size, 3) uint8 and the box of each thing.
+
+    None where one of the things cannot be told from the background.
     """
-    for folder in FONT_FOLDERS:
-        for path in sorted(Path(folder).expanduser().rglob(FONT_NAME)):
-            return path
-    raise MissingDependencyError(
-        f"the emoji font {FONT_NAME} was not found in {', '.join(FONT_FOLDERS)};"
-        " install it (Debian, Ubuntu: apt-get install fonts-noto-color-emoji) or name it with --font"
-    )
+    sprites = clear_sprites(plan, size, glyphs)
+    return None if sprites is None else drawn_on(ground(plan.background, rng, size), plan, sprites, rng)
 
 
-@cache
-def glyph(noun: str, colour: str | None, font: Path) -> Image.Image:
-    """A noun's emoji, or an emoji itself, cut to its outline, in its own colours or in shades of one; premultiplied
-    RGBa."""
-    canvas = Image.new("RGBA", (2 * FONT_SIZE, 2 * FONT_SIZE))
-    try:
-        face = ImageFont.truetype(str(font), FONT_SIZE)
-    except OSError as error:
-        raise MissingDependencyError(f"{font} is not a usable colour emoji font: {error}") from error
-    ImageDraw.Draw(canvas).text((20, 20), (NOUNS | NEW_NOUNS).get(noun, noun), font=face, embedded_color=True)
-    image = canvas.crop(canvas.getbbox())
-    return (tinted(image, OBJECT_COLOURS[colour]) if colour else image).convert("RGBa")
-
-
-def tinted(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """The image in shades of one colour: its luminance runs from a dark shade through the colour to a light one."""
-    pixels = np.asarray(image, dtype=np.float64)
-    luminance = pixels[..., :3] @ (0.299, 0.587, 0.114) / 255.0  # (h, w)
-    middle = np.array(colour, dtype=np.float64)
-    shades = np.stack([0.25 * middle, middle, middle + 0.6 * (255.0 - middle)])  # dark, plain, light
-    ramp = np.stack([np.interp(luminance, (0.0, 0.55, 1.0), shades[:, channel]) for channel in range(3)], axis=-1)
-    return Image.fromarray(np.concatenate([ramp, pixels[..., 3:]], axis=-1).round().astype(np.uint8))
-
-
-def contrast(image: Image.Image, background: tuple[int, int, int]) -> float:
-    """Mean distance in RGB between the opaque part of a glyph and a background."""
-    pixels = np.asarray(image.convert("RGBA"), dtype=np.float64)
-    distance = np.linalg.norm(pixels[..., :3] - background, axis=-1)
-    weight = pixels[..., 3]
-    return float((distance * weight).sum() / weight.sum())
-
-
-def compose(plan: Plan, rng: Random, size: int, font: Path) -> tuple[Image.Image, list[Box]] | None:
-    """Draw a plan; None where the objects cannot be told from the background or found no place."""
-    ground = tuple(min(255, max(0, value + rng.randint(-4, 4))) for value in BACKGROUNDS[plan.background])
-    glyphs = [glyph(thing.noun, thing.colour, font) for thing in plan.things]
-    if any(contrast(image, ground) < MIN_CONTRAST for image in set_of(glyphs)):
-        return None
-    alone = len(plan.things) == 1
-    share = rng.choice(SIZES[plan.things[0].size] if alone else SIZES_BY_COUNT[len(plan.things)])
+def clear_sprites(plan: Plan, size: int, glyphs: Glyphs) -> list[Sprite] | None:
+    """The things of a plan, ready to be drawn into an image of `size` pixels; None where one lacks contrast."""
+    share = SIZES[plan.things[0].size if len(plan.things) == 1 else "small"]
     side = round(share * size / GRID) * GRID
-    cells = _place(len(plan.things), side, plan.relation, rng, size)
-    if cells is None:
-        return None
-    scene, boxes = Image.new("RGB", (size, size), ground), []
-    for image, (left, top) in zip(glyphs, cells, strict=True):
-        fitted = _fit(image, side - 2 * MARGIN).convert("RGBA")
-        left, top = left + (side - fitted.width) // 2, top + (side - fitted.height) // 2
-        scene.paste(fitted, (left, top), fitted)
-        boxes.append((left, top, left + fitted.width, top + fitted.height))
-    return scene, boxes
+    sprites = [glyphs.sprite(thing.noun, thing.colour, side) for thing in plan.things]
+    return sprites if all(contrast(sprite, plan.background) >= MIN_CONTRAST for sprite in sprites) else None
 
 
-def set_of(images: Iterable[Image.Image]) -> list[Image.Image]:
-    """Different images only; copies of a noun share one."""
-    return list({id(image): image for image in images}.values())
+def drawn_on(canvas: np.ndarray, plan: Plan, sprites: Sequence[Sprite], rng: Random) -> tuple[np.ndarray, list[Box]]:
+    """Draw a plan's things onto (size, size, 3) float32 in place; that as uint8, and the box of each thing."""
+    boxes = []
+    for sprite, (left, top) in zip(sprites, _corners(plan, sprites[0].side, rng, len(canvas)), strict=True):
+        draw(canvas, sprite, left, top)
+        x0, y0, x1, y1 = sprite.box
+        boxes.append((left + x0, top + y0, left + x1, top + y1))
+    return canvas.round().astype(np.uint8), boxes
 
 
-def _fit(image: Image.Image, side: float) -> Image.Image:
-    factor = side / max(image.size)
-    width, height = (max(1, round(length * factor)) for length in image.size)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _place(count: int, side: int, relation: str | None, rng: Random, size: int) -> list[tuple[int, int]] | None:
-    """Left top corners of cells that lie inside the image, apart, and in the relation, by rejection."""
-    for _ in range(400):
-        corners = [tuple(GRID * rng.randint(0, (size - side) // GRID) for _ in "xy") for _ in range(count)]
-        apart = all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= side for a, b in combinations(corners, 2))
-        boxes = [(left, top, left + side, top + side) for left, top in corners]
-        if apart and (relation is None or relation_holds(relation, *boxes)):
-            return corners
-    return None
+def _corners(plan: Plan, side: int, rng: Random, size: int) -> list[tuple[int, int]]:
+    """Left top corners of cells, apart, on the grid, and in the plan's relation."""
+    steps = (size - side) // GRID  # of the grid that a cell can move
+    if len(plan.things) == 1:
+        column, row = (rng.randint(steps // 4, steps - steps // 4) for _ in "xy")
+        if plan.background in PLACES:
+            row = steps - rng.randint(1, 2)
+        return [(GRID * column, GRID * row)]
+    near, far = [[0, 1], [steps - 1, steps]]  # the two places along an axis that leave room for each other
+    if len(plan.things) == 2:
+        level = rng.randint(steps // 4, steps - steps // 4)
+        if plan.background in PLACES:
+            level = steps - 1
+        level = [min(steps, max(0, level + rng.randint(-1, 1))) for _ in "ab"]
+        ends = [rng.choice(near), rng.choice(far)]
+        beside = (
+            plan.relation in ("left of", "right of")
+            if plan.relation
+            else plan.background in PLACES or rng.random() < 0.6
+        )
+        if plan.relation in ("right of", "below") or not plan.relation and rng.random() < 0.5:
+            ends.reverse()
+        return [(GRID * a, GRID * b) if beside else (GRID * b, GRID * a) for a, b in zip(ends, level, strict=True)]
+    quarters = rng.sample([(x, y) for x in (near, far) for y in (near, far)], len(plan.things))
+    return [(GRID * rng.choice(x), GRID * rng.choice(y)) for x, y in quarters]
 
 
 def relation_holds(relation: str, a: Box, b: Box) -> bool:
@@ -163,42 +148,61 @@ def relation_holds(relation: str, a: Box, b: Box) -> bool:
 def layout(boxes: Sequence[Box], size: int) -> Image.Image:
     """Where things stand: their boxes, white on black."""
     image = Image.new("RGB", (size, size))
-    draw = ImageDraw.Draw(image)
+    painter = ImageDraw.Draw(image)
     for left, top, right, bottom in boxes:
-        draw.rectangle((left, top, right - 1, bottom - 1), fill="white")
+        painter.rectangle((left, top, right - 1, bottom - 1), fill="white")
     return image
 
 
-def make_scene(
-    index: int, *, out: Path, split: str, seed: int, size: int, font: Path, layouts: bool = False
-) -> dict[str, Any]:
-    """Draw scene number `index` into its file; returns its line of the metadata."""
+def plan_of_scene(index: int, *, split: str, seed: int, size: int, glyphs: Glyphs) -> tuple[np.ndarray, dict[str, Any]]:
+    """Scene number `index`: its image (size, size, 3) uint8, and its line of the metadata without the file's name."""
     rng = Random(f"{seed}/{split}/{index}")
     while True:
-        plan = draw_plan(rng, split)
-        if (drawn := compose(plan, rng, size, font)) is not None:
+        plan = draw_plan(rng, split, nouns=glyphs.nouns)
+        if (drawn := compose(plan, rng, size, glyphs)) is not None:
             break
     image, boxes = drawn
+    scene = plan.as_json()
+    text = caption(plan, rng)
+    for entry, thing, box in zip(scene["objects"], plan.things, boxes, strict=True):
+        entry |= {"box": list(box), "text": text if len(boxes) == 1 else caption(_alone(plan, thing, rng), rng)}
+    return image, {"text": text, "scene": scene}
+
+
+def _alone(plan: Plan, thing: Thing, rng: Random) -> Plan:
+    """One thing of a plan by itself, as a close-up shows it."""
+    size = rng.choice((None, "small"))
+    return Plan("colour" if thing.colour else "single", plan.background, (replace(thing, size=size),))
+
+
+@cache
+def _glyphs(source: Path) -> Glyphs:
+    return Glyphs(source)  # one per process
+
+
+def make_scene(
+    index: int, *, out: Path, split: str, seed: int, size: int, source: Path, layouts: bool = False
+) -> dict[str, Any]:
+    """Draw scene number `index` into its file; returns its line of the metadata."""
+    image, line = plan_of_scene(index, split=split, seed=seed, size=size, glyphs=_glyphs(source))
     name = f"{index // PER_FOLDER:04d}/{index:07d}.png"
     (out / name).parent.mkdir(parents=True, exist_ok=True)
-    image.save(out / name, compress_level=1)
+    Image.fromarray(image).save(out / name, compress_level=1)
     if layouts:
+        boxes = [thing["box"] for thing in line["scene"]["objects"]]
         layout(boxes, size).save((out / name).with_suffix(".hint.png"))
-    scene = plan.as_json()
-    for entry, box in zip(scene["objects"], boxes, strict=True):
-        entry["box"] = list(box)
-    return {"file_name": name, "text": caption(plan, rng), "scene": scene}
+    return {"file_name": name, **line}
 
 
-def evaluation_prompts(per_task: int, seed: int, font: Path) -> list[dict[str, Any]]:
+def evaluation_prompts(per_task: int, seed: int, glyphs: Glyphs) -> list[dict[str, Any]]:
     """Held-out prompts of each task in GenEval's schema, each of which can be drawn with clear contrast."""
     lines = []
     for task, kind in TASKS.items():
         rng, seen = Random(f"{seed}/prompts/{task}"), set()
         while len(seen) < per_task:
-            plan = draw_plan(rng, "test", kind)
+            plan = draw_plan(rng, "test", kind, glyphs.nouns)
             sized = any(thing.size for thing in plan.things)
-            if sized or prompt(plan) in seen or compose(plan, rng, 96, font) is None:
+            if sized or prompt(plan) in seen or compose(plan, rng, SIZE, glyphs) is None:
                 continue
             seen.add(prompt(plan))
             lines.append(_geneval_line(task, plan))
@@ -227,31 +231,32 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 @click.command(help=__doc__.split("\n\n")[0])
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False), required=False)
-@click.option("--count", type=click.IntRange(1), default=60_000, show_default=True, help="Scenes to compose.")
+@click.option("--count", type=click.IntRange(1), default=100_000, show_default=True, help="Scenes to compose.")
 @click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
-@click.option("--size", type=click.IntRange(32), default=96, show_default=True, help="Pixels per side.")
+@click.option("--size", type=click.IntRange(32), default=SIZE, show_default=True, help="Pixels per side.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--layouts", is_flag=True, help="Write NAME.hint.png beside each image: where things stand.")
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes.")
-@click.option(
-    "--font", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Path of NotoColorEmoji.ttf."
-)
+@glyphs_option
 @click.option(
     "--prompts", type=click.Path(path_type=Path), help="Write the prompts of `latentdiff evaluate` here instead."
 )
 @click.option("--per-task", type=click.IntRange(1), default=50, show_default=True, help="Prompts per task.")
 def main(
-    out: Path | None, count: int, split: str, size: int, seed: int, layouts: bool, workers: int, font: Path | None,
-    prompts: Path | None, per_task: int,
+    out: Path | None, count: int, split: str, size: int, seed: int, layouts: bool, workers: int,
+    glyphs: Path | None, prompts: Path | None, per_task: int,
 ) -> None:  # fmt: skip
     try:
-        font = font or find_font()
+        source = glyphs or fetch_glyphs(Path("data"))
+        nouns = _glyphs(source).nouns  # a fault is found before the work is shared
+        if len(nouns) < len(NOUNS):
+            click.echo(f"{source} has {len(nouns)} of {len(NOUNS)} nouns; the world is these", err=True)
         if prompts:
-            write_lines(prompts, evaluation_prompts(per_task, seed, font))
+            write_lines(prompts, evaluation_prompts(per_task, seed, _glyphs(source)))
         elif out is None:
             raise click.UsageError("name the folder to write to")
         else:
-            work = partial(make_scene, out=out, split=split, seed=seed, size=size, font=font, layouts=layouts)
+            work = partial(make_scene, out=out, split=split, seed=seed, size=size, source=source, layouts=layouts)
             with Pool(workers) as pool:
                 lines = list(
                     tqdm(pool.imap(work, range(count), chunksize=50), total=count, unit="scene", mininterval=1.0)

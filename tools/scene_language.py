@@ -6,28 +6,41 @@ Nothing here draws; `make_scenes.py` does.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from random import Random
 from typing import Any
 
-# Noun -> emoji. Everyday things whose glyphs cannot be confused with one another at 30 pixels.
+# Noun -> emoji. Things whose glyphs cannot be confused with one another at 50 pixels.
 NOUNS = {
-    "cat": "🐱", "dog": "🐶", "fox": "🦊", "panda": "🐼", "frog": "🐸", "pig": "🐷", "monkey": "🐒", "lion": "🦁",
-    "rabbit": "🐇", "cow": "🐄", "elephant": "🐘", "giraffe": "🦒", "penguin": "🐧", "owl": "🦉", "rooster": "🐓",
-    "duck": "🦆", "snail": "🐌", "butterfly": "🦋", "bee": "🐝", "ladybug": "🐞", "turtle": "🐢", "snake": "🐍",
-    "octopus": "🐙", "crab": "🦀", "fish": "🐠", "sheep": "🐑", "unicorn": "🦄", "dinosaur": "🦕", "horse": "🐎",
+    "cat": "🐱", "dog": "🐶", "fox": "🦊", "panda": "🐼", "frog": "🐸", "pig": "🐷", "monkey": "🐵", "lion": "🦁",
+    "tiger": "🐯", "bear": "🐻", "koala": "🐨", "mouse": "🐭", "rabbit": "🐰", "cow": "🐮", "horse": "🐴",
+    "unicorn": "🦄", "wolf": "🐺", "giraffe": "🦒", "elephant": "🐘", "zebra": "🦓", "camel": "🐫", "sloth": "🦥",
+    "hedgehog": "🦔", "sheep": "🐑", "chicken": "🐔", "penguin": "🐧", "owl": "🦉", "parrot": "🦜", "flamingo": "🦩",
+    "peacock": "🦚", "swan": "🦢", "duck": "🦆", "bat": "🦇", "snail": "🐌", "butterfly": "🦋", "bee": "🐝",
+    "ladybug": "🐞", "spider": "🕷", "turtle": "🐢", "snake": "🐍", "crocodile": "🐊", "dinosaur": "🦕", "dragon": "🐲",
+    "octopus": "🐙", "crab": "🦀", "fish": "🐠", "shark": "🦈", "dolphin": "🐬", "whale": "🐳",
     "apple": "🍎", "banana": "🍌", "strawberry": "🍓", "cherry": "🍒", "pineapple": "🍍", "watermelon": "🍉",
-    "carrot": "🥕", "mushroom": "🍄", "pizza": "🍕", "burger": "🍔", "cake": "🎂", "donut": "🍩", "cheese": "🧀",
-    "avocado": "🥑", "bread": "🍞", "eggplant": "🍆", "tree": "🌳", "cactus": "🌵", "sunflower": "🌻", "rose": "🌹",
-    "moon": "🌙", "sun": "☀", "star": "⭐", "rainbow": "🌈", "snowman": "⛄", "fire": "🔥", "leaf": "🍁",
-    "car": "🚗", "bus": "🚌", "bicycle": "🚲", "train": "🚂", "airplane": "✈", "helicopter": "🚁", "rocket": "🚀",
-    "boat": "⛵", "tractor": "🚜", "house": "🏠", "castle": "🏰", "guitar": "🎸", "drum": "🥁", "piano": "🎹",
-    "book": "📕", "clock": "⏰", "key": "🔑", "bulb": "💡", "umbrella": "☂", "hat": "🎩", "crown": "👑", "shoe": "👟",
-    "shirt": "👕", "dress": "👗", "camera": "📷", "robot": "🤖", "ghost": "👻", "skull": "💀", "pumpkin": "🎃",
-    "balloon": "🎈", "gift": "🎁", "ball": "⚽", "heart": "❤", "diamond": "💎", "hammer": "🔨", "backpack": "🎒",
-    "bucket": "🪣", "pencil": "✏", "envelope": "✉", "ladder": "🪜",
+    "lemon": "🍋", "pear": "🍐", "peach": "🍑", "grapes": "🍇", "kiwi": "🥝", "carrot": "🥕", "corn": "🌽", "tomato": "🍅",
+    "broccoli": "🥦", "avocado": "🥑", "eggplant": "🍆", "mushroom": "🍄", "pizza": "🍕", "burger": "🍔", "taco": "🌮",
+    "hot dog": "🌭", "cake": "🎂", "cupcake": "🧁", "donut": "🍩", "cookie": "🍪", "pretzel": "🥨", "croissant": "🥐",
+    "bread": "🍞", "cheese": "🧀", "egg": "🥚", "ice cream": "🍦", "popcorn": "🍿", "lollipop": "🍭",
+    "tree": "🌳", "palm tree": "🌴", "cactus": "🌵", "sunflower": "🌻", "rose": "🌹", "tulip": "🌷", "leaf": "🍁",
+    "clover": "🍀", "moon": "🌙", "sun": "☀", "star": "⭐", "rainbow": "🌈", "cloud": "☁", "snowman": "⛄",
+    "snowflake": "❄", "fire": "🔥", "planet": "🪐", "volcano": "🌋",
+    "car": "🚗", "bus": "🚌", "truck": "🚚", "tractor": "🚜", "bicycle": "🚲", "motorcycle": "🏍", "train": "🚂",
+    "airplane": "✈", "helicopter": "🚁", "rocket": "🚀", "boat": "⛵", "ship": "🚢", "spaceship": "🛸", "house": "🏠",
+    "castle": "🏰", "tent": "⛺", "tower": "🗼",
+    "guitar": "🎸", "drum": "🥁", "piano": "🎹", "violin": "🎻", "trumpet": "🎺", "book": "📕", "clock": "⏰", "key": "🔑",
+    "light bulb": "💡", "umbrella": "☂", "hat": "🎩", "crown": "👑", "shoe": "👟", "boot": "👢", "shirt": "👕",
+    "dress": "👗", "socks": "🧦", "glove": "🧤", "backpack": "🎒", "glasses": "👓", "camera": "📷", "television": "📺",
+    "laptop": "💻", "telephone": "☎", "robot": "🤖", "ghost": "👻", "skull": "💀", "alien": "👽", "pumpkin": "🎃",
+    "balloon": "🎈", "gift": "🎁", "teddy bear": "🧸", "soccer ball": "⚽", "basketball": "🏀", "heart": "❤",
+    "diamond": "💎", "ring": "💍", "trophy": "🏆", "bell": "🔔", "hammer": "🔨", "axe": "🪓", "bucket": "🪣",
+    "pencil": "✏", "envelope": "✉", "ladder": "🪜", "chair": "🪑", "candle": "🕯", "anchor": "⚓", "magnet": "🧲",
+    "globe": "🌍", "hourglass": "⌛", "lock": "🔒", "scissors": "✂", "basket": "🧺", "broom": "🧹", "mug": "☕",
+    "kite": "🪁", "palette": "🎨", "compass": "🧭", "shield": "🛡", "sword": "🗡", "bow": "🎀", "bomb": "💣",
 }  # fmt: skip
 
 # Things that the embedded model has never seen, for examples of fine-tuning; no random plan holds one.
@@ -35,27 +48,37 @@ NEW_NOUNS = {"teapot": "🫖"}
 
 _PLURALS = {
     "butterfly": "butterflies", "octopus": "octopuses", "fish": "fish", "sheep": "sheep", "strawberry": "strawberries",
-    "cherry": "cherries", "cactus": "cacti", "leaf": "leaves", "bus": "buses", "dress": "dresses",
-    "fox": "foxes", "snowman": "snowmen",
+    "cherry": "cherries", "cactus": "cacti", "leaf": "leaves", "bus": "buses", "dress": "dresses", "fox": "foxes",
+    "snowman": "snowmen", "mouse": "mice", "wolf": "wolves", "tomato": "tomatoes", "peach": "peaches",
+    "hourglass": "hourglasses", "compass": "compasses", "volcano": "volcanoes", "trophy": "trophies",
+}  # fmt: skip
+
+# Nouns that are counted in something else: "a pair of glasses", "two loaves of bread".
+_MEASURES = {
+    "glasses": ("pair", "pairs"), "socks": ("pair", "pairs"), "scissors": ("pair", "pairs"), "grapes": ("bunch", "bunches"),
+    "bread": ("loaf", "loaves"), "cheese": ("piece", "pieces"), "corn": ("ear", "ears"), "popcorn": ("box", "boxes"),
+    "broccoli": ("head", "heads"),
 }  # fmt: skip
 
 COUNTS = {1: "one", 2: "two", 3: "three", 4: "four"}
 
 BACKGROUNDS = {
-    "white": (255, 255, 255), "black": (18, 18, 20), "gray": (128, 128, 128), "red": (214, 40, 44),
-    "orange": (245, 138, 31), "yellow": (250, 220, 60), "green": (45, 160, 70), "blue": (45, 90, 220),
-    "purple": (125, 58, 172), "pink": (250, 155, 195),
+    "white": (255, 255, 255), "black": (22, 22, 26), "gray": (148, 148, 152), "red": (214, 48, 52),
+    "orange": (246, 146, 46), "yellow": (252, 218, 80), "green": (64, 170, 88), "blue": (58, 112, 226),
+    "purple": (122, 72, 184), "pink": (250, 172, 206),
 }  # fmt: skip
+
+# Drawn places and how a sentence names them; things stand in the lower part.
+PLACES = {"meadow": "on a meadow", "beach": "on a beach", "snow": "in the snow", "night": "at night"}
 
 OBJECT_COLOURS = {
     "red": (224, 32, 36), "orange": (250, 134, 20), "yellow": (250, 214, 30), "green": (40, 168, 62),
     "blue": (38, 92, 230), "purple": (138, 52, 186), "pink": (250, 120, 182), "brown": (126, 76, 38),
 }  # fmt: skip
 
-# Sides of the square cells that objects are drawn in, as shares of the image's side: of an object alone, by the word
-# that says its size, and of each of several objects, by their number.
-SIZES = {"small": (5 / 12,), None: (7 / 12, 8 / 12), "big": (10 / 12,)}
-SIZES_BY_COUNT = {2: (5 / 12, 6 / 12), 3: (5 / 12,), 4: (5 / 12,)}
+# Sides of the square cells that things are drawn in, as shares of the image's side: of a thing alone, by the word that says
+# its size; each of several has the smallest. Few sizes, so that a small model sees each of them often.
+SIZES = {"small": 7 / 16, None: 11 / 16, "big": 14 / 16}
 
 RELATIONS = {
     "left of": ("to the left of", "left of", "on the left of"),
@@ -65,7 +88,8 @@ RELATIONS = {
 }
 
 KINDS = {
-    "single": 0.20, "two": 0.16, "counting": 0.20, "colour": 0.13, "position": 0.13, "attribution": 0.12, "mixed": 0.06,
+    "single": 0.28, "colour": 0.13, "place": 0.05, "counting": 0.16, "two": 0.10, "position": 0.13, "attribution": 0.10,
+    "mixed": 0.05,
 }  # fmt: skip
 
 _PREFIXES = ("", "", "", "", "a photo of ", "a photo of ", "a picture of ", "a picture of ", "there {is} ")
@@ -95,7 +119,7 @@ class Plan:
     """What a scene has to show, before anything is placed."""
 
     kind: str
-    background: str
+    background: str  # of BACKGROUNDS or PLACES
     things: tuple[Thing, ...]
     relation: str | None = None  # of the first thing to the second
 
@@ -105,7 +129,7 @@ class Plan:
             "kind": self.kind,
             "background": self.background,
             "relation": self.relation,
-            "objects": [{key: value for key, value in asdict(thing).items() if key != "size"} for thing in self.things],
+            "objects": [asdict(thing) for thing in self.things],
         }
 
 
@@ -129,7 +153,7 @@ def combinations_of(plan: Plan) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield "counting", ("count", noun, str(nouns.count(noun)))
 
 
-_TESTED_BY = {"position": "two", "attribution": "colour", "mixed": "two"}
+_TESTED_BY = {"position": "two", "attribution": "colour", "mixed": "two", "place": "single"}
 
 
 def belongs_to(plan: Plan, split: str) -> bool:
@@ -141,29 +165,31 @@ def belongs_to(plan: Plan, split: str) -> bool:
     return any(out for sort, out in found if sort == about)
 
 
-def draw_plan(rng: Random, split: str, kind: str | None = None) -> Plan:
+def draw_plan(rng: Random, split: str, kind: str | None = None, nouns: Sequence[str] = tuple(NOUNS)) -> Plan:
     """A random plan of the split."""
     kind = kind or rng.choices(list(KINDS), list(KINDS.values()))[0]
     while True:
-        plan = _draw(rng, kind)
+        plan = _draw(rng, kind, nouns)
         coloured_like_background = any(thing.colour == plan.background for thing in plan.things)
         if not coloured_like_background and belongs_to(plan, split):
             return plan
 
 
-def _draw(rng: Random, kind: str) -> Plan:
-    background = rng.choice(list(BACKGROUNDS))
-    first, second, third = (Thing(noun) for noun in rng.sample(list(NOUNS), 3))
+def _draw(rng: Random, kind: str, nouns: Sequence[str]) -> Plan:
+    background = rng.choice(list(PLACES if kind == "place" else BACKGROUNDS))
+    first, second, third = (Thing(noun) for noun in rng.sample(nouns, 3))
     colours = rng.sample(list(OBJECT_COLOURS), 2)
     match kind:
         case "single":
             things = (Thing(first.noun, size=rng.choice((None, None, None, "small", "big"))),)
+        case "place":
+            things = rng.choice(((first,), (first,), (first, second)))
         case "two":
             things = (first, second)
         case "counting":
-            things = (first,) * rng.choice((1, 2, 2, 3, 3, 4, 4))
+            things = (first,) * rng.choice((1, 2, 2, 2, 3, 3, 3, 4, 4, 4))
         case "colour":
-            things = (Thing(first.noun, colours[0]),)
+            things = (Thing(first.noun, colours[0], rng.choice((None, None, None, "small", "big"))),)
         case "position":
             return Plan(kind, background, (first, second), rng.choice(list(RELATIONS)))
         case "attribution":
@@ -174,7 +200,6 @@ def _draw(rng: Random, kind: str) -> Plan:
                 (first, second, third),
                 (first, first, second, second),
                 (Thing(first.noun, colours[0]), second),
-                (Thing(first.noun, colours[0], rng.choice(("small", "big"))),),
             ))  # fmt: skip
     return Plan(kind, background, things)
 
@@ -186,6 +211,8 @@ def caption(plan: Plan, rng: Random) -> str:
     prefix = rng.choice(_PREFIXES).format(**{"is": "are" if plural else "is"})
     if plan.relation and prefix.startswith("there"):
         prefix = ""
+    if plan.background in PLACES:
+        return f"{prefix}{subject} {PLACES[plan.background]}"
     suffix = rng.choice(_SUFFIXES).format(plan.background, a=_article(plan.background)) if rng.random() < 0.88 else ""
     return prefix + subject + suffix
 
@@ -194,7 +221,8 @@ def prompt(plan: Plan) -> str:
     """The one sentence by which evaluation asks for a plan, after GenEval's "a photo of"."""
     phrases = _phrases(plan.things)
     subject = f" {RELATIONS[plan.relation][0]} ".join(phrases) if plan.relation else _list(phrases)
-    return f"a photo of {subject} on {_article(plan.background)} background"
+    where = PLACES.get(plan.background) or f"on {_article(plan.background)} background"
+    return f"a photo of {subject} {where}"
 
 
 def _subject(plan: Plan, rng: Random) -> str:
@@ -209,9 +237,17 @@ def _subject(plan: Plan, rng: Random) -> str:
         phrases.reverse()
     if len(phrases) == 2 and rng.random() < 0.15:
         return f"{phrases[0]} next to {phrases[1]}"
-    if len(plan.things) == 1 and plan.kind == "counting":
-        return phrases[0].replace("an " if phrases[0].startswith("an ") else "a ", "one ", 1)
+    if len(plan.things) == 1:
+        return _alone(phrases[0], plan, rng)
     return _list(phrases)
+
+
+def _alone(phrase: str, plan: Plan, rng: Random) -> str:
+    """One thing: "one cat" where it is counted, now and then without its article."""
+    without = phrase.split(" ", 1)[1]
+    if plan.kind == "counting":
+        return f"one {without}"
+    return without.rpartition(" of ")[2] if rng.random() < 0.15 else phrase
 
 
 def _phrases(things: tuple[Thing, ...]) -> list[str]:
@@ -219,11 +255,18 @@ def _phrases(things: tuple[Thing, ...]) -> list[str]:
 
 
 def _phrase(thing: Thing, count: int) -> str:
-    noun = thing.noun if count == 1 else _PLURALS.get(thing.noun, thing.noun + "s")
-    words = " ".join(word for word in (thing.size, thing.colour, noun) if word)
-    if count > 1:
-        return f"{COUNTS[count]} {words}"
-    return _article(words)
+    plural = count > 1
+    if thing.noun in _MEASURES:
+        words = (thing.size, _MEASURES[thing.noun][plural], "of", thing.colour, thing.noun)
+    else:
+        words = (thing.size, thing.colour, plural_of(thing.noun) if plural else thing.noun)
+    phrase = " ".join(word for word in words if word)
+    return f"{COUNTS[count]} {phrase}" if plural else _article(phrase)
+
+
+def plural_of(noun: str) -> str:
+    """ "cats", "foxes", "mice"; a noun that is counted in something else stays as it is."""
+    return noun if noun in _MEASURES else _PLURALS.get(noun, noun + "s")
 
 
 def _article(words: str) -> str:

@@ -21,8 +21,8 @@ from typing import Any
 import click
 import numpy as np
 from concept_judge import SEPIA, load_concept_judge, strange_images
+from glyphs import Glyphs, fetch_glyphs, glyphs_option
 from make_concept import OBJECT
-from make_scenes import find_font
 from PIL import Image
 from tqdm import tqdm
 
@@ -75,14 +75,14 @@ def images_of(pipe: Pipeline, prompts: Sequence[str], seeds: int, steps: int, gu
     return made
 
 
-def references(judge: Judge, pipe: Pipeline, data: Path, rule: Rule, font: Path) -> dict[str, Score]:
+def references(judge: Judge, pipe: Pipeline, data: Path, rule: Rule, glyphs: Glyphs) -> dict[str, Score]:
     """What the judge says of real images: with the new thing or style, and without it."""
     real = [open_image(data / "test" / line["file_name"]) for line in read_lines(data / "test" / "metadata.jsonl")]
     back = [to_pil(pipe.decode(pipe.encode_images(to_tensor([image])).mode()))[0] for image in real]
     return {
         "real held-out images": share(judge, real, rule),
         "reconstructions by the VAE": share(judge, back, rule),
-        "seen in scenes of strange things": share(judge, strange_images(_KNOWN, font), rule),
+        "seen in scenes of strange things": share(judge, strange_images(_KNOWN, glyphs), rule),
     }
 
 
@@ -118,12 +118,11 @@ def table(scores: dict[str, Score]) -> str:
 @click.option(
     "--old-prompts", type=click.IntRange(0), default=50, show_default=True, help="Of each old task; 0 leaves them out."
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for scores and sheets of images."
-)
+@glyphs_option
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for scores and sheets of images.")
 def main(
     data: Path, lora: str | None, model: str | None, base: str | None, judge_folder: Path, seeds: int, steps: int,
-    guidance: float, old_prompts: int, out: Path | None,
+    guidance: float, old_prompts: int, glyphs: Path | None, out: Path | None,
 ) -> None:  # fmt: skip
     if (lora is None) == (model is None):
         raise click.UsageError("name the fine-tuned model by either --lora or --model")
@@ -133,12 +132,12 @@ def main(
         if lora:
             path, scale = parse_scaled(lora)
             after.load_lora(path, scale=scale)
-        font = find_font()
-        judge = load_concept_judge(judge_folder, Judge.load(embedded_judge()), font)
+        source = Glyphs(glyphs or fetch_glyphs(Path("data")))
+        judge = load_concept_judge(judge_folder, Judge.load(embedded_judge()), source)
         lines = read_lines(data / "prompts.jsonl")
         rule = has_style if "style" in lines[0] else has_object
         prompts = [line["prompt"] for line in lines]
-        scores = references(judge, before, data, rule, font)
+        scores = references(judge, before, data, rule, source)
         for name, pipe in (("before", before), ("after", after)):
             made = images_of(pipe, prompts, **settings)
             scores[f"held-out prompts, {name}"] = share(judge, made, rule)

@@ -13,7 +13,7 @@ from latentdiff.evaluation.judge import Judge, read_output, save_judge
 from latentdiff.evaluation.network import JudgeConfig, JudgeNetwork, JudgeOutput
 from latentdiff.evaluation.prompts import TASK_OF_KIND
 from latentdiff.evaluation.references import score, shuffled
-from tests.scenes import JUDGE, asked_and_shown, drawn, scene_language
+from tests.scenes import JUDGE, SIZE, asked_and_shown, drawn, scene_language
 
 TINY = JudgeConfig(("cat", "dog"), ("red",), ("white", "black"), channels=(8, 8, 8), blocks=(1, 1, 1))
 
@@ -54,14 +54,14 @@ def test_size_does_not_matter(judge, scenes):
 
 
 def test_an_empty_image(judge):
-    (verdict,) = judge([Image.new("RGB", (96, 96), scene_language.BACKGROUNDS["blue"])])
+    (verdict,) = judge([Image.new("RGB", (SIZE, SIZE), scene_language.BACKGROUNDS["blue"])])
     assert verdict.objects == () and verdict.background == "blue"
 
 
 def test_boxes_are_where_the_objects_are(judge):
     _, image, boxes = drawn("test", "single", Random(2))
     (verdict,) = judge([image])
-    assert verdict.objects[0].box == pytest.approx([edge / 96 for edge in boxes[0]], abs=0.05)
+    assert verdict.objects[0].box == pytest.approx([edge / SIZE for edge in boxes[0]], abs=0.05)
 
 
 def test_the_judge_is_small():

@@ -19,7 +19,7 @@ from latentdiff.evaluation.prompts import TASKS, EvaluationPrompt, read_prompts
 from latentdiff.evaluation.protocol import score_prompts
 from latentdiff.recipe import read_recipe
 from tests import peers
-from tests.scenes import JUDGE, font, make_scenes, scene_language
+from tests.scenes import FEW, JUDGE, SIZE, make_scenes, scene_folder, scene_language
 
 SCORE = {"value", "low", "high", "images"}
 
@@ -31,11 +31,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scenes")
-    font()
-    made = CliRunner().invoke(make_scenes.main, [str(folder), "--count", "30", "--split", "test", "--workers", "1"])
-    assert made.exit_code == 0, made.output
-    return folder
+    return scene_folder(tmp_path_factory.mktemp("scenes"), 30, "--split", "test")
 
 
 def check_scores(values):
@@ -140,19 +136,27 @@ class Painter:
         kind = make_scenes.TASKS[prompt.task]
         plan = scene_language.Plan(kind, prompt.background, tuple(things), relation)
         rng = Random(seed)
-        while (drawn := make_scenes.compose(plan, rng, 96, font())) is None:
+        while (drawn := make_scenes.compose(plan, rng, SIZE, FEW)) is None:
             pass
-        return drawn[0]
+        return Image.fromarray(drawn[0])
 
 
-def test_a_model_that_draws_what_is_asked():
-    prompts = read_prompts(limit=8)
+@pytest.fixture(scope="module")
+def few_prompts():
+    return [
+        EvaluationPrompt.from_json(line, number)
+        for number, line in enumerate(make_scenes.evaluation_prompts(8, 0, FEW))
+    ]
+
+
+def test_a_model_that_draws_what_is_asked(few_prompts):
+    prompts = few_prompts
     result = score_prompts(Painter(prompts), prompts, judge=Judge.load(JUDGE), seeds_per_prompt=2, progress=False)
     assert result.mean.value >= 0.97 and result.background.value >= 0.97
 
 
-def test_a_model_that_draws_something_else():
-    prompts = read_prompts(limit=8)
+def test_a_model_that_draws_something_else(few_prompts):
+    prompts = few_prompts
     result = score_prompts(
         Painter(prompts, skew=9), prompts, judge=Judge.load(JUDGE), seeds_per_prompt=2, progress=False
     )

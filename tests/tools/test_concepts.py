@@ -12,17 +12,23 @@ from click.testing import CliRunner
 from PIL import Image
 
 from latentdiff.evaluation.judge import Judge, Seen, Verdict
-from tests.scenes import JUDGE, font, scene_language
+from tests.scenes import FEW, JUDGE, SIZE, glyphs, scene_language
 
 import concept_judge  # noqa: E402, isort: skip
 import make_concept  # noqa: E402, isort: skip
 import score_concept  # noqa: E402, isort: skip
 
 
+@pytest.fixture(autouse=True)
+def strange_things_of_the_few(monkeypatch):
+    monkeypatch.setattr(concept_judge, "STRANGE", ("🏺",))
+    monkeypatch.setattr(concept_judge, "STRANGE_TEST", ("🚪",))
+
+
 @pytest.fixture(scope="module", params=["object", "style"])
 def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    make_concept.write_concept(request.param, folder, 0, font())
+    make_concept.write_concept(request.param, folder, 0, FEW)
     return folder
 
 
@@ -34,12 +40,13 @@ def test_a_concept_is_24_captioned_images_and_what_was_held_out(folder):
     train, test, prompts = (
         lines(folder / name) for name in ("train/metadata.jsonl", "test/metadata.jsonl", "prompts.jsonl")
     )
-    assert (len(train), len(test), len({line["prompt"] for line in prompts})) == (24, 200, 30)
+    asked = 30 if folder.name.startswith("object") else len(make_concept.held_out_nouns(FEW.nouns))
+    assert (len(train), len(test), len({line["prompt"] for line in prompts})) == (24, 200, asked)
     new = "sepia style" if folder.name.startswith("style") else "teapot"
     assert all(new in line.get("text", line.get("prompt")) for line in [*train, *test, *prompts])
     for line in train:
         with Image.open(folder / "train" / line["file_name"]) as image:
-            assert image.size == (96, 96)
+            assert image.size == (SIZE, SIZE)
 
 
 def test_nothing_held_out_is_trained_on(folder):
@@ -56,7 +63,7 @@ def test_nothing_held_out_is_trained_on(folder):
 
 def test_another_test_seed_changes_only_what_was_held_out(folder, tmp_path):
     kind = folder.name.rstrip("0123456789")
-    make_concept.write_concept(kind, tmp_path, 0, font(), test_seed=1)
+    make_concept.write_concept(kind, tmp_path, 0, FEW, test_seed=1)
     assert lines(tmp_path / "train/metadata.jsonl") == lines(folder / "train/metadata.jsonl")
     assert lines(tmp_path / "prompts.jsonl") != lines(folder / "prompts.jsonl")
     assert lines(tmp_path / "test/metadata.jsonl") != lines(folder / "test/metadata.jsonl")
@@ -70,14 +77,19 @@ def test_the_new_thing_is_in_no_random_plan():
 
 
 def test_sepia_has_one_hue_and_its_paper_everywhere():
-    image = Image.new("RGB", (40, 40), (30, 60, 200))
-    image.paste((250, 250, 250), (10, 10, 20, 20))
-    image.paste((0, 0, 0), (20, 20, 30, 30))
-    sepia = np.asarray(make_concept.in_sepia(image), dtype=int)
+    plan = scene_language.Plan("single", "blue", (scene_language.Thing("guitar"),))
+    ((_, image, _),) = make_concept.drawn([plan], Random(0), FEW, sepia=True)
+    sepia = np.asarray(image, dtype=int)
     assert tuple(sepia[0, 0]) == make_concept.PAPER
-    assert np.abs(sepia[15, 15] - make_concept.LIGHT).max() <= 4
-    assert tuple(sepia[25, 25]) == make_concept.INK
     assert (np.diff(sepia, axis=-1) < 0).all()  # red over green over blue
+
+
+def test_white_black_and_nothing_in_sepia():
+    white = glyphs.Sprite(
+        np.float32([[[255] * 3, [0] * 3, [0] * 3]]), np.float32([[[0], [0], [1]]]), (0, 0, 3, 1), None
+    )
+    colour = make_concept.in_sepia(white).colour + white.keep * np.float32(make_concept.PAPER)
+    assert colour[0] == pytest.approx(np.array([make_concept.LIGHT, make_concept.INK, make_concept.PAPER]), abs=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +112,7 @@ def test_the_extended_judge_begins_as_the_judge_it_was(base):
 
 def test_scenes_of_the_judge_are_named_rightly(base):
     config = concept_judge.extended(base).config
-    scenes = list(islice(concept_judge.endless_scenes(config, Random(1), font()), 200))
+    scenes = list(islice(concept_judge.endless_scenes(config, Random(1), FEW), 200))
     named = {config.nouns[noun] for scene in scenes for noun in scene.nouns}
     assert {"teapot", "something else"} < named
     sepia = [scene for scene in scenes if config.backgrounds[scene.background] == "sepia"]
@@ -115,7 +127,7 @@ def test_scenes_of_the_judge_are_named_rightly(base):
 def test_a_jumbled_thing_keeps_its_colours_and_is_no_longer_the_thing(base):
     config = concept_judge.extended(base).config
     plan = scene_language.Plan("single", "blue", (scene_language.Thing("teapot", size="big"),))
-    (scene,) = concept_judge._scenes([plan], config, Random(0), font())
+    (scene,) = concept_judge._scenes([plan], config, Random(0), FEW)
     jumbled = concept_judge._jumbled(scene, config, Random(0))
     assert [config.nouns[noun] for noun in jumbled.nouns] == ["something else"]
     left, top, right, bottom = scene.boxes[0].astype(int)
@@ -125,9 +137,9 @@ def test_a_jumbled_thing_keeps_its_colours_and_is_no_longer_the_thing(base):
 
 
 def test_training_the_judge_is_repeatable_and_is_kept(base, tmp_path):
-    first = concept_judge.load_concept_judge(tmp_path / "a", base, font(), steps=1, scenes=8)
-    again = concept_judge.load_concept_judge(tmp_path / "b", base, font(), steps=1, scenes=8)
-    kept = concept_judge.load_concept_judge(tmp_path / "a", base, font())
+    first = concept_judge.load_concept_judge(tmp_path / "a", base, FEW, steps=1, scenes=8)
+    again = concept_judge.load_concept_judge(tmp_path / "b", base, FEW, steps=1, scenes=8)
+    kept = concept_judge.load_concept_judge(tmp_path / "a", base, FEW)
     for name, tensor in first.network.state_dict().items():
         assert torch.equal(tensor, kept.network.state_dict()[name])
         torch.testing.assert_close(tensor, again.network.state_dict()[name])

@@ -13,7 +13,7 @@ from PIL import Image
 from latentdiff.checkpoints.embedded import embedded_judge
 from latentdiff.errors import DataError
 from latentdiff.evaluation.judge import Judge
-from tests.scenes import font, make_scenes  # puts tools/ on the path
+from tests.scenes import scene_folder  # puts tools/ on the path
 
 editing_measures, sweep_features, compare_inversion = map(
     import_module, ("editing_measures", "sweep_features", "compare_inversion")
@@ -22,11 +22,7 @@ editing_measures, sweep_features, compare_inversion = map(
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scenes") / "test"
-    font()  # skips where there is none
-    done = CliRunner().invoke(make_scenes.main, [str(folder), "--count", "60", "--split", "test", "--seed", "1"])
-    assert done.exit_code == 0, done.output
-    return folder
+    return scene_folder(tmp_path_factory.mktemp("scenes") / "test", 60, "--split", "test", "--seed", "1")
 
 
 @pytest.fixture(scope="module")

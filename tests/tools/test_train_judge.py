@@ -36,7 +36,7 @@ def square(left, top, right, bottom, noun=0, colour=1):
 def rendered(count):
     rng, scenes = Random(5), []
     for _ in range(count):
-        plan, image, boxes = drawn("train", "two", rng)
+        plan, image, boxes = drawn("train", "two", rng, CONFIG.size)
         nouns = np.array([CONFIG.nouns.index(thing.noun) for thing in plan.things])
         background = CONFIG.backgrounds.index(plan.background)
         scenes.append(

@@ -129,7 +129,7 @@ def read_close_ups(data: Dataset, latent_size: int, downscale: int) -> list[Clos
         except (KeyError, TypeError) as error:
             raise DataError(
                 f"expected the `box` and `text` of each thing in `scene.objects` of {entry.name}, as"
-                f" tools/fluent_scenes.py writes it, for close-ups; found {error!r}"
+                f" tools/make_scenes.py writes it, for close-ups; found {error!r}"
             ) from error
         boxes = [box for _, box in things]
         for text, box in things:

@@ -23,7 +23,7 @@ def read_scenes(data: Dataset) -> list[dict[str, Any]]:
     for entry, scene in zip(data.entries, scenes, strict=True):
         if scene is None:
             raise DataError(
-                f"expected a `scene` of {entry.name} in {METADATA}, as tools/fluent_scenes.py writes it, found none"
+                f"expected a `scene` of {entry.name} in {METADATA}, as tools/make_scenes.py writes it, found none"
             )
     return [scene for scene in scenes if scene is not None]
 

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import click
 import numpy as np
-from fluent_language import NEW_NOUNS, NOUNS, OBJECT_COLOURS
 from PIL import Image, ImageFilter
+from scene_language import NEW_NOUNS, NOUNS, OBJECT_COLOURS
 
 from latentdiff.errors import DataError, MissingDependencyError
 from latentdiff.files import atomic_path
 
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 ARCHIVE = "lobehub-fluent-emoji-3d-1.1.0.tgz"
+
+FEWEST = 12  # nouns of a world: with fewer, it can lack held-out combinations of some kind
 
 MARGIN = 2  # pixels between a thing and the border of its cell, so that things never touch
 _BLUR, _DOWN, _RIGHT, _DARK = 3.0, 3, 1, 0.38  # of the soft shadow, for an image of 128 pixels
@@ -36,12 +39,17 @@ class Sprite:
         keep: what of the ground shines through, (side + 2 pad, side + 2 pad, 1) float32 in 0-1.
         box: left, top, right, bottom of the glyph in its cell.
         own: mean colour of the glyph, (3,).
+        side: pixels of the cell.
     """
 
     colour: np.ndarray
     keep: np.ndarray
     box: tuple[int, int, int, int]
     own: np.ndarray
+
+    @property
+    def side(self) -> int:
+        return len(self.keep) - 2 * _PAD
 
 
 class Glyphs:
@@ -72,6 +80,21 @@ class Glyphs:
         except (tarfile.TarError, OSError) as error:
             raise DataError(f"{self.source} is no folder of emoji and no .tgz archive: {error}") from error
 
+    @cached_property
+    def nouns(self) -> tuple[str, ...]:
+        """Those nouns of the world whose emoji are here, in the world's order.
+
+        Raises:
+            DataError: they are too few for scenes of every kind.
+        """
+        found = tuple(noun for noun, emoji in NOUNS.items() if _file_name(emoji) in self._files)
+        if len(found) < FEWEST:
+            raise DataError(
+                f"expected the emoji of at least {FEWEST} nouns in {self.source}, found {len(found)};"
+                f" `npm pack {PACKAGE}` fetches all"
+            )
+        return found
+
     def image(self, noun: str) -> Image.Image:
         """A noun's emoji, or an emoji itself, cut to its outline; RGBA.
 
@@ -79,7 +102,7 @@ class Glyphs:
             DataError: the package has no such emoji.
         """
         emoji = (NOUNS | NEW_NOUNS).get(noun, noun)
-        name = "-".join(f"{ord(character):04x}" for character in emoji).replace(_VARIATION, "")
+        name = _file_name(emoji)
         if name not in self._files:
             raise DataError(f"{self.source} has no emoji {name} for {noun!r}; expected the files of {PACKAGE}")
         found = self._files[name]
@@ -130,6 +153,10 @@ def tinted(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     return Image.fromarray(np.concatenate([ramp, pixels[..., 3:]], axis=-1).round().astype(np.uint8))
 
 
+def _file_name(emoji: str) -> str:
+    return "-".join(f"{ord(character):04x}" for character in emoji).replace(_VARIATION, "")
+
+
 def _fit(image: Image.Image, side: float) -> Image.Image:
     factor = side / max(image.size)
     width, height = (max(1, round(length * factor)) for length in image.size)
@@ -158,3 +185,8 @@ def fetch_glyphs(cache: Path) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
     return path
+
+
+glyphs_option = click.option(
+    "--glyphs", type=click.Path(path_type=Path), help="Folder or archive of the emoji; without it, npm fetches them."
+)
