@@ -35,7 +35,7 @@ from latentdiff.image import contact_sheet, open_image, save_png
 from latentdiff.pipeline import Pipeline
 from latentdiff.tasks import inpaint
 
-MARGIN = 6  # pixels of the mask around the thing
+MARGIN = 10  # pixels of the mask around the thing: its shadow has to go with it
 ON_SHEET = 8  # scenes
 
 Box = tuple[int, int, int, int]

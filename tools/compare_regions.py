@@ -15,6 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from scene_language import Plan, Thing  # noqa: E402
+from scene_language import prompt as sentence  # noqa: E402
+
 from latentdiff import Pipeline, Region  # noqa: E402
 from latentdiff.checkpoints.embedded import embedded_judge  # noqa: E402
 from latentdiff.evaluation.judge import Judge  # noqa: E402
@@ -29,16 +32,11 @@ HALVES = {
 }  # fmt: skip
 
 
-def with_article(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
 def regions_of(prompt: EvaluationPrompt, weight: float) -> list[Region]:
     """A region for each of the two objects of a prompt."""
 
     def text(need: Requirement) -> str:
-        thing = with_article(f"{need.colour} {need.noun}" if need.colour else need.noun)
-        return f"a photo of {thing} on {with_article(f'{prompt.background} background')}"
+        return sentence(Plan("single", prompt.background or "white", (Thing(need.noun, need.colour),)))
 
     first, second = prompt.include
     places = HALVES[second.position[0]] if second.position else ("left", "right")

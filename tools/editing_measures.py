@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -59,7 +59,7 @@ def read_cases(folder: Path, count: int, seed: int = 0) -> list[EditCase]:
         scene = line["scene"]
         if scene["kind"] not in ("single", "colour") or len(scene["objects"]) != 1:
             continue
-        thing = Thing(scene["objects"][0]["noun"], scene["objects"][0]["colour"])
+        thing = Thing(*(scene["objects"][0][name] for name in ("noun", "colour", "size")))
         before = Plan(scene["kind"], scene["background"], (thing,))
         after = _recoloured(before, rng) if len(cases) % 2 else _on_another_background(before, rng)
         cases.append(EditCase(open_image(folder / line["file_name"]), prompt(before), _asked(after)))
@@ -71,7 +71,7 @@ def read_cases(folder: Path, count: int, seed: int = 0) -> list[EditCase]:
 def _recoloured(plan: Plan, rng: Random) -> Plan:
     (thing,) = plan.things
     colours = [colour for colour in OBJECT_COLOURS if colour not in (thing.colour, plan.background)]
-    return Plan("colour", plan.background, (Thing(thing.noun, rng.choice(colours)),))
+    return Plan("colour", plan.background, (replace(thing, colour=rng.choice(colours)),))
 
 
 def _on_another_background(plan: Plan, rng: Random) -> Plan:

@@ -1,7 +1,7 @@
 """GenEval's protocol on scenes: make images of prompts, let the judge look at them, count what is right.
 
 Ghosh et al. 2023, "GenEval: An Object-Focused Framework for Evaluating Text-to-Image Alignment". Ours differs in the
-world (emoji scenes), in the judge (trained on renders of that world) and in one more score, the background's.
+world (scenes of emoji), in the judge (trained on renders of that world) and in one more score, the background's.
 """
 
 from __future__ import annotations

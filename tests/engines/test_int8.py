@@ -24,6 +24,11 @@ def pipe() -> Pipeline:
     return Pipeline.load(device="cpu", precision="fp32")
 
 
+def shape_of(pipe: Pipeline) -> tuple[int, int, int]:
+    """Of the latents of one image."""
+    return pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size
+
+
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
@@ -71,14 +76,14 @@ def test_layers_agree_with_the_exact_ones(layer: nn.Module, shape: tuple[int, ..
 
 @torch.no_grad()
 def test_nan_stays_nan(pipe: Pipeline) -> None:
-    x = torch.full((1, pipe.unet.config.in_channels, 12, 12), float("nan"))
+    x = torch.full((1, *shape_of(pipe)), float("nan"))
     assert Int8Network(pipe.unet)(x, 500.0, pipe.encode([PROMPT])).isnan().all()
 
 
 @torch.no_grad()
 def test_network_is_near_and_leaves_the_modules_alone(pipe: Pipeline) -> None:
     network, text = Int8Network(pipe.unet), pipe.encode([PROMPT, ""])
-    x = torch.randn(2, pipe.unet.config.in_channels, 12, 12, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(2, *shape_of(pipe), generator=torch.Generator().manual_seed(2))
     for t, near in ((500.0, 0.08), (850.0, 0.08), (950.0, 0.0), (50.0, 0.0)):
         exact = pipe.unet(x, t, text)
         assert is_outer(t) == (near == 0.0)
@@ -90,7 +95,7 @@ def test_network_is_near_and_leaves_the_modules_alone(pipe: Pipeline) -> None:
 @torch.no_grad()
 def test_taps_act_in_8_bits_too(pipe: Pipeline) -> None:
     network, text = Int8Network(pipe.unet), pipe.encode([PROMPT])
-    x = torch.randn(1, pipe.unet.config.in_channels, 12, 12, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(1, *shape_of(pipe), generator=torch.Generator().manual_seed(2))
     for name in ("mid_block.resnets.0.conv1", "mid_block.attentions.0.transformer_blocks.0.ff.net.0"):
         with Tap(pipe.unet, [name], output=lambda name, arguments, output: 5 * output):
             assert relative(network(x, 500.0, text), pipe.unet(x, 500.0, text)) < 0.1
@@ -99,7 +104,7 @@ def test_taps_act_in_8_bits_too(pipe: Pipeline) -> None:
 @torch.no_grad()
 def test_changed_weights_are_rounded_anew(pipe: Pipeline) -> None:
     network, text = Int8Network(pipe.unet), pipe.encode([PROMPT])
-    x = torch.randn(1, pipe.unet.config.in_channels, 12, 12, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(1, *shape_of(pipe), generator=torch.Generator().manual_seed(2))
     before = network(x, 500.0, text)
     pipe.unet.up_blocks[-1].resnets[-1].conv2.weight.mul_(-3)
     after = network(x, 500.0, text)
@@ -109,7 +114,7 @@ def test_changed_weights_are_rounded_anew(pipe: Pipeline) -> None:
 @torch.inference_mode()
 def test_inference_mode_gives_the_same(pipe: Pipeline) -> None:
     x, text, network = (
-        torch.randn(1, pipe.vae.config.latent_channels, 12, 12),
+        torch.randn(1, *shape_of(pipe)),
         pipe.encode([PROMPT]),
         Int8Network(pipe.unet),
     )
@@ -119,7 +124,7 @@ def test_inference_mode_gives_the_same(pipe: Pipeline) -> None:
 
 
 def test_gradients_are_refused(pipe: Pipeline) -> None:
-    x = torch.randn(1, pipe.unet.config.in_channels, 12, 12, requires_grad=True)
+    x = torch.randn(1, *shape_of(pipe), requires_grad=True)
     with pytest.raises(UsageError, match="no gradients"):
         Int8Network(pipe.unet)(x, 500.0, torch.randn(1, 32, pipe.unet.config.cross_attention_dim))
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from latentdiff.checkpoints.embedded import embedded_model
 from latentdiff.cli import run
 from latentdiff.image import open_image
+from latentdiff.prompts.words import read_words
 from latentdiff.recipe import read_recipe
 from tests.adapters.control import adapters
 from tests.serving.conftest import Running, running, wait_for
@@ -37,6 +38,7 @@ from selenium.webdriver.support.select import Select  # noqa: E402
 
 from latentdiff.serving.settings import Limits, WorkerSettings  # noqa: E402
 
+SIDE = read_words(embedded_model()).size
 SCREENSHOTS = os.environ.get("LATENTDIFF_SCREENSHOTS")  # an absolute path of a folder
 PROMPT = "a fox to the left of a guitar on a purple background"
 
@@ -164,7 +166,7 @@ def test_draw_with_previews(page, site):
     page.click("go")
     wait_for(lambda: page.all("#results img.preview"))
     images = page.drawn()
-    assert [page.script("return arguments[0].naturalWidth", image) for image in images] == [96, 96]
+    assert [page.script("return arguments[0].naturalWidth", image) for image in images] == [SIDE, SIDE]
     assert all(int(figure.get_attribute("data-previews")) >= 2 for figure in page.all("#results figure"))
     recipes = [read_recipe(kept(site, image).info) for image in images]
     assert [(recipe.prompt, recipe.seed, recipe.steps) for recipe in recipes] == [(PROMPT, 7, 20), (PROMPT, 8, 20)]
@@ -459,7 +461,7 @@ def test_the_command_of_a_grid(page, tmp_path):
     assert words[:3] == ["latentdiff", "grid", "a red car"]
     words[words.index("--out") + 1] = str(tmp_path / "grid.png")
     assert run(words[1:]) == 0
-    assert open_image(tmp_path / "grid.png").width > 2 * 96
+    assert open_image(tmp_path / "grid.png").width > 2 * SIDE
 
 
 def test_check_data(page):

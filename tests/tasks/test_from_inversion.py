@@ -117,16 +117,16 @@ def test_an_edit_from_memory_is_made_again_from_the_image(photo):
 # --- Inpainting -----------------------------------------------------------------------------------
 
 BOX = (16, 16, 48, 48)
-MIDDLE = (28, 28, 68, 68)
+MIDDLE = (7 / 24, 17 / 24)  # of the side
 
 
 def test_the_hole_comes_back_under_its_own_prompt():
     pipe, own, found = scene()
-    inside = np.asarray(mask(MIDDLE, 96, 96)) > 0
+    first, last = (round(share * own.width) for share in MIDDLE)
+    hole = mask((first, first, last, last), *own.size)
+    inside = np.asarray(hole) > 0
     options = {"steps": 20, **NEUTRAL}
-    images = [
-        inpaint(pipe, own, mask(MIDDLE, 96, 96), found.prompt, inversion=one, **options)[0] for one in (found, None)
-    ]
+    images = [inpaint(pipe, own, hole, found.prompt, inversion=one, **options)[0] for one in (found, None)]
     away, away_plain = (np.square(pixels(image) - pixels(own))[inside].mean() for image in images)
     assert away < 0.1 * away_plain, (away, away_plain)
     assert not (pixels(images[0]) != pixels(own))[~inside].any()
