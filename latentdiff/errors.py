@@ -61,4 +61,4 @@ class NotFiniteError(LatentDiffError):
 
 
 class MissingDependencyError(LatentDiffError):
-    """An optional package or a system font is needed and not installed; the message says how to install it."""
+    """An optional package or program is needed and not installed; the message says how to install it."""

@@ -40,7 +40,7 @@ PROMPTS = 30
 HELD_OUT_BACKGROUNDS = ("black", "blue", "yellow")
 TRAINED_BACKGROUNDS = tuple(
     name for name in BACKGROUNDS if name not in (*HELD_OUT_BACKGROUNDS, "red")
-)  # the teapot is red
+)  # the teapot is nearly red
 
 Drawn = tuple[Plan, Image.Image, list[tuple[int, int, int, int]]]
 
