@@ -90,5 +90,5 @@ def served(tmp_path_factory) -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def scene() -> Path:
-    """An image of 96 x 96 pixels."""
+    """A square image of the embedded model."""
     return Path(__file__).parents[2] / "examples" / "scene.png"
