@@ -44,7 +44,7 @@ def test_background_follows_the_prompt(pipe: Pipeline) -> None:
     asked = [colour for colour in colours for _ in range(2)]
     prompts = [f"a photo of a small cat on {'an' if colour[0] == 'o' else 'a'} {colour} background" for colour in asked]
     right = 0
-    for image, colour in zip(pipe(prompts, seed=3, steps=12, progress=False), asked, strict=True):
+    for image, colour in zip(pipe(prompts, seed=3, steps=8, progress=False), asked, strict=True):
         edge = np.median(np.asarray(image, dtype=np.float64)[:4].reshape(-1, 3), axis=0)
         near = min(colours, key=lambda name: np.linalg.norm(edge - scene_language.BACKGROUNDS[name]))
         right += near == colour
