@@ -19,8 +19,6 @@ EDITS = {
     "a shoe on a green background": "a fox on a yellow background",
     "a gift on a purple background": "a robot on a green background",
 }
-
-
 SEEDS = (3, 4)
 
 
