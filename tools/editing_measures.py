@@ -31,8 +31,12 @@ class EditCase:
     """A scene, what it shows, and what it shall show in the same layout."""
 
     source: Image.Image
-    source_prompt: str
+    shown: EvaluationPrompt
     target: EvaluationPrompt
+
+    @property
+    def source_prompt(self) -> str:
+        return self.shown.text
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:
@@ -62,7 +66,7 @@ def read_cases(folder: Path, count: int, seed: int = 0) -> list[EditCase]:
         thing = Thing(*(scene["objects"][0][name] for name in ("noun", "colour", "size")))
         before = Plan(scene["kind"], scene["background"], (thing,))
         after = _recoloured(before, rng) if len(cases) % 2 else _on_another_background(before, rng)
-        cases.append(EditCase(open_image(folder / line["file_name"]), prompt(before), _asked(after)))
+        cases.append(EditCase(open_image(folder / line["file_name"]), _asked(before), _asked(after)))
         if len(cases) == count:
             return cases
     raise DataError(f"expected {count} scenes with one object in {folder}, found {len(cases)}")

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.scenes import ROOT
 from tests.scenes import scene_language as language
 
 randoms = st.integers(0, 2**32).map(Random)
@@ -20,6 +21,11 @@ def test_size_of_the_world():
     assert len(language.NOUNS) >= 150 and len(set(language.NOUNS.values())) == len(language.NOUNS)
     assert len(language.BACKGROUNDS) == 10 and len(language.OBJECT_COLOURS) == 8
     assert sum(language.KINDS.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("page", ["README.md", "weights/README.md"])
+def test_pages_count_the_things_rightly(page):
+    assert f" {len(language.NOUNS)} things" in (ROOT / page).read_text(encoding="utf-8")
 
 
 @given(randoms, kinds)
