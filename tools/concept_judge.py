@@ -15,11 +15,12 @@ from random import Random
 import numpy as np
 import torch
 from glyphs import Glyphs
+from judge_scenes import Scene, batch_of
 from make_concept import OBJECT, PAPER, drawn, style_plans
 from PIL import Image
 from scene_language import BACKGROUNDS, Plan, Thing, draw_plan
 from tqdm import tqdm
-from train_judge import Scene, batch_of, loss_of, make_targets
+from train_judge import BATCH, loss_of, make_targets
 
 from latentdiff.evaluation.judge import Judge, save_judge
 from latentdiff.evaluation.network import JudgeConfig, JudgeNetwork
@@ -80,7 +81,7 @@ def train(network: JudgeNetwork, count: int, steps: int, glyphs: Glyphs) -> Judg
     for step in tqdm(range(steps), desc="judge of the new concepts", unit="step", mininterval=2.0):
         rate = min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
-        batch = batch_of(scenes, step, seed=0)
+        batch = batch_of(scenes, step, seed=0, size=BATCH)
         pixels = torch.from_numpy(np.stack([scene.pixels for scene in batch]))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = network((pixels.float() / 127.5 - 1).permute(0, 3, 1, 2))  # channels last in memory

@@ -1,151 +1,50 @@
-"""Train the judge of `latentdiff evaluate` on renders, from nothing.
+"""Train the judge of `latentdiff evaluate` on composed scenes.
 
-    python tools/make_scenes.py data/scenes --count 40000 --split train --seed 0
-    python tools/make_scenes.py data/scenes-held-out --count 30000 --split test --seed 2
-    python tools/train_judge.py data/scenes data/scenes-held-out weights/judge --steps 4500 --seed 0
+    python tools/train_judge.py weights/judge --seed 0
 
-The judge sees scenes only, never a generated image and never the weights of a generative model. Unlike the model, it
-has to know the combinations that are held out, or it would fail right images of them; so it is trained on scenes of
-both splits, and tested on others. Blur, noise, JPEG, shifts, colour jitter and erased objects make it indifferent to
-the softness of generated images. It takes half an hour on one core.
+The judge sees composed scenes, whose things are whole or damaged (`damages.py`), and never the weights of a generative model.
+A thing that is too damaged to be called by its name is "unknown", a class of its own beside the nouns; what is only soft, as
+the decoder of a good model makes it, keeps its name. So the judge's certainty falls as a thing melts. Unlike the model, it
+has to know the combinations that are held out, or it would fail right images of them; so it is trained on scenes of both
+splits, and measured (`score_judge.py`) on others.
+
+With --damaged, it also sees images of half-trained models in which no thing is clear. An interrupted run goes on where it last
+wrote a checkpoint.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import math
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
-from scene_language import BACKGROUNDS, NOUNS, OBJECT_COLOURS
+from glyphs import Glyphs, fetch_glyphs, glyphs_option
+from judge_scenes import IGNORED, Composer, Scene, composed_batch, read_damaged
+from scene_language import BACKGROUNDS, OBJECT_COLOURS, PLACES
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.errors import DataError, LatentDiffError
-from latentdiff.evaluation.judge import save_judge
+from latentdiff.checkpoints.files import read_tensors
+from latentdiff.errors import LatentDiffError
+from latentdiff.evaluation.judge import WEIGHTS_NAME, peaks, save_judge
 from latentdiff.evaluation.network import STRIDE, JudgeConfig, JudgeNetwork, JudgeOutput
 from latentdiff.files import atomic_path
 
 BATCH = 64
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.02
-WARMUP = 200  # steps
-SAVE_EVERY = 250  # steps
+WARMUP = 60  # steps
+SAVE_EVERY = 50  # steps
+DAMAGED_PER_BATCH = 8  # images of --damaged, instead of as many scenes
 CENTRE = 0.75  # cells; a cell whose middle is nearer to an object's centre holds it, so one to four cells do
-SMALLEST_VISIBLE_SHARE = 0.7  # of an object that a shift pushes over the edge and that still counts
-
-
-@dataclass
-class Scene:
-    """One image (H, W, 3) uint8 with its objects; `boxes` (K, 4) are left, top, right, bottom in pixels."""
-
-    pixels: np.ndarray
-    background: int
-    nouns: np.ndarray  # (K,)
-    colours: np.ndarray  # (K,)
-    boxes: np.ndarray  # (K, 4)
-
-
-def read_scenes(folder: Path, config: JudgeConfig) -> list[Scene]:
-    """Decode every image of a folder made by make_scenes.py.
-
-    Raises:
-        DataError: there is no such folder, or its images are of another size.
-    """
-    metadata = folder / "metadata.jsonl"
-    if not metadata.is_file():
-        raise DataError(f"expected scenes in {folder}, found no metadata.jsonl; make them with tools/make_scenes.py")
-    lines = metadata.read_text(encoding="utf-8").splitlines()
-    return [
-        _read_scene(folder, json.loads(line), config)
-        for line in tqdm(lines, desc="reading", unit="scene", mininterval=1.0)
-    ]
-
-
-def _read_scene(folder: Path, line: dict[str, Any], config: JudgeConfig) -> Scene:
-    with Image.open(folder / line["file_name"]) as image:
-        pixels = np.asarray(image.convert("RGB"))
-    if pixels.shape != (config.size, config.size, 3):
-        found = f"{pixels.shape[1]}x{pixels.shape[0]} in {line['file_name']}"
-        raise DataError(f"expected {config.size}x{config.size} pixels, found {found}")
-    objects = line["scene"]["objects"]
-    own_colours = len(config.colours)
-    return Scene(
-        pixels,
-        config.backgrounds.index(line["scene"]["background"]),
-        np.array([config.nouns.index(entry["noun"]) for entry in objects]),
-        np.array([config.colours.index(entry["colour"]) if entry["colour"] else own_colours for entry in objects]),
-        np.array([entry["box"] for entry in objects], dtype=np.float32),
-    )
-
-
-def augmented(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene as a generative model might have painted it: shifted, soft, off in colour; sometimes short of an
-    object."""
-    pixels, keep = _erased(scene, rng)
-    image, boxes = _shifted(pixels, scene.boxes, rng)
-    size = pixels.shape[0]
-    inside = np.clip(boxes, 0, size)
-    keep &= _areas(inside) > SMALLEST_VISIBLE_SHARE * _areas(boxes)
-    image = _softened(image, rng)
-    values = np.asarray(image, dtype=np.float32)
-    if rng.random() < 0.6:
-        values = values * rng.uniform(0.93, 1.07, 3) + rng.uniform(-10, 10, 3)
-    if rng.random() < 0.5:
-        values = values + rng.normal(0, rng.uniform(1, 12), values.shape)
-    pixels = np.clip(values, 0, 255).astype(np.uint8)
-    return Scene(pixels, scene.background, scene.nouns[keep], scene.colours[keep], inside[keep])
-
-
-def _erased(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Paint one object over in one scene of four, so that the judge never infers one object from the others."""
-    keep = np.ones(len(scene.boxes), dtype=bool)
-    if rng.random() >= 0.25:
-        return scene.pixels, keep
-    chosen = int(rng.integers(len(scene.boxes)))
-    left, top, right, bottom = scene.boxes[chosen].astype(int)
-    pixels = scene.pixels.copy()
-    pixels[top:bottom, left:right] = pixels[0, 0]
-    keep[chosen] = False
-    return pixels, keep
-
-
-def _shifted(pixels: np.ndarray, boxes: np.ndarray, rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
-    """Scale by up to a tenth and shift by up to eight pixels; the background fills what becomes free."""
-    image, size = Image.fromarray(pixels), pixels.shape[0]
-    scale, (dx, dy) = rng.uniform(0.9, 1.12), rng.uniform(-8, 8, 2)
-    ground = tuple(int(value) for value in pixels[0, 0])
-    matrix = (1 / scale, 0, size / 2 * (1 - 1 / scale) - dx, 0, 1 / scale, size / 2 * (1 - 1 / scale) - dy)
-    moved = image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=ground)
-    offset = np.array([dx, dy, dx, dy], dtype=np.float32)
-    return moved, (boxes - size / 2 + offset) * scale + size / 2
-
-
-def _softened(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    kind = rng.random()
-    if kind < 0.3:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.6)))
-    elif kind < 0.55:
-        small = int(rng.uniform(0.4, 1.0) * image.width)
-        image = image.resize((small, small), Image.Resampling.BILINEAR).resize(image.size, Image.Resampling.BICUBIC)
-    if rng.random() < 0.25:
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=int(rng.uniform(25, 90)))
-        image = Image.open(buffer).convert("RGB")
-    return image
-
-
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+LIKELY = 0.2  # a centre's probability from which a thing stands there in an image whose things nobody has marked
 
 
 @dataclass
@@ -212,11 +111,19 @@ def loss_of(output: JudgeOutput, target: Targets) -> Tensor:
     def at_cells(values: Tensor) -> Tensor:
         return values[image, :, row, column]  # (P, channels)
 
-    noun = F.cross_entropy(at_cells(output.noun), target.noun, reduction="none")
-    colour = F.cross_entropy(at_cells(output.colour), target.colour, reduction="none")
+    noun = F.cross_entropy(at_cells(output.noun), target.noun, ignore_index=IGNORED, reduction="none")
+    colour = F.cross_entropy(at_cells(output.colour), target.colour, ignore_index=IGNORED, reduction="none")
     box = (at_cells(output.box) - target.box).abs().sum(1)
     named = ((noun + colour + 5.0 * box) * target.weight).sum() / target.weight.sum().clamp(min=1)
     return centres + named + 0.3 * F.cross_entropy(output.background, target.background)
+
+
+def unknown_loss(output: JudgeOutput) -> Tensor:
+    """Cross-entropy with "unknown" at every place of images (N, 3, H, W) where the network itself sees a thing."""
+    image, row, column = (peaks(output.centre) & (output.centre.sigmoid() > LIKELY)).nonzero(as_tuple=True)
+    logits = output.noun[image, :, row, column]  # (P, nouns + 1)
+    unknown = torch.full((len(logits),), logits.shape[1] - 1)
+    return F.cross_entropy(logits, unknown, reduction="sum") / max(1, len(logits))
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -226,64 +133,102 @@ def learning_rate(step: int, steps: int) -> float:
     return LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
 
 
-def batch_of(scenes: Sequence[Scene], step: int, seed: int) -> list[Scene]:
-    """The batch of a step, the same whether or not the run was interrupted."""
-    rng = np.random.default_rng((seed, step))
-    return [augmented(scenes[index], rng) for index in rng.integers(len(scenes), size=BATCH)]
+class Trainer:
+    """A network, its optimizer and the checkpoint in `out`, from which an interrupted run goes on."""
 
+    def __init__(self, config: JudgeConfig, out: Path, seed: int, start: Path | None = None) -> None:
+        torch.manual_seed(seed)
+        self.network = JudgeNetwork(config).to(memory_format=torch.channels_last)
+        if start:
+            load_fitting(self.network, start)
+        decayed = [parameter for parameter in self.network.parameters() if parameter.ndim > 1]
+        others = [parameter for parameter in self.network.parameters() if parameter.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+        self.checkpoint, self.step = out / "training.pt", 0
+        if self.checkpoint.is_file():
+            state = torch.load(self.checkpoint, weights_only=True)
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
 
-def train(scenes: Sequence[Scene], config: JudgeConfig, out: Path, steps: int, seed: int) -> JudgeNetwork:
-    """Train a network, or go on where an interrupted run stopped."""
-    torch.manual_seed(seed)
-    network = JudgeNetwork(config).to(memory_format=torch.channels_last)
-    decayed = [parameter for parameter in network.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
-    checkpoint, first = out / "training.pt", 0
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    progress = tqdm(range(first, steps), initial=first, total=steps, unit="step", mininterval=5.0)
-    for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
-        scenes_of_step = batch_of(scenes, step, seed)
-        pixels = torch.from_numpy(np.stack([scene.pixels for scene in scenes_of_step]))  # (N, H, W, 3)
+    def learn(self, scenes: Sequence[Scene], damaged: np.ndarray, rate: float) -> float:
+        """One step on scenes and on damaged images (M, H, W, 3) uint8, of which there may be none; returns the loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        pixels = torch.from_numpy(np.concatenate([np.stack([scene.pixels for scene in scenes]), damaged]))
         images = (pixels.float() / 127.5 - 1).permute(0, 3, 1, 2)  # (N, 3, H, W), channels last in memory
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = network(images)
-        loss = loss_of(output, make_targets(scenes_of_step, config.size))
-        optimizer.zero_grad()
+            output = self.network(images)
+        composed, painted = output[: len(scenes)], output[len(scenes) :]
+        loss = loss_of(composed, make_targets(scenes, self.network.config.size))
+        if len(damaged):
+            loss = loss + len(damaged) / len(scenes) * unknown_loss(painted)
+        self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 10.0)
-        optimizer.step()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 10.0)
+        self.optimizer.step()
+        self.step += 1
         if not math.isfinite(loss.item()):
-            raise LatentDiffError(f"the loss is not finite at step {step}")
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            raise LatentDiffError(f"the loss is not finite at step {self.step}")
+        return loss.item()
+
+    def save(self) -> None:
+        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        with atomic_path(self.checkpoint) as temporary:
+            torch.save(state, temporary)
+
+
+def load_fitting(network: JudgeNetwork, folder: Path) -> None:
+    """Take those weights of another judge that have the same shape: all of a judge of the same words, else its trunk."""
+    own = network.state_dict()
+    found = read_tensors(folder / WEIGHTS_NAME).tensors
+    network.load_state_dict(own | {k: v.float() for k, v in found.items() if k in own and v.shape == own[k].shape})
+
+
+def train(trainer: Trainer, compose: Composer, damaged: np.ndarray, steps: int, seed: int) -> None:
+    """Train up to a step; the batches depend on the seed and the step alone."""
+    few = min(DAMAGED_PER_BATCH, len(damaged))
+    losses = deque(maxlen=SAVE_EVERY)
+    progress = tqdm(range(trainer.step, steps), initial=trainer.step, total=steps, unit="step", mininterval=5.0)
+    for step in progress:
+        scenes = composed_batch(compose, step, seed, BATCH - few)
+        chosen = damaged[np.random.default_rng((seed, step, 1)).integers(max(1, len(damaged)), size=few)]
+        losses.append(trainer.learn(scenes, chosen, learning_rate(step, steps)))
+        progress.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0:
-            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            with atomic_path(checkpoint) as temporary:
-                torch.save(state, temporary)
-    return network
+            trainer.save()
+
+
+def config_of(glyphs: Glyphs, size: int = 128) -> JudgeConfig:
+    """The world's words, and the class "unknown"."""
+    return JudgeConfig(glyphs.nouns, tuple(OBJECT_COLOURS), (*BACKGROUNDS, *PLACES), size=size, unknown=True)
 
 
 @click.command(help=__doc__.split("\n\n")[0])
-@click.argument("data", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--steps", type=click.IntRange(1), default=4500, show_default=True, help=f"Batches of {BATCH}.")
+@click.option("--steps", type=click.IntRange(1), default=1200, show_default=True, help=f"Batches of {BATCH}.")
 @click.option("--seed", type=int, default=0, show_default=True)
-def main(data: tuple[Path, ...], out: Path, steps: int, seed: int) -> None:
-    config = JudgeConfig(tuple(NOUNS), tuple(OBJECT_COLOURS), tuple(BACKGROUNDS))
+@click.option(
+    "--start", type=click.Path(path_type=Path, exists=True), help="Folder of a judge; its weights that fit are taken."
+)
+@click.option(
+    "--damaged", type=click.Path(path_type=Path, exists=True), multiple=True,
+    help="Folder of images in which no thing is clear, with their metadata.jsonl.",
+)  # fmt: skip
+@glyphs_option
+def main(out: Path, steps: int, seed: int, start: Path | None, damaged: tuple[Path, ...], glyphs: Path | None) -> None:
     try:
-        scenes = [scene for folder in data for scene in read_scenes(folder, config)]
-        network = train(scenes, config, out, steps, seed)
-        save_judge(network, out)
+        sprites = Glyphs(glyphs or fetch_glyphs(Path("data")))
+        config = config_of(sprites)
+        nothing = np.empty((0, config.size, config.size, 3), dtype=np.uint8)
+        images = np.concatenate([nothing, *(read_damaged(folder, config.size) for folder in damaged)])
+        trainer = Trainer(config, out, seed, start)
+        train(trainer, Composer(sprites, config), images, steps, seed)
+        save_judge(trainer.network, out)
     except (LatentDiffError, OSError) as error:
         sys.exit(f"error: {error}")
-    (out / "training.pt").unlink(missing_ok=True)
+    trainer.checkpoint.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What an image shows, according to the judge.
 
-The judge is trained on renders alone (`tools/train_judge.py`). It shares no weights with any generative model, so that
-no model is judged by its own mistakes.
+The judge is trained on composed scenes, whole and damaged (`tools/train_judge.py`). It shares no weights with any
+generative model, so that no model is judged by its own mistakes.
 """
 
 from __future__ import annotations
@@ -105,16 +105,13 @@ class Judge:
 
 def read_output(output: JudgeOutput, config: JudgeConfig) -> list[Verdict]:
     """Turn raw outputs into objects: at each peak of the centres' map the likeliest noun and colour."""
-    # Logits, for probabilities next to one another may round to the same 1.
-    peak = output.centre == F.max_pool2d(
-        output.centre, NEIGHBOURHOOD, stride=1, padding=NEIGHBOURHOOD // 2
-    )  # (N, h, w)
-    certainty, noun = output.noun.softmax(1).max(1)  # (N, h, w) each
+    # What is unknown takes its share of the certainty and is never named.
+    certainty, noun = output.noun.softmax(1)[:, : len(config.nouns)].max(1)  # (N, h, w) each
     score = output.centre.sigmoid() * certainty
     colour = output.colour.argmax(1)
     found: list[list[Seen]] = [[] for _ in score]
     colours = (*config.colours, None)
-    for image, row, column in (peak & (score > config.threshold)).nonzero().tolist():
+    for image, row, column in (peaks(output.centre) & (score > config.threshold)).nonzero().tolist():
         box = _corners(output.box[image, :, row, column], row, column, config.size // STRIDE)
         where = (image, row, column)
         found[image].append(Seen(config.nouns[noun[where]], colours[colour[where]], box, float(score[where])))
@@ -123,6 +120,12 @@ def read_output(output: JudgeOutput, config: JudgeConfig) -> list[Verdict]:
         Verdict(tuple(sorted(objects, key=lambda seen: -seen.score)), config.backgrounds[background])
         for objects, background in zip(found, backgrounds, strict=True)
     ]
+
+
+def peaks(centre: Tensor) -> Tensor:
+    """Where the centres' map (N, h, w) of logits is highest around; bool (N, h, w)."""
+    # Logits, for probabilities next to one another may round to the same 1.
+    return centre == F.max_pool2d(centre, NEIGHBOURHOOD, stride=1, padding=NEIGHBOURHOOD // 2)
 
 
 def _corners(box: Tensor, row: int, column: int, cells: int) -> tuple[float, float, float, float]:

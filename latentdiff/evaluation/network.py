@@ -1,11 +1,11 @@
 """The judge's network: a small detector that finds objects by their centres (Zhou et al. 2019, "Objects as Points").
 
-It shares no weights with any generative model: it is trained from nothing, on renders alone.
+It shares no weights with any generative model.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class JudgeConfig:
     channels: tuple[int, ...] = (64, 96, 128)  # at strides 4, 8 and 16
     blocks: tuple[int, ...] = (1, 3, 1)  # residual blocks there
     threshold: float = 0.5  # smallest score of an object that counts as seen
+    unknown: bool = False  # whether the class after the nouns is "too damaged to be any of them"
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> JudgeConfig:
@@ -49,10 +50,14 @@ class JudgeOutput:
     """Raw outputs; h = w = size / STRIDE."""
 
     centre: Tensor  # (N, h, w) logit: here is the centre of an object
-    noun: Tensor  # (N, nouns, h, w) logits
+    noun: Tensor  # (N, nouns, h, w) logits; one more, the last, where the judge has the class "unknown"
     colour: Tensor  # (N, colours + 1, h, w) logits; the last is "its own colours"
     box: Tensor  # (N, 4, h, w) x and y of the centre from the cell's middle, width, height; in shares of the side
     background: Tensor  # (N, backgrounds) logits
+
+    def __getitem__(self, images: slice) -> JudgeOutput:
+        """The outputs of some of the images."""
+        return JudgeOutput(*(getattr(self, field.name)[images] for field in fields(self)))
 
 
 class JudgeNetwork(nn.Module):
@@ -71,7 +76,7 @@ class JudgeNetwork(nn.Module):
         self.middle_to_fine = _conv(middle, fine, kernel=1)
         self.merge_fine = _conv(fine, middle)
         self.up = nn.Upsample(scale_factor=2)
-        self.heads = (1, len(config.nouns), len(config.colours) + 1, 4)
+        self.heads = (1, len(config.nouns) + config.unknown, len(config.colours) + 1, 4)
         self.cell = nn.Conv2d(middle, sum(self.heads), 1)
         self.background = nn.Linear(fine + coarse, len(config.backgrounds))
         nn.init.constant_(self.cell.bias[:1], -4.0)  # most cells hold no centre

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from latentdiff.evaluation.agreement import Agreement
 from latentdiff.evaluation.prompts import TASKS
 from latentdiff.evaluation.protocol import Outcome, Result, Score
 from latentdiff.evaluation.references import References
@@ -16,7 +17,11 @@ HOW_TO_MAKE_SCENES = "python tools/make_scenes.py data/scenes-test --count 2000 
 
 @dataclass(frozen=True)
 class Scores:
-    """Everything that an evaluation found out; `str` gives the table."""
+    """Everything that an evaluation found out; `str` gives the table.
+
+    Args:
+        agreement: of the judge with people, where it was measured.
+    """
 
     model: str
     model_hash: str
@@ -24,6 +29,7 @@ class Scores:
     result: Result
     references: References | None = None
     notes: tuple[str, ...] = field(default=())
+    agreement: Agreement | None = None
 
     def __str__(self) -> str:
         columns = {"model": self.result} | _columns_of(self.references)
@@ -39,8 +45,10 @@ class Scores:
         remarks = [
             "",
             f"model {self.model or 'without a name'}: {prompts} prompts with {seeds} images each, 95 % intervals in brackets",
-            "the judge was trained on renders only and shares no weights with the model",
+            "the judge shares no weights with the model",
         ]
+        if self.agreement:
+            remarks.append(f"it agrees with people on {self.agreement}")
         if self.references:
             remarks.append(f"VAE reconstructions: {self.references.psnr:.1f} dB")
         return [*remarks, *self.notes]
@@ -56,6 +64,7 @@ class Scores:
             **self.result.scores(),
             "references": {name.replace(" ", "_"): found.scores() for name, found in references.items()}
             | ({"psnr": self.references.psnr} if self.references else {}),
+            "judge": self.agreement.to_json() if self.agreement else None,
             "notes": list(self.notes),
             "images": [_image(one) for one in self.result.outcomes],
         }

@@ -10,6 +10,7 @@ from PIL import Image
 
 from latentdiff.checkpoints.embedded import embedded_judge
 from latentdiff.errors import UsageError
+from latentdiff.evaluation.agreement import read_agreement
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.prompts import EvaluationPrompt, read_prompts
 from latentdiff.evaluation.protocol import score_prompts
@@ -54,7 +55,7 @@ def evaluate(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"expected a folder for --out, found the file {out}")
-    judge = Judge.load(embedded_judge())
+    judge, agreement = Judge.load(embedded_judge()), read_agreement(embedded_judge())
     prompts = read_prompts(limit=limit)
     real = read_scenes(Path(scenes)) if scenes else None  # before anything that takes long
     pipeline = Pipeline.load(model, device=device)
@@ -74,7 +75,7 @@ def evaluate(
         () if real else (f"for the judge's ceiling and floor: {HOW_TO_MAKE_SCENES}; then --scenes data/scenes-test",)
     )
     adapted = {"loras": pipeline.adaptations()} if loras else {}
-    report = Scores(pipeline.name, pipeline.model_hash, settings | adapted, result, references, notes)
+    report = Scores(pipeline.name, pipeline.model_hash, settings | adapted, result, references, notes, agreement)
     with atomic_path(out / "results.json") as temporary:
         temporary.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     return report

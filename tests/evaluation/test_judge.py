@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -107,6 +109,18 @@ def test_reading_an_output_by_hand():
     x, y = 17.5 / 24 + 0.01, 5.5 / 24 - 0.01
     assert verdict.objects[0].box == pytest.approx((x - 0.1, y - 0.2, x + 0.1, y + 0.2))
     assert verdict.background == "black"
+
+
+def test_a_thing_that_is_more_likely_damaged_is_not_seen():
+    config = replace(TINY, unknown=True)
+    raw = output()
+    raw = replace(raw, noun=torch.zeros(1, 3, 24, 24))
+    put(raw, 5, 5, noun=2, colour=0, box=(0.0, 0.0, 0.2, 0.2))
+    put(raw, 15, 15, noun=1, colour=0, box=(0.0, 0.0, 0.2, 0.2))
+    raw.noun[0, 2, 15, 15] = 20.0 - math.log(3.0)  # a third as likely as the dog
+    (verdict,) = read_output(raw, config)
+    assert [thing.noun for thing in verdict.objects] == ["dog"]
+    assert verdict.objects[0].score == pytest.approx(0.75, abs=1e-3)
 
 
 @pytest.fixture
