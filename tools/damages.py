@@ -133,12 +133,13 @@ def mixed(layers: Layers, other: Layers, rng: np.random.Generator) -> Layers:
 
 
 def damaged(layers: Layers, melted: bool, rng: np.random.Generator) -> Layers:
-    """One to three damages of the graded kinds: all of them harmless, or one at least that is not."""
+    """One to three damages of the graded kinds: all of them harmless, or the first at least not."""
     names = rng.choice(list(GRADED), size=int(rng.choice((1, 2, 3), p=(0.5, 0.3, 0.2))), replace=False)
     # Harms add up, so that each of several has less of what people let pass.
     allowed = CLEAR / len(names) ** 0.5
     for number, name in enumerate(names):
-        severity = rng.uniform(MELTED, 1.0) if melted and number == 0 else rng.uniform(0.0, allowed)
+        least, most = (0.0, allowed) if not melted else (MELTED if number == 0 else 0.0, 1.0)
+        severity = rng.uniform(least, most)
         layers = GRADED[name](layers, float(severity), rng)
     return layers
 

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -36,6 +37,7 @@ FATES = {
 # How often a scene is of which kind. `crowd` is four different things, from which the judge learns most for its time.
 KINDS = {"crowd": 0.45, "single": 0.22, "colour": 0.15, "place": 0.06, "position": 0.04, "counting": 0.05, "two": 0.03}
 _COLOURED = 0.3  # of the things of a crowd
+_KEPT = 64  # scenes, until their second use
 _MARGIN = 24  # pixels of ground beyond the border, for scenes that are shifted
 
 
@@ -63,10 +65,14 @@ class Composer:
 
     def __init__(self, glyphs: Glyphs, config: JudgeConfig, fates: dict[str, float] | None = None) -> None:
         self.glyphs, self.config = glyphs, config
+        self.composed = lru_cache(maxsize=_KEPT)(self._composed)
         self.fates = fates or FATES
 
     def __call__(self, seed: str) -> Scene:
         """The scene of a seed, at the judge's size."""
+        return self.composed(seed)
+
+    def _composed(self, seed: str) -> Scene:
         rng, noise = Random(seed), np.random.default_rng(list(seed.encode()))
         while True:
             plan = self._plan(rng)
@@ -146,9 +152,19 @@ def batch_of(scenes: Sequence[Scene], step: int, seed: int, size: int) -> list[S
 
 
 def composed_batch(compose: Composer, step: int, seed: int, size: int) -> list[Scene]:
-    """A step's batch of new scenes, the same whether or not the run was interrupted."""
+    """A step's batch of scenes, the same whether or not the run was interrupted; each half is in two batches running."""
     rng = np.random.default_rng((seed, step))
-    return [augmented(compose(f"{seed}/{step}/{number}"), rng) for number in range(size)]
+    first = step * (size // 2)
+    return [augmented(compose(f"{seed}/{number}"), rng) for number in range(first, first + size)]
+
+
+def varied(images: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """So many of the images (M, H, W, 3) uint8, moved, mirrored and softened at random."""
+    nothing = np.empty(0, dtype=int)
+    chosen = images[rng.integers(max(1, len(images)), size=count)]
+    mirrored = [image[:, ::-1] if rng.random() < 0.5 else image for image in chosen]
+    scenes = [Scene(image, 0, nothing, nothing, np.empty((0, 4), dtype=np.float32)) for image in mirrored]
+    return np.stack([augmented(scene, rng).pixels for scene in scenes]) if scenes else chosen
 
 
 def read_damaged(folder: Path, size: int) -> np.ndarray:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from glyphs import Glyphs, fetch_glyphs, glyphs_option
-from judge_scenes import IGNORED, Composer, Scene, composed_batch, read_damaged
+from judge_scenes import IGNORED, Composer, Scene, composed_batch, read_damaged, varied
 from scene_language import BACKGROUNDS, OBJECT_COLOURS, PLACES
 from torch import Tensor
 from tqdm import tqdm
@@ -36,13 +36,16 @@ from latentdiff.errors import LatentDiffError
 from latentdiff.evaluation.judge import WEIGHTS_NAME, peaks, save_judge
 from latentdiff.evaluation.network import STRIDE, JudgeConfig, JudgeNetwork, JudgeOutput
 from latentdiff.files import atomic_path
+from latentdiff.training.optimizer import FusedAdamW
 
-BATCH = 64
+BATCH = 32
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.02
-WARMUP = 60  # steps
+MOMENTUM = 0.95  # of Muon
+WARMUP = 20  # steps
+FALL = 0.4  # of all steps, in which the learning rate falls
 SAVE_EVERY = 50  # steps
-DAMAGED_PER_BATCH = 8  # images of --damaged, instead of as many scenes
+DAMAGED_PER_BATCH = 3  # images of --damaged, instead of as many scenes
 CENTRE = 0.75  # cells; a cell whose middle is nearer to an object's centre holds it, so one to four cells do
 LIKELY = 0.2  # a centre's probability from which a thing stands there in an image whose things nobody has marked
 
@@ -127,10 +130,9 @@ def unknown_loss(output: JudgeOutput) -> Tensor:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    if step < WARMUP:
-        return LEARNING_RATE * (step + 1) / WARMUP
-    return LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
+    """Linear warm-up, a plateau, and a linear fall to zero; a run on its plateau may still be given other `steps`."""
+    falling = (steps - step) / max(1, round(FALL * steps))
+    return LEARNING_RATE * min((step + 1) / WARMUP, 1.0, falling)
 
 
 class Trainer:
@@ -141,10 +143,7 @@ class Trainer:
         self.network = JudgeNetwork(config).to(memory_format=torch.channels_last)
         if start:
             load_fitting(self.network, start)
-        decayed = [parameter for parameter in self.network.parameters() if parameter.ndim > 1]
-        others = [parameter for parameter in self.network.parameters() if parameter.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+        self.optimizer = make_optimizer(self.network)
         self.checkpoint, self.step = out / "training.pt", 0
         if self.checkpoint.is_file():
             state = torch.load(self.checkpoint, weights_only=True)
@@ -179,6 +178,20 @@ class Trainer:
             torch.save(state, temporary)
 
 
+def make_optimizer(network: JudgeNetwork) -> FusedAdamW:
+    """Muon for the kernels between the first layer and the heads, which learns from fewer images; AdamW for the rest."""
+    own = {name: parameter for name, parameter in network.named_parameters()}
+    edges = ("stem.1.", "cell.", "background.")
+    hidden = [value for name, value in own.items() if value.ndim > 1 and not name.startswith(edges)]
+    matrices = [value for name, value in own.items() if value.ndim > 1 and name.startswith(edges)]
+    groups = [
+        {"params": hidden, "weight_decay": WEIGHT_DECAY, "orthogonal": True, "betas": (MOMENTUM, 0.0)},
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": [value for value in own.values() if value.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return FusedAdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.99))
+
+
 def load_fitting(network: JudgeNetwork, folder: Path) -> None:
     """Take those weights of another judge that have the same shape: all of a judge of the same words, else its trunk."""
     own = network.state_dict()
@@ -193,7 +206,7 @@ def train(trainer: Trainer, compose: Composer, damaged: np.ndarray, steps: int, 
     progress = tqdm(range(trainer.step, steps), initial=trainer.step, total=steps, unit="step", mininterval=5.0)
     for step in progress:
         scenes = composed_batch(compose, step, seed, BATCH - few)
-        chosen = damaged[np.random.default_rng((seed, step, 1)).integers(max(1, len(damaged)), size=few)]
+        chosen = varied(damaged, few, np.random.default_rng((seed, step, 1)))
         losses.append(trainer.learn(scenes, chosen, learning_rate(step, steps)))
         progress.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0:
@@ -207,7 +220,7 @@ def config_of(glyphs: Glyphs, size: int = 128) -> JudgeConfig:
 
 @click.command(help=__doc__.split("\n\n")[0])
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--steps", type=click.IntRange(1), default=1200, show_default=True, help=f"Batches of {BATCH}.")
+@click.option("--steps", type=click.IntRange(1), default=2400, show_default=True, help=f"Batches of {BATCH}.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--start", type=click.Path(path_type=Path, exists=True), help="Folder of a judge; its weights that fit are taken."
