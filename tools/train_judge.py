@@ -44,7 +44,7 @@ WEIGHT_DECAY = 0.02
 MOMENTUM = 0.95  # of Muon
 WARMUP = 20  # steps
 FALL = 0.4  # of all steps, in which the learning rate falls
-SAVE_EVERY = 50  # steps
+SAVE_EVERY = 10  # steps
 DAMAGED_PER_BATCH = 3  # images of --damaged, instead of as many scenes
 CENTRE = 0.75  # cells; a cell whose middle is nearer to an object's centre holds it, so one to four cells do
 LIKELY = 0.2  # a centre's probability from which a thing stands there in an image whose things nobody has marked
@@ -202,7 +202,7 @@ def load_fitting(network: JudgeNetwork, folder: Path) -> None:
 def train(trainer: Trainer, compose: Composer, damaged: np.ndarray, steps: int, seed: int) -> None:
     """Train up to a step; the batches depend on the seed and the step alone."""
     few = min(DAMAGED_PER_BATCH, len(damaged))
-    losses = deque(maxlen=SAVE_EVERY)
+    losses: deque[float] = deque(maxlen=20)
     progress = tqdm(range(trainer.step, steps), initial=trainer.step, total=steps, unit="step", mininterval=5.0)
     for step in progress:
         scenes = composed_batch(compose, step, seed, BATCH - few)
