@@ -34,7 +34,7 @@ def scenes():
 def test_the_judge_knows_the_world(judge):
     assert judge.config.nouns == tuple(scene_language.NOUNS)
     assert judge.config.colours == tuple(scene_language.OBJECT_COLOURS)
-    assert judge.config.backgrounds == tuple(scene_language.BACKGROUNDS)
+    assert judge.config.backgrounds == (*scene_language.BACKGROUNDS, *scene_language.PLACES)
 
 
 def test_ceiling_on_scenes_never_seen(judge, scenes):
