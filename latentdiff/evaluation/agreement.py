@@ -15,6 +15,7 @@ from latentdiff.reading.json import read_object
 from latentdiff.reading.plain import exists
 
 AGREEMENT_NAME = "agreement.json"  # in the judge's folder
+NEAR = 0.02  # in agreement; a hundred labels do not tell less apart
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,17 @@ def right_at(threshold: float, prompts: Sequence[EvaluationPrompt], verdicts: Se
 
 
 def best_threshold(prompts: Sequence[EvaluationPrompt], verdicts: Sequence[Verdict], seen: Sequence[bool]) -> float:
-    """The threshold at which the judge agrees with people most often; of several, that at which it is least partial,
-    and of these the middle one.
+    """The threshold at which the judge agrees with people most often, and passes as many images as they do.
+
+    Of all thresholds that are within NEAR of the best, that at which it is least partial; of several, the middle one.
 
     Args:
         verdicts: of a judge with a threshold near 0.
     """
-    ranks: dict[float, tuple[int, int]] = {}
-    for threshold in (number / 100 for number in range(2, 99)):
-        found = Agreement.of(right_at(threshold, prompts, verdicts), seen)
-        wrong = found.false_right + found.false_wrong
-        ranks[threshold] = (wrong, abs(found.false_right - found.false_wrong))
-    best = [threshold for threshold, rank in ranks.items() if rank == min(ranks.values())]
+    found = {
+        number / 100: Agreement.of(right_at(number / 100, prompts, verdicts), seen) for number in range(2, 99)
+    }
+    enough = max(one.share for one in found.values()) - NEAR
+    partial = {at: abs(one.false_right - one.false_wrong) for at, one in found.items() if one.share >= enough}
+    best = [at for at, difference in partial.items() if difference == min(partial.values())]
     return best[len(best) // 2]
