@@ -1,7 +1,7 @@
 """How often inpainting takes a thing out of a scene, or puts another in its place, by the judge: a table and images.
 
     python tools/make_scenes.py data/scenes-test --count 2000 --split test --seed 1
-    python tools/compare_inpainting.py data/scenes-test --count 60 --sheet docs/editing-inpainting.png
+    python tools/compare_inpainting.py data/scenes-test --count 16 --sheet docs/editing-inpainting.png
 
 Of two things in a held-out scene, the box of one is masked.
 

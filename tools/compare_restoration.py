@@ -2,7 +2,7 @@
 
     pip install scikit-image
     python tools/make_scenes.py data/scenes-test --count 2000 --split test --seed 1
-    python tools/compare_restoration.py data/scenes-test --count 16 --sheet docs/editing-restoration.png
+    python tools/compare_restoration.py data/scenes-test --count 16 --sheet restoration.png
     python tools/compare_restoration.py data/scenes-test --time 5         what each costs beside plain generation
     python tools/compare_restoration.py data/scenes-test --quick          a few scenes and steps, to see that it runs
 

@@ -1,7 +1,7 @@
 """How truly images show their prompts, and how many of their pixels are clipped, by the kind of guidance and its scale.
 
     python tools/guidance_curves.py curves.json
-    python tools/guidance_curves.py curves.json --plot docs/guidance.png --table
+    python tools/guidance_curves.py curves.json --plot guidance.png --table
 
 Images are of the embedded model, judged by the embedded judge (`latentdiff evaluate`). Each kind has the same prompts and
 seeds at each of its scales; what is in the file already is not made again.
@@ -26,7 +26,7 @@ from latentdiff.evaluation.prompts import EvaluationPrompt, read_prompts  # noqa
 from latentdiff.evaluation.protocol import score_prompts  # noqa: E402
 from latentdiff.files import atomic_path  # noqa: E402
 
-SCALES = (5.0, 15.0, 2.0, 9.0)  # in the order in which they are measured
+SCALES = (5.0, 15.0, 2.0, 9.0)
 OF_RENOISED = 12.5  # of cfg++, 0.6 is about 7.5 of cfg
 KINDS: dict[str, dict[str, Any]] = {
     "cfg": {},
@@ -65,7 +65,7 @@ def measured(pipe: Pipeline, kind: str, scale: float, *, limit: int, steps: int)
         guidance_scale=min(own, 1.0) if kind == "cfg++" else own,
         batch_size=6,
         progress=False,
-        on_pictures=keep,
+        on_images=keep,
     )
     mean = result.mean
     tasks = {task: score.value for task, score in result.tasks.items()}
@@ -116,6 +116,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="JSON with what was measured, which grows")
     parser.add_argument("--limit", type=int, default=2, help="prompts of each of the six tasks")
+    parser.add_argument(
+        "--scales", type=float, nargs="+", default=SCALES, help="in the order in which they are measured"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what is in the file, and measure nothing")
     parser.add_argument("--table", action="store_true", help="print what is in the file, and measure nothing")
@@ -128,7 +131,7 @@ def main() -> None:
     if asked.plot or asked.table:
         return
     pipe = Pipeline.load()
-    for scale in SCALES:
+    for scale in asked.scales:
         for kind in KINDS:
             if any((row["kind"], row["scale"]) == (kind, scale) for row in rows):
                 continue
