@@ -97,7 +97,7 @@ def test_what_kohya_trains_is_found_whole(unet, text, expected):
 def test_a_whole_lora_of_sd15(sd15, tmp_path):
     targets = ("attention", "feed_forward", "projections", "text_encoder", "text_encoder_mlp")
     tensors = {}
-    for name, target in LoRASpec(targets=targets).select(*sd15).items():
+    for name, (target, _) in LoRASpec(targets=targets).select(*sd15).items():
         stem, shape = kohya_name(name), target.weight.shape
         tensors[f"{stem}.lora_down.weight"] = torch.zeros(1, *shape[1:])
         tensors[f"{stem}.lora_up.weight"] = torch.zeros(shape[0], 1, *[1] * (len(shape) - 2))
