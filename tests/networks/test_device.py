@@ -134,7 +134,7 @@ def test_overflow_is_computed_again_with_a_warning():
 @pytest.mark.filterwarnings("ignore::latentdiff.networks.device.PrecisionWarning")
 def test_nan_is_an_error(dtype):
     with pytest.raises(NotFiniteError, match="the toy gives NaN or infinity at step 3 in float32"):
-        finite_or_float32("the toy", nn.Linear(1, 1).to(dtype), lambda _: torch.tensor(float("nan")), where="at step 3")
+        finite_or_float32("the toy", nn.Linear(1, 1).to(dtype), lambda _: torch.tensor(float("nan")), where=lambda: "at step 3")
 
 
 def test_a_weight_that_is_nan_is_named(tmp_path):

@@ -17,6 +17,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
+from transformers import CLIPTokenizer
 
 from latentdiff.checkpoints.embedded import embedded_model
 from latentdiff.cli import run
@@ -176,7 +177,9 @@ def test_draw_with_previews(page, site):
 def test_the_prompt_is_explained_while_one_types(page):
     page.type(prompt="(two cats:1.3) on a blue zeppelin")
     wait_for(lambda: "zeppelin" in page["remarks"].text)
-    assert "10 tokens" in page["account"].text
+    tokenizer = CLIPTokenizer.from_pretrained(embedded_model() / "tokenizer")
+    tokens = len(tokenizer("two cats on a blue zeppelin")["input_ids"]) - 2  # without those at the ends
+    assert f"{tokens} tokens" in page["account"].text
     page.script("document.querySelector('details.quiet').open = true")
     assert page["tokens"].text.startswith("two cats × 1.3")
 

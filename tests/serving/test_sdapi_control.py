@@ -148,7 +148,7 @@ def test_lists(client, served):
 
 def test_a_hint_is_shown(client, scene):
     source = Image.open(scene).convert("RGB")
-    answer = client.controlnet_detect([source], module="canny", processor_res=96, threshold_a=60, threshold_b=150)
+    answer = client.controlnet_detect([source], module="canny", processor_res=source.width, threshold_a=60, threshold_b=150)
     assert np.array_equal(pixels(answer.image)[..., 0], cv2.Canny(np.asarray(source), 60, 150))
 
 
