@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LAUNCHERS = {"accelerate", "srun"}  # of several processes or machines
+LAUNCHERS = {"accelerate", "sbatch", "srun"}  # of several processes or machines
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from latentdiff import Pipeline
@@ -54,7 +55,8 @@ def test_pairs_are_drawn_judged_and_read_again(tmp_path, monkeypatch):
     assert data.names == ("00000-00.png > 00000-01.png", "00000-02.png > 00000-03.png")
     assert data.captions == (("a cat",),) * 2
     whole = pipe("a cat", seed=2, steps=1, guidance_scale=1.0, sampler="ddim", progress=False)[0]
-    assert data.load(1).tobytes() == whole.tobytes()
+    apart = np.asarray(data.load(1), dtype=int) - np.asarray(whole)
+    assert abs(apart).max() <= 1  # a batch rounds otherwise than one image
     before = (tmp_path / "00000-01.png").read_bytes()
     (tmp_path / "00000-00.png").unlink()
     make_pairs.make_pairs(tmp_path, [PROMPT], asked_for_one(pipe), seeds=4, most=2, options=options)

@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from latentdiff.errors import UsageError
-from latentdiff.networks.attention.chunked import chunked_attention, chunked_is_possible
+from latentdiff.networks.attention.chunked import chunked_attention
 from latentdiff.networks.attention.fastest import cuda_attention
 from latentdiff.networks.attention.plain import AttentionFunction, plain_attention
 from latentdiff.networks.attention.sliced import sliced_attention
 from latentdiff.networks.attention.xformers import xformers_attention
-from latentdiff.networks.kernels import takes_fast_form
+from latentdiff.networks.kernels import has_product, takes_fast_form
 
 MIN_SCORES = 3 * 2**13  # of one head; below, `chunked` takes longer to start than it saves
 _TRIED = 2**25  # multiplications of a trial, of one head
@@ -41,8 +41,15 @@ def auto_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.is_cuda:
         return cuda_attention(q, k, v)
     is_large = q.shape[2] * k.shape[2] > MIN_SCORES
-    backend = chunked_attention if is_large and chunked_is_possible(q) and _is_faster(q, k, v) else scaled_dot_product_attention
-    return backend(q, k, v)
+    if is_large and _is_inference_on_cpu(q) and _is_faster(q, k, v):
+        return chunked_attention(q, k, v)
+    return scaled_dot_product_attention(q, k, v)
+
+
+def _is_inference_on_cpu(q: Tensor) -> bool:
+    """Whether `chunked_attention` computes this: float32 or bf16 on an x86 CPU, where no gradients are recorded."""
+    is_inference = not torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_compiling()
+    return is_inference and q.device.type == "cpu" and has_product(q.dtype)
 
 
 def _is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -14,19 +14,13 @@ from itertools import product as combinations
 import torch
 from torch import Tensor
 
-from latentdiff.networks.kernels import has_product, product
+from latentdiff.networks.kernels import product
 
 MAX_SCORES = (
     2**19
 )  # float32 scores held at a time per thread, 2 MiB: larger blocks come fresh from the system at every call
 SAFE_SCORE = 44.0  # e^±44 times any number of keys and values is an ordinary float32 and bf16
 MARGIN = 8.0  # sigmoid(-8) is e^-8 but for a share of 3e-4, a sixth of what rounding to bf16 may change
-
-
-def chunked_is_possible(q: Tensor) -> bool:
-    """Whether `chunked_attention` computes this: float32 or bf16 on an x86 CPU, where no gradients are recorded."""
-    is_inference = not torch.is_grad_enabled() and not torch.jit.is_tracing() and not torch.compiler.is_compiling()
-    return is_inference and q.device.type == "cpu" and has_product(q.dtype)
 
 
 @torch.no_grad()

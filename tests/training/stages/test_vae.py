@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -131,7 +133,7 @@ def test_perceptual_network_that_is_none(vae, tmp_path):
 def test_scaling_factor_gives_latents_of_unit_variance(vae):
     images = some_images(64)
     scale = measure_scaling_factor(vae, images, seed=0)
-    again = VAE(type(vae.config)(**{**vars(vae.config), "scaling_factor": scale}))
+    again = VAE(replace(vae.config, scaling_factor=scale))
     again.load_state_dict(vae.state_dict())
     with torch.inference_mode():
         distribution = again.encode(to_signed(torch.tensor(images)))
