@@ -10,8 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from latentdiff.errors import ConfigError
-from latentdiff.networks.text_encoder import ACTIVATIONS, LARGEST, CLIPLayer
+from latentdiff.networks.text_encoder import CLIPLayer, check_tower
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in CLIP's training, and the standard deviations
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
@@ -37,24 +36,7 @@ class ImageEncoderConfig:
     attention_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, most = getattr(self, field.name), LARGEST.get(field.name, 2**16)
-            if field.type == "int" and not (type(value) is int and 0 < value <= most):
-                raise ConfigError(
-                    f"expected a number from 1 to {most} as {field.name} of the image encoder, found {str(value)[:40]}"
-                )
-            if field.type == "float" and not (isinstance(value, int | float) and 0 <= value < 1):
-                raise ConfigError(f"expected 0 to 1 as {field.name} of the image encoder, found {str(value)[:40]}")
-        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ConfigError(
-                f"expected hidden_act of the image encoder of {known}, found {str(self.hidden_act)[:40]!r}"
-            )
-        for whole, part in (("hidden_size", "num_attention_heads"), ("image_size", "patch_size")):
-            if getattr(self, whole) % getattr(self, part):
-                raise ConfigError(
-                    f"the image encoder's {whole} {getattr(self, whole)} is not a multiple of its {part} {getattr(self, part)}"
-                )
+        check_tower("image encoder", self, 2**16, {"hidden_size": "num_attention_heads", "image_size": "patch_size"})
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:

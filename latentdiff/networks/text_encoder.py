@@ -118,6 +118,34 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, 
 LARGEST = {"num_hidden_layers": 256, "max_position_embeddings": 4096}
 
 
+def check_tower(what: str, config: Any, largest: int, divided: Mapping[str, str]) -> None:
+    """Check the configuration of one of CLIP's encoders before anything is built of it.
+
+    Args:
+        what: the encoder, for messages.
+        config: a dataclass with `hidden_act` and whole numbers and shares by their type.
+        largest: of the whole numbers that LARGEST does not name.
+        divided: by field, the field that has to divide it.
+
+    Raises:
+        ConfigError: a value is of the wrong type or makes no sense.
+    """
+    for field in fields(config):
+        value, most = getattr(config, field.name), LARGEST.get(field.name, largest)
+        if field.type == "int" and not (type(value) is int and 0 < value <= most):
+            raise ConfigError(f"expected a number from 1 to {most} as {field.name} of the {what}, found {str(value)[:40]}")
+        if field.type == "float" and not (isinstance(value, int | float) and 0 <= value < 1):
+            raise ConfigError(f"expected a number from 0 to 1 as {field.name} of the {what}, found {str(value)[:40]}")
+    if not isinstance(config.hidden_act, str) or config.hidden_act not in ACTIVATIONS:
+        known, shown = ", ".join(ACTIVATIONS), str(config.hidden_act)[:40]
+        raise ConfigError(f"expected hidden_act of the {what} to be one of {known}, found {shown!r}")
+    for whole, part in divided.items():
+        if getattr(config, whole) % getattr(config, part):
+            raise ConfigError(
+                f"the {what}'s {whole} {getattr(config, whole)} is not a multiple of its {part} {getattr(config, part)}"
+            )
+
+
 @dataclass(frozen=True)
 class TextTransformerConfig:
     """The architecture; names and defaults are those of a `text_encoder/config.json`.
@@ -137,24 +165,7 @@ class TextTransformerConfig:
     attention_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            largest = LARGEST.get(field.name, 2**22)
-            if field.type == "int" and not (type(value) is int and 0 < value <= largest):
-                shown = str(value)[:40]
-                raise ConfigError(
-                    f"expected a number from 1 to {largest} as {field.name} of the text encoder, found {shown}"
-                )
-            if field.type == "float" and not (isinstance(value, int | float) and 0 <= value < 1):
-                raise ConfigError(f"expected a number from 0 to 1 as {field.name} of the text encoder, found {value!r}")
-        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
-            known, shown = ", ".join(ACTIVATIONS), str(self.hidden_act)[:40]
-            raise ConfigError(f"expected hidden_act of the text encoder to be one of {known}, found {shown!r}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"the text encoder's hidden_size {self.hidden_size} is not a multiple of its "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
+        check_tower("text encoder", self, 2**22, {"hidden_size": "num_attention_heads"})
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:

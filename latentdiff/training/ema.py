@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -11,6 +11,16 @@ from torch.nn import Parameter
 
 from latentdiff.training.sections import StageSection
 from latentdiff.training.sharding import is_split, own_part
+
+
+@contextmanager
+def swapped(swap: Callable[[], None]) -> Iterator[None]:
+    """Inside, what `swap` exchanges is exchanged."""
+    swap()
+    try:
+        yield
+    finally:
+        swap()
 
 
 class EMA:
@@ -41,14 +51,9 @@ class EMA:
         keep = min(self._decay, (1 + done) / (10 + done)) ** self._every
         torch._foreach_lerp_(list(self.average.values()), [own_part(p.detach()) for p in self._live.values()], 1 - keep)
 
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
+    def swapped_in(self) -> AbstractContextManager[None]:
         """Inside, the live parameters hold the averages."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
+        return swapped(self._swap)
 
     def _swap(self) -> None:
         for name, parameter in self._live.items():

@@ -63,6 +63,7 @@ class DenoisingLoss(nn.Module):
         self._trains_text, self.dropout = trains_text, dropout
         self.unet, self.text_encoder, self.objective = unet, text_encoder, objective
         self.vae, self.adapter, self.control = vae, adapter, control
+        self._grey: dict[tuple[int, int], Tensor] = {}  # latents of a grey image, by their height and width
 
     def forward(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Weighted loss and plain mean squared error.
@@ -154,8 +155,10 @@ class DenoisingLoss(nn.Module):
         else:
             count, _, height, width = noisy.shape
             holes = noisy.new_ones(count, 1, factor * height, factor * width, dtype=torch.float32)
-            grey = encode_pixels(self.vae, torch.zeros_like(holes[:1]).expand(-1, 3, -1, -1)).mode()
-            seen = grey.expand(count, -1, -1, -1)
+            if (height, width) not in self._grey:
+                grey = torch.zeros_like(holes[:1]).expand(-1, 3, -1, -1)
+                self._grey[height, width] = encode_pixels(self.vae, grey).mode()
+            seen = self._grey[height, width].expand(count, -1, -1, -1)
         # A cell with any pixel to be painted is painted, as in generation.
         return torch.cat([noisy, F.max_pool2d(holes, factor), seen], 1)
 

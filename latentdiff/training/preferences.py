@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentdiff.training.ema import swapped
 from latentdiff.training.loss import DenoisingLoss
 
 AsBefore = Callable[[], AbstractContextManager[Any]]
@@ -110,14 +111,9 @@ class StartWeights:
         self._live = dict(parameters)
         self._spare = {name: parameter.detach().clone() for name, parameter in self._live.items()}
 
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
+    def swapped_in(self) -> AbstractContextManager[None]:
         """Inside, the parameters hold the copy."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
+        return swapped(self._swap)
 
     def _swap(self) -> None:
         for name, parameter in self._live.items():

@@ -12,6 +12,16 @@ from PIL import Image
 from tests import peers, tiny
 from tests.tasks.images import an_image
 
+# Options of a short image that everything asked for shows in.
+OURS = {
+    "steps": 4,
+    "guidance_scale": 5.0,
+    "negative_prompt": "red fox",
+    "sampler": "ddim",
+    "progress": False,
+    "seed": 7,
+}
+
 
 @cache
 def theirs(family: str = "sd1", seed: int = 5, pools: bool = False) -> ControlNetModel:

@@ -19,16 +19,8 @@ from latentdiff.networks.ip_adapter import cross_attentions
 from latentdiff.networks.layers import ProjectedContext
 from tests import peers
 from tests.adapters.control import adapters
+from tests.adapters.control.nets import OURS
 from tests.tasks.images import an_image, apart
-
-OURS = {
-    "steps": 4,
-    "guidance_scale": 5.0,
-    "negative_prompt": "red fox",
-    "sampler": "ddim",
-    "progress": False,
-    "seed": 7,
-}
 
 
 def their_pipeline(family: str, files: list):

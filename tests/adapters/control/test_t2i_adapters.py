@@ -19,17 +19,9 @@ from latentdiff.checkpoints.t2i_adapter import read_t2i_adapter, t2i_map
 from latentdiff.errors import CheckpointError, ConfigError, UsageError
 from latentdiff.recipe import read_recipe
 from tests import peers, tiny
-from tests.adapters.control.nets import hint, saved
+from tests.adapters.control.nets import OURS, hint, saved
 from tests.tasks.images import apart
 
-OURS = {
-    "steps": 4,
-    "guidance_scale": 5.0,
-    "negative_prompt": "red fox",
-    "sampler": "ddim",
-    "progress": False,
-    "seed": 7,
-}
 TYPES = {"full": "full_adapter", "light": "light_adapter", "xl": "full_adapter_xl"}
 shared = cache(peers.ours)
 
