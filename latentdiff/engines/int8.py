@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,24 @@ _SENSITIVE = ("conv_in", "conv_out", "time_emb")  # parts of names
 Forward = Callable[..., Tensor]
 
 
+@cache
 def int8_is_possible() -> bool:
-    """Whether torch offers the 8-bit products of oneDNN here, and the processor has instructions for them."""
-    return multiplies_in_8_bits() and torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv_pointwise")
+    """Whether torch offers the 8-bit products of oneDNN here, and the instructions it takes for them sum exactly.
+
+    What the processor has does not answer that: with ONEDNN_MAX_CPU_ISA=AVX2, oneDNN takes instructions whose sums of
+    two products stop at 2^15 - 1, in silence.
+    """
+    offered = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv_pointwise")
+    return offered and multiplies_in_8_bits() and _sums_exactly()
+
+
+@torch.no_grad()
+def _sums_exactly() -> bool:
+    """Whether the greatest products of 8 bits, added up, are their sum."""
+    rows, columns = 16, 64
+    product = _Product(torch.ones(rows, columns), None)
+    sums = product(torch.full((1, columns), 255, dtype=torch.uint8), 1.0, 0)
+    return torch.allclose(sums, torch.full_like(sums, 255.0 * columns), rtol=1e-3)
 
 
 def multiplies_in_8_bits() -> bool:
@@ -56,7 +72,8 @@ class Int8Network:
     def __init__(self, unet: UNet) -> None:
         if not int8_is_possible():
             raise UsageError(
-                "--precision int8 needs a CPU with VNNI instructions (AVX-512 or AMX); choose bf16 or fp32"
+                "--precision int8 needs a CPU with VNNI instructions (AVX-512 or AMX), and oneDNN free to use them "
+                "(ONEDNN_MAX_CPU_ISA not set lower); choose bf16 or fp32"
             )
         self._unet = unet
         self._rounding = _Rounding()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -145,3 +149,11 @@ def test_recipe_says_int8() -> None:
     assert pipe.to("cpu", "fp32").network is pipe.unet
     with pytest.raises(UsageError, match="goes with --backend torch or openvino"):
         pipe.to("cpu", "int8").use_backend("compile")
+
+
+def test_instructions_whose_sums_overflow_are_refused() -> None:
+    """oneDNN held to AVX2 cuts sums off at 2^15 - 1, whatever the processor has."""
+    code = "from latentdiff.engines import int8; print(int8.int8_is_possible())"
+    told = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    found = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
