@@ -34,6 +34,12 @@ def decibels(error: float, peak: float = 255.0) -> float:
     return math.inf if error == 0.0 else 10.0 * math.log10(peak**2 / error)
 
 
+def psnr(image: Image.Image, other: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two RGB images in dB; 99 for equal ones, so that means are finite."""
+    a, b = (np.asarray(one, dtype=np.float64) for one in (image, other))
+    return min(99.0, decibels(float(np.square(a - b).mean())))
+
+
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Turn images (N, 3, H, W) in [-1, 1] into PIL images; values outside are clipped."""
     levels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)  # (N, 3, H, W)

@@ -42,6 +42,8 @@ Settings = TypeVar("Settings")
 
 
 if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
     class _Asked:
         """`prompt`, and the options that recipes keep."""
@@ -134,9 +136,7 @@ class Recipe(_Asked):
         try:
             return TypeAdapter(kind).validate_json(json.dumps(self.task_settings), strict=True)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, ("task_settings", *first["loc"])))
-        raise DataError(f"the image's recipe is not valid at {place}: {first['msg']}")
+            raise _invalid(error, "task_settings") from error
 
     def to_chunks(self) -> dict[str, str]:
         """The two text chunks by name, for `PIL.Image.Image.info`."""
@@ -158,11 +158,7 @@ class Recipe(_Asked):
         try:
             return _allowed(TypeAdapter(cls).validate_json(text))
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"])) or "JSON"
-        if place == "schema":
-            raise DataError("the image's recipe was written by a newer latentdiff; update latentdiff to read it")
-        raise DataError(f"the image's recipe is not valid at {place}: {first['msg']}")
+            raise _invalid(error) from error
 
     def to_parameters(self) -> str:
         """The recipe in the format of the web UIs: prompt, negative prompt, and one line of settings."""
@@ -256,6 +252,14 @@ def has_comment(info: Mapping[Any, Any]) -> bool:
     """Whether the comment in `PIL.Image.Image.info` is a recipe; other programs leave texts of any kind there."""
     comment = info.get(COMMENT)
     return isinstance(comment, bytes) and comment.startswith(b'{"prompt"')
+
+
+def _invalid(error: ValidationError, *within: str) -> DataError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, (*within, *first["loc"]))) or "JSON"
+    if place == "schema":
+        return DataError("the image's recipe was written by a newer latentdiff; update latentdiff to read it")
+    return DataError(f"the image's recipe is not valid at {place}: {first['msg']}")
 
 
 def read_recipe(info: Mapping[Any, Any]) -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,6 +135,24 @@ def check_fits(raw: RawModel, part: str, expected: Mapping[str, Shape] | None = 
             raise CheckpointError(
                 f"{PART_LABELS[part]} of {raw.source} holds {tensor.dtype} weights ({name}), expected "
                 "floating-point ones; quantised files are not supported"
+            )
+
+
+def check_made_for(label: str, path: Path, facts: Mapping[str, tuple[Any, Any]]) -> None:
+    """Refuse a file of something beside a model that was made for another one.
+
+    Args:
+        label: what it is.
+        facts: in words -> what it has, and what the model wants.
+
+    Raises:
+        CheckpointError: two differ.
+    """
+    for name, (found, expected) in facts.items():
+        if found != expected:
+            raise CheckpointError(
+                f"{path.name} is {label} for another model: {name} {found}, expected {expected}; take one that was made "
+                "for the family of this model"
             )
 
 

@@ -9,7 +9,7 @@ import click
 
 from latentdiff.cli.controls import steering_options, take_steering
 from latentdiff.cli.model import drawn_seed, loaded_model
-from latentdiff.cli.options import IMAGE_FILE, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS, within
+from latentdiff.cli.options import IMAGE_FILE, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS, SIZE, within
 from latentdiff.cli.output import Writing, check_results, check_transparency, save_results, shown_source
 from latentdiff.cli.words import remark
 from latentdiff.request.task_options import EDIT
@@ -37,8 +37,7 @@ from latentdiff.request.task_options import EDIT
     help="Of a depth model (SD 2): a map of IMAGE, brighter where it is nearer, or the folder of a model of transformers "
     "that sees depths.  [default: the one in the model's folder]",
 )
-@click.option("--width", type=int, metavar="PIXELS", help="Bring the image to this width first.  [default: its own]")
-@click.option("--height", type=int, metavar="PIXELS", help="Bring the image to this height first.  [default: its own]")
+@SIZE
 @SAMPLING_OPTIONS
 @steering_options
 @MODEL_OPTIONS

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import click
 
 from latentdiff.cli.model import loaded_model
-from latentdiff.cli.options import ANY_PATH, IMAGE_FILE, MODEL_OPTIONS, flag, within
+from latentdiff.cli.options import ANY_PATH, IMAGE_FILE, MODEL_OPTIONS, SIZE, flag, within
 from latentdiff.cli.output import check_writable
 from latentdiff.cli.places import written
 from latentdiff.cli.words import remark
@@ -45,10 +45,7 @@ from latentdiff.request.task_options import INVERT
 )
 @click.option("--mixing", type=float, metavar="X", help="0.5 to 1: edict's coupling.  [default: 0.93 at 50 steps]")
 @flag("spacing")
-@click.option("--width", type=int, metavar="PIXELS", help="Bring the image to this width first.  [default: its own]")
-@click.option(
-    "--height", type=int, metavar="PIXELS", help="Bring the image to this height first.  [default: its own]"
-)
+@SIZE
 @click.option("--no-check", is_flag=True, help="Do not sample back to measure the error: saves up to half of the time.")
 @click.option(
     "--out",

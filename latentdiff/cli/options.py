@@ -190,6 +190,12 @@ OUT = click.option(
     help="Where to write; a FILE ends in .png, .jpg, .webp or .avif. In a folder the file is named after prompt and seed. "
     "A file that holds another image is never overwritten: the new one gets a number.",
 )
+SIZE = together(
+    *(
+        click.option(f"--{side}", type=int, metavar="PIXELS", help=f"Bring the image to this {side} first.  [default: its own]")
+        for side in ("width", "height")
+    )
+)
 INVERT_MASK = click.option("--invert-mask", is_flag=True, help="Paint what the mask keeps, and keep what it paints.")
 PREVIEW = click.option("--preview", type=ANY_PATH, metavar="FILE", help="Write what is expected there, while at work.")
 PREVIEW_EVERY = click.option(

@@ -13,6 +13,7 @@ from latentdiff.cli.options import (
     IMAGE_FILE,
     MODEL_OPTIONS,
     RESULT_OPTIONS,
+    SIZE,
     flag,
     flags_of,
     within,
@@ -71,10 +72,7 @@ INVERSION_OPTIONS = ("spacing", "iterations", "width", "height")  # of images th
 )
 @click.option("--iterations", type=int, metavar="N", help="Corrections of each step of the inversion.  [default: 1]")
 @flag("spacing")
-@click.option("--width", type=int, metavar="PIXELS", help="Bring the image to this width first.  [default: its own]")
-@click.option(
-    "--height", type=int, metavar="PIXELS", help="Bring the image to this height first.  [default: its own]"
-)
+@SIZE
 @MODEL_OPTIONS
 @RESULT_OPTIONS
 @within(INVERT | TRANSLATE)

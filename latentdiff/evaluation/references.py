@@ -17,7 +17,7 @@ from latentdiff.errors import DataError
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.prompts import TASK_OF_KIND, EvaluationPrompt, prompt_of_scene
 from latentdiff.evaluation.protocol import Result, check_words, judged
-from latentdiff.image import decibels, open_image, to_pil, to_tensor
+from latentdiff.image import open_image, psnr, to_pil, to_tensor
 from latentdiff.pipeline import Pipeline
 from latentdiff.reading.json import parse_object
 from latentdiff.reading.plain import read_text
@@ -120,9 +120,3 @@ def reconstruct(pipeline: Pipeline, images: Sequence[Image.Image], *, progress: 
         pixels = to_tensor(images[start : start + BATCH]).to(pipeline.device, pipeline.precision.vae)  # (N, 3, H, W)
         copies += to_pil(pipeline.decode(pipeline.vae.encode(pixels).mode()))
     return copies
-
-
-def psnr(image: Image.Image, copy: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB; 99 for equal images."""
-    a, b = (np.asarray(one.convert("RGB"), dtype=np.float64) for one in (image, copy))
-    return min(99.0, decibels(float(((a - b) ** 2).mean())))

@@ -3,21 +3,19 @@ transformers' CLIPVisionModelWithProjection."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from latentdiff.networks.text_encoder import CLIPLayer, check_tower
+from latentdiff.networks.text_encoder import CLIPLayer, TowerConfig, check_tower
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in CLIP's training, and the standard deviations
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
-class ImageEncoderConfig:
+class ImageEncoderConfig(TowerConfig):
     """The architecture; names and defaults are those of CLIPVisionConfig.
 
     Raises:
@@ -26,22 +24,13 @@ class ImageEncoderConfig:
 
     hidden_size: int = 768
     intermediate_size: int = 3072
-    projection_dim: int = 512
-    num_hidden_layers: int = 12
     num_attention_heads: int = 12
+    projection_dim: int = 512
     image_size: int = 224
     patch_size: int = 32
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    attention_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         check_tower("image encoder", self, 2**16, {"hidden_size": "num_attention_heads", "image_size": "patch_size"})
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
-        """Read the keys of a `config.json` that describe this architecture."""
-        return cls(**{field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None})
 
 
 class ImageEncoder(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -118,12 +118,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, 
 LARGEST = {"num_hidden_layers": 256, "max_position_embeddings": 4096}
 
 
-def check_tower(what: str, config: Any, largest: int, divided: Mapping[str, str]) -> None:
+def check_tower(what: str, config: TowerConfig, largest: int, divided: Mapping[str, str]) -> None:
     """Check the configuration of one of CLIP's encoders before anything is built of it.
 
     Args:
         what: the encoder, for messages.
-        config: a dataclass with `hidden_act` and whole numbers and shares by their type.
+        config: its whole numbers and shares are known by their type.
         largest: of the whole numbers that LARGEST does not name.
         divided: by field, the field that has to divide it.
 
@@ -147,7 +147,25 @@ def check_tower(what: str, config: Any, largest: int, divided: Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class TextTransformerConfig:
+class TowerConfig:
+    """What the layers of either of CLIP's encoders are built from; names and defaults are those of transformers."""
+
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float = 0.0
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        """Read the keys of a `config.json` that describe this architecture; others serve the program that wrote them."""
+        return cls(**{field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None})
+
+
+@dataclass(frozen=True)
+class TextTransformerConfig(TowerConfig):
     """The architecture; names and defaults are those of a `text_encoder/config.json`.
 
     Raises:
@@ -155,42 +173,10 @@ class TextTransformerConfig:
     """
 
     vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
     max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    attention_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         check_tower("text encoder", self, 2**22, {"hidden_size": "num_attention_heads"})
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
-        """Read the keys that describe this architecture; others serve CLIP's pooled output or the program that wrote
-        them."""
-        return cls(**{field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None})
-
-
-class LayerSizes(Protocol):
-    """What one layer is built from; see `TextTransformerConfig`."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_hidden_layers(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def hidden_act(self) -> str: ...
-    @property
-    def layer_norm_eps(self) -> float: ...
-    @property
-    def attention_dropout(self) -> float: ...
 
 
 class TextTransformer(nn.Module):
@@ -248,7 +234,7 @@ class CLIPLayer(nn.Module):
         causal: each token sees itself and those before it, as in the text transformer; else all, as in that of images.
     """
 
-    def __init__(self, config: LayerSizes, *, causal: bool = True) -> None:
+    def __init__(self, config: TowerConfig, *, causal: bool = True) -> None:
         super().__init__()
         self.self_attn = _SelfAttention(config, causal=causal)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -264,7 +250,7 @@ class CLIPLayer(nn.Module):
 class _SelfAttention(nn.Module):
     """Each token attends to itself and to those before it, or to all."""
 
-    def __init__(self, config: LayerSizes, *, causal: bool) -> None:
+    def __init__(self, config: TowerConfig, *, causal: bool) -> None:
         super().__init__()
         width, self.causal = config.hidden_size, causal
         self.heads, self.dropout = config.num_attention_heads, config.attention_dropout
@@ -288,7 +274,7 @@ class _SelfAttention(nn.Module):
 class _FeedForward(nn.Module):
     """Two linear layers."""
 
-    def __init__(self, config: LayerSizes) -> None:
+    def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         width = config.hidden_size
         self.activation = ACTIVATIONS[config.hidden_act]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,18 +13,8 @@ from latentdiff.training.sections import StageSection
 from latentdiff.training.sharding import is_split, own_part
 
 
-@contextmanager
-def swapped(swap: Callable[[], None]) -> Iterator[None]:
-    """Inside, what `swap` exchanges is exchanged."""
-    swap()
-    try:
-        yield
-    finally:
-        swap()
-
-
 class EMA:
-    """Averaged copies of parameters, in float32 on their device.
+    """Averaged copies of parameters, in float32 on their device, to which these may be moved later.
 
     Args:
         parameters: the live ones, by name.
@@ -51,14 +41,19 @@ class EMA:
         keep = min(self._decay, (1 + done) / (10 + done)) ** self._every
         torch._foreach_lerp_(list(self.average.values()), [own_part(p.detach()) for p in self._live.values()], 1 - keep)
 
-    def swapped_in(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
         """Inside, the live parameters hold the averages."""
-        return swapped(self._swap)
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
 
     def _swap(self) -> None:
         for name, parameter in self._live.items():
             if not is_split(parameter):
-                parameter.data, self.average[name] = self.average[name], parameter.data
+                parameter.data, self.average[name] = self.average[name].to(parameter.device), parameter.data
                 continue
             part = own_part(parameter)  # at a fixed place in memory
             before = part.clone()

@@ -16,11 +16,8 @@ from latentdiff.training.data.buckets import Size
 from latentdiff.training.data.entries import FileOrigin
 from latentdiff.training.data.hint_files import hint_files
 from latentdiff.training.data.images import read_image
-from latentdiff.training.data.randomness import generator
-from latentdiff.training.data.transforms import prepare
+from latentdiff.training.data.transforms import CropKey, prepare
 from latentdiff.training.store import row_key
-
-CropKey = tuple[int | str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,8 @@ class Hints:
         """
         if self.kind:
             return np.array(prepared(Image.fromarray(image()), self.kind))
-        random = None if crop_key is None else generator(*crop_key)
-        crop, size = "random" if random else "center", self.data.sizes[index]
         file = self.files[index]
-        return prepare(read_image(file, str(file)), bucket, crop=crop, rng=random, like=size)
+        return prepare(read_image(file, str(file)), bucket, crop_key, like=self.data.sizes[index])
 
     @cached_property
     def fingerprint(self) -> str:

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from latentdiff.training.data.buckets import Size
 from latentdiff.training.data.randomness import Key, generator
-from latentdiff.training.hints import CropKey
+from latentdiff.training.data.transforms import CropKey
 from latentdiff.training.masks import Masks
 
 _EVERYTHING = 0.25  # share of the holes that hide the whole image, so that the model can still draw without one

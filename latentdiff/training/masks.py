@@ -14,9 +14,7 @@ from latentdiff.training.data.buckets import Size
 from latentdiff.training.data.entries import FileOrigin
 from latentdiff.training.data.hint_files import hint_files
 from latentdiff.training.data.images import read_alpha, read_image
-from latentdiff.training.data.randomness import generator
-from latentdiff.training.data.transforms import prepare
-from latentdiff.training.hints import CropKey
+from latentdiff.training.data.transforms import CropKey, prepare
 from latentdiff.training.store import row_key
 
 ALPHA = "alpha"
@@ -60,9 +58,7 @@ class Masks:
 
     def pixels(self, index: int, bucket: Size, crop_key: CropKey) -> np.ndarray:
         """The mask of an image in its bucket, (H, W) uint8; see `weights`."""
-        random = None if crop_key is None else generator(*crop_key)
-        crop, size = "random" if random else "center", self.data.sizes[index]
-        return prepare(self._mask(index), bucket, crop=crop, rng=random, like=size)[..., 0]
+        return prepare(self._mask(index), bucket, crop_key, like=self.data.sizes[index])[..., 0]
 
     def _mask(self, index: int) -> Image.Image:
         if self.files:

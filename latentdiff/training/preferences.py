@@ -7,15 +7,14 @@ is the same network as it was; no second one is in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from latentdiff.training.ema import swapped
 from latentdiff.training.loss import DenoisingLoss
 
 AsBefore = Callable[[], AbstractContextManager[Any]]
@@ -98,27 +97,6 @@ def told_apart(scores: Tensor) -> Tensor:
     """Of each pair, (n,): 1 where the preferred image has become the likelier, 0 where the rejected one has, and 1/2 where
     neither has."""
     return 0.5 + 0.5 * scores.detach().sign()
-
-
-class StartWeights:
-    """A copy of parameters as they are now, for when they will have been trained.
-
-    Args:
-        parameters: by name; they may be moved to another device later.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._live = dict(parameters)
-        self._spare = {name: parameter.detach().clone() for name, parameter in self._live.items()}
-
-    def swapped_in(self) -> AbstractContextManager[None]:
-        """Inside, the parameters hold the copy."""
-        return swapped(self._swap)
-
-    def _swap(self) -> None:
-        for name, parameter in self._live.items():
-            start = self._spare[name].to(parameter.device)
-            self._spare[name], parameter.data = parameter.data, start
 
 
 @contextmanager

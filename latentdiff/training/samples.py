@@ -11,10 +11,10 @@ from latentdiff.training.caches import LatentCache, LatentWork, TextCache
 from latentdiff.training.data import Dataset
 from latentdiff.training.data.buckets import BatchPlan, Size
 from latentdiff.training.data.captions import choose
-from latentdiff.training.data.randomness import Key, generator, normal, uniform
+from latentdiff.training.data.randomness import Key, normal, uniform
 from latentdiff.training.data.tokens import CaptionTokens
-from latentdiff.training.data.transforms import prepare, told_sizes
-from latentdiff.training.hints import CropKey, Hints
+from latentdiff.training.data.transforms import CropKey, prepare, told_sizes
+from latentdiff.training.hints import Hints
 from latentdiff.training.holes import Holes, seen_noise
 from latentdiff.training.masks import Masks
 from latentdiff.training.noise import diffusion_noise
@@ -73,8 +73,7 @@ class Samples:
         self, index: int, *, flipped: bool = False, crop_key: CropKey = None, rejected: bool = False
     ) -> np.ndarray:
         """An image in its bucket, (H, W, 3) uint8; with a `crop_key`, where the crop lies depends on it."""
-        random, image = None if crop_key is None else generator(*crop_key), self.data.load(index, rejected=rejected)
-        image = prepare(image, self.buckets[index], crop="random" if random else "center", rng=random)
+        image = prepare(self.data.load(index, rejected=rejected), self.buckets[index], crop_key)
         return np.ascontiguousarray(image[:, ::-1] if flipped else image)
 
     def _latent_key(self, index: int, *, flipped: bool = False, rejected: bool = False) -> str:
@@ -142,13 +141,7 @@ class Samples:
         if not self.tells_sizes:
             return {}
         rows = [
-            told_sizes(
-                self.data.sizes[index],
-                self.buckets[index],
-                crop="random" if key else "center",
-                rng=generator(*key) if key else None,
-                flipped=flip,
-            )
+            told_sizes(self.data.sizes[index], self.buckets[index], key, flipped=flip)
             for index, flip, key in zip(indices, flipped, crop_keys, strict=True)
         ]
         return {"sizes": np.array(rows, np.float32)}

@@ -10,7 +10,8 @@ from latentdiff.evaluation.judge import Seen, Verdict
 from latentdiff.evaluation.network import JudgeConfig
 from latentdiff.evaluation.prompts import EvaluationPrompt, Requirement
 from latentdiff.evaluation.protocol import Outcome, Result, score_prompts
-from latentdiff.evaluation.references import psnr, shuffled
+from latentdiff.evaluation.references import shuffled
+from latentdiff.image import psnr
 
 NOUNS = ("cat", "dog", "key")
 CAT, DOG = (

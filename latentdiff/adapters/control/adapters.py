@@ -8,9 +8,9 @@ import torch
 
 from latentdiff.adapters.control.hints import hint_tensor
 from latentdiff.adapters.control.model import Control
+from latentdiff.checkpoints.modules import check_made_for
 from latentdiff.checkpoints.t2i_adapter import T2IAdapterWeights, empty_t2i_adapter
 from latentdiff.diffusion.schedule import Level
-from latentdiff.errors import CheckpointError
 from latentdiff.model.memory.parts import Part
 from latentdiff.model.memory.residence import Residence
 from latentdiff.networks.config import UNetConfig
@@ -76,9 +76,4 @@ def _check_fits(weights: T2IAdapterWeights, unet: UNetConfig, factor: int) -> No
         "widths": (config.channels, (*widths, widths[-1]) if is_xl else widths),
         "pixels for the first map": (config.unshuffle, 2 * factor if is_xl else factor),
     }
-    for name, (found, expected) in facts.items():
-        if found != expected:
-            raise CheckpointError(
-                f"{weights.path.name} is a T2I-Adapter for another model: {name} {found}, expected {expected}; take one that "
-                "was made for the family of this model"
-            )
+    check_made_for("a T2I-Adapter", weights.path, facts)

@@ -12,10 +12,11 @@ from latentdiff.adapters.control.image_prompts import ImagePrompt
 from latentdiff.adapters.control.model import Control, ControlNet
 from latentdiff.adapters.control.seen import applied_image_prompts, image_prompt_parts
 from latentdiff.checkpoints.control import ControlWeights, empty_control, whole_weights
+from latentdiff.checkpoints.modules import check_made_for
 from latentdiff.checkpoints.t2i_adapter import T2IAdapterWeights
 from latentdiff.diffusion.schedule import Level
 from latentdiff.engines.fast_forms import use_fast_forms
-from latentdiff.errors import CheckpointError, UsageError
+from latentdiff.errors import UsageError
 from latentdiff.model.memory.parts import Part
 from latentdiff.model.memory.residence import Residence
 from latentdiff.networks.conditioning import Applied
@@ -154,9 +155,4 @@ def check_fits(weights: ControlWeights, unet: UNetConfig, factor: int) -> None:
         "pooled text and sizes": (own.unet.added_dim, unet.added_dim),
         "pixels for a latent": (own.downscale, factor),
     }
-    for name, (found, expected) in facts.items():
-        if found != expected:
-            raise CheckpointError(
-                f"{weights.path.name} is a ControlNet for another model: {name} {found}, expected {expected}; take one "
-                "that was made for the family of this model"
-            )
+    check_made_for("a ControlNet", weights.path, facts)

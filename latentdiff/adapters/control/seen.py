@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from latentdiff.adapters.control.image_prompts import ImagePrompt, IPAdapter
 from latentdiff.checkpoints.image_encoder import ImageEncoderWeights, empty_image_encoder
 from latentdiff.checkpoints.ip_adapter import empty_ip_adapter
+from latentdiff.checkpoints.modules import check_made_for
 from latentdiff.diffusion.schedule import Level
-from latentdiff.errors import CheckpointError
 from latentdiff.model.memory.estimate import weight_bytes
 from latentdiff.model.memory.parts import Part
 from latentdiff.model.memory.residence import Residence
@@ -156,14 +156,6 @@ def _check_fits(adapter: IPAdapter, unet: UNet) -> None:
         "text width": (config.width, unet.config.cross_attention_dim),
         "cross-attentions": (len(config.layers), len(widths)),
         "their widths": (sorted(set(config.layers.values())), sorted(set(widths))),
+        "widths in order": (list(config.layers.values()), widths),
     }
-    for name, (found, expected) in facts.items():
-        if found != expected:
-            raise CheckpointError(
-                f"{adapter.weights.path.name} is an IP-Adapter for another model: {name} {found}, expected {expected}; take "
-                "one that was made for the family of this model"
-            )
-    if list(config.layers.values()) != widths:
-        raise CheckpointError(
-            f"{adapter.weights.path.name} is an IP-Adapter for another model: the order of its widths is another one"
-        )
+    check_made_for("an IP-Adapter", adapter.weights.path, facts)

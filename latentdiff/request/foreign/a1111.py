@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from latentdiff.errors import DataError
-from latentdiff.request.foreign.account import Account, Draft
+from latentdiff.request.foreign.account import Account, Draft, number_of
 from latentdiff.request.foreign.hires import hires_handlers
 from latentdiff.request.infotext import AUTOMATIC, SCHEDULES, TITLES, WITHOUT_SCHEDULE, InfoText, read_sampler
 
@@ -202,10 +202,6 @@ def _tiling(draft: Draft, name: str, value: str) -> None:
         draft.honour(name, value, seamless="xy")
 
 
-def _number(option: str, kind: type[int] | type[float] = float) -> Handler:
-    return lambda draft, name, value: draft.number(name, value, option, kind)
-
-
 def _without(why: str) -> Handler:
     return lambda draft, name, value: draft.refuse(name, value, why)
 
@@ -223,24 +219,24 @@ _HASHES = _told("the files are found by their names, --lora-dir and --embedding;
 _MERGING = _without("no tokens are merged here")
 
 SETTINGS: dict[str, Handler] = {
-    "Steps": _number("steps", int),
-    "CFG scale": _number("guidance_scale"),
-    "Seed": _number("seed", int),
+    "Steps": number_of("steps", int),
+    "CFG scale": number_of("guidance_scale"),
+    "Seed": number_of("seed", int),
     "Size": _size,
     "Model": _model,
     "Model hash": _model_hash,
     "VAE": _vae,
-    "Clip skip": _number("clip_skip", int),
+    "Clip skip": number_of("clip_skip", int),
     "RNG": _rng,
-    "ENSD": _number("seed_delta", int),
+    "ENSD": number_of("seed_delta", int),
     "SGM noise multiplier": _unit_start,
-    "Eta": _number("eta"),
-    "Eta DDIM": _number("eta"),
-    "Sigma churn": _number("s_churn"),
-    "Sigma tmin": _number("s_tmin"),
-    "Sigma tmax": _number("s_tmax"),
-    "Sigma noise": _number("s_noise"),
-    "Schedule rho": _number("rho"),
+    "Eta": number_of("eta"),
+    "Eta DDIM": number_of("eta"),
+    "Sigma churn": number_of("s_churn"),
+    "Sigma tmin": number_of("s_tmin"),
+    "Sigma tmax": number_of("s_tmax"),
+    "Sigma noise": number_of("s_noise"),
+    "Schedule rho": number_of("rho"),
     "Discard penultimate sigma": lambda draft, name, value: draft.honour(
         name, value, discard_penultimate=value == "True"
     ),

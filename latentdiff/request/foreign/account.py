@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -150,6 +150,11 @@ class Draft:
     def _say(self, name: str, value: object, verdict: Verdict, why: str, options: Mapping[str, Any]) -> None:
         self.fields.append(Field(name, str(value), verdict, why))
         self.options.update(options)
+
+
+def number_of(option: str, kind: type[int] | type[float] = float) -> Callable[[Draft, str, Any], None]:
+    """What reads a field that is the number of an option."""
+    return lambda draft, name, value: draft.number(name, value, option, kind)
 
 
 def _is_finite(value: object) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any, cast
 
-from latentdiff.request.foreign.account import Account, Draft
+from latentdiff.request.foreign.account import Account, Draft, number_of
 
 # Its names of diffusers' schedulers; "_k" at the end is Karras.
 SCHEDULERS = {
@@ -82,10 +82,6 @@ def _prompt(option: str) -> Callable[[Draft, str, Any], None]:
     return say
 
 
-def _number(option: str, kind: type[int] | type[float]) -> Callable[[Draft, str, Any], None]:
-    return lambda draft, name, value: draft.number(name, value, option, kind)
-
-
 def _scheduler(draft: Draft, name: str, value: Any) -> None:
     title = str(value)
     base, spacing = (title[:-2], "karras") if title.endswith("_k") else (title, None)
@@ -139,12 +135,12 @@ def _name(value: Any) -> str:
 _READ: dict[str, Callable[[Draft, str, Any], None]] = {
     "positive_prompt": _prompt("prompt"),
     "negative_prompt": _prompt("negative_prompt"),
-    "width": _number("width", int),
-    "height": _number("height", int),
-    "seed": _number("seed", int),
-    "steps": _number("steps", int),
-    "cfg_scale": _number("guidance_scale", float),
-    "cfg_rescale_multiplier": _number("guidance_rescale", float),
+    "width": number_of("width", int),
+    "height": number_of("height", int),
+    "seed": number_of("seed", int),
+    "steps": number_of("steps", int),
+    "cfg_scale": number_of("guidance_scale", float),
+    "cfg_rescale_multiplier": number_of("guidance_rescale", float),
     "scheduler": _scheduler,
     "model": _model,
     "vae": _vae,

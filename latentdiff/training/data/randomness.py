@@ -11,7 +11,7 @@ that fights with the one of the training step for the cores.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -68,3 +68,15 @@ class SampleOrder:
         int64."""
         epochs, places = np.divmod(np.arange(first, first + count), self.size)
         return np.concatenate([self._permutation(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
+
+
+class BatchOrder:
+    """Which images of a data set stand in which batch, in a `SampleOrder` of epochs that show image i `repeats[i]` times."""
+
+    def __init__(self, repeats: Sequence[int], batch_size: int, seed: int) -> None:
+        self._seen, self._batch_size = np.repeat(np.arange(len(repeats)), repeats), batch_size
+        self._order = SampleOrder(len(self._seen), seed)
+
+    def batch(self, step: int, rows: range) -> np.ndarray:
+        """Indices of the images in these rows of a step's batch, (len(rows),) int64."""
+        return self._seen[self._order.indices(step * self._batch_size + rows.start, len(rows))]

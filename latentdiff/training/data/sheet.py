@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.image import contact_sheet, decibels, to_pil, to_tensor
+from latentdiff.image import contact_sheet, psnr, to_pil, to_tensor
 from latentdiff.training.data.buckets import Size
 from latentdiff.training.data.dataset import Dataset
 from latentdiff.training.data.transforms import prepare
@@ -38,7 +38,7 @@ def training_sheet(
     cells = [_cell(pair, side) for pair in pairs]
     captions = [f"{data.names[index]}: {data.captions[index][0]}" for index in chosen]
     columns = max(1, min(4, _WIDEST // cells[0].width))
-    return contact_sheet(cells, captions, columns=columns), float(np.mean([_psnr(*pair) for pair in pairs]))
+    return contact_sheet(cells, captions, columns=columns), float(np.mean([psnr(*pair) for pair in pairs]))
 
 
 def _pair(
@@ -54,8 +54,3 @@ def _cell(pair: tuple[Image.Image, Image.Image], side: int) -> Image.Image:
     for place, image in enumerate(pair):
         cell.paste(image, (place * (side + _GAP) + (side - image.width) // 2, (side - image.height) // 2))
     return cell
-
-
-def _psnr(image: Image.Image, other: Image.Image) -> float:
-    error = np.square(np.subtract(np.asarray(image, np.float64), np.asarray(other, np.float64))).mean()
-    return decibels(max(float(error), 1e-3))

@@ -1,4 +1,4 @@
-"""From a decoded image to the pixels of its bucket: scaled to cover it, cropped, perhaps mirrored; and to numbers."""
+"""From a decoded image to the pixels of its bucket: scaled to cover it and cropped; and to numbers."""
 
 from __future__ import annotations
 
@@ -7,20 +7,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentdiff.errors import UsageError
 from latentdiff.training.data.buckets import Size
+from latentdiff.training.data.randomness import Key, generator
 
-CROPS = ("center", "random")
+CropKey = Key | None  # what the place of a random crop depends on; None is a crop of the middle
 
 
 def prepare(
-    image: Image.Image,
-    bucket: Size,
-    *,
-    crop: str = "center",
-    flip: bool = False,
-    rng: np.random.Generator | None = None,
-    like: Size | None = None,
+    image: Image.Image, bucket: Size, crop_key: CropKey = None, *, like: Size | None = None
 ) -> np.ndarray:
     """Scale an image so that it just covers its bucket, with Lanczos resampling, and cut off what stands out.
 
@@ -29,20 +23,14 @@ def prepare(
     Args:
         image: RGB.
         bucket: width and height in pixels.
-        crop: "center", or "random" for another place at each call.
-        flip: mirror left and right with probability one half.
-        rng: where random crops and flips are drawn from; needed for both.
+        crop_key: see `CropKey`.
         like: the size of another image of these proportions, whose part is taken.
 
     Returns:
         (H, W, 3) uint8.
     """
-    if crop not in CROPS:
-        raise UsageError(f"expected crop to be one of {', '.join(CROPS)}, found {crop!r}")
-    if rng is None and (flip or crop == "random"):
-        raise UsageError("random crops and flips need a generator")
     width, height = like or image.size
-    scale, (left, top) = placed((width, height), bucket, crop, rng)
+    scale, (left, top) = placed((width, height), bucket, crop_key)
     window = tuple(side / scale for side in bucket)  # what is kept, in pixels of the image
     if scale == 1:
         left, top = int(left), int(top)  # so that pixels are copied, not resampled
@@ -51,31 +39,27 @@ def prepare(
         box = tuple(side * own / whole for side, own, whole in zip(box, image.size * 2, (width, height) * 2, strict=True))
     if image.size != bucket or box != (0, 0, *image.size):
         image = image.resize(bucket, Image.Resampling.LANCZOS, box=box)
-    if flip and rng is not None and rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.array(image)
 
 
-def placed(size: Size, bucket: Size, crop: str, rng: np.random.Generator | None) -> tuple[float, tuple[float, float]]:
+def placed(size: Size, bucket: Size, crop_key: CropKey) -> tuple[float, tuple[float, float]]:
     """How far an image of this size is scaled to cover its bucket, and (left, top) of the crop in pixels of the image."""
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
     slack = [max(0.0, side - own / scale) for side, own in zip(size, bucket, strict=True)]
-    share = rng.random(2) if crop == "random" and rng is not None else (0.5, 0.5)
+    share = (0.5, 0.5) if crop_key is None else generator(*crop_key).random(2)
     left, top = (room * part for room, part in zip(slack, share, strict=True))
     return scale, (left, top)
 
 
-def told_sizes(
-    size: Size, bucket: Size, *, crop: str, rng: np.random.Generator | None, flipped: bool
-) -> tuple[int, ...]:
+def told_sizes(size: Size, bucket: Size, crop_key: CropKey, *, flipped: bool) -> tuple[int, ...]:
     """What SDXL is told of a training image (Podell et al. 2023, section 2.2; see `networks.sizes`), in the order of
     `SizeOptions`: its own height and width, top and left of the crop once it is scaled, and the bucket's height and width.
 
     Args:
-        rng: as `prepare` got it.
+        crop_key: as `prepare` got it.
         flipped: the crop is mirrored, as if the image had been before.
     """
-    scale, (left, top) = placed(size, bucket, crop, rng)
+    scale, (left, top) = placed(size, bucket, crop_key)
     if flipped:
         left = max(0.0, size[0] - bucket[0] / scale) - left
     return size[1], size[0], round(top * scale), round(left * scale), bucket[1], bucket[0]

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from latentdiff.training.report.words import duration
+
 _GIB = 2**30
 _WHOLE_FREE = 0.95  # of what is free; the rest is for what nobody counts
 
@@ -104,15 +106,6 @@ def remedies(
 def times_due(every: int, first: int, last: int) -> int:
     """How often something happens after step `first`, up to `last`, that happens every so many steps and at the last."""
     return last // every - first // every + (last % every != 0) if last > first else 0
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: 2 h 05 min, 3 min 20 s, 4.2 s."""
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def _size(count: float) -> str:

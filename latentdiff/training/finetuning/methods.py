@@ -27,10 +27,11 @@ from latentdiff.networks.text_encoders import unused_by
 from latentdiff.training.data.randomness import torch_seed
 from latentdiff.training.denoising import text_and_unet
 from latentdiff.training.dropout import Dropout
+from latentdiff.training.ema import EMA
 from latentdiff.training.finetuning.adapter_options import assignments
 from latentdiff.training.finetuning.config import FinetuneConfig
 from latentdiff.training.optimizer import ParameterGroup
-from latentdiff.training.preferences import AsBefore, StartWeights
+from latentdiff.training.preferences import AsBefore
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -115,7 +116,7 @@ class FullMethod(FinetuningMethod):
 
     def as_before(self) -> AsBefore:
         of = {name: p for group in self.parameter_groups() for name, p in group.parameters.items()}
-        return StartWeights(of).swapped_in
+        return EMA(of, decay=1.0).swapped_in  # never updated: the weights as they are now
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return self._groups(

@@ -19,7 +19,7 @@ from latentdiff.training.data.randomness import generator
 from latentdiff.training.data.shards import find_shards
 from latentdiff.training.data.stream import Sample, ShardStream
 from latentdiff.training.data.tokens import CaptionTokens
-from latentdiff.training.data.transforms import prepare, told_sizes
+from latentdiff.training.data.transforms import CropKey, prepare, told_sizes
 from latentdiff.training.finetuning.config import FinetuneConfig
 from latentdiff.training.holes import Holes, random_hole, seen_noise
 from latentdiff.training.samples import Arrays, step_numbers
@@ -105,20 +105,18 @@ class StreamBatches:
         if not settings.upscale and (image.width < self._size[0] or image.height < self._size[1]):
             wanted = "x".join(map(str, self._size))
             raise DataError(f"the image {sample.name} has {image.width}x{image.height} pixels, fewer than {wanted}")
-        random = self._crop(step, row)
         captions = worded(sample.captions(settings.caption_column), self._source.prefix, self._source.suffix)
         caption = choose(captions, self._rules, seed=settings.seed, step=step, row=row)
-        return _Item(sample.name, prepare(image, self._size, crop=settings.crop, rng=random), caption, image.size)
+        return _Item(sample.name, prepare(image, self._size, self._crop_key(step, row)), caption, image.size)
 
-    def _crop(self, step: int, row: int) -> np.random.Generator | None:
-        return generator(self._settings.seed, "crop", step, row) if self._settings.crop == "random" else None
+    def _crop_key(self, step: int, row: int) -> CropKey:
+        return (self._settings.seed, "crop", step, row) if self._settings.crop == "random" else None
 
     def _sizes(self, step: int, rows: range, items: list[_Item], flipped: list[bool]) -> Arrays:
         if not self._tells_sizes:
             return {}
-        crop = self._settings.crop
         told = [
-            told_sizes(item.size, self._size, crop=crop, rng=self._crop(step, row), flipped=flip)
+            told_sizes(item.size, self._size, self._crop_key(step, row), flipped=flip)
             for item, row, flip in zip(items, rows, flipped, strict=True)
         ]
         return {"sizes": np.array(told, np.float32)}

@@ -30,7 +30,7 @@ from latentdiff.training.folder import hint_file
 from latentdiff.training.report.charts import HINT, Points, can_draw, line_chart, number, smoothed
 from latentdiff.training.report.log import LOG, RESULT, RunLog, kept_by_result, kept_in_words
 from latentdiff.training.report.memorization import CopyCheck, read_copy_check
-from latentdiff.training.report.words import use_of_result
+from latentdiff.training.report.words import duration, use_of_result
 
 NAME = "report.html"
 
@@ -122,7 +122,7 @@ def _facts(run: Path, log: RunLog, settings: Mapping[str, Any], check: CopyCheck
     if (share := kept_by_result(run)) is not None:
         yield f"{share:.2f}", f"kept of what it knew, 1 is all and 0 as far off as another prompt: {kept_in_words(share)}"
     if seconds := _seconds(log, settings):
-        yield _duration(seconds), "training time, without validation and samples"
+        yield duration(seconds), "training time, without validation and samples"
     if rates := log["images_per_second"]:
         yield number(sorted(rate for _, rate in rates)[len(rates) // 2]), "images per second, median"
     if memory := log["peak_memory_mb"]:
@@ -141,12 +141,6 @@ def _seconds(log: RunLog, settings: Mapping[str, Any]) -> float:
     points = [(0, 0.0), *log["images_per_second"]]
     images = ((step - before) * settings.get("batch_size", 0) for (before, _), (step, _) in pairwise(points))
     return sum(count / rate for count, (_, rate) in zip(images, points[1:], strict=True) if rate)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def _warnings(log: RunLog, check: CopyCheck | None) -> Iterator[str]:

@@ -53,3 +53,12 @@ def use_of_result(run: Path) -> str:
     """The command that uses the result, as the end of the run wrote it down."""
     path = run / RESULT
     return str(read_object(path, DataError, remedy="delete it").get("use", "")) if path.is_file() else ""
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 2 h 05 min, 3 min 20 s, 4.2 s."""
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

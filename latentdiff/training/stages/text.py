@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from latentdiff.errors import DataError
 from latentdiff.training.data import Dataset
-from latentdiff.training.data.randomness import SampleOrder
+from latentdiff.training.data.randomness import BatchOrder
 from latentdiff.training.data.tokens import CaptionTokens
 from latentdiff.training.optimizer import ParameterGroup
 from latentdiff.training.stages.config import TextStageSection
@@ -130,8 +130,7 @@ class TextTask(Task):
             tokens.rows([captions[0] for captions in of.captions], 1)[:, 0] for of in (data, held_out)
         )  # (n, L)
         self._held_out = in_classes_of(self._labels, read_labels(held_out))
-        self._seen = np.repeat(np.arange(len(data)), data.repeats)  # in an epoch
-        self._order = SampleOrder(len(self._seen), seed)
+        self._order = BatchOrder(data.repeats, settings.batch_size, seed)
         sizes = [len(answers) for answers in self._labels.classes.values()]
         self.module = TextLoss(text_encoder, sizes, tokenizer.eos_token_id)
 
@@ -139,14 +138,11 @@ class TextTask(Task):
         return [ParameterGroup("all", dict(self.module.named_parameters()))]
 
     def batch(self, step: int, rows: range) -> dict[str, np.ndarray]:
-        indices = self._indices(step, rows)
+        indices = self._order.batch(step, rows)
         return {"tokens": self._tokens[indices], "labels": self._labels.values[indices]}
 
     def sources(self, step: int) -> list[str]:
-        return [self._data.names[index] for index in self._indices(step, range(self._settings.batch_size))]
-
-    def _indices(self, step: int, rows: range) -> np.ndarray:
-        return self._seen[self._order.indices(step * self._settings.batch_size + rows.start, len(rows))]
+        return [self._data.names[index] for index in self._order.batch(step, range(self._settings.batch_size))]
 
     def validate(self) -> dict[str, float]:
         """Share of right answers to each kind of question on held-out captions."""

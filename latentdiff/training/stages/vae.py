@@ -16,7 +16,7 @@ from latentdiff.files import atomic_path
 from latentdiff.image import decibels
 from latentdiff.networks.vae import VAE
 from latentdiff.training.data import Dataset
-from latentdiff.training.data.randomness import SampleOrder, normal, uniform
+from latentdiff.training.data.randomness import BatchOrder, normal, uniform
 from latentdiff.training.data.transforms import to_bytes, to_signed
 from latentdiff.training.optimizer import ParameterGroup
 from latentdiff.training.stages.config import VAEStageSection
@@ -58,8 +58,7 @@ class VAETask(Task):
         self.loader_threads = settings.loader_threads
         self._vae, self._settings, self._data, self._images = vae, settings, data, images
         self._held_out = held_out[: settings.validation_images]
-        self._seen = np.repeat(np.arange(len(data)), data.repeats)  # in an epoch
-        self._seed, self._order = seed, SampleOrder(len(self._seen), seed)
+        self._seed, self._order = seed, BatchOrder(data.repeats, settings.batch_size, seed)
         size = settings.crop // vae.config.downscale
         self._latent_shape = (vae.config.latent_channels, size, size)
 
@@ -79,7 +78,7 @@ class VAETask(Task):
 
     def batch(self, step: int, rows: range) -> dict[str, np.ndarray]:
         crop = self._settings.crop
-        indices = self._indices(step, rows)
+        indices = self._order.batch(step, rows)
         # On the grid of the latents, where whole images are encoded too.
         grid = self._vae.config.downscale
         places = (self._images.shape[1] - crop) // grid + 1
@@ -94,7 +93,7 @@ class VAETask(Task):
         }
 
     def sources(self, step: int) -> list[str]:
-        return [self._data.names[index] for index in self._indices(step, range(self._settings.batch_size))]
+        return [self._data.names[index] for index in self._order.batch(step, range(self._settings.batch_size))]
 
     def validate(self) -> dict[str, float]:
         psnr = torch.cat([_psnr(original, made) for original, made in self._reconstructions(self._held_out)])
@@ -109,9 +108,6 @@ class VAETask(Task):
         sheet = torch.cat([F.pad(column, (0, 0, 0, height - column.shape[1])) for column in columns], dim=2)
         with atomic_path(folder / f"step-{step:08d}.png") as temporary:
             Image.fromarray(sheet.permute(1, 2, 0).cpu().numpy()).save(temporary)
-
-    def _indices(self, step: int, rows: range) -> np.ndarray:
-        return self._seen[self._order.indices(step * self._settings.batch_size + rows.start, len(rows))]
 
     def _reconstructions(self, images: np.ndarray, size: int = 32):
         """Pairs of original and reconstruction from the mode of the latents, (n, 3, R, R) uint8."""

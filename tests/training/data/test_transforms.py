@@ -2,8 +2,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from latentdiff.errors import UsageError
-from latentdiff.training.data.randomness import generator
 from latentdiff.training.data.transforms import prepare
 from tests.training.data.build import an_image
 
@@ -24,27 +22,16 @@ def test_crop_without_scaling_copies_pixels():
     assert np.array_equal(prepare(image, (16, 16)), np.asarray(image)[:, 8:24])
     whole = np.asarray(image)
     for number in range(10):
-        part = prepare(image, (16, 16), crop="random", rng=generator(number))
+        part = prepare(image, (16, 16), (number,))
         assert any(np.array_equal(part, whole[:, left : left + 16]) for left in range(18))
 
 
-def test_random_crops_and_flips_follow_the_generator():
+def test_random_crops_follow_their_key():
     image = an_image(size=(64, 16))
-    crops = [prepare(image, (16, 16), crop="random", rng=generator(number)).tobytes() for number in (0, 0, 1, 2)]
+    crops = [prepare(image, (16, 16), (number,)).tobytes() for number in (0, 0, 1, 2)]
     assert crops[0] == crops[1] and len(set(crops)) == 3
-    flips = [prepare(an_image(), (16, 12), flip=True, rng=generator(number)) for number in range(20)]
-    plain = np.asarray(an_image())
-    mirrored = [np.array_equal(flip, plain[:, ::-1]) for flip in flips]
-    assert 3 < sum(mirrored) < 17 and all(np.array_equal(flips[i], plain) for i in range(20) if not mirrored[i])
 
 
 def test_sides():
     assert prepare(an_image(size=(50, 20)), (24, 8)).shape == (8, 24, 3)
     assert prepare(an_image(size=(20000, 100)), (128, 64)).shape == (64, 128, 3)
-
-
-def test_wrong_usage():
-    with pytest.raises(UsageError, match="one of center, random"):
-        prepare(an_image(), (8, 8), crop="left")
-    with pytest.raises(UsageError, match="generator"):
-        prepare(an_image(), (8, 8), flip=True)
