@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "latentdiff"
 # A room is a file or a folder of the package; a folder within one may be a room of its own, on another floor.
 FLOORS: list[list[set[str]]] = [
     [{"__init__"}, {"errors"}],
-    [{"reading"}, {"request/domains"}, {"request/recorded"}],
+    [{"reading"}, {"request/domains"}, {"request/option"}, {"request/recorded"}],
     [{"request/options"}, {"request/infotext"}],
     [{"request/calls"}, {"request/foreign"}],
     [{"files"}, {"recipe"}, {"diffusion"}, {"prompts"}],

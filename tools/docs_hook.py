@@ -6,10 +6,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from latentdiff.request.option import Option
 from latentdiff.request.option_texts import texts
 from latentdiff.request.options import (
     GenerateOptions,
-    Option,
     SamplingOptions,
     SeededOptions,
     SizedOptions,
@@ -47,7 +47,7 @@ def tables() -> str:
 
 def row(name: str, option: Option) -> str:
     """The line of one option."""
-    flags = (f"--{name.replace('_', '-')}",) if option.flags is None else option.flags
+    flags = [] if option.flags == () else [option.flag(name)]
     default = option.unset or ("" if option.default is None else repr(option.default))
     if option.fast is not None:
         default += f", fast {option.fast!r}"

@@ -10,6 +10,7 @@ from latentdiff.checkpoints.embedded import EMBEDDED_NAME
 from latentdiff.errors import UsageError
 from latentdiff.request.domains import Interval
 from latentdiff.request.foreign.account import Account
+from latentdiff.request.option import flag_of
 from latentdiff.request.options import OPTIONS
 
 TASKS = ("generate", "edit", "inpaint")
@@ -60,7 +61,7 @@ def _options(account: Account) -> Iterator[str]:
         if account.task == "inpaint" and name in ("width", "height"):
             continue
         if is_said:
-            flag = option.flags[0] if option.flags else f"--{name.replace('_', '-')}"
+            flag = option.flag(name)
             yield flag if value is True else f"{flag} {_written(option.domain, value)}"
     if account.strength is not None:
         yield f"--strength {account.strength!r}"
@@ -83,7 +84,7 @@ def _model(account: Account, model: str | None) -> Iterator[str]:
     if model or account.model:
         yield f"--model {quoted(model or (account.model if is_ours else _file(account.model)))}"
     for name, value in account.model_options.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = flag_of(name)
         yield flag if value is True else f"{flag} {quoted(str(value))}"
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from latentdiff.cli.image_prompts import image_prompt_options, take_image_prompts, with_numbers
+from latentdiff.cli.headings import STEERING, under
+from latentdiff.cli.image_prompts import IMAGE_PROMPT_OPTIONS, take_image_prompts, with_numbers
 from latentdiff.cli.options import ANY_PATH
 from latentdiff.cli.output import check_image_file, check_writable
 from latentdiff.cli.places import ImageFile, check_image, written
@@ -45,9 +46,8 @@ GUESS = click.option(
 )
 
 
-def steering_options(command: Any) -> Any:
-    """The options of regions, controls and image prompts; `take_steering` takes them out of the settings."""
-    return REGION(CONTROL(CONTROL_MODEL(GUESS(image_prompt_options(command)))))
+# `take_steering` takes them out of the settings.
+STEERING_OPTIONS = under(STEERING, REGION, CONTROL, CONTROL_MODEL, GUESS, IMAGE_PROMPT_OPTIONS)
 
 
 def take_steering(settings: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from latentdiff.cli.controls import steering_options, take_steering
+from latentdiff.cli.controls import STEERING_OPTIONS, take_steering
+from latentdiff.cli.headings import Command
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import IMAGE_FILE, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS, SIZE, within
 from latentdiff.cli.output import Writing, check_results, check_transparency, save_results, shown_source
@@ -15,7 +16,7 @@ from latentdiff.cli.words import remark
 from latentdiff.request.task_options import EDIT
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("image", type=IMAGE_FILE, metavar="IMAGE|INVERSION")
 @click.argument("prompt")
 @click.option(
@@ -39,7 +40,7 @@ from latentdiff.request.task_options import EDIT
 )
 @SIZE
 @SAMPLING_OPTIONS
-@steering_options
+@STEERING_OPTIONS
 @MODEL_OPTIONS
 @RESULT_OPTIONS
 @within(EDIT)

@@ -13,6 +13,7 @@ import click
 from latentdiff.cli.options import ANY_PATH
 from latentdiff.cli.places import check_data
 from latentdiff.errors import Stopped, UsageError
+from latentdiff.request.option import flag_of
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -50,7 +51,7 @@ class _ConfigCommand(click.Command):
 
 def _option(name: str, field: FieldInfo) -> click.Option:
     """The flag of a key. Its value goes to the configuration as text, which alone says what is allowed."""
-    flag, help_text = f"--{name.replace('_', '-')}", " ".join((field.description or "").split())
+    flag, help_text = flag_of(name), " ".join((field.description or "").split())
     kinds = _kinds(field.annotation)
     if bool in kinds:
         return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=help_text + _default(name, field))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from latentdiff.cli import output
-from latentdiff.cli.controls import steering_options, take_steering
+from latentdiff.cli.controls import STEERING_OPTIONS, take_steering
+from latentdiff.cli.headings import FILES, Command, under
 from latentdiff.cli.job import PromptsJob, write_sheet
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import (
@@ -33,13 +34,42 @@ from latentdiff.prompts.notice import shortened
 from latentdiff.prompts.wildcards import Wildcards
 from latentdiff.request.calls import Settings
 from latentdiff.request.infotext import SAMPLER_TITLES
+from latentdiff.request.option import PromptOption, XLOption
 from latentdiff.request.options import OPTIONS, SAMPLING, GenerateOptions, SizedOptions, check_second_pass, options_of
 
 if TYPE_CHECKING:
     from latentdiff.pipeline import Pipeline
 
 
-@click.command()
+REFINER = click.option(
+    "--refiner",
+    callback=model_there,
+    metavar="MODEL",
+    help="Let another model take the last steps, as the refiner of SDXL does.",
+)
+REFINER_SWITCH = click.option(
+    "--refiner-switch",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.8,
+    show_default=True,
+    metavar="X",
+    help="After which share of the noise schedule it takes over.",
+)
+SHEET = click.option("--sheet", type=ANY_PATH, metavar="FILE", help="Also write all images on one sheet with their prompts.")
+WILDCARDS = click.option(
+    "--wildcards",
+    type=ANY_PATH,
+    metavar="FOLDER",
+    help="For each image, choose one of {a|b} in its prompt, and a line of FOLDER/name.txt for __name__.",
+)
+EXPLAIN = click.option(
+    "--explain",
+    is_flag=True,
+    help="Make nothing; show what each prompt means: tokens, weights, chunks, stages, and what is cut or means nothing.",
+)
+
+
+@click.command(cls=Command)
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @click.option(
     "--prompts",
@@ -51,39 +81,13 @@ if TYPE_CHECKING:
     '--prompt "..." --steps 30.',
 )
 @OUT
-@click.option("--skip-existing", is_flag=True, help="Do not make images again that lie in the folder already.")
+@click.option("--skip-existing", is_flag=True, help="Do not make images that are in the folder already.")
 @GENERATE_OPTIONS
-@steering_options
+@STEERING_OPTIONS
 @MODEL_OPTIONS
-@PREVIEW
-@PREVIEW_EVERY
-@PREVIEW_DECODER
-@click.option(
-    "--refiner",
-    callback=model_there,
-    metavar="MODEL",
-    help="Let another model take the last steps, as the refiner of SDXL does.",
-)
-@click.option(
-    "--refiner-switch",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.8,
-    show_default=True,
-    metavar="X",
-    help="After which share of the noise schedule it does.",
-)
-@click.option("--sheet", type=ANY_PATH, metavar="FILE", help="Also write all images on one sheet with their prompts.")
-@click.option(
-    "--wildcards",
-    type=ANY_PATH,
-    metavar="FOLDER",
-    help="Draw {a|b} and __name__ in prompts anew for each image; name.txt lies in FOLDER.",
-)
-@click.option(
-    "--explain",
-    is_flag=True,
-    help="Make nothing; show what each prompt means: tokens, weights, chunks, stages, and what is cut or means nothing.",
-)
+@under(FILES, PREVIEW, PREVIEW_EVERY, PREVIEW_DECODER, SHEET)
+@under(XLOption.heading, REFINER, REFINER_SWITCH)
+@under(PromptOption.heading, WILDCARDS, EXPLAIN)
 @WRITING
 def generate(
     prompts: tuple[str, ...],
@@ -155,7 +159,7 @@ def _refining(pipe: Pipeline, refiner: str, switch: float, settings: dict[str, A
     """How a `PromptsJob` has the last steps taken by another model."""
     for name in options_of(GenerateOptions).keys() - options_of(SizedOptions).keys():
         if settings.pop(name, None) not in (None, OPTIONS[name].default):
-            raise UsageError(f"--refiner does not go with --{name.replace('_', '-')}; leave one of them out")
+            raise UsageError(f"--refiner does not go with {OPTIONS[name].flag(name)}; leave one of them out")
     from latentdiff.pipeline import Pipeline
     from latentdiff.tasks import refining
 

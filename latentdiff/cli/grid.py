@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from latentdiff.cli import output
-from latentdiff.cli.controls import steering_options, take_steering
+from latentdiff.cli.controls import STEERING_OPTIONS, take_steering
+from latentdiff.cli.headings import Command
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import ANY_PATH, GENERATE_OPTIONS, MODEL_OPTIONS
 from latentdiff.cli.places import IMAGES
@@ -24,7 +25,7 @@ def _flag(name: str, what: str) -> Any:
     return click.option(f"--{name}", callback=_axis, metavar="SETTING=V,V,...", help=what)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument(PROMPT)
 @_flag("x", "The columns: a setting and its values, as steps=5,15,25, or words of the prompt, as 'prompt=cat|dog'.")
 @_flag("y", "The rows.")
@@ -39,7 +40,7 @@ def _flag(name: str, what: str) -> Any:
     help="The sheet; in a folder it is called grid.png. The images themselves are not kept.",
 )
 @GENERATE_OPTIONS
-@steering_options
+@STEERING_OPTIONS
 @MODEL_OPTIONS
 def grid(
     prompt: str, x: Axis | None, y: Axis | None, z: Axis | None, out: Path, seed: int | None, **settings: Any

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from latentdiff.cli.headings import together
 from latentdiff.cli.places import check_image
 from latentdiff.errors import UsageError
 from latentdiff.files import check_named
+from latentdiff.request.option import flag_of
 
 if TYPE_CHECKING:
     from latentdiff.adapters.control.image_prompts import IPAdapter
@@ -47,9 +49,8 @@ BLOCKS = click.option(
 )
 
 
-def image_prompt_options(command: Any) -> Any:
-    """The options of image prompts; `take_image_prompts` takes them out of the settings."""
-    return IMAGE_PROMPT(IP_ADAPTER(IMAGE_ENCODER(NEGATIVE(BLOCKS(command)))))
+# `take_image_prompts` takes them out of the settings.
+IMAGE_PROMPT_OPTIONS = together(IMAGE_PROMPT, IP_ADAPTER, IMAGE_ENCODER, NEGATIVE, BLOCKS)
 
 
 def take_image_prompts(settings: dict[str, Any]) -> None:
@@ -62,7 +63,7 @@ def take_image_prompts(settings: dict[str, Any]) -> None:
     images, adapters = settings.pop("image_prompt"), settings.pop("ip_adapter")
     rest = {name: settings.pop(name) for name in ("image_encoder", "negative_image_prompt", "image_prompt_blocks")}
     if not images:
-        given = [f"--{name.replace('_', '-')}" for name, value in {"ip_adapter": adapters, **rest}.items() if value]
+        given = [flag_of(name) for name, value in {"ip_adapter": adapters, **rest}.items() if value]
         if given:
             raise UsageError(f"expected --image-prompt FILE with {given[0]}, found none; give an image to resemble")
         return

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from latentdiff.cli.controls import steering_options, take_steering
+from latentdiff.cli.controls import STEERING_OPTIONS, take_steering
+from latentdiff.cli.headings import Command
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import IMAGE_FILE, INVERT_MASK, MODEL_OPTIONS, RESULT_OPTIONS, SAMPLING_OPTIONS, within
 from latentdiff.cli.output import Writing, check_results, check_transparency, save_results
@@ -16,7 +17,7 @@ from latentdiff.errors import UsageError
 from latentdiff.request.task_options import INPAINT
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("image", type=IMAGE_FILE)
 @click.argument("prompt", default="")
 @click.option(
@@ -71,7 +72,7 @@ from latentdiff.request.task_options import INPAINT
     help="Let grey say how far a place may go from the image; --blur makes a mask grey at its edge.",
 )
 @SAMPLING_OPTIONS
-@steering_options
+@STEERING_OPTIONS
 @MODEL_OPTIONS
 @RESULT_OPTIONS
 @within(INPAINT)

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from latentdiff.cli.controls import steering_options, take_steering
+from latentdiff.cli.controls import STEERING_OPTIONS, take_steering
+from latentdiff.cli.headings import Command
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import (
     ANY_PATH,
@@ -25,7 +26,7 @@ from latentdiff.request.options import SizedOptions
 from latentdiff.request.task_options import INTERPOLATE
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("prompts", nargs=-1, metavar="PROMPT PROMPT...")
 @click.option("--frames", type=click.IntRange(2), default=24, show_default=True, metavar="N", help="Images in all.")
 @click.option(
@@ -44,7 +45,7 @@ from latentdiff.request.task_options import INTERPOLATE
     help="A new or empty folder for frame-000.png, ..., or an animation, in 256 colours a frame.",
 )
 @flags_of(SizedOptions, without=("num_images",))
-@steering_options
+@STEERING_OPTIONS
 @MODEL_OPTIONS
 @WRITING
 @within(INTERPOLATE)

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import click
 
+from latentdiff.cli.headings import Command
 from latentdiff.cli.model import loaded_model
 from latentdiff.cli.options import ANY_PATH, IMAGE_FILE, MODEL_OPTIONS, SIZE, flag, within
 from latentdiff.cli.output import check_writable
@@ -17,7 +18,7 @@ from latentdiff.request.options import InversionName
 from latentdiff.request.task_options import INVERT
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("image", type=IMAGE_FILE)
 @click.option("--prompt", default="", metavar="TEXT", help="What the image shows; edict and null-text need it.")
 @click.option(

@@ -9,10 +9,13 @@ from typing import Any, get_args
 
 import click
 
+from latentdiff.cli import headings
+from latentdiff.cli.headings import Decorator, together, under
 from latentdiff.cli.loras import ALLOW_PARTIAL, EMBEDDINGS, LORA_DIR, LORAS
 from latentdiff.cli.places import IMAGES, ImageFile, model_there
 from latentdiff.files import IMAGE_FORMATS
 from latentdiff.request.domains import ChoiceOrFile, Factor, Interval, Numbers, Pair, Real, Seeds, Texts, Whole
+from latentdiff.request.option import SpeedOption
 from latentdiff.request.option_texts import texts
 from latentdiff.request.options import (
     OPTIONS,
@@ -24,20 +27,6 @@ from latentdiff.request.options import (
     SamplingOptions,
     options_of,
 )
-
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-def together(*options: Decorator) -> Decorator:
-    """Several options as one decorator; help lists them in this order."""
-
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
 
 ANY_PATH = click.Path(path_type=Path)
 IMAGE_FILE = ImageFile()
@@ -105,20 +94,9 @@ LOW_MEMORY = click.option(
     help="Pass the weights through memory block by block and decode large images in tiles: slower, the same image.",
 )
 OTHER_MODEL_OPTIONS = together(
-    EMA,
-    PREDICTION_TYPE,
-    ZERO_SNR,
-    PARTS_FROM,
-    LORAS,
-    LORA_DIR,
-    ALLOW_PARTIAL,
-    EMBEDDINGS,
-    DEVICE,
-    PRECISION,
-    BACKEND,
-    COMPILE,
-    ATTENTION,
-    LOW_MEMORY,
+    under(headings.MODEL, EMA, PREDICTION_TYPE, ZERO_SNR, PARTS_FROM),
+    under(headings.ADAPTERS, LORAS, LORA_DIR, ALLOW_PARTIAL, EMBEDDINGS),
+    under(SpeedOption.heading, DEVICE, PRECISION, BACKEND, COMPILE, ATTENTION, LOW_MEMORY),
 )
 MODEL_OPTIONS = together(MODEL, OTHER_MODEL_OPTIONS)  # see `loaded_model`
 
@@ -126,15 +104,14 @@ MODEL_OPTIONS = together(MODEL, OTHER_MODEL_OPTIONS)  # see `loaded_model`
 def flag(name: str, *, default: str | None = None) -> Decorator:
     """The flag of an option of generation, with its help and its default; `default` tells another one of the task."""
     option = OPTIONS[name]
-    flags = (f"--{name.replace('_', '-')}",) if option.flags is None else option.flags
-    text = texts()[name].partition(" In Python")[0]
+    flag, text = option.flag(name), texts()[name].partition(" In Python")[0]
     if option.default is False and default is None:
-        return click.option(*flags, name, is_flag=True, help=text)
+        return under(option.heading or headings.FIRST, click.option(flag, name, is_flag=True, help=text))
     # What `fast` changes has to stay open, and so has what the task decides.
     is_open = option.fast is not None or option.default is None or default is not None
     shown = default or option.unset or option.default
-    return click.option(
-        *flags,
+    made = click.option(
+        flag,
         name,
         type=KINDS.get(type(option.domain)) or click.Choice(option.domain.names),
         nargs=2 if isinstance(option.domain, Interval | Pair) else 1,
@@ -143,6 +120,7 @@ def flag(name: str, *, default: str | None = None) -> Decorator:
         metavar=getattr(option.domain, "metavar", None),
         help=f"{text}  [default: {shown}]" if shown != "" else text,
     )
+    return under(option.heading or headings.FIRST, made)
 
 
 def _checked(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
@@ -177,7 +155,7 @@ def flags_of(group: type, *, without: tuple[str, ...] = ()) -> Decorator:
 KINDS: dict[type, Any] = {
     Whole: int, Seeds: int, Real: float, Factor: str, Interval: float, Pair: int, Numbers: str, Texts: str, ChoiceOrFile: str,
 }  # fmt: skip
-FIRST = ("negative_prompt", "num_images", "seed", "steps", "guidance_scale")
+FIRST = ("negative_prompt", "num_images", "seed", "steps", "guidance_scale", "sampler", "width", "height")
 HIDDEN = tuple(name for name, option in OPTIONS.items() if option.flags == ())
 
 OUT = click.option(
@@ -227,7 +205,7 @@ QUALITY = click.option(
     metavar="N",
     help="1 to 100, of .jpg, .webp and .avif; a .webp of 100 loses nothing.",
 )
-WRITING = together(FILE_FORMAT, QUALITY, NO_METADATA)  # see `output.Writing`
+WRITING = under(headings.FILES, FILE_FORMAT, QUALITY, NO_METADATA)  # see `output.Writing`
 COMPARE = click.option(
     "--compare", type=ANY_PATH, metavar="FILE", help="Also write what went in and what came out side by side."
 )

@@ -13,6 +13,7 @@ from latentdiff.cli.options import ANY_PATH, DEVICE, IMAGE_FILE, PARTS_FROM
 from latentdiff.cli.output import check_image_file, check_writable
 from latentdiff.errors import CheckpointError, DataError, UsageError, printable
 from latentdiff.recipe import Recipe, read_account, read_recipe
+from latentdiff.request.option import flag_of
 from latentdiff.request.options import PrecisionName
 from latentdiff.request.recorded import MODEL_ROLES
 
@@ -125,7 +126,7 @@ def _parts(recipe: Recipe, image: Path, given: Mapping[str, str | None]) -> dict
             raise DataError(f"the image's recipe takes a part {role!r} from elsewhere; expected {', '.join(given)}")
         if given[role] is not None:
             continue
-        name, option = Path(entry.get("file", "")).name, f"--{role.replace('_', '-')}"  # never a path, as of sources
+        name, option = Path(entry.get("file", "")).name, flag_of(role)  # never a path, as of sources
         places = [path for folder in (image.parent, Path()) if name and (path := folder / name).exists()]
         if not places:
             raise DataError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from latentdiff.cli.headings import Command
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import (
     ANY_PATH,
@@ -42,7 +43,7 @@ OWNERS["border"] = OWNERS["kernel"]
 NEEDED = {"inpaint": "mask", "super-resolution": "factor", "deblur": "kernel"}
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("image", type=IMAGE_FILE)
 @click.option(
     "--operator", "name", type=click.Choice(get_args(OperatorName)), required=True, help="What happened to the image."

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from latentdiff.cli.headings import Command
 from latentdiff.cli.model import loaded_model
 from latentdiff.cli.options import (
     IMAGE_FILE,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 INVERSION_OPTIONS = ("spacing", "iterations", "width", "height")  # of images that are not inverted yet
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("image", type=IMAGE_FILE, metavar="IMAGE|INVERSION")
 @click.argument("prompt")
 @click.option(

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from latentdiff.cli.headings import Command
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import IMAGE_FILE, OTHER_MODEL_OPTIONS, OUT, WRITING, flags_of
 from latentdiff.cli.output import Writing, check_transparency, check_writable, free_path, is_file
@@ -18,7 +19,7 @@ from latentdiff.request.options import SamplingOptions
 OURS = ("image", "upscaler", "tile", "diffusion", "device", "out", "file_format", "quality", "no_metadata")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("image", type=IMAGE_FILE)
 @click.option(
     "--model",

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from latentdiff.cli.controls import steering_options, take_steering
+from latentdiff.cli.controls import STEERING_OPTIONS, take_steering
+from latentdiff.cli.headings import Command
 from latentdiff.cli.model import drawn_seed, loaded_model
 from latentdiff.cli.options import IMAGE_FILE, MODEL_OPTIONS, RESULT_OPTIONS, flags_of, within
 from latentdiff.cli.output import Writing, check_results, save_results, shown_source
@@ -16,7 +17,7 @@ from latentdiff.request.options import SizedOptions
 from latentdiff.request.task_options import VARY
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("image", type=IMAGE_FILE)
 @click.argument("prompt", default="")
 @click.option(
@@ -28,7 +29,7 @@ from latentdiff.request.task_options import VARY
     help="0 to 999: how much noise what is seen of the image is under; more lets the images differ more.",
 )
 @flags_of(SizedOptions)
-@steering_options
+@STEERING_OPTIONS
 @MODEL_OPTIONS
 @RESULT_OPTIONS
 @within(VARY)

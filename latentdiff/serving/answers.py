@@ -34,7 +34,8 @@ def about(engine: Engine) -> dict[str, Any]:
     options = {}
     for name in NAMES:
         domain = OPTIONS[name].domain
-        told: dict[str, Any] = {"text": texts()[name], "default": OPTIONS[name].default, "kind": type(domain).__name__}
+        told: dict[str, Any] = {"text": texts()[name], "default": OPTIONS[name].default, "kind": type(domain).__name__,
+                                "heading": OPTIONS[name].heading}
         if isinstance(domain, Choice):
             told["choices"] = domain.names
         elif isinstance(domain, Whole | Real):

@@ -9,11 +9,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from latentdiff.request.option import flag_of
 from latentdiff.request.options import OPTIONS
 from latentdiff.serving.asked import OTHERWISE
 
 # Of the tasks; what is True stands alone.
-TASK = {name: f"--{name.replace('_', '-')}" for name in
+TASK = {name: flag_of(name) for name in
         ("strength", "grow", "blur", "padding", "repeats", "only_masked", "remove")}  # fmt: skip
 _ASKED = ("negative_prompt", "seed", "num_images", "width", "height")
 
@@ -103,7 +104,7 @@ def flags_of(fields: Mapping[str, Any]) -> Iterator[str]:
         if value is None or (name in OTHERWISE and name not in _ASKED) or (option and value == option.default):
             continue
         if option:
-            flag = option.flags[0] if option.flags else f"--{name.replace('_', '-')}"
+            flag = option.flag(name)
         elif name in TASK and value is not False:
             flag = TASK[name]
         else:

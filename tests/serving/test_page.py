@@ -24,6 +24,7 @@ from latentdiff.cli import run
 from latentdiff.image import open_image
 from latentdiff.prompts.words import read_words
 from latentdiff.recipe import read_recipe
+from latentdiff.request.options import OPTIONS
 from tests.adapters.control import adapters
 from tests.serving.conftest import Running, running, wait_for
 
@@ -37,6 +38,7 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.select import Select  # noqa: E402
 
+from latentdiff.serving.asked import NAMES  # noqa: E402
 from latentdiff.serving.settings import Limits, WorkerSettings  # noqa: E402
 
 SIDE = read_words(embedded_model()).size
@@ -428,6 +430,18 @@ def test_on_a_phone(page):
             page.is_clean()
     finally:
         page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_options_stand_under_their_headings(page):
+    groups = page.script(
+        "return [...document.querySelectorAll('#more > details')].map((group) =>"
+        " [group.querySelector('summary').textContent, [...group.querySelectorAll('[name]')].map((one) => one.name)])"
+    )
+    expected: dict[str, list[str]] = {}
+    for name in NAMES:
+        if heading := OPTIONS[name].heading:
+            expected.setdefault(heading, []).append(name)
+    assert groups == [list(group) for group in expected.items()]
 
 
 def test_everything_is_named_for_whoever_does_not_see_it(page):

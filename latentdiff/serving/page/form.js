@@ -16,7 +16,7 @@ export async function prepare(failed) {
   fill($("model"), Object.keys(about.models));
   fill($("sampler"), ["", ...about.options.sampler.choices]);
   for (const [name, option] of Object.entries(about.options)) {
-    if (!SHOWN_APART.includes(name)) $("more").append(field(name, option));
+    if (!SHOWN_APART.includes(name)) fieldsUnder(option.heading).append(field(name, option));
   }
   $("width").max = $("height").max = about.limits.side;
   $("steps").max = about.limits.steps;
@@ -30,6 +30,17 @@ export async function prepare(failed) {
 
 function fill(select, names) {
   select.replaceChildren(...names.map((name) => element("option", { value: name, textContent: name || "the model's" })));
+}
+
+// The fields of a heading, which folds away; headings stand in the order in which they come.
+function fieldsUnder(heading) {
+  let group = [...$("more").children].find((group) => group.dataset.heading === heading);
+  if (!group) {
+    group = element("details", {}, element("summary", { textContent: heading }), element("div", { className: "fields" }));
+    group.dataset.heading = heading;
+    $("more").append(group);
+  }
+  return group.lastElementChild;
 }
 
 function field(name, option) {
