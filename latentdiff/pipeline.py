@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
 import torch
 from PIL import Image
@@ -31,19 +31,19 @@ from latentdiff.model.memory.sharing import one_use
 from latentdiff.networks.attention import attention_backend
 from latentdiff.networks.conditioning import Applied
 from latentdiff.networks.device import explained_out_of_memory
-from latentdiff.networks.regional import Regions
 from latentdiff.networks.sizes import Told
 from latentdiff.networks.steering import checked_model, prompted_denoiser
 from latentdiff.networks.text_embedding import EncodedPrompt, Given
-from latentdiff.networks.upscaling.second_pass import enlarged
 from latentdiff.networks.vae import LatentDistribution, decode_latents, encode_images, latent_shape
-from latentdiff.networks.windows import Windows, windowed
 from latentdiff.request.calls import public
 from latentdiff.request.domains import Choice, refusal
 from latentdiff.request.options import SECOND_PASS, GenerateOptions, SamplingOptions
 from latentdiff.request.plan import Plan, Sampling, Start
 from latentdiff.request.second_pass import LATENT_MODES, SecondPass, enlarged_latents, noised
-from latentdiff.request.windows import windows_of
+
+if TYPE_CHECKING:
+    from latentdiff.networks.regional import Regions
+    from latentdiff.networks.windows import Windows
 
 
 def _tensor(name: str, value: object) -> Tensor:
@@ -165,6 +165,8 @@ class Pipeline(LoadedModel):
         if asked.hires_upscaler in LATENT_MODES:
             latents = enlarged_latents(latents, asked.hires_upscaler, size)
         else:
+            from latentdiff.networks.upscaling.second_pass import enlarged
+
             tile, pixels = plan.options.vae_tile, (size[1] * factor, size[0] * factor)
             images = enlarged(to_pil(self.decode(latents, tile=tile)), asked, pixels, self.device)
             latents = torch.cat([self.encode_images(to_tensor([image]), tile=tile).mode() for image in images])
@@ -223,7 +225,7 @@ class Pipeline(LoadedModel):
         sizes = self.told_of_latents(shape, plan.sizes)
         options, steering = plan.options, self.steering(plan.options)
         is_cut = options.window or options.window_stride
-        windows = windows_of(plan, self.residence.module("vae").config.downscale) if is_cut else None
+        windows = self._windows(plan) if is_cut else None
         beside, before = (steering.beside, steering.before) if steering else ((), ())
         workload = self.residence.workload(
             rows, *shape[-2:], quadratic=attention_backend() == "plain", beside=beside, before=before,
@@ -267,6 +269,11 @@ class Pipeline(LoadedModel):
                     x = step.x
                 finished.append(x)
         return torch.cat(finished)
+
+    def _windows(self, plan: Plan) -> Windows | None:
+        from latentdiff.request.windows import windows_of
+
+        return windows_of(plan, self.residence.module("vae").config.downscale)
 
     @one_use()
     @torch.no_grad()
@@ -322,9 +329,13 @@ class Pipeline(LoadedModel):
         if cache.interval > 1:
             network = DeepCache(network, self.unet, cache, calls or len(levels) - 1)
         model = checked_model(network, self.unet, levels)
+        if windows:
+            from latentdiff.networks.windows import windowed
+
+            model = windowed(model, windows)
         denoise = prompted_denoiser(
             self.unet,
-            windowed(model, windows) if windows else model,
+            model,
             parameterization(self.schedule.config.prediction_type),
             _as_prompts(positive),
             _as_prompts(negative),

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from latentdiff import __version__
 from latentdiff.errors import DataError, UsageError
-from latentdiff.request import foreign, infotext
+from latentdiff.request import infotext
 from latentdiff.request.domains import Choice, ChoiceOrFile
-from latentdiff.request.foreign.account import Account, Field, NamedLoRA
 from latentdiff.request.options import GENERATING, KEPT, OPTIONS, SAMPLING, checked
 from latentdiff.request.recorded import RecordedControl, RecordedImagePrompt, RecordedRegion
 
@@ -44,6 +43,7 @@ Settings = TypeVar("Settings")
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+    from latentdiff.request.foreign.account import Account
 
     class _Asked:
         """`prompt`, and the options that recipes keep."""
@@ -291,6 +291,8 @@ def _own_recipe(info: Mapping[Any, Any]) -> Recipe | None:
 
 
 def _foreign_account(info: Mapping[Any, Any]) -> Account:
+    from latentdiff.request import foreign
+
     texts = {name: text for name, text in info.items() if isinstance(name, str) and isinstance(text, str)}
     found = foreign.read_account(texts)
     if found is None and TEXT_CHUNK in texts:
@@ -334,6 +336,8 @@ def _recipe_of(account: Account) -> Recipe:
 
 def _account_of(recipe: Recipe) -> Account:
     """A recipe of ours as an account, in which all is honoured."""
+    from latentdiff.request.foreign.account import Account, Field, NamedLoRA
+
     said = dataclasses.asdict(recipe)
     absent = {name: kept.absent for name, kept in KEPT.items()}
     fields = [Field(name, str(value), "honoured") for name, value in said.items() if value != absent.get(name, "")]

@@ -5,23 +5,34 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
 import latentdiff
+from latentdiff.cli import FILES
 
 ROOT = Path(__file__).parents[1]
 HEAVY = (
     "torch", "torch._dynamo", "transformers", "numpy", "PIL", "accelerate", "huggingface_hub", "pydantic", "yaml", "tqdm",
     "scipy", "sympy", "matplotlib", "datasets",
 )  # fmt: skip
+# What a plain prompt has no use for: other commands, and what adapts, steers, converts, enlarges, edits or trains.
+UNUSED = (
+    "adapters.control", "adapters.lora.adapter", "adapters.lora.kinds", "adapters.lora.loading", "adapters.lora.reading",
+    "checkpoints.architecture", "checkpoints.infer", "checkpoints.inspection", "checkpoints.original", "checkpoints.pickled",
+    "checkpoints.unclip", "engines.calibration", "evaluation", "networks.controlnet", "networks.freeu", "networks.ip_adapter",
+    "networks.regional", "networks.seamless", "networks.t2i_adapter", "networks.told_guidance", "networks.upscaling",
+    "networks.weakened", "networks.windows", "prompts.account", "reading.archives", "reading.pickles", "request.foreign",
+    "serving", "tasks", "training",
+)  # fmt: skip
 
 
-def loaded_after(code: str) -> set[str]:
-    """Which of the heavy libraries a fresh interpreter has loaded after `code`."""
-    report = f"import sys\n{code}\nprint('LOADED', *(name for name in {HEAVY!r} if name in sys.modules))"
+def loaded_after(code: str, names: str = f"{HEAVY!r}") -> set[str]:
+    """Which of the heavy libraries, or of other modules, a fresh interpreter has loaded after `code`."""
+    report = f"import sys\n{code}\nprint('LOADED', *(name for name in {names} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, cwd=ROOT, check=True)
     return set(done.stdout.split("LOADED")[1].split())
 
@@ -47,6 +58,16 @@ def test_an_image_needs_little_beside_torch(tmp_path):
     arguments = ["generate", "a cat", "--seed", "0", "--steps", "1", "--out", str(tmp_path), "--device", "cpu"]
     loaded = loaded_after(f"from latentdiff.cli import run; assert run({arguments}) == 0")
     assert loaded == {"torch", "numpy", "PIL", "tqdm"}, "see with: python -X importtime -m latentdiff generate ..."
+
+
+def test_an_image_needs_little_of_ours(tmp_path):
+    arguments = ["generate", "a cat", "--seed", "0", "--steps", "1", "--out", str(tmp_path), "--device", "cpu"]
+    loaded = loaded_after(f"from latentdiff.cli import run; assert run({arguments}) == 0", "list(sys.modules)")
+    ours = {name.removeprefix("latentdiff.") for name in loaded if name.startswith("latentdiff.")}
+    commands = {name.split(".")[1] for name in ours if name.startswith("cli.")} & set(FILES.values())
+    assert "pipeline" in ours and commands == {"generate", "controls", "words"}  # of the last two the options
+    assert not [name for name in ours if f"{name}.".startswith(tuple(f"{unused}." for unused in UNUSED))]
+    assert all(find_spec(f"latentdiff.{name}") for name in UNUSED)
 
 
 def test_pipeline_is_there_when_asked_for():

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.checkpoints.architecture import is_embedding
 from latentdiff.checkpoints.files import read_tensors
 from latentdiff.checkpoints.folder import save_tensors
 from latentdiff.checkpoints.hashing import file_hash
@@ -256,6 +255,8 @@ def read_words(path: Path, vectors: Mapping[str, Tensor], text_encoder: TextEnco
 
 def is_word_file(path: str | os.PathLike[str]) -> bool:
     """Whether a file holds the embedding of a word, and no LoRA."""
+    from latentdiff.checkpoints.architecture import is_embedding
+
     path = Path(path)
     if path.suffix not in (".safetensors", ".pt", ".bin") or not path.is_file():
         return False

@@ -1,4 +1,4 @@
-"""Models on disk: loading them in whichever layout they lie, saving, converting, and saying what a file is."""
+"""Models on disk: loading them in whichever layout they lie, and saving them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.checkpoints.conversion import Choices, convert, read_model
+from latentdiff.checkpoints.conversion import Choices, read_model
 from latentdiff.checkpoints.distilled import Distilled
 from latentdiff.checkpoints.families import family_with
 from latentdiff.checkpoints.folder import write_folder
 from latentdiff.checkpoints.habits import take_habit, with_habit
 from latentdiff.checkpoints.hashing import model_hash
 from latentdiff.checkpoints.index import augmentations, model_index
-from latentdiff.checkpoints.inspection import Inspection, inspect
 from latentdiff.checkpoints.mapping import fill
 from latentdiff.checkpoints.modules import module_without_weights, parse_config
 from latentdiff.checkpoints.raw import RawModel
 from latentdiff.checkpoints.text_parts import second_tokenizer, text_module
 from latentdiff.checkpoints.tokenizer import tokenizer_files
-from latentdiff.checkpoints.unclip import SeenImages, beside_of, seen_images
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.errors import ConfigError
 from latentdiff.networks.text_encoders import TextEncoders, encoders_of
@@ -31,13 +29,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from latentdiff.checkpoints.unclip import SeenImages
     from latentdiff.networks.text_encoder import TextEncoder
     from latentdiff.networks.unet import UNet
     from latentdiff.networks.vae import VAE
     from latentdiff.prompts.tokenizer import Tokenizer
     from latentdiff.prompts.words import Words
-
-__all__ = ["Components", "Inspection", "convert", "inspect", "load_components", "save_folder"]
 
 
 @dataclass
@@ -99,11 +96,16 @@ def load_components(
             fill(module, stored.pop(part))
     usual = augmentations(modules["unet"].config)
     noised = [parse_config(part, raw.configs.get(part, config)) for part, config in usual.items()]
+    images = None
+    if width := modules["unet"].config.class_dim:
+        from latentdiff.checkpoints.unclip import seen_images
+
+        images = seen_images(raw, width)
     return Components(
         tokenizer=tokenizer,
         **modules,
         augmentation=noised[0] if noised else None,
-        images=seen_images(raw, width) if (width := modules["unet"].config.class_dim) else None,
+        images=images,
         stored=stored,
         schedule_config=schedule_config,
         name=name,
@@ -131,6 +133,8 @@ def save_folder(components: Components, folder: str | os.PathLike[str]) -> None:
         CheckpointError: `folder` holds something else.
         ConfigError: the text encoder is not one that the layout can hold.
     """
+    from latentdiff.checkpoints.unclip import beside_of
+
     texts = encoders_of(components.text_encoder)
     if not all(hasattr(encoder, "config") for encoder in texts.values()):
         raise ConfigError(

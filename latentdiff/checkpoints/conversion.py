@@ -13,12 +13,8 @@ from latentdiff.checkpoints.families import family_in
 from latentdiff.checkpoints.files import read_tensors
 from latentdiff.checkpoints.folder import read_folder, write_folder
 from latentdiff.checkpoints.hub import locate
-from latentdiff.checkpoints.original import assembled, read_original, write_original
 from latentdiff.checkpoints.parts import PartWeights, held_parts, read_part, with_parts
-from latentdiff.checkpoints.prediction import read_prediction_type
-from latentdiff.checkpoints.prefixes import unwrapped
 from latentdiff.checkpoints.raw import RawModel
-from latentdiff.checkpoints.schedules import ZERO_TERMINAL_SNR, stored_schedule
 from latentdiff.diffusion.config import PREDICTION_TYPES
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.networks.text_encoders import SECOND
@@ -77,12 +73,19 @@ def read_model(source: str | os.PathLike[str], choices: Choices = Choices()) -> 
     if choices.prediction_type:
         raw.configs["scheduler"]["prediction_type"] = choices.prediction_type
     if choices.zero_terminal_snr:
+        from latentdiff.checkpoints.schedules import ZERO_TERMINAL_SNR
+
         raw.configs["scheduler"] |= ZERO_TERMINAL_SNR
     return raw
 
 
 def _read_file(path: Path, choices: Choices, given: Mapping[str, PartWeights]) -> RawModel:
     """A single file; what it lacks comes from the base."""
+    from latentdiff.checkpoints.original import assembled, read_original
+    from latentdiff.checkpoints.prediction import read_prediction_type
+    from latentdiff.checkpoints.prefixes import unwrapped
+    from latentdiff.checkpoints.schedules import stored_schedule
+
     file = read_tensors(path)
     tensors = unwrapped(file.tensors)
     held = held_parts(tensors)
@@ -127,6 +130,8 @@ def convert(
         UsageError: source and target have the same layout, or the target is a pickle.
         CheckpointError: the source is no model, or the target holds something else.
     """
+    from latentdiff.checkpoints.original import write_original
+
     target = Path(target)
     if target.suffix in _PICKLES:
         raise UsageError(f"{target}: pickles are read, not written; give a name that ends in .safetensors")

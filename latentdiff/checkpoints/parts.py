@@ -10,17 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from latentdiff.checkpoints import tables
 from latentdiff.checkpoints.families import family_in
 from latentdiff.checkpoints.files import read_tensors
 from latentdiff.checkpoints.folder import INDEX, read_tokenizer, weight_files
 from latentdiff.checkpoints.hashing import place_hash
 from latentdiff.checkpoints.hub import locate
-from latentdiff.checkpoints.infer import infer_text_encoder, infer_unet, infer_vae, is_open_clip
 from latentdiff.checkpoints.modules import parse_config, shapes_of
-from latentdiff.checkpoints.prefixes import unwrapped
 from latentdiff.checkpoints.raw import PART_LABELS, RawModel, usual_name, with_usual_names
-from latentdiff.checkpoints.tiny_vae import is_tiny_vae, read_tiny_vae
 from latentdiff.errors import CheckpointError
 from latentdiff.reading.json import read_object
 
@@ -61,6 +57,9 @@ def read_part(source: str | os.PathLike[str], part: str, whole: Any) -> PartWeig
     Raises:
         CheckpointError: there is no such part.
     """
+    from latentdiff.checkpoints.prefixes import unwrapped
+    from latentdiff.checkpoints.tiny_vae import is_tiny_vae, read_tiny_vae
+
     path = locate(source)
     if path.is_dir():
         if (path / INDEX).exists():
@@ -136,6 +135,8 @@ def _like(given: PartWeights, own: Mapping[str, Any]) -> PartWeights:
 
 def _from_folder(folder: Path, part: str) -> PartWeights:
     """`vae/` of a model, say, or what `save_pretrained` of the part alone wrote."""
+    from latentdiff.checkpoints.tiny_vae import is_tiny_vae, read_tiny_vae
+
     config = read_object(folder / "config.json")
     files = weight_files(folder.parent, folder.name, part)
     tensors: dict[str, Tensor] = {}
@@ -149,6 +150,9 @@ def _from_folder(folder: Path, part: str) -> PartWeights:
 
 
 def _from_names(path: Path, part: str, tensors: dict[str, Tensor]) -> PartWeights:
+    from latentdiff.checkpoints import tables
+    from latentdiff.checkpoints.infer import infer_unet, infer_vae
+
     usual, _ = with_usual_names(part, tensors)
     shapes = shapes_of(tensors)
     if part == "text_encoder":
@@ -176,6 +180,9 @@ def _from_names(path: Path, part: str, tensors: dict[str, Tensor]) -> PartWeight
 
 
 def _text_encoder(path: Path, tensors: dict[str, Tensor], usual: dict[str, Tensor]) -> PartWeights:
+    from latentdiff.checkpoints import tables
+    from latentdiff.checkpoints.infer import infer_text_encoder, is_open_clip
+
     shapes = shapes_of(tensors)
     try:
         config = infer_text_encoder(shapes)

@@ -1,4 +1,5 @@
-"""The command line: one module per command. Everything heavy is imported when a command runs, so help is instant."""
+"""The command line: one module per command, imported when it is asked for. Everything heavy is imported when a command
+runs, so help is instant."""
 
 from __future__ import annotations
 
@@ -11,46 +12,28 @@ from typing import Any, TextIO
 import click
 
 from latentdiff import __version__
-from latentdiff.cli.controls import control
-from latentdiff.cli.convert import convert
-from latentdiff.cli.data import data
-from latentdiff.cli.edit import edit
-from latentdiff.cli.evaluate import evaluate
-from latentdiff.cli.finetune import finetune
-from latentdiff.cli.generate import generate
-from latentdiff.cli.grid import grid
-from latentdiff.cli.importing import import_
-from latentdiff.cli.inpaint import inpaint
-from latentdiff.cli.inspect import inspect
-from latentdiff.cli.interpolate import interpolate
-from latentdiff.cli.invert import invert
-from latentdiff.cli.lora import lora
-from latentdiff.cli.naming import Commands
-from latentdiff.cli.report import report
-from latentdiff.cli.reproduce import reproduce
-from latentdiff.cli.restore import restore
-from latentdiff.cli.serve import serve
+from latentdiff.cli.naming import Commands, Imported
 from latentdiff.cli.terminal import Signals, Terminated, close_streams, open_streams
-from latentdiff.cli.train import train
-from latentdiff.cli.translate import translate
-from latentdiff.cli.upscale import upscale
-from latentdiff.cli.vary import vary
-from latentdiff.cli.words import words
 from latentdiff.errors import LatentDiffError, Stopped, printable
 
 SELDOM = (50_000, 20, 100)  # for gc.set_threshold
 INTERRUPTED = 130  # 128 + SIGINT, as shells expect
+# The commands by their names, and the files in which they are; most are in one that is called so.
+_NAMED = (
+    "convert", "data", "edit", "evaluate", "finetune", "generate", "grid", "inpaint", "inspect", "interpolate", "invert",
+    "lora", "report", "reproduce", "restore", "serve", "train", "translate", "upscale", "vary", "words",
+)  # fmt: skip
+FILES = {name: name for name in _NAMED} | {"control": "controls", "import": "importing"}
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Commands,
+    commands=Imported(FILES),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, prog_name="latentdiff")
 def cli() -> None:
     """Text to image with latent diffusion: generate, inspect, convert, reproduce, train and evaluate."""
-
-
-MAKING = (generate, grid, edit, inpaint, interpolate, invert, translate, restore, upscale, vary, reproduce, import_)
-for command in (*MAKING, serve, words, inspect, convert, lora, control, data, train, finetune, report, evaluate):
-    cli.add_command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

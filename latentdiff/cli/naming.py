@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from keyword import iskeyword
 from typing import Any
 
 import click
@@ -26,6 +28,27 @@ class Commands(click.Group):
         except UsageError as error:
             command = self.commands.get(ctx.invoked_subcommand or "")
             raise UsageError(with_flags(str(error), flags_of(command))) from error if command else None
+
+
+class Imported(Mapping[str, click.Command]):
+    """Commands by their names, each imported when it is asked for.
+
+    Args:
+        files: the modules of `latentdiff.cli`, by the names of the commands.
+    """
+
+    def __init__(self, files: Mapping[str, str]) -> None:
+        self._files = files
+
+    def __getitem__(self, name: str) -> click.Command:
+        module = import_module(f"latentdiff.cli.{self._files[name]}")
+        return getattr(module, f"{name}_" if iskeyword(name) else name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def flags_of(command: click.Command | None) -> dict[str, str]:

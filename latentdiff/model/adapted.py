@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.adapters.lora.adapter import LoRA
 from latentdiff.adapters.lora.loaded import LoadedLoRAs
-from latentdiff.adapters.lora.loading import load_lora
 from latentdiff.adapters.lora.offered import OfferedLoRAs
 from latentdiff.adapters.lora.strength import Strength
 from latentdiff.adapters.textual_inversion import LoadedEmbeddings, is_word_file, read_embedding, read_words
@@ -23,6 +21,7 @@ from latentdiff.request.calls import public
 from latentdiff.request.domains import Place, YesNo
 
 if TYPE_CHECKING:
+    from latentdiff.adapters.lora.adapter import LoRA
     from latentdiff.adapters.lora.loading import LoadReport
 
 
@@ -133,6 +132,8 @@ class AdaptedModel:
         Raises:
             CheckpointError: its file is damaged, or was made for another model.
         """
+        from latentdiff.adapters.lora.loading import load_lora
+
         assert self.distilled is not None
         unet = self.residence.ready("unet")
         if self._student is None:

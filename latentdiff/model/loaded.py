@@ -19,9 +19,7 @@ from latentdiff.checkpoints.embedded import EMBEDDED_NAME, embedded_model
 from latentdiff.checkpoints.parts import check_fit, described
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.diffusion.schedule import Schedule
-from latentdiff.engines import Example
 from latentdiff.engines.backends import engines_for
-from latentdiff.engines.calibration import calibration_examples
 from latentdiff.engines.fast_forms import use_fast_forms
 from latentdiff.errors import UsageError
 from latentdiff.model.memory.residence import Residence
@@ -40,6 +38,7 @@ from latentdiff.request.options import BackendName, PrecisionName, PredictionNam
 if TYPE_CHECKING:
     from latentdiff.checkpoints.components import Components
     from latentdiff.checkpoints.unclip import SeenImages
+    from latentdiff.engines import Example
     from latentdiff.networks.text_encoder import TextEncoder
     from latentdiff.networks.text_encoders import TextEncoders
     from latentdiff.prompts.words import Words
@@ -285,6 +284,8 @@ class LoadedModel(PromptedModel, PortableModel):
         return self
 
     def _examples(self) -> list[Example]:
+        from latentdiff.engines.calibration import calibration_examples
+
         if self.inputs not in (TEXT, INPAINTING):
             raise UsageError(
                 "int8 by openvino fits its numbers to images made of prompts, and this model needs more than a prompt; "

@@ -9,31 +9,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latentdiff.adapters.control.applied import Steering, control_parts
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import UsageError
 from latentdiff.model.adapted import AdaptedModel
 from latentdiff.model.memory.sharing import Sharing, one_use
 from latentdiff.networks.device import apart_from_torch, describe_device
-from latentdiff.networks.freeu import freeu
 from latentdiff.networks.inputs import INPAINTING, NEEDS, TEXT, VARIATIONS
 from latentdiff.networks.kernels import forms_in_use
-from latentdiff.networks.regional import Regions
-from latentdiff.networks.seamless import seamless
 from latentdiff.networks.sizes import SizeOptions, Told
 from latentdiff.networks.steering import Network
 from latentdiff.networks.text_embedding import PLAIN, EncodedPrompt, PromptEncoder, Reading
-from latentdiff.networks.told_guidance import told_guidance
 from latentdiff.networks.unet import UNet
 from latentdiff.networks.vae import VAE, LatentDecoder
-from latentdiff.prompts.account import PromptAccount, account
 from latentdiff.prompts.syntax import read_prompt
 from latentdiff.recipe import Recipe, library_versions
 from latentdiff.request.plan import Plan, Sampling
 
 if TYPE_CHECKING:
+    from latentdiff.adapters.control.applied import Steering
+    from latentdiff.networks.regional import Regions
     from latentdiff.networks.text_encoder import TextEncoder
     from latentdiff.networks.text_encoders import TextEncoders
+    from latentdiff.prompts.account import PromptAccount
 
 
 class PromptedModel(AdaptedModel):
@@ -175,6 +172,8 @@ class PromptedModel(AdaptedModel):
             UsageError: a region's prompt is composed or changes on the way, a mask is of other proportions, or edges or windows
                 cannot be had with regions.
         """
+        from latentdiff.networks.regional import Regions
+
         if plan.around or plan.options.window:
             other = "seamless, as their edges do not continue" if plan.around else "window, which sees parts of its own"
             raise UsageError(f"regions do not go with {other}; leave one of them out")
@@ -225,6 +224,8 @@ class PromptedModel(AdaptedModel):
         Raises:
             UsageError: the prompt cannot be read.
         """
+        from latentdiff.prompts.account import account
+
         return account(self.tokenizer, prompt, prompt_syntax, steps, negative=negative)
 
     def check_text_to_image(self, *others: str) -> None:
@@ -277,6 +278,8 @@ class PromptedModel(AdaptedModel):
             raise UsageError("seamless needs the back end torch, another precision than int8, and no low memory")
         if plan.options.vae_tile:
             raise UsageError("seamless sees around the border of the whole image; leave vae_tile out")
+        from latentdiff.networks.seamless import seamless
+
         return seamless(plan.around, (self.residence.module("vae"),))
 
     def latents_going_around(self, plan: Plan, axes: str) -> AbstractContextManager[None]:
@@ -284,6 +287,9 @@ class PromptedModel(AdaptedModel):
         along = "".join(axis for axis in plan.around if axis in axes)
         if not along:
             return nullcontext()
+        from latentdiff.adapters.control.applied import control_parts
+        from latentdiff.networks.seamless import seamless
+
         beside = control_parts(plan.options.controls or (), self.residence, self.precision.unet)
         return seamless(along, (self.residence.module("unet"), *(part.module for part in beside)))
 
@@ -297,11 +303,17 @@ class PromptedModel(AdaptedModel):
             return nullcontext()
         if self.backend != "torch":
             raise UsageError(f"a model that is told the guidance scale needs the back end torch, found {self.backend}")
+        from latentdiff.networks.told_guidance import told_guidance
+
         return told_guidance(self.unet, scale)
 
     def factored(self, factors: Sequence[float] | None) -> AbstractContextManager[None]:
         """See `freeu`; of the U-Net."""
-        return nullcontext() if factors is None else freeu(self.unet, factors)
+        if factors is None:
+            return nullcontext()
+        from latentdiff.networks.freeu import freeu
+
+        return freeu(self.unet, factors)
 
     def steering(self, options: Sampling) -> Steering | None:
         """The controls and image prompts among the options, on this model; None if there are none.
@@ -316,4 +328,6 @@ class PromptedModel(AdaptedModel):
         controls, prompts = options.controls or (), options.image_prompts or ()
         if not controls and not prompts:
             return None
+        from latentdiff.adapters.control.applied import Steering
+
         return Steering(controls, prompts, self.residence, self.precision.unet, engine)

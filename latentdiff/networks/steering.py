@@ -4,7 +4,7 @@ stage; and never NaN."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,11 +23,12 @@ from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import UsageError
 from latentdiff.networks.conditioning import AnyConditioning, Applied, Conditioning, by_groups
 from latentdiff.networks.device import finite_or_float32
-from latentdiff.networks.regional import RegionalConditioning, Regions, View, check_is_plain, regional_model
 from latentdiff.networks.sizes import Told
 from latentdiff.networks.text_embedding import EncodedPrompt
 from latentdiff.networks.unet import UNet
-from latentdiff.networks.weakened import weakened_model
+
+if TYPE_CHECKING:
+    from latentdiff.networks.regional import Regions, View
 
 # (x (N, C, h, w), t, text embeddings and sizes, or what `UNet.project_context` made of them) -> raw (N, C_out, h, w).
 # Where something is added to the skips, a fourth argument, the residuals, which only the U-Net's own modules take.
@@ -68,9 +69,15 @@ def prompted_denoiser(
     if guidance.image_scale != 1.0 and not is_plain:
         raise UsageError("guidance by an image goes with prompts without AND; leave AND out, or set its scale to 1")
     if regions is not None:
+        from latentdiff.networks.regional import check_is_plain, regional_model
+
         check_is_plain(is_plain)
         model = regional_model(model)
-    weakened = weakened_model(model, unet, guidance.weakening) if guidance.weakening else None
+    weakened = None
+    if guidance.weakening:
+        from latentdiff.networks.weakened import weakened_model
+
+        weakened = weakened_model(model, unet, guidance.weakening)
     images = [image for image, prompt in enumerate(positive) for _ in prompt.parts]
     weights = [part.weight for prompt in positive for part in prompt.parts]
     made: dict[tuple[int, ...], Denoiser] = {}
@@ -107,6 +114,8 @@ def prompted_denoiser(
     ) -> Any:
         if regions is None:
             return whole
+        from latentdiff.networks.regional import RegionalConditioning
+
         parts = [
             (one.view, conditioning(
                 [one.text] * len(positive) if avoided is None else avoided, range(len(positive)), told,

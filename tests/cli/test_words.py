@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
+from importlib import import_module
 
 import pytest
 from PIL import Image
@@ -126,6 +126,6 @@ def test_every_task_names_unknown_words(command, knowing, workplace, monkeypatch
     def stop(settings):
         raise UsageError("stop")
 
-    monkeypatch.setattr(sys.modules[f"latentdiff.cli.{name}"], "loaded_model", stop)
+    monkeypatch.setattr(import_module(f"latentdiff.cli.{name}"), "loaded_model", stop)
     notes = command(name, *arguments, "--model", knowing).err.splitlines()
     assert len(notes) == 2 and notes[0].startswith('note: this model does not know "dragn"') and notes[1] == "error: stop"

@@ -7,13 +7,10 @@ from collections import OrderedDict
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from latentdiff.adapters.lora.adapter import LoRA
-from latentdiff.adapters.lora.loading import LoadReport, load_lora
-from latentdiff.adapters.lora.reading import LoRAFile, read_lora
 from latentdiff.adapters.lora.strength import Strength
 from latentdiff.checkpoints.hashing import file_hash
 from latentdiff.errors import UsageError
@@ -21,6 +18,11 @@ from latentdiff.networks.device import Precision
 from latentdiff.networks.text_encoder import TextEncoder
 from latentdiff.networks.text_encoders import TextEncoders
 from latentdiff.networks.unet import UNet
+
+if TYPE_CHECKING:
+    from latentdiff.adapters.lora.adapter import LoRA
+    from latentdiff.adapters.lora.loading import LoadReport
+    from latentdiff.adapters.lora.reading import LoRAFile
 
 Stamp = tuple[int, int, int]  # what tells that a file is another: its node, bytes, time of the last change in nanoseconds
 
@@ -76,6 +78,8 @@ class LoadedLoRAs:
         Raises:
             CheckpointError: nothing is there, it is damaged, or it is no adapter.
         """
+        from latentdiff.adapters.lora.reading import read_lora
+
         kept = self._kept.get(os.fspath(path))
         if kept is not None and kept.stamp == _stamp(kept.report.path):
             return kept.file
@@ -91,6 +95,8 @@ class LoadedLoRAs:
         precision: Precision,
     ) -> LoadReport:
         """Attach the adapter of a file; see `Pipeline.load_lora`."""
+        from latentdiff.adapters.lora.loading import load_lora
+
         strength = Strength.of(scale)
         strength.check(self._unet.config)
         if name in self._entries:

@@ -62,10 +62,10 @@ def test_a_file_that_changed_is_another_one(pipe, tmp_path):
 
 
 def test_what_is_kept_is_read_once_and_acts_as_if_it_were_read_again(pipe, tmp_path, monkeypatch):
-    from latentdiff.adapters.lora import loaded
+    from latentdiff.adapters.lora import reading
 
     read = []
-    monkeypatch.setattr(loaded, "read_lora", lambda path, own=loaded.read_lora: read.append(path.stem) or own(path))
+    monkeypatch.setattr(reading, "read_lora", lambda path, own=reading.read_lora: read.append(path.stem) or own(path))
     prompts = ["cat <lora:one:0.5>", "cat <lora:two:1><lora:one:-1>", "cat <lora:one:0.5>", "cat"]
     expected = [pipe(prompt, **OPTIONS) for prompt in prompts]
     assert read == ["one", "two", "one", "one"]
