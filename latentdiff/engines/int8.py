@@ -40,8 +40,12 @@ def int8_is_possible() -> bool:
     What the processor has does not answer that: with ONEDNN_MAX_CPU_ISA=AVX2, oneDNN takes instructions whose sums of
     two products stop at 2^15 - 1, in silence.
     """
-    offered = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv_pointwise")
-    return offered and multiplies_in_8_bits() and _sums_exactly()
+    return _torch_offers_it() and multiplies_in_8_bits() and _sums_exactly()
+
+
+def _torch_offers_it() -> bool:
+    """False with torch 2.6, where the convolution has another name."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv_pointwise")
 
 
 @torch.no_grad()
@@ -66,10 +70,15 @@ class Int8Network:
     its images are those made alone up to what rounding to 8 bits changes.
 
     Raises:
-        UsageError: the U-Net is not on a CPU that multiplies 8-bit numbers faster.
+        UsageError: the U-Net is not on a CPU that multiplies 8-bit numbers faster, or torch does not offer it.
     """
 
     def __init__(self, unet: UNet) -> None:
+        if not _torch_offers_it():
+            raise UsageError(
+                f"--precision int8 needs oneDNN's products of 8 bits, which torch {torch.__version__} does not offer here; "
+                "install a newer torch for x86, or choose bf16 or fp32"
+            )
         if not int8_is_possible():
             raise UsageError(
                 "--precision int8 needs a CPU with VNNI instructions (AVX-512 or AMX), and oneDNN free to use them "

@@ -157,3 +157,10 @@ def test_instructions_whose_sums_overflow_are_refused() -> None:
     told = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     found = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+def test_a_torch_without_the_products_is_named(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lowest supported one, on a processor that has everything."""
+    monkeypatch.setattr(int8, "_torch_offers_it", lambda: False)
+    with pytest.raises(UsageError, match=r"torch 2\S+ does not offer .*install a newer torch"):
+        Int8Network(pipe.unet)
