@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from latentdiff import Pipeline
 from latentdiff.adapters.lora import LoRA, LoRASpec, save_lora
-from latentdiff.checkpoints.components import convert
+from latentdiff.checkpoints.conversion import convert
 from latentdiff.checkpoints.distilled import Distilled, copy_distilled
 from latentdiff.cli import run
 from latentdiff.errors import CheckpointError

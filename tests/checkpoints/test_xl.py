@@ -9,8 +9,9 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
-from latentdiff.checkpoints.components import convert, inspect, load_components, save_folder
-from latentdiff.checkpoints.conversion import read_model
+from latentdiff.checkpoints.components import load_components, save_folder
+from latentdiff.checkpoints.conversion import convert, read_model
+from latentdiff.checkpoints.inspection import inspect
 from latentdiff.errors import CheckpointError, UsageError
 from tests import tiny
 from tests.checkpoints import compvis

@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from latentdiff.checkpoints.components import convert, inspect
+from latentdiff.checkpoints.conversion import convert
+from latentdiff.checkpoints.inspection import inspect
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.image import save_png
 from latentdiff.pipeline import Pipeline

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from latentdiff.checkpoints.components import convert, inspect
+from latentdiff.checkpoints.conversion import convert
+from latentdiff.checkpoints.inspection import inspect
 from latentdiff.errors import UsageError
 from latentdiff.image import save_png
 from latentdiff.pipeline import Pipeline
