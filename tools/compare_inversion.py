@@ -18,7 +18,15 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from editing_measures import EditCase, colour_likeness, mean_and_margin, read_cases, structure_distance, text_score
+from editing_measures import (
+    EditCase,
+    colour_likeness,
+    mean_and_margin,
+    on_pivots,
+    read_cases,
+    structure_distance,
+    text_score,
+)
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -35,7 +43,6 @@ from latentdiff.pipeline import Pipeline
 from latentdiff.tasks import image_to_image, invert, translate
 from latentdiff.tasks.inversion import Inversion, reconstruct
 from latentdiff.tasks.inversion.artefact import psnr
-from latentdiff.tasks.inversion.direct import on_pivots
 from latentdiff.tasks.inversion.run import walk_down, with_null_text
 
 EDITS = ("features", "direct", "null-text", "negative-prompt", "edict", "ddim", "edit", "edit of the inversion")

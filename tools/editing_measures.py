@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from scene_language import BACKGROUNDS, OBJECT_COLOURS, Plan, Thing, prompt
+from torch import Tensor
 
+from latentdiff.diffusion.schedule import Level
 from latentdiff.errors import DataError
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.prompts import EvaluationPrompt, Requirement
@@ -170,3 +172,20 @@ def mean_and_margin(values: Sequence[float]) -> str:
     """The mean with half of its 95 % interval, as text."""
     array = np.asarray(values, dtype=np.float64)
     return f"{array.mean():.4g} ± {1.96 * array.std(ddof=1) / math.sqrt(len(array)):.2g}"
+
+
+def on_pivots(levels: Sequence[Level], latents: Sequence[Tensor]) -> Callable[[Tensor, Level], Tensor]:
+    """An `after_step` for `denoise` that puts the first rows of x onto `latents` (S, C, h, w) of the level reached.
+
+    Direct inversion (Ju et al. 2024) adds to the source, after each step, what that lacks to the stored latents, which is
+    the same. Rows after the first S, those of the edit, go their own way.
+    """
+    pivots = dict(zip(levels, latents, strict=True))
+
+    def after_step(x: Tensor, level: Level) -> Tensor:
+        pivot = pivots[level]
+        x = x.clone()
+        x[: len(pivot)] = pivot
+        return x
+
+    return after_step

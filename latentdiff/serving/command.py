@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -19,42 +18,15 @@ TASK = {name: flag_of(name) for name in
 _ASKED = ("negative_prompt", "seed", "num_images", "width", "height")
 
 
-@dataclass(frozen=True)
-class NamedControl:
-    """A ControlNet and the image that it follows, as files; see `ControlNet.__call__`."""
-
-    image: Path
-    prepare: str | None
-    model: Path
-    scale: float
-    start: float
-    end: float
-    mode: str | None
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """As the command line takes them."""
-        kind = f"{self.prepare}=" if self.prepare else ""
-        mode = f"{self.mode}=" if self.mode else ""
-        model = f"{mode}{self.model}{_numbers(self.scale, self.start, self.end)}"
-        return "--control", f"{kind}{self.image}", "--control-model", model
+def control_flags(image: Path, model: Path, prepare: str | None, mode: str | None, *when: float) -> list[str]:
+    """The flags of a ControlNet and the image that it follows; `when` is its scale, start and end."""
+    kind, of_union = (f"{name}=" if name else "" for name in (prepare, mode))
+    return ["--control", f"{kind}{image}", "--control-model", f"{of_union}{model}{_numbers(*when)}"]
 
 
-@dataclass(frozen=True)
-class NamedImagePrompt:
-    """An IP-Adapter and the image that it sees, as files; see `IPAdapter.__call__`."""
-
-    image: Path
-    adapter: Path
-    scale: float
-    start: float
-    end: float
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """As the command line takes them."""
-        image = f"{self.image}{_numbers(self.scale, self.start, self.end)}"
-        return "--image-prompt", image, "--ip-adapter", str(self.adapter)
+def image_prompt_flags(image: Path, adapter: Path, *when: float) -> list[str]:
+    """The flags of an IP-Adapter and the image that it sees; `when` is its scale, start and end."""
+    return ["--image-prompt", f"{image}{_numbers(*when)}", "--ip-adapter", str(adapter)]
 
 
 def _numbers(scale: float, start: float, end: float) -> str:
@@ -74,8 +46,7 @@ def command_line(
     *,
     image: Path | None = None,
     mask: Path | None = None,
-    steering: Sequence[NamedControl | NamedImagePrompt] = (),
-    guess: bool = False,
+    steering: Iterable[str] = (),
 ) -> str:
     """A line for a shell.
 
@@ -83,14 +54,11 @@ def command_line(
         fields: "prompt", options of generation and of the task by their names.
         files: flag -> what belongs behind it: a model, a folder.
         image, mask: files to begin from.
-        steering: what ControlNets follow and IP-Adapters see.
-        guess: let the controls act on the prompt alone.
+        steering: the flags of what ControlNets follow and IP-Adapters see.
     """
     command = "generate" if image is None else "edit" if mask is None else "inpaint"
     given = [*([] if image is None else [str(image)]), fields["prompt"]]
-    flags = [*([] if mask is None else ["--mask", str(mask)]), *flags_of(fields)]
-    flags += [word for one in steering for word in one.flags]
-    flags += ["--control-guess"] * (guess and any(isinstance(one, NamedControl) for one in steering))
+    flags = [*([] if mask is None else ["--mask", str(mask)]), *flags_of(fields), *steering]
     flags += [word for flag, path in files.items() for word in (flag, str(path))]
     is_plain = not any(word.startswith("-") for word in given)
     return shlex.join(["latentdiff", command, *given, *flags] if is_plain else

@@ -17,7 +17,7 @@ from pydantic import Field
 from latentdiff.request.options import CONTROL_MODES, PREPARATIONS
 from latentdiff.serving import answers
 from latentdiff.serving.asked import NAMES, OptionFields, Strict, decoded, options_in, seeds_from, size_of
-from latentdiff.serving.command import TASK, NamedControl, NamedImagePrompt, command_line
+from latentdiff.serving.command import TASK, command_line, control_flags, image_prompt_flags
 from latentdiff.serving.engine import Engine
 from latentdiff.serving.errors import Refused
 from latentdiff.serving.gallery import SUFFIXES, Gallery, input_name
@@ -138,11 +138,13 @@ class Studio:
         }
         if kept["mask"] is not None:
             fields |= {"width": None, "height": None}
-        steering = [*map(self._named_control, asked.controls), *map(self._named_prompt, asked.image_prompts)]
+        steering = [flag for control in asked.controls for flag in self._control_flags(control)]
+        steering += ["--control-guess"] * (asked.control_guess and bool(asked.controls))
+        steering += [flag for prompt in asked.image_prompts for flag in self._image_prompt_flags(prompt)]
         if asked.image_prompts and settings.worker.image_encoder:
             files["--image-encoder"] = Path(settings.worker.image_encoder)
         given = {flag: path for flag, path in files.items() if path}
-        return command_line(fields, given, **kept, steering=steering, guess=asked.control_guess)
+        return command_line(fields, given, **kept, steering=steering)
 
     def _draw(self, asked: Asked) -> Draw:
         image, mask = self._sent("image", asked.image), self._sent("mask", asked.mask)
@@ -193,15 +195,15 @@ class Studio:
             raise Refused(400, f"expected an image with each {kind}, and a start before its end")
         return sent
 
-    def _named_control(self, asked: AskedControl) -> NamedControl:
+    def _control_flags(self, asked: AskedControl) -> list[str]:
         place = self.engine.catalogue.control(asked.model)
         image = self._kept_input("image of a control", asked.image) or Path("hint.png")
-        return NamedControl(image, asked.prepare, place, asked.scale, asked.start, asked.end, asked.mode)
+        return control_flags(image, place, asked.prepare, asked.mode, asked.scale, asked.start, asked.end)
 
-    def _named_prompt(self, asked: AskedImagePrompt) -> NamedImagePrompt:
+    def _image_prompt_flags(self, asked: AskedImagePrompt) -> list[str]:
         place = self.engine.catalogue.ip_adapter(asked.adapter)
         image = self._kept_input("image of an image prompt", asked.image) or Path("image.png")
-        return NamedImagePrompt(image, place, asked.scale, asked.start, asked.end)
+        return image_prompt_flags(image, place, asked.scale, asked.start, asked.end)
 
     def _sent(self, name: str, text: str | None) -> Sent | None:
         """A file that was sent, under the name that it has in the gallery."""

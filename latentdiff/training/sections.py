@@ -120,6 +120,11 @@ class ReadingSection(Section):
     background: str = "white"
     """Colour under transparent images."""
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The same as `read_dataset` takes it."""
+        return {name: getattr(self, name) for name in ReadingSection.model_fields}
+
 
 class StageSection(Section):
     """What all stages have: batches, optimizer, and how often something is written."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from importlib import import_module
 from itertools import pairwise
 
 import pytest
 import torch
 
+import tests.scenes  # noqa: F401 - puts tools/ on the path
 from latentdiff.diffusion.config import ScheduleConfig
 from latentdiff.diffusion.denoise import denoise
 from latentdiff.diffusion.guidance import Guidance
@@ -18,9 +20,10 @@ from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import UsageError
 from latentdiff.tasks.inversion import edict
 from latentdiff.tasks.inversion.ddim import coefficients, high_step, low_step
-from latentdiff.tasks.inversion.direct import on_pivots
 from latentdiff.tasks.inversion.null_text import NullTextSettings, optimise
 from tests.analytic import MEANS, STDS, WEIGHTS, gaussian, mixture, normal_quantiles, sample
+
+on_pivots = import_module("editing_measures").on_pivots
 
 CONFIG = ScheduleConfig(beta_start=0.00085, beta_end=0.012, set_alpha_to_one=False)
 SCHEDULE = Schedule(CONFIG)

@@ -83,10 +83,7 @@ def _samples(
 ) -> Samples:
     data = read_dataset(
         sources(with_words(entries, settings.caption_prefix, settings.caption_suffix), settings.prior_weight),
-        caption_column=settings.caption_column,
-        strict=settings.strict,
-        allow_missing=settings.allow_missing,
-        background=settings.background,
+        **settings.reading,
         verify=not settings.stream,
         index=settings.out / "index",
         pairs=settings.loss == "dpo",

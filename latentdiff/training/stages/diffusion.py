@@ -31,10 +31,7 @@ def read_images(config: TrainingConfig, *, held_out: int | None = None) -> Datas
     data = config.data
     return read_dataset(
         sources(data.validation if held_out else data.train),
-        caption_column=data.caption_column,
-        strict=data.strict,
-        allow_missing=data.allow_missing,
-        background=data.background,
+        **data.reading,
         # Otherwise a damaged image is found when it is first used.
         verify=not data.strict,
         index=config.run / "index",

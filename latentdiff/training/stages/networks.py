@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from latentdiff.checkpoints.files import read_tensors
-from latentdiff.checkpoints.folder import read_tokenizer
+from latentdiff.checkpoints.folder import read_tokenizer, save_tensors
 from latentdiff.checkpoints.tokenizer import open_tokenizer
 from latentdiff.errors import CheckpointError, ConfigError
 from latentdiff.files import atomic_path
@@ -26,7 +25,7 @@ from latentdiff.reading.json import read_object
 from latentdiff.training.data.randomness import torch_seed
 from latentdiff.training.stages.config import TextEncoderSection
 
-UNET_FILE = "diffusion_pytorch_model.safetensors"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 TEXT_FILE = "text_encoder.safetensors"
 
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -72,7 +71,7 @@ def load_unet(unet: UNet, folder: Path) -> None:
     Raises:
         CheckpointError: it holds no U-Net, or one of another configuration.
     """
-    tensors = read_tensors(folder / UNET_FILE).tensors
+    tensors = read_tensors(folder / WEIGHTS_FILE).tensors
     wanted = {name: tensor.shape for name, tensor in unet.state_dict().items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
         raise CheckpointError(f"the U-Net in {folder} has another configuration than model.unet; they must be equal")
@@ -113,8 +112,7 @@ def load_tokenizer(folder: Path, longest: int) -> Tokenizer:
 
 def save_text_encoder(text_encoder: TextEncoder, path: Path) -> None:
     """Write the weights of a text encoder into one file."""
-    with atomic_path(path) as temporary:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in text_encoder.state_dict().items()}, temporary)
+    save_tensors(text_encoder.state_dict(), path, {})
 
 
 def load_text_encoder(text_encoder: TextEncoder, path: Path) -> None:
@@ -130,12 +128,7 @@ def load_text_encoder(text_encoder: TextEncoder, path: Path) -> None:
 
 def save_vae(vae: VAE, scaling_factor: float, folder: Path) -> None:
     """Write a diffusers `vae/` folder; config.json comes last and says that it is whole."""
-    with atomic_path(folder / "diffusion_pytorch_model.safetensors") as temporary:
-        save_file(
-            {name: tensor.contiguous().cpu() for name, tensor in vae.state_dict().items()},
-            temporary,
-            metadata={"format": "pt"},
-        )
+    save_tensors(vae.state_dict(), folder / WEIGHTS_FILE, {"format": "pt"})
     with atomic_path(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(replace(vae.config, scaling_factor=scaling_factor).to_diffusers(), indent=2))
 
@@ -150,5 +143,5 @@ def load_vae(folder: Path) -> VAE:
     if not config.is_file():
         raise CheckpointError(f"expected a trained VAE in {folder}, found none; run the stage vae first")
     vae = VAE(VAEConfig.from_diffusers(read_object(config)))
-    vae.load_state_dict(read_tensors(folder / "diffusion_pytorch_model.safetensors").tensors)
+    vae.load_state_dict(read_tensors(folder / WEIGHTS_FILE).tensors)
     return vae
