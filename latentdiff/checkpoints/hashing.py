@@ -13,7 +13,9 @@ from latentdiff.reading.json import read_object
 
 SHORT = 10  # digits of the hash that web UIs show
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
-_WORTH_REMEMBERING = 64 * 2**20  # bytes; smaller files hash in a blink
+_WORTH_REMEMBERING = 4 * 2**20  # bytes; smaller files hash in a blink
+_MOST = 1000  # files that are remembered; of more, the last
+_LARGE = 64 * 2**20  # bytes; what is said of smaller files is found anew each time
 
 
 def model_hash(files: Iterable[Path]) -> str:
@@ -55,7 +57,7 @@ def tensors_hash(path: Path) -> str:
 
 def once(path: Path, name: str, check: Callable[[], None]) -> None:
     """Run a check that reads the whole of a file, unless it is large and passed the check called `name` before."""
-    if path.stat().st_size < _WORTH_REMEMBERING:
+    if path.stat().st_size < _LARGE:
         return check()
     key = f"{name}|{_key(path)}"
     if key not in _remembered():
@@ -65,7 +67,7 @@ def once(path: Path, name: str, check: Callable[[], None]) -> None:
 
 def remembered(path: Path, name: str, find: Callable[[], str]) -> str:
     """What `find` says of a file, in words; of a large file it is found once."""
-    if path.stat().st_size < _WORTH_REMEMBERING:
+    if path.stat().st_size < _LARGE:
         return find()
     key = f"{name}|{_key(path)}"
     known = _remembered()
@@ -98,6 +100,7 @@ def _remembered() -> dict[str, str]:
 
 
 def _remember(known: dict[str, str]) -> None:
+    known = dict(list(known.items())[-_MOST:])
     try:
         with atomic_path(_memory()) as temporary:
             temporary.write_text(json.dumps(known, indent=0), encoding="utf-8")

@@ -73,7 +73,8 @@ def _is_inference(module: nn.Module, x: Tensor) -> bool:
         or torch.compiler.is_compiling()
     ):
         return False
-    weight = next(module.parameters())
+    # Of most modules the weight is at hand; `parameters()` looks through them for a fortieth of a step.
+    weight = module.weight if isinstance(module, (nn.Linear, nn.Conv2d)) else next(module.parameters())
     is_dense = type(weight) in (nn.Parameter, Tensor)  # and not quantized, say
     return x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in FORMATS and is_dense
 

@@ -29,6 +29,7 @@ from latentdiff.model.memory.streaming import StreamedPart, block_bytes, has_blo
 from latentdiff.networks.device import Precision
 
 NAMES = ("text_encoder", "unet", "vae")
+SMALL = 2**28  # bytes of all weights, below which giving them back takes more time than it is worth
 CLOSE = 0.9  # of what is free; estimates are not exact
 
 
@@ -104,8 +105,8 @@ class Residence:
             part.to(device, getattr(precision, name))
 
     def expect_no_more(self) -> None:
-        """Say that the next image is the last one: no part has to be kept for another."""
-        if self.keep is None:
+        """Say that the next image is the last one: no part has to be kept for another, if the model is not small."""
+        if self.keep is None and sum(weight_bytes(part.module) for part in self.parts.values()) > SMALL:
             self.keep = False
 
     def require_whole(self, what: str) -> None:

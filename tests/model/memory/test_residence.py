@@ -55,6 +55,17 @@ def test_every_part_only_as_long_as_it_is_used(free):
         assert ready(pipe) == {"vae"} and ready(usual) == {"text_encoder", "unet", "vae"}
 
 
+def test_the_last_image_gives_a_large_model_back_and_leaves_a_small_one(free, monkeypatch: pytest.MonkeyPatch):
+    free(10**15)
+    small, large = load(), load()
+    small.residence.expect_no_more()
+    monkeypatch.setattr(residence, "SMALL", 0)
+    large.residence.expect_no_more()
+    (found,), (expected,) = make(large, output="images"), make(small, output="images")
+    assert found.tobytes() == expected.tobytes()
+    assert ready(large) == {"vae"} and ready(small) == {"text_encoder", "unet", "vae"}
+
+
 def test_parts_are_given_back_where_memory_is_short(free, monkeypatch: pytest.MonkeyPatch):
     pipe = load()
     total = int(1.2 * needed(pipe.residence.workload(2, 8, 8), at_once=False))
