@@ -8,7 +8,7 @@
 sheet and name the images that do not show what their caption asks for, each thing of it clearly; `label` writes down that the
 others are right. `agree` picks the judge's threshold on every second image and tells on the others how often both say the
 same; --write puts that and the labels beside the judge, where `latentdiff evaluate` finds it. A folder that holds no more than
-such a `labels.jsonl` is enough for `draw` to make the same images anew.
+such a `labels.jsonl` is enough for `draw` to make the same images again.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ EXPLAIN = click.option(
     "prompt_file",
     type=click.File(encoding="utf-8"),
     metavar="FILE",
-    help="Read prompts from FILE, one a line; - is stdin. Blank lines and lines that begin with # are skipped. A line may "
+    help="Read prompts from FILE, one per line; - is stdin. Blank lines and lines that begin with # are skipped. A line may "
     "end in options of its own, --n TEXT --w --h --d SEED --s STEPS --l GUIDANCE, or be written as "
     '--prompt "..." --steps 30.',
 )
@@ -106,7 +106,7 @@ def generate(
     explain: bool,
     **settings: Any,
 ) -> int:
-    """Make images of one or more prompts and print where they lie.
+    """Make images of one or more prompts and print where they are.
 
     Started by accelerate launch or torchrun, the processes share the images, each on a GPU of its own where there are
     some.

@@ -42,7 +42,7 @@ from latentdiff.request.task_options import INPAINT
     "--blur", type=float, default=0.0, show_default=True, metavar="PIXELS", help="Soften its edge by this much."
 )
 @click.option(
-    "--only-masked", is_flag=True, help="Cut the masked part out and paint it at the model's full resolution."
+    "--only-masked", is_flag=True, help="Cut the masked part out and paint it at the full resolution of the model."
 )
 @click.option(
     "--padding",

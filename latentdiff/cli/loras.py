@@ -94,7 +94,7 @@ LORA_DIR = click.option(
     type=click.Path(path_type=Path),
     callback=folder_there("LoRAs"),
     metavar="FOLDER",
-    help="Where the LoRAs lie that prompts name by <lora:name:weight>; the name is that of the file without its ending.",
+    help="The folder of the LoRAs that prompts name by <lora:name:weight>, by their files' names without the ending.",
 )
 
 

@@ -40,7 +40,7 @@ EMA = click.option("--ema", is_flag=True, help="Take the averaged weights of a .
 PREDICTION_TYPE = click.option(
     "--prediction-type",
     type=click.Choice(get_args(PredictionName)),
-    help="What the model predicts, if its file says it wrong.",
+    help="What the model predicts, if its file is wrong about it.",
 )
 ZERO_SNR = click.option(
     "--zero-terminal-snr",
@@ -63,7 +63,7 @@ BASE = click.option(
     "--base",
     callback=model_there,
     metavar="MODEL",
-    help="The model that parts come from that the file of --model lacks.",
+    help="The model to take parts from that the file of --model lacks.",
 )
 PARTS_FROM = together(VAE, TEXT_ENCODER, BASE)
 DEVICE = click.option(
@@ -175,14 +175,16 @@ SIZE = together(
     )
 )
 INVERT_MASK = click.option("--invert-mask", is_flag=True, help="Paint what the mask keeps, and keep what it paints.")
-PREVIEW = click.option("--preview", type=ANY_PATH, metavar="FILE", help="Write what is expected there, while at work.")
+PREVIEW = click.option(
+    "--preview", type=ANY_PATH, metavar="FILE", help="Keep writing a preview to FILE while an image is made."
+)
 PREVIEW_EVERY = click.option(
     "--preview-every",
     type=click.IntRange(1),
     default=5,
     show_default=True,
     metavar="N",
-    help="Steps from preview to preview.",
+    help="Steps from one preview to the next.",
 )
 PREVIEW_DECODER = click.option(
     "--preview-decoder",
@@ -195,7 +197,7 @@ FILE_FORMAT = click.option(
     "--format",
     "file_format",
     type=click.Choice([ending.removeprefix(".") for ending in IMAGE_FORMATS]),
-    help="Of files in a folder.  [default: png]",
+    help="The format of files in a folder.  [default: png]",
 )
 QUALITY = click.option(
     "--quality",

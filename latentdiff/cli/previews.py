@@ -23,7 +23,7 @@ class PreviewFile:
     """A callback for pipelines that writes the image expected so far; several on one sheet.
 
     Args:
-        path: an image file, written anew each time.
+        path: an image file, written again each time.
         decode: `Pipeline.decode`, or a tiny decoder.
         every: steps from one preview to the next.
 

@@ -1,4 +1,4 @@
-"""`latentdiff translate`: make an image anew under another prompt, keeping its layout."""
+"""`latentdiff translate`: make an image again under another prompt, keeping its layout."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def translate(
     compare: Path | None,
     **settings: Any,
 ) -> None:
-    """Make IMAGE anew as PROMPT says, keeping its layout. What `latentdiff invert` wrote serves as well as an image.
+    """Make IMAGE again as PROMPT says, keeping its layout. What `latentdiff invert` wrote serves as well as an image.
 
     \b
     features         its features and self-attention in the making of the new one

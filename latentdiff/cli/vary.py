@@ -34,7 +34,7 @@ from latentdiff.request.task_options import VARY
 @RESULT_OPTIONS
 @within(VARY)
 def vary(image: Path, prompt: str, out: Path, compare: Path | None, seed: int | None, **settings: Any) -> None:
-    """Make images that show what IMAGE shows, anew, with an unCLIP model; PROMPT may say what to show besides."""
+    """Make new images of what IMAGE shows, with an unCLIP model; PROMPT may say what to show besides."""
     writing = Writing.taken_from(settings, out)
     check_results(out, compare, settings["num_images"])
     take_steering(settings)

@@ -69,7 +69,7 @@ def renoised(scale: float, parameterization: Parameterization) -> Combine:
 
 
 def projected(scale: float, parameterization: Parameterization, projection: Projection) -> Combine:
-    """apg; its momentum is that of one walk, and begins anew where the noise rises."""
+    """apg; its momentum is that of one walk, and starts over where the noise rises."""
     last: Tensor | None = None
     before = float("inf")
 

@@ -29,7 +29,7 @@ class Prediction:
     x0: Tensor  # the clean latents
     eps: Tensor  # the noise
     raw: Tensor  # the model's own output, after guidance
-    guided: bool = False  # whether guidance acted; solvers with a memory start anew where this changes
+    guided: bool = False  # whether guidance acted; solvers with a memory start over where this changes
 
 
 # (x (N, C, h, w), level) -> Prediction. A model and its context make one; guidance and data consistency wrap one into

@@ -7,7 +7,7 @@ openvino        the networks by OpenVINO; in 8 bits by `openvino_int8`
 compiled        the networks by torch.compile, on a GPU as one of `cuda_graphs`
 deepcache       steps that reuse the deep layers of the step before
 calibration     what a U-Net sees, for engines that fit their numbers to it
-replacement     when an engine may stand in for a module, and when it has to be made anew
+replacement     when an engine may stand in for a module, and when it has to be made again
 
 A *network* is called as `UNet` is, a *decoder* as `VAE.decode` is, and both give what those give up to rounding. An
 engine makes them of the plain modules, which stay as they are: training, taps, gradients and the repair in float32 use

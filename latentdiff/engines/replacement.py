@@ -1,4 +1,4 @@
-"""When an engine may stand in for a module, and when it has to be made anew."""
+"""When an engine may stand in for a module, and when it has to be made again."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def bootstrap_interval(groups: Sequence[Sequence[float]], *, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of the groups' means (Efron 1979); the members of each group are drawn anew.
+    """95 % percentile interval of the mean of the groups' means (Efron 1979); the members of each group are drawn again.
 
     Args:
         groups: for each task, the share of right images of each prompt.

@@ -119,7 +119,7 @@ class SeededOptions(WalkOptions, total=False):
         str | Sequence[str] | None, Option(Texts(), "", kept=Kept(str, None, ""), flags=("--negative",))
     ]
     """What to avoid in the image. In Python also a list with one text for each prompt."""
-    seed: Annotated[int | Sequence[int] | None, Option(Seeds(), unset="drawn and printed", kept=Kept(int, "Seed"))]
+    seed: Annotated[int | Sequence[int] | None, Option(Seeds(), unset="random, and printed", kept=Kept(int, "Seed"))]
     """Seed of a prompt's first image; the next ones have seed + 1, ... In Python also a list with a seed for each image."""
 
 
@@ -127,9 +127,9 @@ class SamplingOptions(SeededOptions, total=False):
     """What every task takes that walks with a sampler."""
 
     num_images: Annotated[int | None, Option(Whole(1, MOST_IMAGES), 1, flags=("-n",))]
-    """Images of each prompt."""
+    """How many images to make of each prompt."""
     fast: Annotated[bool | None, SpeedOption(YesNo(), False, kept=Kept(bool, "Fast", False))]
-    """Nearly the same image sooner: by the model's own LoRA for few steps, else 12 steps of dpmpp-2m, trailing."""
+    """Nearly the same image in less time: by the model's own LoRA for few steps, else 12 steps of dpmpp-2m, trailing."""
     steps: Annotated[int | None, Option(Whole(1), 25, fast=12, kept=Kept(int, "Steps"))]
     """Denoising steps, 1 to the number of timesteps of the training."""
     guidance_scale: Annotated[float | None, Option(Real(), 5.0, kept=Kept(float, "CFG scale"), flags=("--guidance",))]
@@ -153,9 +153,9 @@ class SamplingOptions(SeededOptions, total=False):
     """How strongly to lead away from an image whose parts do not see one another (PAG, Ahn et al. 2024); 3 is customary, 0
     is none. A third evaluation at each step."""
     seg_scale: Annotated[float | None, GuidanceOption(Real(0), 0.0, kept=Kept(float, "SEG scale", 0.0))]
-    """The same away from an image whose parts all look for the same (SEG, Hong 2024)."""
+    """How strongly to lead away from an image whose parts all look for the same (SEG, Hong 2024)."""
     seg_blur: Annotated[float | None, GuidanceOption(Real(0), unset="their mean", kept=Kept(float | None, "SEG blur", None))]
-    """With seg_scale: how far what parts look for is blurred, in cells of the smallest feature map."""
+    """With seg_scale: by how much that which parts look for is blurred, in cells of the smallest feature map."""
     freeu: Annotated[
         Sequence[float] | None, GuidanceOption(Numbers(4, 0.0), unset="none", kept=Kept(tuple[float, ...] | None, None, None))
     ]
@@ -268,9 +268,9 @@ class SizedOptions(SamplingOptions, total=False):
     """What making images of prompts alone takes."""
 
     width: Annotated[int | None, Option(SIDE, unset="that of the training")]
-    """Of the image in pixels, a multiple of the VAE's factor (8)."""
+    """Width of the image in pixels, a multiple of the VAE's factor (8)."""
     height: Annotated[int | None, Option(SIDE, unset="that of the training")]
-    """Of the image in pixels, a multiple of the VAE's factor (8)."""
+    """Height of the image in pixels, a multiple of the VAE's factor (8)."""
 
 
 class GenerateOptions(SizedOptions, total=False):

@@ -1,7 +1,7 @@
 """The second pass of an image at a larger size: its options, its levels, and how latents grow.
 
 A pass takes all of its steps, from the level that a walk of steps / strength steps has there, as AUTOMATIC1111's
-"Hires. fix" does; its noise is that of the same seed, drawn anew at the new size.
+"Hires. fix" does; its noise is that of the same seed, drawn again at the new size.
 """
 
 from __future__ import annotations

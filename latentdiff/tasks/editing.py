@@ -242,8 +242,8 @@ def _from_inversion(
     shape = (channels, height, width)
     latents = pipe.sample(plan, shape, start) if plan.steps else begin.repeat(len(plan.prompts), 1, 1, 1)
     images = [image.crop((0, 0, *found.size)) for image in to_pil(pipe.decode(latents, tile=plan.options.vae_tile))]
-    anew = {"prompt": found.prompt, **found.settings} if "image" in sources else None
-    return with_recipes(pipe, images, plan, TASK, asdict(EditSettings(strength=strength, inversion=anew)), sources)
+    again = {"prompt": found.prompt, **found.settings} if "image" in sources else None
+    return with_recipes(pipe, images, plan, TASK, asdict(EditSettings(strength=strength, inversion=again)), sources)
 
 
 def walked(

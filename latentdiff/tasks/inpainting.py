@@ -89,7 +89,7 @@ def inpaint(
 
     Where the mask, once grown and blurred, is black, the result is the image to the last bit, as transparent as it was;
     where it is white, it is opaque. Grey mixes the two. A
-    mask that is white all over paints the whole image anew. In latents, a cell with any pixel to be painted is
+    mask that is white all over repaints the whole image. In latents, a cell with any pixel to be painted is
     painted.
 
     Args:
@@ -235,7 +235,7 @@ def canvas(image: Image.Image, mask: Image.Image | None, settings: InpaintSettin
         inner = np.asarray(prepared_mask(mask, image.size, grow=0, blur=0.0))
         if inner.min() == 255:
             warnings.warn(
-                "the mask is white all over, so the whole image is painted anew; was it to be inverted (invert_mask, "
+                "the mask is white all over, so the whole image is repainted; was it to be inverted (invert_mask, "
                 "--invert-mask)?",
                 stacklevel=2,
             )

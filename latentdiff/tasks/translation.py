@@ -93,7 +93,7 @@ def translate(
     inversion: dict[str, Any] | None = None,
     **options: Unpack[WalkOptions],
 ) -> list[Image.Image]:
-    """Make the image anew as each prompt says, keeping its layout.
+    """Make the image again as each prompt says, keeping its layout.
 
     Args:
         source: an image (PIL image or path), or its inversion (path or `Inversion`).
@@ -182,14 +182,14 @@ def translate(
 
 
 def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.Image:
-    """The image of a recipe once more: from its inversion, or from the image, inverted anew."""
+    """The image of a recipe once more: from its inversion, or from the image, inverted again."""
     settings = recipe.settings_as(TranslateSettings)
-    anew: dict[str, Any] = {}
+    again: dict[str, Any] = {}
     if "image" in sources:
-        anew = {"source_prompt": settings.source_prompt, "inversion": settings.inversion}
+        again = {"source_prompt": settings.source_prompt, "inversion": settings.inversion}
     return translate(
         pipe,
-        sources["image"] if anew else sources["inversion"],
+        sources["image"] if again else sources["inversion"],
         recipe.prompt,
         method=settings.method,
         negative_prompt=recipe.negative_prompt,
@@ -201,7 +201,7 @@ def again(pipe: Pipeline, recipe: Recipe, sources: Mapping[str, Path]) -> Image.
         clip_skip=recipe.clip_skip,
         guidance_interval=recipe.guidance_interval,
         spec=settings.pnp,
-        **anew,
+        **again,
     )[0]
 
 
@@ -316,7 +316,7 @@ def _guidance_scale(inversion: Inversion, method: str, asked: float | None) -> f
     scale = inversion.settings["guidance_scale"]
     if asked not in (None, scale):
         raise UsageError(
-            f"the inversion was made for a guidance of {scale}, found {asked}; leave it away or invert anew"
+            f"the inversion was made for a guidance of {scale}, found {asked}; leave it out or invert again"
         )
     return scale
 

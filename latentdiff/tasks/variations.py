@@ -54,7 +54,7 @@ def vary(
     noise_level: int = 0,
     **options: Unpack[SizedOptions],
 ) -> list[Image.Image]:
-    """Make images that show what an image shows, anew.
+    """Make new images that show what an image shows.
 
     Args:
         pipe: an unCLIP model, as those of SD 2.1.

@@ -4,7 +4,7 @@
     CACHE/text-ENCODER-PRECISION/        embeddings of a caption, (chunks L, width)
 
 Every row has its own key, made of all that it depends on: a new image costs one encoding, a changed model a new folder.
-Latents are kept as distributions and drawn anew at every use, as without the cache.
+Latents are kept as distributions and drawn again at every use, as without the cache.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ class Window:
         return None if all(finite) else finite.index(False)
 
     def close(self) -> tuple[dict[str, Tensor], float]:
-        """Means over the window, and its steps per second; it starts anew."""
+        """Means over the window, and its steps per second; it starts over."""
         # A part may begin to exist within the window (adversarial terms); its mean is over the steps that have it.
         means = {
             name: torch.stack([parts[name].float() for parts in self._steps if name in parts]).mean()

@@ -124,7 +124,7 @@ def build_texts(
 ) -> None:
     """Encode the captions where they have fixed embeddings; the samples read from the cache from then on."""
     if settings.caption_rules.rearranges or settings.long_captions != "cut":
-        return  # put together anew at every step, or in batches of different lengths
+        return  # put together again at every step, or in batches of different lengths
     captions = {
         caption for samples, indices in of.of() for index in indices for caption in samples.data.captions[index]
     }

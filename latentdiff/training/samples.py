@@ -22,7 +22,7 @@ from latentdiff.training.objective import draw_timesteps
 from latentdiff.training.sections import DenoisingSection
 from latentdiff.training.store import row_key
 
-# Changes when images are prepared in another way, so that cached latents are made anew.
+# Changes when images are prepared in another way, so that cached latents are made again.
 _PREPARATION = 1
 
 Arrays = dict[str, np.ndarray]

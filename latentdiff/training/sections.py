@@ -238,7 +238,7 @@ class DenoisingSection(StageSection, ObjectiveSection):
     shuffle_tags: bool = False
     """Shuffle the parts of captions that commas separate."""
     tag_dropout: Fraction = 0.0
-    """Share of those parts that are left out, drawn anew at each step."""
+    """Share of those parts that are left out, chosen at each step."""
     keep_tags: Count = 0
     """So many first parts are neither shuffled nor left out."""
     caption_dropout: Fraction = 0.1

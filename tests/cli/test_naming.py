@@ -40,8 +40,8 @@ def test_options_are_called_by_their_flags(message, shown):
 
 
 def test_options_of_a_task():
-    message = "expected no inversion with remove, only_masked or extend: they paint on another picture"
-    shown = "expected no --inversion with --remove, --only-masked or --extend: they paint on another picture"
+    message = "expected no inversion with remove, only_masked or extend: they paint on another image"
+    shown = "expected no --inversion with --remove, --only-masked or --extend: they paint on another image"
     assert with_flags(message, INPAINT) == shown
 
 

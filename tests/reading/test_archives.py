@@ -34,7 +34,7 @@ WEIGHTS = {
 def zipped(
     source: Path, target: Path, change: dict[str, bytes] | None = None, method: int = zipfile.ZIP_DEFLATED
 ) -> Path:
-    """The same archive packed anew, with other contents of some records."""
+    """The same archive packed again, with other contents of some records."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", method) as new:
         for name in old.namelist():
             new.writestr(name, (change or {}).get(name.split("/", 1)[1], old.read(name)))
@@ -52,14 +52,14 @@ def same(found: Tensor, expected: Tensor) -> bool:
     return found.dtype == expected.dtype and torch.equal(found.float(), expected.detach().float())
 
 
-@pytest.mark.parametrize("way", ["archive", "old", "packed", "stored anew"])
+@pytest.mark.parametrize("way", ["archive", "old", "packed", "stored again"])
 def test_tensors_are_those_that_torch_reads(tmp_path, way):
     path = tmp_path / "model.ckpt"
     # torch reads its own old files of 8-bit floats no longer.
     content = OrderedDict((name, tensor) for name, tensor in WEIGHTS.items() if way != "old" or name != "fp8")
     content._metadata = OrderedDict(version=1)  # what nn.Module.state_dict leaves
     torch.save({"state_dict": content, "global_step": 7}, path, _use_new_zipfile_serialization=way != "old")
-    if way in ("packed", "stored anew"):
+    if way in ("packed", "stored again"):
         method = zipfile.ZIP_DEFLATED if way == "packed" else zipfile.ZIP_STORED
         path = zipped(path, tmp_path / "again.ckpt", method=method)
     file = read_tensors(path)

@@ -103,5 +103,5 @@ def test_masks_of_one_value():
         inpaint(pipe, an_image(), Image.new("L", (64, 64)), "cat", **options)
     with pytest.raises(UsageError, match="only black"):
         inpaint(pipe, an_image(), Image.new("L", (64, 64), 255), "cat", invert_mask=True, **options)
-    with pytest.warns(UserWarning, match="white all over, so the whole image is painted anew"):
+    with pytest.warns(UserWarning, match="white all over, so the whole image is repainted"):
         inpaint(pipe, an_image(), Image.new("L", (64, 64)), "cat", invert_mask=True, **options)

@@ -86,7 +86,7 @@ def header_of(rng: random.Random, content: bytes, change: Callable[[dict[str, An
 def archive_of(
     rng: random.Random, source: Path, target: Path, change: Callable[[str, bytes], bytes], *, packed: bool = False
 ) -> None:
-    """A zip archive packed anew, its checksums right, with changed records."""
+    """A zip archive packed again, its checksums right, with changed records."""
     method = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", method) as new:
         for name in old.namelist():

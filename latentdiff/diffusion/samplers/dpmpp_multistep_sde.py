@@ -50,7 +50,7 @@ def step(
     """Exact in the linear part of the reverse diffusion with eta² of its noise, with x0 extrapolated from `order`
     evaluations.
 
-    History begins anew where guidance switched on or off; a step to no noise is x0 itself.
+    History starts over where guidance switched on or off; a step to no noise is x0 itself.
 
     Args:
         brownian: take the noise from the images' paths; False takes the next draw of their streams.

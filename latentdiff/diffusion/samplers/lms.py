@@ -34,7 +34,7 @@ def step(
 ) -> tuple[Tensor, History]:
     """x_s / alpha_s = x_t / alpha_t + the integral over sigma_hat of the polynomial through the last `order` eps.
 
-    History begins anew where guidance switched on or off.
+    History starts over where guidance switched on or off.
     """
     prediction = denoiser(x, level)
     levels, slopes = (level,), (prediction.eps,)

@@ -35,7 +35,7 @@ def step(
 ) -> tuple[Tensor, History]:
     """DDIM's step along the weighted outputs of up to four steps; the weights are those of equal strides.
 
-    A first step has none to weigh: it asks again where it ends, and takes the mean. History begins anew where guidance
+    A first step has none to weigh: it asks again where it ends, and takes the mean. History starts over where guidance
     switched on or off. What is weighed is the model's output as it is, noise or velocity, as diffusers does.
 
     Args:

@@ -50,7 +50,7 @@ def step(
     """Take the last step again with what the model says at its end, then predict the next one.
 
     The global error falls with the step size to the power of order + 1, or of `order` without the corrector. History
-    begins anew where guidance switched on or off; a step to no noise, whose length is infinite, is of first order.
+    starts over where guidance switched on or off; a step to no noise, whose length is infinite, is of first order.
     """
     prediction = denoiser(x, level)
     here = (Evaluation(level, prediction.x0),)

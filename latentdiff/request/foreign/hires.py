@@ -51,7 +51,7 @@ def _factor(settings: Mapping[str, str]) -> float | None:
 def _scale(factor: float) -> Handler:
     def read(draft: Draft, name: str, value: str) -> None:
         if _STAGED.search(draft.options.get("prompt", "")):
-            draft.approximate(name, value, "what changes over the steps begins anew in the second pass", hires=factor)
+            draft.approximate(name, value, "what changes over the steps starts again in the second pass", hires=factor)
         else:
             draft.honour(name, value, hires=factor)
 

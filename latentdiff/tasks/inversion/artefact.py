@@ -116,7 +116,7 @@ class Inversion:
         if model_hash != self.model_hash:
             raise CheckpointError(
                 f"the inversion was made with the model {self.model!r} (hash {self.model_hash[:10] or 'unknown'}), "
-                f"this one has the hash {model_hash[:10] or 'unknown'}; name that model with --model, or invert anew"
+                f"this one has the hash {model_hash[:10] or 'unknown'}; name that model with --model, or invert again"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -158,14 +158,14 @@ class Inversion:
             metadata.get("inversion", ""),
             f"the inversion of {name}",
             DataError,
-            remedy="invert the image anew",
+            remedy="invert the image again",
             finite=False,
         )
         try:
             found = cls(**_checked(plain, file.tensors))
             _check_whole(found)
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{name} is a damaged inversion: {error}; invert the image anew") from error
+            raise DataError(f"{name} is a damaged inversion: {error}; invert the image again") from error
         return found
 
 

@@ -45,7 +45,7 @@ class CaptionRules:
 
     @property
     def rearranges(self) -> bool:
-        """Whether a caption is put together anew at every step."""
+        """Whether a caption is put together again at every step."""
         return self.shuffle or self.part_dropout > 0
 
 

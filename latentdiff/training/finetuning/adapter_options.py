@@ -46,9 +46,9 @@ class AdapterSection(Section):
     dropout: Fraction = 0.0
     """Share of the numbers of a layer's input that its adapter does not see, as PEFT's lora_dropout."""
     rank_dropout: Fraction = 0.0
-    """Share of the ranks that are left out, for each image anew (adapter lora)."""
+    """Share of the ranks that are left out, chosen for each image (adapter lora)."""
     module_dropout: Fraction = 0.0
-    """Share of the layers whose adapter is left out, for each step anew."""
+    """Share of the layers whose adapter is left out, chosen at each step."""
     dora_lengths: Literal["inputs", "outputs"] = "inputs"
     """What dora gives lengths to. inputs: a file that ComfyUI and the web UIs read. outputs: as PEFT and diffusers have
     it."""
@@ -97,7 +97,7 @@ class AdapterSection(Section):
         if not (self.dropout or self.rank_dropout or self.module_dropout):
             return
         if getattr(self, "compile", False):
-            raise ValueError("dropouts are drawn anew at each step, which compiled networks cannot; leave out compile")
+            raise ValueError("dropouts are drawn at each step, which compiled networks cannot; leave out compile")
         if getattr(self, "loss", "") == "dpo":
             raise ValueError("loss dpo compares both images of a pair, without dropouts; leave them out")
 

@@ -66,7 +66,7 @@ class FinetuneConfig(AdapterSection, DenoisingSection, ReadingSection):
     train_text_encoder: bool = False
     """Train the text encoder too (method full; for lora, put text_encoder into `targets`)."""
     prediction_type: Literal["model", "epsilon", "v_prediction"] = "model"
-    """What the U-Net predicts in the end. Another kind than the model's is learned anew, which takes long (method full)."""
+    """What the U-Net predicts in the end. Another kind than the model's has to be learned, which takes long (method full)."""
     zero_snr: bool = False
     """Train on noise levels of which the last holds no signal (Lin et al. 2023), so that images can be as dark or bright
     as the prompt says; for v_prediction (method full)."""

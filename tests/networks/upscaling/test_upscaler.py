@@ -13,7 +13,7 @@ from latentdiff.networks.upscaling.tiles import BORDER, FADE, SMALLEST_TILE, in_
 from tests import upscalers
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def an_image(width: int, height: int, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -31,7 +31,7 @@ def whole(weights: dict[str, torch.Tensor], image: Image.Image) -> np.ndarray:
 def test_tiles_give_what_the_whole_gives(tmp_path, scale, options, size):
     weights = upscalers.esrgan(scale, **options)
     upscaler = Upscaler.load(upscalers.saved(weights, tmp_path / "x.safetensors"), device="cpu")
-    image = picture(*size)
+    image = an_image(*size)
     found, expected = np.asarray(upscaler(image, tile=128)), whole(weights, image)
     assert upscaler.factor == (2 if options else scale)
     assert found.shape == expected.shape == (size[1] * upscaler.factor, size[0] * upscaler.factor, 3)
@@ -53,7 +53,7 @@ def test_a_network_that_sees_further_leaves_no_seams():
 def test_a_pth_of_real_esrgan_is_read(tmp_path):
     weights = upscalers.esrgan()
     torch.save({"params": {}, "params_ema": upscalers.new_names(weights)}, tmp_path / "x.pth")
-    image = picture(40, 30)
+    image = an_image(40, 30)
     found = np.asarray(Upscaler.load(tmp_path / "x.pth", device="cpu")(image))
     assert np.abs(found - whole(weights, image)).max() <= 1
 
@@ -130,7 +130,7 @@ def test_a_missing_file_and_a_small_tile_are_one_line(tmp_path):
         Upscaler.load(tmp_path / "x.safetensors")
     upscaler = Upscaler.load(upscalers.saved(upscalers.esrgan(), tmp_path / "x.safetensors"), device="cpu")
     with pytest.raises(UsageError, match="expected a tile of 128 pixels or more"):
-        upscaler(picture(8, 8), tile=100)
+        upscaler(an_image(8, 8), tile=100)
 
 
 def test_weights_that_are_not_finite_are_an_error(tmp_path):
@@ -138,4 +138,4 @@ def test_weights_that_are_not_finite_are_an_error(tmp_path):
     weights["model.0.bias"][0] = torch.nan
     upscaler = Upscaler.load(upscalers.saved(weights, tmp_path / "x.safetensors"), device="cpu")
     with pytest.raises(NotFiniteError, match="finite colours"):
-        upscaler(picture(8, 8))
+        upscaler(an_image(8, 8))

@@ -26,7 +26,7 @@ class DiffPIR(SamplingMethod):
     Attributes:
         weight: lambda, how strongly to keep to the prediction; 1 is what the noise levels say, `inf` switches the
             measurement
-        off. zeta: 0 to 1, the share of fresh noise at each step: 0 repeats the predicted noise, 1 draws all anew. About
+        off. zeta: 0 to 1, the share of fresh noise at each step: 0 repeats the predicted noise, 1 draws all of it again. About
         0.3
             spreads its samples most nearly as the posterior does; 1 gives smoother images.
         prior_std: how far a pixel strays from its mean at all. At noise levels far above it a prediction is better than
@@ -83,7 +83,7 @@ class DiffPIR(SamplingMethod):
 
 
 def _renoised(prediction: Prediction, level: Level, zeta: float, noise: Noise) -> Tensor:
-    """The prediction at `level`, with part of its noise drawn anew (eq. 14 of the paper)."""
+    """The prediction at `level`, with part of its noise drawn again (eq. 14 of the paper)."""
     eps = prediction.eps
     if zeta > 0.0 and level.sigma > 0.0:
         eps = math.sqrt(1.0 - zeta) * eps + math.sqrt(zeta) * noise()
