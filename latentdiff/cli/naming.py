@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import import_module
 from keyword import iskeyword
 from typing import Any
@@ -30,7 +30,7 @@ class Commands(click.Group):
             raise UsageError(with_flags(str(error), flags_of(command))) from error if command else None
 
 
-class Imported(Mapping[str, click.Command]):
+class Imported(MutableMapping[str, click.Command]):
     """Commands by their names, each imported when it is asked for.
 
     Args:
@@ -38,17 +38,25 @@ class Imported(Mapping[str, click.Command]):
     """
 
     def __init__(self, files: Mapping[str, str]) -> None:
-        self._files = files
+        self._commands: dict[str, click.Command | str] = dict(files)
 
     def __getitem__(self, name: str) -> click.Command:
-        module = import_module(f"latentdiff.cli.{self._files[name]}")
-        return getattr(module, f"{name}_" if iskeyword(name) else name)
+        found = self._commands[name]
+        if isinstance(found, click.Command):
+            return found
+        return getattr(import_module(f"latentdiff.cli.{found}"), f"{name}_" if iskeyword(name) else name)
+
+    def __setitem__(self, name: str, command: click.Command) -> None:
+        self._commands[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._commands[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._commands)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._commands)
 
 
 def flags_of(command: click.Command | None) -> dict[str, str]:
