@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from latentdiff import Pipeline
-from latentdiff.adapters.lora import LoRA, LoRASpec, save_lora
+from latentdiff.adapters.lora.adapter import LoRA
+from latentdiff.adapters.lora.saving import save_lora
+from latentdiff.adapters.lora.spec import LoRASpec
 from latentdiff.checkpoints.conversion import convert
 from latentdiff.checkpoints.distilled import Distilled, copy_distilled
 from latentdiff.cli import run

@@ -20,7 +20,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from latentdiff import Pipeline
-from latentdiff.adapters.lora import save_lora
+from latentdiff.adapters.lora.saving import save_lora
 from latentdiff.diffusion.denoise import Cancelled
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.networks.kernels import has_taps

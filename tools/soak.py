@@ -43,7 +43,9 @@ def soak(name: str, work: Iterator[object], count: int) -> bool:
 
 def images(folder: Path) -> Iterator[object]:
     """Images of one Pipeline: plain, with a LoRA on and off, from an image, cached, in several sizes."""
-    from latentdiff.adapters.lora import LoRA, LoRASpec, save_lora
+    from latentdiff.adapters.lora.adapter import LoRA
+    from latentdiff.adapters.lora.saving import save_lora
+    from latentdiff.adapters.lora.spec import LoRASpec
     from latentdiff.pipeline import Pipeline
     from tools.fuzzing.readers import tiny_model
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 
-from latentdiff.cli.loras import LORAS, ScaledFile
+from latentdiff.cli.loras import LORAS
 from latentdiff.cli.options import ANY_PATH, DEVICE, MODEL
 from latentdiff.cli.output import check_writable
 from latentdiff.cli.places import FOLDER, folder_there
@@ -41,18 +41,7 @@ from latentdiff.request.options import SamplerName
     help="Real scenes made by tools/make_scenes.py, for the judge's ceiling and floor and the VAE's scores.",
 )
 @DEVICE
-def evaluate(
-    model: str | None,
-    loras: list[ScaledFile],
-    out: Path,
-    limit: int | None,
-    seeds: int,
-    steps: int,
-    guidance: float,
-    sampler: str,
-    scenes: Path | None,
-    device: str,
-) -> None:
+def evaluate(out: Path, **settings: Any) -> None:
     """Score a model on GenEval's six tasks, on scenes.
 
     Images of held-out prompts are judged by a classifier that shares no weights with the model: single object, two
@@ -61,16 +50,4 @@ def evaluate(
     check_writable(out)
     from latentdiff import evaluation
 
-    report = evaluation.evaluate(
-        model=model,
-        loras=loras,
-        out=out,
-        limit=limit,
-        seeds=seeds,
-        steps=steps,
-        guidance=guidance,
-        sampler=sampler,
-        scenes=scenes,
-        device=device,
-    )
-    click.echo(report)
+    click.echo(evaluation.evaluate(out=out, **settings))

@@ -49,19 +49,21 @@ def merge(files: tuple[str, ...], model: str | None, allow_partial: bool, out: P
     for path, _ in scaled:
         check_there("LoRA file", path)
     check_writable(out)
-    from latentdiff.adapters import lora as adapters
+    from latentdiff.adapters.lora.adapter import merge as merge_loras
+    from latentdiff.adapters.lora.loading import load_lora
+    from latentdiff.adapters.lora.metadata import learned_words
     from latentdiff.checkpoints.components import save_folder
 
     parts = _load(model)
     loaded = []
     for path, scale in scaled:
-        found, report = adapters.load_lora(path, parts.unet, parts.text_encoder, allow_partial=allow_partial)
+        found, report = load_lora(path, parts.unet, parts.text_encoder, allow_partial=allow_partial)
         click.echo(f"{path}: {report}", err=True)
         if report.words:
             click.echo(f"note: the words of {path} cannot be merged into weights and are left out", err=True)
         loaded.append((found, scale))
-        parts.words = parts.words and parts.words.with_texts(adapters.learned_words(found.metadata))
-    adapters.merge(loaded)
+        parts.words = parts.words and parts.words.with_texts(learned_words(found.metadata))
+    merge_loras(loaded)
     save_folder(parts, out)
     click.echo(out)
 
@@ -82,11 +84,12 @@ def convert(source: str, target: Path, dialect: str, model: str | None) -> None:
     """Write the LoRA file IN with other names. The model that it was made for tells what the names mean."""
     check_there("LoRA file", source)
     check_writable(target.parent)
-    from latentdiff.adapters import lora as adapters
+    from latentdiff.adapters.lora.loading import load_lora
+    from latentdiff.adapters.lora.saving import save_lora
 
     parts = _load(model)
-    found, report = adapters.load_lora(source, parts.unet, parts.text_encoder)
-    adapters.save_lora(found, target, dialect=dialect)
+    found, report = load_lora(source, parts.unet, parts.text_encoder)
+    save_lora(found, target, dialect=dialect)
     click.echo(f"{source}: {report}", err=True)
     click.echo(target)
 
@@ -96,7 +99,7 @@ def convert(source: str, target: Path, dialect: str, model: str | None) -> None:
 def inspect(file: str) -> None:
     """Say what a LoRA file adapts, how strongly, and what it was made from. Executes nothing in it."""
     check_there("LoRA file", file)
-    from latentdiff.adapters.lora import made_for, read_lora
+    from latentdiff.adapters.lora.reading import made_for, read_lora
     from latentdiff.checkpoints.hashing import file_hash
 
     found = read_lora(file)

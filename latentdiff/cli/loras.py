@@ -16,7 +16,7 @@ from latentdiff.prompts.syntax import read_prompt
 from latentdiff.recipe import Recipe
 
 if TYPE_CHECKING:
-    from latentdiff.adapters.lora import Strength
+    from latentdiff.adapters.lora.strength import Strength
     from latentdiff.pipeline import Pipeline
 
 ScaledFile = tuple[str, "float | str | Strength"]

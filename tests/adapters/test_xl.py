@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
-from latentdiff.adapters.lora import save_lora
+from latentdiff.adapters.lora.saving import save_lora
 from latentdiff.adapters.textual_inversion import NewWord
 from latentdiff.errors import CheckpointError
 from tests import peers, tiny

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from latentdiff.adapters.lora import save_lora
+from latentdiff.adapters.lora.saving import save_lora
 from latentdiff.cli.command_line import quoted
 from latentdiff.image import open_image, save_image, save_png
 from latentdiff.recipe import Recipe, read_recipe

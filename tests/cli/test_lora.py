@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentdiff.adapters.lora import lora_metadata, save_lora
+from latentdiff.adapters.lora.metadata import lora_metadata
+from latentdiff.adapters.lora.saving import save_lora
 from latentdiff.image import open_image
 from latentdiff.recipe import read_recipe
 from tests import peers

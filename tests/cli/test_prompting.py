@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from latentdiff.adapters.lora import save_lora
+from latentdiff.adapters.lora.saving import save_lora
 from latentdiff.image import open_image
 from latentdiff.recipe import read_recipe
 from tests import peers

@@ -12,7 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latentdiff import Pipeline
-from latentdiff.adapters.lora import LoRA, LoRASpec, lora_metadata, save_lora
+from latentdiff.adapters.lora.adapter import LoRA
+from latentdiff.adapters.lora.metadata import lora_metadata
+from latentdiff.adapters.lora.saving import save_lora
+from latentdiff.adapters.lora.spec import LoRASpec
 from latentdiff.checkpoints.embedded import embedded_model
 from latentdiff.errors import UsageError
 from latentdiff.prompts.words import read_words

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from latentdiff.adapters.lora import LoRA, LoRASpec
+from latentdiff.adapters.lora.adapter import LoRA
+from latentdiff.adapters.lora.spec import LoRASpec
 from latentdiff.engines import fast_forms
 from latentdiff.networks import kernels
 from latentdiff.networks.config import UNetConfig, VAEConfig

@@ -10,7 +10,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from latentdiff.adapters.lora import LoRA, LoRASpec, save_lora
+from latentdiff.adapters.lora.adapter import LoRA
+from latentdiff.adapters.lora.saving import save_lora
+from latentdiff.adapters.lora.spec import LoRASpec
 from latentdiff.cli.evaluate import evaluate as command
 from latentdiff.errors import DataError, UsageError
 from latentdiff.evaluation import evaluate

@@ -189,7 +189,7 @@ def adapted(tmp_path_factory):
     """A server with a folder of LoRAs, and a word that its models learn."""
     from safetensors.torch import save_file
 
-    from latentdiff.adapters.lora import save_lora
+    from latentdiff.adapters.lora.saving import save_lora
     from tests.adapters.lora.conftest import make
 
     folder = tmp_path_factory.mktemp("adapted")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from latentdiff.adapters.lora import LoRA, LoRASpec
+from latentdiff.adapters.lora.adapter import LoRA
+from latentdiff.adapters.lora.spec import LoRASpec
 from latentdiff.networks.config import UNetConfig
 from latentdiff.networks.kernels import has_product
 from latentdiff.networks.layers import FeedForward, ResnetBlock

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from latentdiff.adapters.lora import LoRA, LoRASpec, save_lora
+from latentdiff.adapters.lora.adapter import LoRA
+from latentdiff.adapters.lora.saving import save_lora
+from latentdiff.adapters.lora.spec import LoRASpec
 from latentdiff.checkpoints.components import Components, load_components
 from latentdiff.checkpoints.conversion import convert
 from latentdiff.checkpoints.files import read_tensors

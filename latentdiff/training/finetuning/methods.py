@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from latentdiff.adapters.control.applied import check_fits, network_for
-from latentdiff.adapters.lora import LoRA, LoRASpec, lora_metadata, network_metadata, save_lora
+from latentdiff.adapters.lora.adapter import LoRA
+from latentdiff.adapters.lora.metadata import lora_metadata, network_metadata
 from latentdiff.adapters.lora.norms import limit_norms
-from latentdiff.adapters.lora.spec import by_block
+from latentdiff.adapters.lora.saving import save_lora
+from latentdiff.adapters.lora.spec import LoRASpec, by_block
 from latentdiff.adapters.textual_inversion import NewWord
 from latentdiff.checkpoints.components import Components, save_folder
 from latentdiff.checkpoints.control import read_control

@@ -22,7 +22,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from latentdiff.adapters.lora import LoRA
+from latentdiff.adapters.lora.adapter import LoRA
 from latentdiff.diffusion.parameterization import parameterization
 from latentdiff.diffusion.schedule import Schedule
 from latentdiff.errors import ConfigError

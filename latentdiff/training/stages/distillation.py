@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.adapters.lora import LoRA, LoRASpec, lora_metadata, save_lora
+from latentdiff.adapters.lora.adapter import LoRA
+from latentdiff.adapters.lora.metadata import lora_metadata
+from latentdiff.adapters.lora.saving import save_lora
+from latentdiff.adapters.lora.spec import LoRASpec
 from latentdiff.checkpoints.components import Components
 from latentdiff.checkpoints.distilled import LORA_FILE, OPTIONS_FILE, write_options
 from latentdiff.diffusion.schedule import Schedule

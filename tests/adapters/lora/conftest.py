@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from latentdiff.adapters.lora import LoRA, LoRASpec
+from latentdiff.adapters.lora.adapter import LoRA
+from latentdiff.adapters.lora.spec import LoRASpec
 from tests import peers
 
 EVERYTHING = (

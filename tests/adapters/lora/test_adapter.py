@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from latentdiff.adapters.lora import LoRA, LoRASpec, merge
+from latentdiff.adapters.lora.adapter import LoRA, merge
+from latentdiff.adapters.lora.spec import LoRASpec
 from latentdiff.errors import UsageError
 from tests import peers
 from tests.adapters.lora import conftest

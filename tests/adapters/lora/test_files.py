@@ -10,9 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from latentdiff.adapters.lora import LoRASpec, load_lora, lora_metadata, read_lora, save_lora
+from latentdiff.adapters.lora.loading import load_lora
+from latentdiff.adapters.lora.metadata import lora_metadata
 from latentdiff.adapters.lora.names import all_names, kohya_name, read_key
-from latentdiff.adapters.lora.spec import adaptable
+from latentdiff.adapters.lora.reading import read_lora
+from latentdiff.adapters.lora.saving import save_lora
+from latentdiff.adapters.lora.spec import LoRASpec, adaptable
 from latentdiff.checkpoints.tables import unet_map
 from latentdiff.errors import CheckpointError, LatentDiffError, UsageError
 from latentdiff.networks.config import UNetConfig

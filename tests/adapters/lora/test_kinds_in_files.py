@@ -9,7 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentdiff.adapters.lora import Strength, load_lora, merge, read_lora, save_lora
+from latentdiff.adapters.lora.adapter import merge
+from latentdiff.adapters.lora.loading import load_lora
+from latentdiff.adapters.lora.reading import read_lora
+from latentdiff.adapters.lora.saving import save_lora
+from latentdiff.adapters.lora.strength import Strength
 from latentdiff.checkpoints.inspection import inspect
 from latentdiff.errors import CheckpointError, UsageError
 from tests import peers

@@ -9,9 +9,13 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
-from latentdiff.adapters.lora import LoRA, LoRASpec, load_lora, merge, read_lora, save_lora
+from latentdiff.adapters.lora.adapter import LoRA, merge
 from latentdiff.adapters.lora.kinds.new import NEW, Shape
+from latentdiff.adapters.lora.loading import load_lora
 from latentdiff.adapters.lora.norms import limit_norms
+from latentdiff.adapters.lora.reading import read_lora
+from latentdiff.adapters.lora.saving import save_lora
+from latentdiff.adapters.lora.spec import LoRASpec
 from latentdiff.errors import UsageError
 from tests import peers
 from tests.adapters.lora.conftest import EVERYTHING, fill, our_outputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from latentdiff.adapters.lora import save_lora
+from latentdiff.adapters.lora.saving import save_lora
 from latentdiff.checkpoints.hashing import file_hash
 from latentdiff.errors import UsageError
 from latentdiff.prompts.syntax import read_prompt

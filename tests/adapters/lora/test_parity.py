@@ -8,7 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentdiff.adapters.lora import LoRA, LoRALayer, load_lora, save_lora
+from latentdiff.adapters.lora.adapter import LoRA
+from latentdiff.adapters.lora.kinds import LoRALayer
+from latentdiff.adapters.lora.loading import load_lora
+from latentdiff.adapters.lora.saving import save_lora
 from latentdiff.engines.fast_forms import use_plain_forms
 from tests import peers
 from tests.adapters.lora.conftest import EVERYTHING, make, our_image, our_outputs, their_image, their_outputs

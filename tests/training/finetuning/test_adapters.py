@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from latentdiff import Pipeline, finetune
-from latentdiff.adapters.lora import load_lora
+from latentdiff.adapters.lora.loading import load_lora
 from latentdiff.errors import ConfigError
 from latentdiff.training.finetuning.finetune import resolve, run
 from latentdiff.training.finetuning.preparation import Preparation, make_accelerator

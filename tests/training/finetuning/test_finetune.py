@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from latentdiff import Pipeline, finetune
-from latentdiff.adapters.lora import learned_words
+from latentdiff.adapters.lora.metadata import learned_words
 from latentdiff.cli import cli
 from latentdiff.cli import run as run_command
 from latentdiff.errors import (
