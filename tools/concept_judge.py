@@ -1,60 +1,54 @@
-"""A judge that also knows the new thing and the new style of `make_concept.py`.
+"""A judge that also knows the new things and styles of `make_concept.py`.
 
-It is the judge of `latentdiff evaluate`, further trained on renders alone: of the known world, of the new thing, of
-things that neither knows (so that strange is not enough to be called new), of the new thing with its quarters in a
-wrong order (so that its colours are not enough), and of sepia images. It never sees a generated image.
+It is the judge of `latentdiff evaluate`, further trained as that one was, on scenes whose things are whole or damaged:
+of the known world, of the new things, of things that neither knows (so that strange is not enough to be called new), of
+known things in the new styles, and in their own colours on the paper of these (so that paper is not enough). It never
+sees a generated image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
-from glyphs import Glyphs
-from judge_scenes import Scene, batch_of
-from make_concept import OBJECT, PAPER, drawn, style_plans
+from glyphs import Glyphs, Sprite
+from judge_scenes import Composer, Scene
+from make_concept import STYLES, drawn
+from make_scenes import MIN_CONTRAST, clear_sprites, sprites_of
 from PIL import Image
-from scene_language import BACKGROUNDS, Plan, Thing, draw_plan
-from tqdm import tqdm
-from train_judge import BATCH, loss_of, make_targets
+from scene_language import BACKGROUNDS, NEW_NOUNS, Plan, Thing
+from train_judge import Trainer
+from train_judge import train as train_judge
 
 from latentdiff.evaluation.judge import Judge, save_judge
-from latentdiff.evaluation.network import JudgeConfig, JudgeNetwork
+from latentdiff.evaluation.network import JudgeNetwork
 
-OTHER = "something else"
-SEPIA = "sepia"  # stands among the backgrounds: it is what the whole image looks like
-
-# Things that nobody knows: the judge learns some as "something else", and is tested with the others.
+# Things that nobody knows: the judge learns that some are none of its own, and is tested with the others.
 STRANGE = ("🏺", "🛵", "🪴", "🛶", "🔭", "🧯", "🎲", "🧱", "🪵", "🔦", "🧵", "🎯", "⛲", "🪭", "🪗", "🥜")
-STRANGE_TEST = ("🍵", "🫙", "🚪", "🪶", "🪞", "🌰", "🪒")
+STRANGE_TEST = ("🍵", "🫙", "🚪", "🪶", "🪞", "🌰", "🪒", "🦫")
 
-# Orders of a thing's quarters (upper left, upper right, lower left, lower right) in which none is where it was.
-_ORDERS = ((3, 2, 1, 0), (2, 3, 0, 1), (1, 3, 0, 2))
+# How often a scene is of which kind.
+KINDS = {"known": 0.33, "new": 0.27, "strange": 0.1, "style": 0.25, "paper": 0.05}
 
 STEPS = 300
-LEARNING_RATE = 1e-3
-WARMUP = 30
-_SCENES = 5000
 
 
-def load_concept_judge(
-    folder: Path, base: Judge, glyphs: Glyphs, *, steps: int = STEPS, scenes: int = _SCENES
-) -> Judge:
+def load_concept_judge(folder: Path, base: Judge, glyphs: Glyphs, *, steps: int = STEPS) -> Judge:
     """Read the judge in a folder, or train it there (minutes on one core)."""
     if not (folder / "config.json").is_file():
-        save_judge(train(extended(base), scenes, steps, glyphs), folder)
+        save_judge(train(extended(base), steps, folder, glyphs), folder)
     return Judge.load(folder)
 
 
 def extended(base: Judge) -> JudgeNetwork:
-    """The judge's network with outputs for the new thing, for strange things and for the style; the rest is as it
-    was."""
+    """The judge's network with outputs for the new things and styles; the rest is as it was."""
     old = base.config
-    config = replace(old, nouns=(*old.nouns, OBJECT, OTHER), backgrounds=(*old.backgrounds, SEPIA))
+    config = replace(old, nouns=(*old.nouns, *NEW_NOUNS), backgrounds=(*old.backgrounds, *STYLES))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = JudgeNetwork(config)
@@ -62,100 +56,70 @@ def extended(base: Judge) -> JudgeNetwork:
     new = network.state_dict()
     after_nouns = 1 + len(old.nouns)
     for name in ("cell.weight", "cell.bias"):
-        at_nouns = new[name][after_nouns : after_nouns + 2]
+        at_nouns = new[name][after_nouns : after_nouns + len(NEW_NOUNS)]
         weights[name] = torch.cat([weights[name][:after_nouns], at_nouns, weights[name][after_nouns:]])
     for name in ("background.weight", "background.bias"):
-        weights[name] = torch.cat([weights[name], new[name][-1:]])
+        weights[name] = torch.cat([weights[name], new[name][-len(STYLES) :]])
     network.load_state_dict(weights)
     return network
 
 
-def train(network: JudgeNetwork, count: int, steps: int, glyphs: Glyphs) -> JudgeNetwork:
-    """Train on renders in memory, always the same ones."""
-    scenes = [
-        one
-        for _, one in zip(range(count), endless_scenes(network.config, Random("concept judge"), glyphs), strict=False)
-    ]
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    network.to(memory_format=torch.channels_last).train()
-    for step in tqdm(range(steps), desc="judge of the new concepts", unit="step", mininterval=2.0):
-        rate = min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
-        batch = batch_of(scenes, step, seed=0, size=BATCH)
-        pixels = torch.from_numpy(np.stack([scene.pixels for scene in batch]))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = network((pixels.float() / 127.5 - 1).permute(0, 3, 1, 2))  # channels last in memory
-        loss_of(output, make_targets(batch, network.config.size)).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return network.eval()
+def train(network: JudgeNetwork, steps: int, folder: Path, glyphs: Glyphs) -> JudgeNetwork:
+    """Train on scenes that depend on the step alone; goes on from what an interrupted run left in the folder."""
+    trainer = Trainer(network.config, folder, seed=0)
+    if trainer.step == 0:
+        trainer.network.load_state_dict(network.state_dict())
+    nothing = np.empty((0, network.config.size, network.config.size, 3), dtype=np.uint8)
+    train_judge(trainer, ConceptComposer(glyphs, network.config), nothing, steps, seed=0)
+    trainer.checkpoint.unlink(missing_ok=True)
+    return trainer.network.eval()
 
 
-def endless_scenes(config: JudgeConfig, rng: Random, glyphs: Glyphs) -> Iterator[Scene]:
-    """In turn: the known world, the new thing, strange things, sepia images; and on tinted paper others, which are
-    none."""
-    in_style = style_plans_of_all(rng, glyphs.nouns)
-    while True:
-        yield from _scenes(
-            [draw_plan(rng, rng.choice(("train", "test")), nouns=glyphs.nouns) for _ in range(3)], config, rng, glyphs
-        )
-        yield from _scenes([_with(OBJECT, rng, glyphs.nouns), _with(OBJECT, rng, glyphs.nouns)], config, rng, glyphs)
-        yield from _scenes([_with(rng.choice(STRANGE), rng, glyphs.nouns)], config, rng, glyphs)
-        yield from (
-            _jumbled(scene, config, rng) for scene in _scenes([_with(OBJECT, rng, glyphs.nouns)], config, rng, glyphs)
-        )
-        yield from _scenes([next(in_style), next(in_style)], config, rng, glyphs, sepia=True)
-        tinted = replace(draw_plan(rng, "train", nouns=glyphs.nouns), background="white")
-        for scene in _scenes([tinted], config, rng, glyphs):
-            paper = (scene.pixels * (np.array(PAPER) / 255.0)).astype(np.uint8)
-            yield replace(scene, pixels=paper)
+class ConceptComposer(Composer):
+    """Draws scenes of the known world, and such with something new."""
+
+    def _composed(self, seed: str) -> Scene:
+        rng, noise = Random(seed), np.random.default_rng(list(seed.encode()))
+        kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+        if kind == "known":
+            return super()._composed(seed)
+        if kind in ("style", "paper"):
+            return self._on_paper(rng.choice(list(STYLES)), kind == "style", rng, noise)
+        while True:
+            plan = plan_with(rng.choice(tuple(NEW_NOUNS) if kind == "new" else STRANGE), rng, self.glyphs.nouns)
+            if (sprites := clear_sprites(plan, self.config.size, self.glyphs)) is not None:
+                return self.drawn(plan, sprites, rng, noise)
+
+    def _on_paper(self, name: str, toned: bool, rng: Random, noise: np.random.Generator) -> Scene:
+        """Known things in a style; or in their own colours on its paper, which is called by the nearest background."""
+        style = STYLES[name]
+        while True:
+            plan = plan_with(rng.choice(self.glyphs.nouns), rng, self.glyphs.nouns)
+            sprites = sprites_of(plan, self.config.size, self.glyphs)
+            # A brown bear on sepia's paper could be either.
+            if toned or any(_differs(sprite, style.toned(sprite)) for sprite in sprites):
+                break
+        scene = self.drawn(plan, sprites, rng, noise, style.sheet(), *([style.toned] if toned else []))
+        called = name if toned else min(BACKGROUNDS, key=lambda other: math.dist(BACKGROUNDS[other], style.paper))
+        return replace(scene, background=self.config.backgrounds.index(called))
 
 
-def style_plans_of_all(rng: Random, nouns: Sequence[str]) -> Iterator[Plan]:
-    """The judge has to know the held-out things in sepia, too, or it would fail right images of them."""
-    pairs = zip(style_plans(rng, "train", nouns), style_plans(rng, "test", nouns), strict=False)
-    return (plan for pair in pairs for plan in pair)
+def _differs(sprite: Sprite, other: Sprite) -> bool:
+    """Whether two looks of a thing are clearly of other colours."""
+    distance = np.linalg.norm(sprite.colour - other.colour, axis=-1)
+    return float(distance.sum() / (1 - sprite.keep).sum()) >= MIN_CONTRAST
 
 
-def _with(noun: str, rng: Random, nouns: Sequence[str]) -> Plan:
-    """A plan with a new or strange thing, alone or with a known one."""
+def plan_with(noun: str, rng: Random, nouns: Sequence[str]) -> Plan:
+    """A plan with a thing alone, or among three others."""
     background = rng.choice(list(BACKGROUNDS))
-    if rng.random() < 0.5:
+    if rng.random() < 0.6:
         return Plan("single", background, (Thing(noun, size=rng.choice((None, "small", "big"))),))
-    return Plan("two", background, (Thing(noun), Thing(rng.choice(nouns))))
-
-
-def _scenes(
-    plans: Sequence[Plan], config: JudgeConfig, rng: Random, glyphs: Glyphs, *, sepia: bool = False
-) -> Iterator[Scene]:
-    for plan, image, boxes in drawn(plans, rng, glyphs, sepia=sepia):
-        names = [thing.noun if thing.noun in config.nouns else OTHER for thing in plan.things]
-        own = len(config.colours)
-        yield Scene(
-            np.asarray(image),
-            config.backgrounds.index(SEPIA if sepia else plan.background),
-            np.array([config.nouns.index(name) for name in names]),
-            np.array([config.colours.index(thing.colour) if thing.colour else own for thing in plan.things]),
-            np.array(boxes, dtype=np.float32),
-        )
-
-
-def _jumbled(scene: Scene, config: JudgeConfig, rng: Random) -> Scene:
-    """The new thing's quarters in a wrong order: its colours and parts are not enough, it must have its shape."""
-    new = scene.nouns == config.nouns.index(OBJECT)
-    left, top, right, bottom = scene.boxes[new][0].astype(int)
-    height, width = (bottom - top) // 2, (right - left) // 2
-    places = [(top + height * row, left + width * column) for row in (0, 1) for column in (0, 1)]
-    pixels = scene.pixels.copy()
-    for (y, x), source in zip(places, rng.choice(_ORDERS), strict=True):
-        from_y, from_x = places[source]
-        pixels[y : y + height, x : x + width] = scene.pixels[from_y : from_y + height, from_x : from_x + width]
-    return replace(scene, pixels=pixels, nouns=np.where(new, config.nouns.index(OTHER), scene.nouns))
+    return Plan("crowd", background, (Thing(noun), *(Thing(other) for other in rng.sample(list(nouns), 3))))
 
 
 def strange_images(count: int, glyphs: Glyphs) -> list[Image.Image]:
-    """Scenes of things that the judge was never shown, in which it must not see the new thing."""
-    rng = Random("strange pictures")
-    plans = (_with(rng.choice(STRANGE_TEST), rng, glyphs.nouns) for _ in range(10 * count))
+    """Scenes of things that the judge was never shown, in which it must not see the new things."""
+    rng = Random("strange images")
+    plans = (plan_with(rng.choice(STRANGE_TEST), rng, glyphs.nouns) for _ in range(10 * count))
     return [image for _, (_, image, _) in zip(range(count), drawn(plans, rng, glyphs), strict=False)]

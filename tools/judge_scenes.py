@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -89,12 +89,20 @@ class Composer:
         things = (Thing(noun, rng.choice(colours) if rng.random() < _COLOURED else None) for noun in nouns)
         return Plan(kind, background, tuple(things))
 
-    def drawn(self, plan: Plan, sprites: Sequence[Sprite], rng: Random, noise: np.random.Generator) -> Scene:
-        """A plan drawn with things that met their fates."""
+    def drawn(
+        self, plan: Plan, sprites: Sequence[Sprite], rng: Random, noise: np.random.Generator,
+        canvas: np.ndarray | None = None, shown: Callable[[Sprite], Sprite] = lambda sprite: sprite,
+    ) -> Scene:  # fmt: skip
+        """A plan drawn with things that met their fates.
+
+        Args:
+            canvas: (size, size, 3) float32 in 0-255 to draw on, in place of the plan's background.
+            shown: what becomes of each thing's look after that.
+        """
         fates = rng.choices(list(self.fates), list(self.fates.values()), k=len(sprites))
         met = [self._met(*each, noise) for each in zip(plan.things, sprites, fates, strict=True)]
-        canvas = ground(plan.background, rng, self.config.size)
-        pixels, boxes = drawn_on(canvas, plan, [sprite for sprite, _, _ in met], rng)
+        canvas = ground(plan.background, rng, self.config.size) if canvas is None else canvas
+        pixels, boxes = drawn_on(canvas, plan, [shown(sprite) for sprite, _, _ in met], rng)
         there = np.array([fate != "gone" for fate in fates])
         return Scene(
             pixels,
@@ -106,7 +114,8 @@ class Composer:
 
     def _met(self, thing: Thing, sprite: Sprite, fate: str, noise: np.random.Generator) -> tuple[Sprite, int, int]:
         """What a fate makes of a thing: how it looks, and which noun and colour it has to be called."""
-        noun = self.config.nouns.index(thing.noun)
+        # What the judge has no name for is as unknown to it as what is melted.
+        noun = (*self.config.nouns, thing.noun).index(thing.noun)
         colour = self.config.colours.index(thing.colour) if thing.colour else len(self.config.colours)
         if fate == "as it is":
             return sprite, noun, colour

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from latentdiff.checkpoints.embedded import embedded_judge
 from latentdiff.errors import LatentDiffError, UsageError
 from latentdiff.evaluation.judge import Judge, Verdict
-from latentdiff.evaluation.prompts import TASK_OF_KIND, EvaluationPrompt, prompt_of_scene, read_prompts
+from latentdiff.evaluation.prompts import TASK_OF_KIND, TASKS, EvaluationPrompt, prompt_of_scene, read_prompts
 from latentdiff.evaluation.protocol import SEEDS_APART, TextToImage, check_words, judged
 from latentdiff.files import atomic_path
 from latentdiff.image import open_image, save_png
@@ -36,9 +36,9 @@ from latentdiff.pipeline import Pipeline
 SETTINGS = "drawn.json"  # in the folder: how its images were drawn
 
 
-def training_prompts(count: int, seed: int) -> Iterator[EvaluationPrompt]:
-    """Captions of scenes of the training split, in equal shares of the six tasks, with what their images must show."""
-    kinds = list(TASK_OF_KIND)
+def training_prompts(count: int, seed: int, tasks: Sequence[str] = tuple(TASKS)) -> Iterator[EvaluationPrompt]:
+    """Captions of scenes of the training split, in equal shares of the tasks, with what their images must show."""
+    kinds = [kind for kind, task in TASK_OF_KIND.items() if task in tasks]
     for number in range(count):
         rng = Random(f"{seed}/pairs/{number}")
         plan = draw_plan(rng, "train", kinds[number % len(kinds)])
@@ -119,6 +119,10 @@ def make_pairs(
 @click.option("--prompts", type=click.Path(path_type=Path), help="A file in GenEval's schema, in place of own ones.")
 @click.option("--count", type=click.IntRange(1), default=200, show_default=True, help="Own prompts.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the own prompts.")
+@click.option(
+    "--task", "tasks", type=click.Choice(list(TASKS)), multiple=True,
+    help="Own prompts of this task; may be repeated.  [default: all]",
+)  # fmt: skip
 @click.option("--seeds", type=click.IntRange(2, SEEDS_APART), default=8, show_default=True, help="Images of a prompt.")
 @click.option("--most", type=click.IntRange(1), default=2, show_default=True, help="Pairs of a prompt, at the most.")
 @click.option("--steps", type=click.IntRange(1), default=25, show_default=True)
@@ -126,11 +130,11 @@ def make_pairs(
 @click.option("--sampler", default="ddim", show_default=True)
 @click.option("--device", default="auto", show_default=True)
 def main(
-    out: Path, model: str | None, prompts: Path | None, count: int, seed: int, seeds: int, most: int, steps: int,
-    guidance: float, sampler: str, device: str,
+    out: Path, model: str | None, prompts: Path | None, count: int, seed: int, tasks: tuple[str, ...], seeds: int,
+    most: int, steps: int, guidance: float, sampler: str, device: str,
 ) -> None:  # fmt: skip
     try:
-        asked = read_prompts(prompts) if prompts else list(training_prompts(count, seed))
+        asked = read_prompts(prompts) if prompts else list(training_prompts(count, seed, tasks or tuple(TASKS)))
         options = {"steps": steps, "guidance_scale": guidance, "sampler": sampler}
         pipe = Pipeline.load(model, device=device)
         pairs, of = make_pairs(out, asked, pipe, seeds=seeds, most=most, options=options)

@@ -93,10 +93,15 @@ def compose(plan: Plan, rng: Random, size: int, glyphs: Glyphs) -> tuple[np.ndar
 
 def clear_sprites(plan: Plan, size: int, glyphs: Glyphs) -> list[Sprite] | None:
     """The things of a plan, ready to be drawn into an image of `size` pixels; None where one lacks contrast."""
+    sprites = sprites_of(plan, size, glyphs)
+    return sprites if all(contrast(sprite, plan.background) >= MIN_CONTRAST for sprite in sprites) else None
+
+
+def sprites_of(plan: Plan, size: int, glyphs: Glyphs) -> list[Sprite]:
+    """The things of a plan, ready to be drawn into an image of `size` pixels, whatever is behind them."""
     share = SIZES[plan.things[0].size if len(plan.things) == 1 else "small"]
     side = round(share * size / GRID) * GRID
-    sprites = [glyphs.sprite(thing.noun, thing.colour, side) for thing in plan.things]
-    return sprites if all(contrast(sprite, plan.background) >= MIN_CONTRAST for sprite in sprites) else None
+    return [glyphs.sprite(thing.noun, thing.colour, side) for thing in plan.things]
 
 
 def drawn_on(canvas: np.ndarray, plan: Plan, sprites: Sequence[Sprite], rng: Random) -> tuple[np.ndarray, list[Box]]:

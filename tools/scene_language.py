@@ -44,7 +44,7 @@ NOUNS = {
 }  # fmt: skip
 
 # Things that the embedded model has never seen, for examples of fine-tuning; no random plan holds one.
-NEW_NOUNS = {"teapot": "🫖"}
+NEW_NOUNS = {"teapot": "🫖", "raccoon": "🦝", "lantern": "🏮"}
 
 _PLURALS = {
     "butterfly": "butterflies", "octopus": "octopuses", "fish": "fish", "sheep": "sheep", "strawberry": "strawberries",

@@ -3,26 +3,29 @@
     python tools/score_concept.py data/teapot --lora runs/teapot/lora.safetensors
     python tools/score_concept.py data/sepia --model runs/sepia/model
 
-Images of the held-out prompts, before and after, are shown to a judge that knows the new thing and the new style
+Images of the held-out prompts, before and after, are shown to a judge that knows the new things and styles
 (`concept_judge.py`: trained on renders only, it shares no weights with the model). Beside the share of right images
 stand the judge's own score on real held-out images, on their reconstructions by the VAE, and how often it sees the
-new where it is not. Then both models take `latentdiff evaluate`'s old tasks.
+new where it is not. Then both models take `latentdiff evaluate`'s old tasks with the same seeds. The interval of the
+change is a bootstrap over prompts of the difference of each.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
 import numpy as np
-from concept_judge import SEPIA, load_concept_judge, strange_images
+from concept_judge import load_concept_judge, strange_images
 from glyphs import Glyphs, fetch_glyphs, glyphs_option
-from make_concept import OBJECT
+from make_concept import STYLES
 from PIL import Image
 from tqdm import tqdm
 
@@ -30,8 +33,9 @@ from latentdiff.checkpoints.embedded import embedded_judge
 from latentdiff.cli.loras import parse_scaled
 from latentdiff.errors import DataError, LatentDiffError
 from latentdiff.evaluation.judge import Judge, Verdict
-from latentdiff.evaluation.prompts import read_prompts
-from latentdiff.evaluation.protocol import SEEDS_APART, Score, score_prompts
+from latentdiff.evaluation.prompts import TASKS, read_prompts
+from latentdiff.evaluation.protocol import SEEDS_APART, Result, Score, score_prompts
+from latentdiff.evaluation.statistics import bootstrap_interval
 from latentdiff.files import atomic_path
 from latentdiff.image import contact_sheet, open_image, save_png, to_pil, to_tensor
 from latentdiff.pipeline import Pipeline
@@ -42,12 +46,11 @@ _KNOWN = 200  # scenes of the known world in which the new must not be seen
 Rule = Callable[[Verdict], bool]
 
 
-def has_object(seen: Verdict) -> bool:
-    return any(thing.noun == OBJECT for thing in seen.objects)
-
-
-def has_style(seen: Verdict) -> bool:
-    return seen.background == SEPIA
+def shows(concept: str) -> Rule:
+    """Whether an image shows a new thing, or is in a new style."""
+    if concept in STYLES:
+        return lambda seen: seen.background == concept
+    return lambda seen: any(thing.noun == concept for thing in seen.objects)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -86,10 +89,22 @@ def references(judge: Judge, pipe: Pipeline, data: Path, rule: Rule, glyphs: Gly
     }
 
 
-def old_tasks(pipe: Pipeline, per_task: int, seeds: int, steps: int, guidance: float) -> Score:
-    """The mean of the old tasks, by the judge of `latentdiff evaluate`."""
+def old_tasks(pipe: Pipeline, per_task: int, seeds: int, steps: int, guidance: float) -> Result:
+    """The old tasks, by the judge of `latentdiff evaluate`."""
     prompts = read_prompts(limit=per_task)
-    return score_prompts(pipe, prompts, seeds_per_prompt=seeds, steps=steps, guidance_scale=guidance).mean
+    return score_prompts(pipe, prompts, seeds_per_prompt=seeds, steps=steps, guidance_scale=guidance)
+
+
+def change(before: Result, after: Result, tasks: Sequence[str] = TASKS) -> Score:
+    """What the mean of the tasks has changed by, on the same prompts and seeds."""
+    rights: dict[str, dict[int, list[float]]] = {task: defaultdict(list) for task in tasks}
+    for one, other in zip(before.outcomes, after.outcomes, strict=True):
+        if one.task in rights:
+            rights[one.task][one.number].append(float(other.correct) - float(one.correct))
+    groups = [[fmean(each) for each in found.values()] for found in rights.values() if found]
+    value = fmean(map(fmean, groups))
+    low, high = bootstrap_interval(groups)
+    return Score(value, min(low, value), max(high, value), len(before.outcomes))
 
 
 def sheet_of(images: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:
@@ -135,16 +150,19 @@ def main(
         source = Glyphs(glyphs or fetch_glyphs(Path("data")))
         judge = load_concept_judge(judge_folder, Judge.load(embedded_judge()), source)
         lines = read_lines(data / "prompts.jsonl")
-        rule = has_style if "style" in lines[0] else has_object
+        rule = shows(lines[0]["concept"])
         prompts = [line["prompt"] for line in lines]
-        scores = references(judge, before, data, rule, source)
+        scores, old = references(judge, before, data, rule, source), {}
         for name, pipe in (("before", before), ("after", after)):
             made = images_of(pipe, prompts, **settings)
             scores[f"held-out prompts, {name}"] = share(judge, made, rule)
             if old_prompts:
-                scores[f"old tasks, {name}"] = old_tasks(pipe, old_prompts, **settings)
+                old[name] = old_tasks(pipe, old_prompts, **settings)
+                scores[f"old tasks, {name}"] = old[name].mean
             if out:
                 save_png(sheet_of(made[::seeds], prompts), out / f"{name}.png", metadata=False)
+        if old:
+            scores["old tasks, change"] = change(old["before"], old["after"])
         if out:
             with atomic_path(out / "scores.json") as temporary:
                 temporary.write_text(json.dumps({name: asdict(one) for name, one in scores.items()}, indent=1) + "\n")

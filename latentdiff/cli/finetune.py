@@ -30,7 +30,7 @@ _PLACEHOLDERS = {
     "model": "FOLDER|HUB_ID|FILE",
     "out": "FOLDER",
     "cache": "FOLDER",
-    "keep": "old[:WEIGHT]",
+    "keep": "auto|nothing|old[:WEIGHT]",
     "block_rank": "BLOCK=RANK",
     "block_lr": "BLOCK=LR",
     "sample_options": "NAME=VALUE",

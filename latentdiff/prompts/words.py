@@ -41,6 +41,11 @@ class Words:
         """These words and those of other captions, which the model was trained on later."""
         return replace(self, all=self.all.union(*map(split_words, texts)))
 
+    def unknown(self, texts: Iterable[str]) -> list[str]:
+        """The words of texts that were in no caption, each once; numbers are none of them."""
+        found = dict.fromkeys(word for text in texts for word in split_words(text))
+        return [word for word in found if word not in self.all and not _is_number(word)]
+
     def remarks(self, prompts: Sequence[str], width: int | None = None, height: int | None = None) -> Iterator[str]:
         """One line about each way in which a request goes beyond the training; none where it does not.
 
@@ -49,8 +54,8 @@ class Words:
             width, height: of the images in pixels, None for that of the training.
         """
         found = list(dict.fromkeys(word for prompt in prompts for word in split_words(prompt)))
-        counted = {word for word in found if word.isdecimal() or word in _NUMBERS}
-        if unknown := [word for word in found if word not in self.all and word not in counted]:
+        counted = {word for word in found if _is_number(word)}
+        if unknown := self.unknown(prompts):
             yield f"this model does not know {_quoted(unknown)}{self._nearest(unknown)}; latentdiff words lists what it knows"
         last = self.kinds["counts"][-1] if self.kinds["counts"] else None
         if last in _NUMBERS:
@@ -74,6 +79,10 @@ class Words:
         near = {word: difflib.get_close_matches(word, candidates, n=1, cutoff=_NEAR) for word in unknown}
         pairs = [f'"{matches[0]}"' for matches in near.values() if matches]
         return f" (nearest: {', '.join(dict.fromkeys(pairs))})" if pairs else ""
+
+
+def _is_number(word: str) -> bool:
+    return word.isdecimal() or word in _NUMBERS
 
 
 def read_words(folder: Path) -> Words | None:

@@ -42,6 +42,10 @@ def test_nothing_that_is_evaluated_is_asked_for():
             assert not scene_language.held_out("background", need.noun, prompt.background)
 
 
+def test_own_prompts_may_be_of_one_task_alone():
+    assert {prompt.task for prompt in make_pairs.training_prompts(8, 0, ["color_attr"])} == {"color_attr"}
+
+
 def test_pairs_are_drawn_judged_and_read_again(tmp_path, monkeypatch):
     """The tool as it is, with a judge whose word alternates."""
     monkeypatch.setattr(

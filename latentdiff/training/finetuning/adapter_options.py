@@ -30,8 +30,10 @@ class AdapterSection(Section):
     rslora: bool = False
     """Scale by alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023), so that high ranks learn as fast as low
     ones."""
-    targets: Texts = ("attention",)
-    """What the adapter changes: attention, feed_forward, convolutions, text_encoder, or patterns of module names."""
+    targets: Texts = ("auto",)
+    """What the adapter changes: attention, feed_forward, projections, convolutions, text_encoder, text_encoder_mlp, or
+    patterns of module names. auto: attention; all of these where the model lists its words, for its text encoder has
+    read no others."""
     block_rank: Assignments = ()
     """BLOCK=RANK: another rank for down, mid, up, text_encoder, a group of `targets`, or a pattern of module names; the
     last that fits decides, and 0 leaves the block out."""

@@ -30,13 +30,16 @@ from latentdiff.training.sections import (
 
 _SHARE_TO_STOP_BY = 0.1  # of the images, held out where a run is to decide by itself
 
+_KEEP_WORDS = ("auto", "nothing")  # what stands in `keep` beside old
+
 CONFIG = "config.yaml"  # in the folder of a run
 
 METHODS = ("lora", "full", "textual_inversion", "controlnet")
 
 # What differs between the methods; everything else has one default, given with its key.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "lora": {"lr": 1e-3, "max_steps": 600, "weight_decay": 0.0, "ema_decay": 0.99},
+    # Few images without their captions would teach that the empty prompt means them, which guidance leads away from.
+    "lora": {"lr": 1e-3, "max_steps": 600, "weight_decay": 0.0, "ema_decay": 0.99, "caption_dropout": 0.0},
     "full": {"lr": 1e-4, "max_steps": 1000, "ema_decay": 0.999},
     "textual_inversion": {
         "lr": 5e-3,
@@ -142,9 +145,10 @@ class FinetuneConfig(AdapterSection, DenoisingSection, ReadingSection):
     cache: Path | None = None
     """Folder of the caches, which runs may share; without it, `cache` in the run."""
 
-    keep: str | None = None
+    keep: str = "auto"
     """old or old:WEIGHT: keep what the model knew (lora, full), by its own predictions for old prompts, which are part of
-    the loss with this weight, 1 if none is given."""
+    the loss with this weight, 1 if none is given. nothing: do not. auto: old where the model lists its words and each
+    caption has one that it does not know, on which the new can hang."""
 
     stop: Literal["last", "auto"] = "last"
     """auto: stop before `max_steps` when more steps are not worth their time, and make the result from the best step: by the
@@ -187,8 +191,8 @@ class FinetuneConfig(AdapterSection, DenoisingSection, ReadingSection):
 
     @property
     def keep_weight(self) -> float | None:
-        """The weight in `keep`; None where nothing is kept."""
-        if self.keep is None:
+        """The weight in `keep`; None where nothing is kept, or where that follows from the data."""
+        if self.keep in _KEEP_WORDS:
             return None
         what, colon, weight = self.keep.partition(":")
         value = float(weight) if colon else 1.0
@@ -196,13 +200,19 @@ class FinetuneConfig(AdapterSection, DenoisingSection, ReadingSection):
             raise ValueError(self.keep)
         return value
 
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _keeps_nothing(cls, value: Any) -> Any:
+        return "nothing" if value is None else value  # as runs have it that were begun before there was auto
+
     @field_validator("keep")
     @classmethod
-    def _can_be_kept(cls, value: str | None) -> str | None:
+    def _can_be_kept(cls, value: str) -> str:
         try:
             _ = cls.model_construct(keep=value).keep_weight
         except ValueError:
-            raise ValueError("expected old, or old:WEIGHT with a weight above 0, such as old:0.5") from None
+            expected = "auto, nothing, old, or old:WEIGHT with a weight above 0, such as old:0.5"
+            raise ValueError(f"expected {expected}") from None
         return value
 
     @model_validator(mode="before")
@@ -232,9 +242,10 @@ class FinetuneConfig(AdapterSection, DenoisingSection, ReadingSection):
             raise ValueError(f"{self.optimizer} finds one step size for all; leave out text_encoder_lr")
         if self.method == "textual_inversion" and not self.word:
             raise ValueError("textual_inversion needs the new word, for example --word '<teapot>'")
-        if self.keep and self.method not in ("lora", "full"):
+        keeps = self.keep not in _KEEP_WORDS
+        if keeps and self.method not in ("lora", "full"):
             raise ValueError(f"keep goes with lora and full; {self.method} leaves the model as it is")
-        if self.keep and (self.zero_snr or self.prediction_type != "model"):
+        if keeps and (self.zero_snr or self.prediction_type != "model"):
             raise ValueError("prediction_type and zero_snr change what is predicted, which keep would hold; leave out keep")
         self._hints_fit()
         self._masks_fit()

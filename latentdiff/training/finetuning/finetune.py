@@ -19,6 +19,11 @@ from latentdiff.training.finetuning.rates import rate_advice
 from latentdiff.training.folder import owned
 from latentdiff.training.replay import verify_resume
 
+_KEEPS = (
+    "each caption has a word that the model does not know, so what it knew is kept meanwhile;"
+    " --keep nothing trains on the images alone"
+)
+
 
 def finetune(
     data: str | os.PathLike[str] | Sequence[str | os.PathLike[str] | Mapping[str, Any]] | None = None,
@@ -97,6 +102,8 @@ def _run(settings: FinetuneConfig, accelerator: Accelerator, verify_steps: int |
             trainer.start()
             if advice := rate_advice(settings, METHOD_DEFAULTS[settings.method]["lr"]):
                 accelerator.print(f"note: {advice}")
+            if made.keeps_by_itself:
+                accelerator.print(f"note: {_KEEPS}")
             write_config(settings, accelerator)  # only once what lies in the folder has taken it
             if verify_steps:
                 first, last = verify_resume(trainer, verify_steps)

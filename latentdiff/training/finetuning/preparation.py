@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from latentdiff.adapters.lora.spec import TARGET_GROUPS
 from latentdiff.checkpoints.components import Components, load_components
 from latentdiff.checkpoints.embedded import EMBEDDED_NAME, embedded_model
 from latentdiff.diffusion.config import ScheduleConfig
@@ -73,6 +74,8 @@ class Preparation:
             parts.name = EMBEDDED_NAME
         _check_model(parts, settings)
         parts.schedule_config = _schedule_config(parts.schedule_config, settings)
+        if settings.targets == ("auto",):
+            settings = settings.model_copy(update={"targets": ("attention",) if parts.words is None else tuple(TARGET_GROUPS)})
         self.accelerator, self.method = accelerator, make_method(parts, settings)
         side = (
             settings.resolution / parts.vae.config.downscale if settings.resolution else parts.unet.config.sample_size
@@ -123,7 +126,7 @@ class Preparation:
             if self._remembers:
                 with self.accelerator.autocast():
                     task.knowledge = Forgetting(task.module, self._walks(task.module, "measured"))
-                    if (weight := settings.keep_weight) is not None:
+                    if (weight := self._keep_weight) is not None:
                         kept = self._walks(task.module, "kept")
                         task.practice = Practice(kept, weight, settings.batch_size, settings.seed)
             yield trainer
@@ -133,6 +136,22 @@ class Preparation:
         """Whether what the model knew can be compared with what it says later."""
         settings = self.settings
         return self.method.changes_model and settings.prediction_type == "model" and not settings.zero_snr
+
+    @property
+    def keeps_by_itself(self) -> bool:
+        """Whether `keep: auto` keeps the old: each caption has a word that the model does not know.
+
+        Without such a word, a caption asks for what the model draws already, and to keep that would work against the data.
+        """
+        words = self.method.parts.words
+        if self.settings.keep != "auto" or words is None or self.shards or not self._remembers:
+            return False
+        captions = self.material.samples.data.captions
+        return all(words.unknown([text]) for index in self.material.learned for text in captions[index])
+
+    @property
+    def _keep_weight(self) -> float | None:
+        return 1.0 if self.keeps_by_itself else self.settings.keep_weight
 
     def _walks(self, module: DenoisingLoss, purpose: str) -> Walks:
         settings, parts = self.settings, self.method.parts

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 
 from latentdiff.checkpoints.components import Components, save_folder
 from latentdiff.networks.vae import VAE
+from latentdiff.prompts.words import KINDS, Words, as_json
 from latentdiff.training.checkpoint import load_checkpoint, newest_checkpoint
 from latentdiff.training.finetuning.config import FinetuneConfig, make_config
 from latentdiff.training.stages.networks import new_text_encoder, new_unet, seeded
@@ -20,7 +23,7 @@ from tests import tiny
 from tests.training.build import captioned_folder
 from tests.training.build import config as training_config
 
-__all__ = ["captioned_folder", "log_of", "model_folder", "paired_folder", "settings", "state_of"]
+__all__ = ["captioned_folder", "listing_model", "log_of", "model_folder", "paired_folder", "settings", "state_of"]
 
 
 @cache
@@ -38,6 +41,14 @@ def model_folder(prediction_type: str = "v_prediction", *, inpainting: bool = Fa
     )
     save_folder(parts, tmp / "model")
     return tmp / "model"
+
+
+def listing_model(tmp: Path, words: Sequence[str]) -> Path:
+    """The same model, which says that it knows these words."""
+    model = shutil.copytree(model_folder(), tmp / "listing")
+    known = Words({kind: () for kind in KINDS}, frozenset(words), 16)
+    (model / "words.json").write_text(json.dumps(as_json(known)))
+    return model
 
 
 def settings(tmp: Path, **changes: Any) -> FinetuneConfig:

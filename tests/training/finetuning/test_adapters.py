@@ -14,7 +14,7 @@ from latentdiff.errors import ConfigError
 from latentdiff.training.finetuning.finetune import resolve, run
 from latentdiff.training.finetuning.preparation import Preparation, make_accelerator
 from tests import tiny
-from tests.training.finetuning.build import model_folder, settings, state_of
+from tests.training.finetuning.build import listing_model, model_folder, settings, state_of
 
 EVERYTHING = ["attention", "feed_forward", "convolutions", "text_encoder"]
 
@@ -42,6 +42,18 @@ def test_every_kind_resumes_exactly_and_its_file_is_what_was_trained(tmp, adapte
     before = pipe("cat", seed=0, steps=2, output="latents", progress=False)
     pipe.load_lora(tmp / "whole" / "lora.safetensors")
     assert (pipe("cat", seed=0, steps=2, output="latents", progress=False) - before).abs().max() > 1e-5
+
+
+def test_a_model_that_lists_its_words_is_adapted_everywhere(tmp):
+    """Its text encoder has read no others; of other models only the attention is adapted, as everywhere in the field."""
+    named = {}
+    for name, model in (("listing", listing_model(tmp, ["a"])), ("plain", model_folder())):
+        made = Preparation(*reversed(make_accelerator(settings(tmp, model=str(model)))))
+        named[name] = set(made.method.lora.layers)
+        assert "auto" not in made.settings.targets  # what is written down is what was taken
+    assert named["plain"] < named["listing"] and all(".attn" in layer for layer in named["plain"])
+    for part in (".conv1", ".ff.", ".proj_in", ".self_attn.", ".mlp."):
+        assert any(part in layer for layer in named["listing"])
 
 
 def test_the_file_says_what_it_is_as_lycoris_does(tmp):

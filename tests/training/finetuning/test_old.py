@@ -15,7 +15,7 @@ from latentdiff.training.finetuning.old import Forgetting, Practice, Walks, pred
 from latentdiff.training.finetuning.old_prompts import GENERAL, old_prompts
 from latentdiff.training.finetuning.preparation import Preparation, make_accelerator
 from latentdiff.training.report.log import kept_in_words
-from tests.training.finetuning.build import log_of, settings, state_of
+from tests.training.finetuning.build import listing_model, log_of, model_folder, settings, state_of
 
 PROMPTS = ["a photo of the cat", "a photo of the dog", "red", "the dog"]
 
@@ -154,8 +154,25 @@ def test_keeping_goes_on_where_it_was_and_in_parts(tmp, method):
 
 @pytest.mark.parametrize("value", ["new", "old:", "old:x", "old:0", "old:-1", "old:inf", "old:nan"])
 def test_what_cannot_be_kept_is_said(tmp, value):
-    with pytest.raises(ConfigError, match="expected old, or old:WEIGHT"):
+    with pytest.raises(ConfigError, match="expected auto, nothing, old, or old:WEIGHT"):
         settings(tmp, keep=value)
+
+
+@pytest.mark.parametrize(
+    ("lists", "keep", "keeps"),
+    [
+        (["a", "photo"], "auto", True),
+        (["a", "photo", "of", "the", "cat"], "auto", False),  # half of the captions say nothing new
+        (None, "auto", False),
+        (["a", "photo"], "nothing", False),
+        (["a", "photo"], None, False),
+    ],
+)
+def test_by_itself_it_keeps_the_old_where_new_words_carry_the_new(tmp, capsys, lists, keep, keeps):
+    model = model_folder() if lists is None else listing_model(tmp, lists)
+    run(settings(tmp, model=str(model), max_steps=2, keep=keep))
+    assert any("old" in entry for entry in log_of(tmp / "run")) == keeps
+    assert ("what it knew is kept meanwhile" in capsys.readouterr().out) == keeps
 
 
 def test_keep_goes_with_what_changes_the_model(tmp):
