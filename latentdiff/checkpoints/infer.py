@@ -135,8 +135,8 @@ def infer_unet(shapes: Shapes, *, large: bool, family: Family | None = None, poo
     )
 
 
-def infer_vae(shapes: Shapes, sample_size: int = 512) -> VAEConfig:
-    """Sizes of the KL autoencoder; `sample_size` is that of the U-Net in pixels."""
+def infer_vae(shapes: Shapes) -> VAEConfig:
+    """Sizes of the KL autoencoder."""
     levels = range(_count(shapes, "encoder.down"))
     return VAEConfig(
         in_channels=shapes["encoder.conv_in.weight"][1],
@@ -144,7 +144,6 @@ def infer_vae(shapes: Shapes, sample_size: int = 512) -> VAEConfig:
         latent_channels=shapes["post_quant_conv.weight"][1],
         block_out_channels=tuple(shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in levels),
         layers_per_block=_count(shapes, "encoder.down.0.block"),
-        sample_size=sample_size,
     )
 
 

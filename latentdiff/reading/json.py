@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from latentdiff.errors import CheckpointError, LatentDiffError
-from latentdiff.reading.plain import LONGEST_TEXT, read_text
+from latentdiff.reading.plain import read_text
 
 DEEPEST = 64  # levels; the files of published models have 5
 _AS_NOUGHTS = bytes.maketrans(b"123456789", b"0" * 9)
@@ -81,7 +81,6 @@ def read_object(
     error: type[LatentDiffError] = CheckpointError,
     *,
     remedy: str = "download it again",
-    longest: int = LONGEST_TEXT,
     finite: bool = True,
 ) -> dict[str, Any]:
     """The object in a JSON file.
@@ -89,7 +88,7 @@ def read_object(
     Raises:
         error: the file cannot be read, or is not valid.
     """
-    text = read_text(path, error, longest, remedy=remedy)
+    text = read_text(path, error, remedy=remedy)
     return parse_object(text, os.fspath(path), error, remedy=remedy, finite=finite)
 
 

@@ -94,19 +94,17 @@ def decode(
         ) from cause
 
 
-def bounded_lines(
-    file: TextIO, place: str, error: type[LatentDiffError] = DataError, longest: int = LONGEST_CAPTION
-) -> Iterator[str]:
-    """The lines of a text, as iterating over it gives them, none longer than `longest` letters.
+def bounded_lines(file: TextIO, place: str) -> Iterator[str]:
+    """The lines of a text, as iterating over it gives them, none longer than a caption may be.
 
     Raises:
-        error: one is.
+        DataError: one is.
     """
     number = 0
-    while line := file.readline(longest + 1):
+    while line := file.readline(LONGEST_CAPTION + 1):
         number += 1
-        if len(line) > longest:
-            raise error(f"{place} line {number} is longer than {longest:,} letters; it is probably another file")
+        if len(line) > LONGEST_CAPTION:
+            raise DataError(f"{place} line {number} is longer than {LONGEST_CAPTION:,} letters; it is probably another file")
         yield line
 
 

@@ -36,7 +36,7 @@ class Job:
     def __init__(self, number: int, draw: Draw, seeds: Sequence[int], first_piece: int) -> None:
         self.number, self.draw = number, draw
         self.pieces = [Piece(first_piece + place, seed, draw) for place, seed in enumerate(seeds)]
-        self.accepted, self.began = time.monotonic(), 0.0
+        self.began = 0.0
         self.ends: dict[int, Made | Failed] = {}
         self.steps: dict[int, Step] = {}
         self.previews: dict[int, Preview] = {}

@@ -130,21 +130,17 @@ def with_source_features(
     return injected
 
 
-def replay(
-    source: Denoiser, levels: Sequence[Level], latents: Sequence[Tensor], source_of: Sequence[int] = (0,)
-) -> Denoiser:
+def replay(source: Denoiser, levels: Sequence[Level], latents: Sequence[Tensor]) -> Denoiser:
     """A denoiser that says of any latents what `source` says of the stored ones: whatever was begun with, the source
     comes out.
 
     The limit of injection, where everything is taken. Injection as above does not reach it, however many blocks are
     taken: the encoder's skips and the cross-attention remain the target's. `source` has the batch of the targets.
     """
-    stored = dict(zip(levels, latents, strict=True))
-    rows = torch.as_tensor(source_of)
+    stored = dict(zip(levels, latents, strict=True))  # (1, C, h, w) each
 
     def denoise(x: Tensor, level: Level) -> Prediction:
-        own = stored[level].to(x)[rows.to(x.device)]  # (N or 1, C, h, w)
-        return source(own.expand_as(x), level)
+        return source(stored[level].to(x).expand_as(x), level)
 
     return denoise
 

@@ -47,13 +47,11 @@ class LayerChange(nn.Module):
     Class attributes:
         kind: what people call it.
         needs, takes: the tensors that it is made of, and those that may come with them, by role.
-        shows_rank: the role whose first size is the inner width; "" for kinds without one.
     """
 
     kind: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     takes: ClassVar[frozenset[str]] = frozenset()
-    shows_rank: ClassVar[str] = ""
 
     def __init__(self, tensors: Mapping[str, Tensor], facts: Facts) -> None:
         super().__init__()

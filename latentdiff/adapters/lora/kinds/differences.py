@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from latentdiff.adapters.lora.kinds.change import LayerChange
@@ -17,8 +15,6 @@ class _OfWeight(LayerChange):
 
 
 class _OfBias(LayerChange):
-    factored: ClassVar[bool] = False
-
     def bias_change(self, bias: Tensor | None, strength: float = 1.0) -> Tensor:
         """See `LayerChange`."""
         (role,) = self.roles

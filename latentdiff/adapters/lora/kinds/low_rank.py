@@ -27,7 +27,6 @@ class LoRALayer(nn.Module):
     kind: ClassVar[str] = "LoRA"
     needs: ClassVar[frozenset[str]] = frozenset({"down", "up"})
     takes: ClassVar[frozenset[str]] = frozenset()
-    shows_rank: ClassVar[str] = "down"
 
     def __init__(self, target: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> None:
         super().__init__()
@@ -119,7 +118,6 @@ class Tucker(LayerChange):
 
     kind = "LoRA with a middle matrix"
     needs = frozenset({"down", "mid", "up"})
-    shows_rank = "down"
 
     def weight_change(self, weight: Tensor | None, strength: float = 1.0) -> Tensor:
         """See `LayerChange`."""

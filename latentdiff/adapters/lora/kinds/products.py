@@ -19,7 +19,6 @@ class LoHa(LayerChange):
     kind = "LoHa"
     needs = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
     takes = frozenset({"hada_t1", "hada_t2"})
-    shows_rank = "hada_w1_b"
 
     def weight_change(self, weight: Tensor | None, strength: float = 1.0) -> Tensor:
         """See `LayerChange`."""

@@ -59,7 +59,6 @@ class GLoRA(LayerChange):
     kind = "GLoRA"
     needs = frozenset({"a1", "a2", "b1", "b2"})
     takes = frozenset({"bm"})
-    shows_rank = "a2"
 
     def weight_change(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """See `LayerChange`."""
