@@ -510,7 +510,8 @@ def test_every_part_is_usable_alone(shared):
     assert shared.unet(x, torch.tensor([500]), context).shape == x.shape
     image = shared.vae.decode(x)
     assert shared.vae.encode(image).mode().shape == x.shape
-    torch.testing.assert_close(to_tensor(to_pil(image)), image.clamp(-1, 1), rtol=0, atol=1 / 255)
+    half_a_level = 1 / 255 + 1e-6  # and float32's own rounding, which tells for values between two levels
+    torch.testing.assert_close(to_tensor(to_pil(image)), image.clamp(-1, 1), rtol=0, atol=half_a_level)
 
 
 def test_modules_can_be_trained_after_an_image(shared):

@@ -29,7 +29,7 @@ def refused(call, *arguments, **options) -> str:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[" * 100_000, "levels deep"),
+        ("[" * 100_000 + "]" * 100_000, "levels deep"),
         ("[" * 500 + "]" * 500, "more than 64 levels"),
         ('{"a":' * 65 + "1" + "}" * 65, "more than 64 levels"),
         ("9" * 5000, "digits"),

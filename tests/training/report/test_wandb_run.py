@@ -6,6 +6,7 @@ import os
 import platform
 import struct
 import sys
+import time
 
 import pytest
 from PIL import Image
@@ -22,16 +23,30 @@ def offline(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
 
 
-def records_of(folder):
-    """What lies in the file of an offline run: a log as LevelDB writes it, in blocks of 32 KiB."""
+def records_of(folder, patience=30.0):
+    """The file of an offline run, and what lies in it. The service behind wandb may write the last of it, with the
+    exit, a moment after `finish` has returned."""
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    until = time.monotonic() + patience
+    records = read_log(path.read_bytes())
+    while not any(record.HasField("exit") for record in records) and time.monotonic() < until:
+        time.sleep(0.05)
+        records = read_log(path.read_bytes())
+    return path, records
+
+
+def read_log(data):
+    """Records from a log as LevelDB writes it, in blocks of 32 KiB; up to one that is not whole yet."""
     from wandb.proto import wandb_internal_pb2
 
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    data, place, part, records = path.read_bytes(), 7, b"", []
+    place, part, records = 7, b"", []
     while place + 7 <= len(data):
         if 32768 - place % 32768 < 7:
             place += 32768 - place % 32768
+            continue
         _, length, kind = struct.unpack_from("<IHB", data, place)
+        if place + 7 + length > len(data):
+            break
         part += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last of several
@@ -39,7 +54,7 @@ def records_of(folder):
             record.ParseFromString(part)
             records.append(record)
             part = b""
-    return path, records
+    return records
 
 
 def test_entries_images_and_configuration_arrive_and_nothing_about_the_machine(tmp_path, offline):
