@@ -13,6 +13,8 @@ PROMPT ?= a panda to the left of a cactus on a pink background
 SEED ?= 4
 export PROMPT SEED
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# pip does not compile what it installs as editable; where Python is told to write no bytecode, each start would.
+COMPILE := $(VENV)/bin/python -m compileall -q latentdiff
 
 .PHONY: help demo serve test lint docs clean
 
@@ -52,6 +54,7 @@ $(VENV)/bin/python:
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing latentdiff into $(VENV) (the first time this takes a few minutes) ..."
 	@$(INSTALL) --editable .
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
@@ -63,6 +66,7 @@ $(VENV)/installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/installed-serve: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing latentdiff and its server into $(VENV) ..."
 	@$(INSTALL) --editable '.[serve]'
+	@$(COMPILE)
 	@touch $(VENV)/installed $@
 
 $(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
