@@ -50,4 +50,7 @@ def test_schedulers_and_their_flags_are_those_that_folders_are_read_by():
 def test_the_page_of_options_has_a_row_for_each():
     assert docs_hook.MARK in (DOCS / "options.md").read_text(encoding="utf-8")
     rows = docs_hook.on_page_markdown(docs_hook.MARK).splitlines()
-    assert [row.split("`")[1] for row in rows if row.startswith("| `")] == list(OPTIONS)
+    assert sorted(row.split("`")[1] for row in rows if row.startswith("| `")) == sorted(OPTIONS)
+    headings = [row.removeprefix("## ") for row in rows if row.startswith("## ")]
+    assert set(headings) == {option.heading or docs_hook.MOST_USED for option in OPTIONS.values()}
+    assert headings[0] == docs_hook.MOST_USED and len(headings) == len(set(headings))

@@ -9,6 +9,7 @@ from typing import Any
 from latentdiff.request.option import Option
 from latentdiff.request.option_texts import texts
 from latentdiff.request.options import (
+    OPTIONS,
     GenerateOptions,
     SamplingOptions,
     SeededOptions,
@@ -18,12 +19,14 @@ from latentdiff.request.options import (
 )
 
 MARK = "<!-- tables -->"
-GROUPS = {
-    WalkOptions: "Taken by everything that follows a prompt: also by `translate` and `restore`.",
-    SeededOptions: "Taken by everything that draws noise: also by `restore`.",
-    SamplingOptions: "Taken by the pipeline, `image_to_image`, `inpaint` and `interpolate`.",
-    SizedOptions: "Taken by the pipeline and, as options of their own, by tasks that make images of a chosen size.",
-    GenerateOptions: "Taken by the pipeline alone.",
+MOST_USED = "Most used"
+# The smallest group that an option is in says who takes it.
+TAKEN_BY = {
+    WalkOptions: "all that follow a prompt, also `translate` and `restore`",
+    SeededOptions: "all that draw noise, also `restore`",
+    SamplingOptions: "`pipe`, `image_to_image`, `inpaint`, `interpolate`",
+    SizedOptions: "`pipe`, tasks that make images of a chosen size",
+    GenerateOptions: "`pipe` alone",
 }
 
 
@@ -34,22 +37,21 @@ def on_page_markdown(markdown: str, **context: Any) -> str:
 
 
 def tables() -> str:
-    """A table of each group of options, under its heading."""
-    parts: list[str] = []
-    seen: set[str] = set()
-    for group, title in GROUPS.items():
-        rows = [row(name, option) for name, option in options_of(group).items() if name not in seen]
-        seen |= options_of(group).keys()
-        table = ["| option | command line | default | |", "|---|---|---|---|", *rows]
-        parts.append("\n".join([f"## {group.__name__}", "", title, "", *table]) + "\n")
-    return "\n".join(parts)
+    """A table of the options under each heading, as in the help of the command line."""
+    rows: dict[str, list[str]] = {}
+    for name, option in OPTIONS.items():
+        taken_by = next(who for group, who in TAKEN_BY.items() if name in options_of(group))
+        rows.setdefault(option.heading or MOST_USED, []).append(row(name, option, taken_by))
+    head = ["| option | command line | default | | taken by |", "|---|---|---|---|---|"]
+    found = {MOST_USED: rows.pop(MOST_USED), **rows}
+    return "\n".join("\n".join([f"## {heading}", "", *head, *table]) + "\n" for heading, table in found.items())
 
 
-def row(name: str, option: Option) -> str:
+def row(name: str, option: Option, taken_by: str) -> str:
     """The line of one option."""
     flags = [] if option.flags == () else [option.flag(name)]
     default = option.unset or ("" if option.default is None else repr(option.default))
     if option.fast is not None:
         default += f", fast {option.fast!r}"
-    cells = (f"`{name}`", " ".join(f"`{flag}`" for flag in flags), default, texts()[name])
+    cells = (f"`{name}`", " ".join(f"`{flag}`" for flag in flags), default, texts()[name], taken_by)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

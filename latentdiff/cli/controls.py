@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from latentdiff.cli.headings import STEERING, under
+from latentdiff.cli.headings import under
 from latentdiff.cli.image_prompts import IMAGE_PROMPT_OPTIONS, take_image_prompts, with_numbers
 from latentdiff.cli.options import ANY_PATH
 from latentdiff.cli.output import check_image_file, check_writable
@@ -16,6 +16,7 @@ from latentdiff.cli.places import ImageFile, check_image, written
 from latentdiff.cli.regions import REGION, take_regions
 from latentdiff.errors import UsageError
 from latentdiff.files import check_named
+from latentdiff.request.option import SteeringOption
 from latentdiff.request.options import CONTROL_MODES, PREPARATIONS
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ GUESS = click.option(
 
 
 # `take_steering` takes them out of the settings.
-STEERING_OPTIONS = under(STEERING, REGION, CONTROL, CONTROL_MODEL, GUESS, IMAGE_PROMPT_OPTIONS)
+STEERING_OPTIONS = under(SteeringOption.heading, REGION, CONTROL, CONTROL_MODEL, GUESS, IMAGE_PROMPT_OPTIONS)
 
 
 def take_steering(settings: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 FIRST = "Options"  # the heading of those that have none
 MODEL = "Files of the model"
 ADAPTERS = "LoRAs and embeddings"
-STEERING = "Regions, ControlNets and image prompts"
 FILES = "Files and previews"
 
 _HEADING: dict[click.Parameter, str] = {}

@@ -93,3 +93,9 @@ class SpeedOption(Option):
     """What costs or saves time or memory."""
 
     heading = "Speed and memory"
+
+
+class SteeringOption(Option):
+    """What steers besides the prompt."""
+
+    heading = "Regions, ControlNets and image prompts"

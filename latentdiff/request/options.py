@@ -36,6 +36,7 @@ from latentdiff.request.option import (
     SamplerOption,
     SizeOption,
     SpeedOption,
+    SteeringOption,
     XLOption,
 )
 
@@ -238,12 +239,14 @@ class SamplingOptions(SeededOptions, total=False):
     """How beautiful what is to be avoided is."""
     controls: Annotated[
         Sequence[Any] | None,
-        Option(Made("is_control", "a list of what a ControlNet makes of images: controls=[edges(image)]"), flags=()),
+        SteeringOption(Made("is_control", "a list of what a ControlNet makes of images: controls=[edges(image)]"), flags=()),
     ]
     """ControlNets with their images: `controls=[ControlNet.load(file)(image, scale=0.8)]`."""
     image_prompts: Annotated[
         Sequence[Any] | None,
-        Option(Made("is_image_prompt", "a list of what an IPAdapter makes of images: image_prompts=[faces(image)]"), flags=()),
+        SteeringOption(
+            Made("is_image_prompt", "a list of what an IPAdapter makes of images: image_prompts=[faces(image)]"), flags=()
+        ),
     ]
     """Images to resemble, by an IP-Adapter: `image_prompts=[IPAdapter.load(file)(image, scale=0.6)]`."""
     window: Annotated[int | None, SizeOption(SIDE, unset="the whole", kept=Kept(int | None, "Window", None))]
@@ -254,7 +257,9 @@ class SamplingOptions(SeededOptions, total=False):
         int | None, SpeedOption(Whole(32, metavar="PIXELS"), unset="whole", kept=Kept(int | None, "VAE tile", None))
     ]
     """Encode and decode in overlapping tiles of so many pixels; where memory is short, tiles are decoded anyway."""
-    regions: Annotated[Sequence[Any] | None, Option(Made("is_region", 'regions=[Region("a cat", box="left")]'), flags=())]
+    regions: Annotated[
+        Sequence[Any] | None, SteeringOption(Made("is_region", 'regions=[Region("a cat", box="left")]'), flags=())
+    ]
     """Prompts for parts of the image: `regions=[Region("a cat", box="left"), Region("a dog", mask="dog.png")]`."""
     cache_interval: Annotated[int | None, SpeedOption(Whole(1), 1, kept=Kept(int, "Cache interval", 1))]
     """Compute the deep layers of the U-Net at every Nth step only (DeepCache, Ma et al. 2024); 1 is every step."""
