@@ -10,13 +10,19 @@ import click
 from latentdiff.cli.loras import LORAS
 from latentdiff.cli.options import ANY_PATH, DEVICE, MODEL
 from latentdiff.cli.output import check_writable
-from latentdiff.cli.places import FOLDER, folder_there
+from latentdiff.cli.places import FOLDER, folder_there, model_there
 from latentdiff.request.options import SamplerName
 
 
 @click.command()
 @MODEL
 @LORAS
+@click.option(
+    "--compare",
+    callback=model_there,
+    metavar="FOLDER|HUB_ID|FILE",
+    help="Score another model with the same prompts and seeds, and tell by how much the two differ.",
+)
 @click.option(
     "--out",
     type=ANY_PATH,

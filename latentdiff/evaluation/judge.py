@@ -49,10 +49,15 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in one image; objects from the surest to the least sure."""
+    """What the judge sees in one image; objects from the surest to the least sure.
+
+    Args:
+        unclear: places where something stands that it cannot name.
+    """
 
     objects: tuple[Seen, ...]
     background: str
+    unclear: int = 0
 
 
 class Judge:
@@ -107,18 +112,21 @@ def read_output(output: JudgeOutput, config: JudgeConfig) -> list[Verdict]:
     """Turn raw outputs into objects: at each peak of the centres' map the likeliest noun and colour."""
     # What is unknown takes its share of the certainty and is never named.
     certainty, noun = output.noun.softmax(1)[:, : len(config.nouns)].max(1)  # (N, h, w) each
-    score = output.centre.sigmoid() * certainty
+    there = output.centre.sigmoid()
+    score = there * certainty
+    highest = peaks(output.centre)
+    unclear = (highest & (there > config.threshold) & (score <= config.threshold)).sum((1, 2)).tolist()
     colour = output.colour.argmax(1)
     found: list[list[Seen]] = [[] for _ in score]
     colours = (*config.colours, None)
-    for image, row, column in (peaks(output.centre) & (score > config.threshold)).nonzero().tolist():
+    for image, row, column in (highest & (score > config.threshold)).nonzero().tolist():
         box = _corners(output.box[image, :, row, column], row, column, config.size // STRIDE)
         where = (image, row, column)
         found[image].append(Seen(config.nouns[noun[where]], colours[colour[where]], box, float(score[where])))
     backgrounds = output.background.argmax(1).tolist()
     return [
-        Verdict(tuple(sorted(objects, key=lambda seen: -seen.score)), config.backgrounds[background])
-        for objects, background in zip(found, backgrounds, strict=True)
+        Verdict(tuple(sorted(objects, key=lambda seen: -seen.score)), config.backgrounds[background], doubtful)
+        for objects, background, doubtful in zip(found, backgrounds, unclear, strict=True)
     ]
 
 

@@ -18,7 +18,7 @@ from latentdiff.checkpoints.embedded import embedded_judge
 from latentdiff.errors import DataError, UsageError
 from latentdiff.evaluation.judge import Judge, Verdict
 from latentdiff.evaluation.prompts import TASKS, EvaluationPrompt
-from latentdiff.evaluation.rules import background_fits, failures
+from latentdiff.evaluation.rules import Kind, background_fits, failures
 from latentdiff.evaluation.statistics import bootstrap_interval, wilson_interval
 
 SEEDS_APART = 1000  # between one prompt's first seed and the next one's
@@ -41,6 +41,8 @@ class Outcome:
     Args:
         reasons: why it is wrong; empty if it is right.
         background: whether the background is the one asked for.
+        index: of the image among those of its prompt.
+        kind: of the first reason, from which others may follow; None if it is right.
     """
 
     number: int  # of the prompt
@@ -48,6 +50,8 @@ class Outcome:
     prompt: str
     reasons: tuple[str, ...]
     background: bool
+    index: int = 0
+    kind: Kind | None = None
 
     @property
     def correct(self) -> bool:
@@ -106,11 +110,11 @@ def _share_of_each_prompt(outcomes: Sequence[Outcome]) -> list[float]:
     return [sum(correct) / len(correct) for correct in by_prompt.values()]
 
 
-def judged(prompt: EvaluationPrompt, seen: Verdict) -> Outcome:
-    """Compare what is seen with what the prompt asks for."""
-    return Outcome(
-        prompt.number, prompt.task, prompt.text, tuple(failures(prompt, seen)), background_fits(prompt, seen)
-    )
+def judged(prompt: EvaluationPrompt, seen: Verdict, index: int = 0) -> Outcome:
+    """Compare what is seen in an image, the prompt's number `index`, with what the prompt asks for."""
+    found = failures(prompt, seen)
+    reasons, kind = tuple(one.reason for one in found), found[0].kind if found else None
+    return Outcome(prompt.number, prompt.task, prompt.text, reasons, background_fits(prompt, seen), index, kind)
 
 
 def score_prompts(
@@ -159,7 +163,7 @@ def score_prompts(
         verdicts = judge(images)
         for index, prompt in enumerate(group):
             own = slice(index * seeds_per_prompt, (index + 1) * seeds_per_prompt)
-            outcomes += [judged(prompt, seen) for seen in verdicts[own]]
+            outcomes += [judged(prompt, seen, offset) for offset, seen in enumerate(verdicts[own])]
             if on_images is not None:
                 on_images(prompt, images[own])
     return Result.of(outcomes)

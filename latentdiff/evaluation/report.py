@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from latentdiff.evaluation.agreement import Agreement
+from latentdiff.evaluation.breakdown import failure_table, groups_of
 from latentdiff.evaluation.prompts import TASKS
 from latentdiff.evaluation.protocol import Outcome, Result, Score
 from latentdiff.evaluation.references import References
@@ -37,7 +38,7 @@ class Scores:
         rows = [_row(label, columns, lambda result, task=task: result.tasks.get(task)) for task, label in TASKS.items()]
         rows += [_row("mean of tasks", columns, lambda result: result.mean)]
         rows += [_row("background", columns, lambda result: result.background)]
-        return "\n".join([header, *rows, *self._remarks()])
+        return "\n".join([header, *rows, "", failure_table(self.result), *self._remarks()])
 
     def _remarks(self) -> list[str]:
         seeds = self.settings["seeds_per_prompt"]
@@ -66,6 +67,7 @@ class Scores:
             | ({"psnr": self.references.psnr} if self.references else {}),
             "judge": self.agreement.to_json() if self.agreement else None,
             "notes": list(self.notes),
+            "failures": [group.to_json() for group in groups_of(self.result)],
             "images": [_image(one) for one in self.result.outcomes],
         }
 
@@ -104,5 +106,6 @@ def _image(one: Outcome) -> dict[str, Any]:
         "prompt": one.prompt,
         "correct": one.correct,
         "reasons": list(one.reasons),
+        "kind": one.kind,
         "background": one.background,
     }

@@ -171,7 +171,8 @@ def test_train_with_a_bad_configuration(command, workplace):
 
 def test_evaluate_hands_over(command, monkeypatch, workplace):
     seen = {}
-    (workplace / "m").mkdir()
+    for model in ("m", "other"):
+        (workplace / model).mkdir()
     (workplace / "a.safetensors").touch()
     module = types.ModuleType("latentdiff.evaluation")
     module.evaluate = lambda **options: seen.update(options) or "the scores"
@@ -179,10 +180,10 @@ def test_evaluate_hands_over(command, monkeypatch, workplace):
     monkeypatch.setattr(latentdiff, "evaluation", module, raising=False)
     done = command(
         "evaluate", "--model", "m", "--lora", "a.safetensors:0.5", "--limit", 3, "--seeds", 2, "--steps", 9, "--guidance", 4,
-        "--sampler", "euler",
+        "--sampler", "euler", "--compare", "other",
     )  # fmt: skip
     assert (done.code, done.out) == (0, "the scores\n")
     assert seen == {
         "model": "m", "out": Path("evaluation"), "limit": 3, "seeds": 2, "steps": 9, "guidance": 4.0, "sampler": "euler",
-        "scenes": None, "device": "auto", "loras": [("a.safetensors", 0.5)],
+        "scenes": None, "device": "auto", "loras": [("a.safetensors", 0.5)], "compare": "other",
     }  # fmt: skip

@@ -125,6 +125,7 @@ def test_a_thing_that_is_more_likely_damaged_is_not_seen():
     (verdict,) = read_output(raw, config)
     assert [thing.noun for thing in verdict.objects] == ["dog"]
     assert verdict.objects[0].score == pytest.approx(0.75, abs=1e-3)
+    assert verdict.unclear == 1
 
 
 @pytest.fixture

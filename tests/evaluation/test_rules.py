@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +25,10 @@ def seen(*things, background="red"):
 
 def asking(*include, task="two_object", exclude=()):
     return EvaluationPrompt(task, "a prompt", include, exclude, "red")
+
+
+def reasons(prompt, verdict):
+    return [one.reason for one in failures(prompt, verdict)]
 
 
 CAT, DOG = ("cat", None, box(0.2, 0.5), 0.9), ("dog", "red", box(0.8, 0.5), 0.8)
@@ -70,7 +76,7 @@ def test_no_object_is_on_both_sides(a, b):
 
 def test_present():
     assert failures(asking(Requirement("cat")), seen(CAT)) == []
-    assert failures(asking(Requirement("cat"), Requirement("dog")), seen(CAT)) == ["expected 1 dog, saw 0"]
+    assert reasons(asking(Requirement("cat"), Requirement("dog")), seen(CAT)) == ["expected 1 dog, saw 0"]
 
 
 def test_uninvited_objects_do_not_fail_an_image():
@@ -85,8 +91,8 @@ def test_counting_is_exact(shown, right):
 
 def test_colour():
     assert failures(asking(Requirement("dog", colour="red")), seen(DOG)) == []
-    assert failures(asking(Requirement("dog", colour="blue")), seen(DOG)) == ["expected 1 blue dog, saw red"]
-    assert failures(asking(Requirement("cat", colour="blue")), seen(CAT)) == ["expected 1 blue cat, saw own colours"]
+    assert reasons(asking(Requirement("dog", colour="blue")), seen(DOG)) == ["expected 1 blue dog, saw red"]
+    assert reasons(asking(Requirement("cat", colour="blue")), seen(CAT)) == ["expected 1 blue cat, saw own colours"]
 
 
 def test_the_surest_object_is_looked_at():
@@ -106,11 +112,38 @@ def test_position():
         return asking(Requirement("dog"), Requirement("cat", position=(relation, 0)), task="position")
 
     assert failures(wanted("left of"), seen(CAT, DOG)) == []
-    assert failures(wanted("above"), seen(CAT, DOG)) == ["expected the cat above the dog"]
-    assert failures(wanted("left of"), seen(CAT)) == ["expected 1 dog, saw 0", "nothing for the cat to be left of"]
+    assert reasons(wanted("above"), seen(CAT, DOG)) == ["expected the cat above the dog"]
+    assert reasons(wanted("left of"), seen(CAT)) == ["expected 1 dog, saw 0", "nothing for the cat to be left of"]
 
 
 def test_background_is_scored_apart():
     prompt = asking(Requirement("cat"))
     assert failures(prompt, seen(CAT, background="blue")) == []
     assert background_fits(prompt, seen(background="red")) and not background_fits(prompt, seen(background="blue"))
+
+
+@pytest.mark.parametrize(
+    ("need", "verdict", "kind"),
+    [
+        (Requirement("cat"), seen(), "missing"),
+        (Requirement("cat"), seen(DOG), "wrong thing"),
+        (Requirement("cat"), replace(seen(DOG), unclear=1), "not clear"),
+        (Requirement("cat", 2), seen(CAT), "wrong count"),
+        (Requirement("cat", 2), replace(seen(CAT), unclear=1), "not clear"),
+        (Requirement("dog", colour="blue"), seen(DOG), "wrong colour"),
+    ],
+)
+def test_kinds_of_failures(need, verdict, kind):
+    assert [one.kind for one in failures(asking(need), verdict)] == [kind]
+
+
+def test_another_thing_that_was_asked_for_is_not_a_wrong_one():
+    assert [one.kind for one in failures(asking(Requirement("cat"), Requirement("dog")), seen(DOG))] == ["missing"]
+
+
+def test_kinds_of_counting_and_position():
+    three = asking(Requirement("cat", 2), task="counting", exclude=[("cat", 3)])
+    assert [one.kind for one in failures(three, seen(CAT, CAT, CAT))] == ["wrong count"]
+    above = asking(Requirement("dog"), Requirement("cat", position=("above", 0)), task="position")
+    assert [one.kind for one in failures(above, seen(CAT, DOG))] == ["wrong relation"]
+    assert [one.kind for one in failures(above, seen(CAT))] == ["missing", "wrong relation"]  # the cause comes first

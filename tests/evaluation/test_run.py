@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -14,11 +15,13 @@ from latentdiff.adapters.lora.adapter import LoRA
 from latentdiff.adapters.lora.saving import save_lora
 from latentdiff.adapters.lora.spec import LoRASpec
 from latentdiff.cli.evaluate import evaluate as command
-from latentdiff.errors import DataError, UsageError
+from latentdiff.errors import DataError, LatentDiffError, UsageError
 from latentdiff.evaluation import evaluate
 from latentdiff.evaluation.judge import Judge
 from latentdiff.evaluation.prompts import TASKS, EvaluationPrompt, read_prompts
 from latentdiff.evaluation.protocol import score_prompts
+from latentdiff.evaluation.run import unknown_words
+from latentdiff.prompts.words import Words
 from latentdiff.recipe import read_recipe
 from tests import peers
 from tests.scenes import FEW, JUDGE, SIZE, make_scenes, scene_folder, scene_language
@@ -106,6 +109,44 @@ def test_loras_are_evaluated(model, tmp_path):
     assert report.to_json()["settings"]["loras"][0]["scale"] == 0.5
     with Image.open(tmp_path / "out/00000/samples/0000.png") as image:
         assert read_recipe(image.info).loras[0]["file"] == "a.safetensors"
+
+
+def test_a_model_is_compared_with_another(model, tmp_path):
+    ways = {"limit": 1, "seeds": 1, "steps": 1, "device": "cpu", "progress": False}
+    compared = evaluate(model, out=tmp_path / "both", compare=model, **ways)
+    assert compared.differences()["mean"].value == 0.0  # the same model, so the same images
+    results = json.loads((tmp_path / "both/results.json").read_text(encoding="utf-8"))
+    alone = json.loads((tmp_path / "both/compared/results.json").read_text(encoding="utf-8"))
+    assert results["images"] == alone["images"] and results["compared"]["model_hash"] == results["model_hash"]
+    assert image_of(tmp_path / "both") == image_of(tmp_path / "both/compared")
+    with pytest.raises(LatentDiffError, match="nowhere"):
+        evaluate(model, out=tmp_path / "none", compare=str(tmp_path / "nowhere"), **ways)
+    assert not (tmp_path / "none").exists()
+
+
+def image_of(folder):
+    with Image.open(folder / "00000/samples/0000.png") as image:
+        return image.convert("RGB").tobytes()
+
+
+def test_words_that_the_model_was_not_trained_on():
+    def told(known):
+        model = SimpleNamespace(words=known and Words({}, frozenset(known.split()), 8))
+        prompts = [EvaluationPrompt("colors", text, ()) for text in ("a red kite", "a kite")]
+        return list(unknown_words(model, prompts))
+
+    assert told("a red kite") == [] and told(None) == []  # most models do not say what they know
+    assert told("a red") == [
+        "this model does not know 1 of the words that it is judged by (kite): its scores suffer by that"
+    ]
+
+
+def test_kinds_of_failures_are_reported(model, tmp_path):
+    report = evaluate(model, out=tmp_path, limit=1, seeds=1, steps=1, device="cpu", progress=False)
+    groups = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["failures"]
+    assert sum(group["images"] for group in groups) == sum(not one.correct for one in report.result.outcomes) > 0
+    assert all((tmp_path / group["example"]).is_file() for group in groups)
+    assert (tmp_path / "failures.png").is_file() and "not clear" in str(report)
 
 
 def test_wrong_use_is_found_before_the_model_is_loaded(tmp_path):
