@@ -333,19 +333,11 @@ class Pipeline(LoadedModel):
             from latentdiff.networks.windows import windowed
 
             model = windowed(model, windows)
+        predicts = parameterization(self.schedule.config.prediction_type)
         denoise = prompted_denoiser(
-            self.unet,
-            model,
-            parameterization(self.schedule.config.prediction_type),
-            _as_prompts(positive),
-            _as_prompts(negative),
-            guidance,
-            levels,
-            extra_channels=extra_channels,
-            sizes=sizes,
-            controls=controls,
-            regions=regions,
-        )
+            self.unet, model, predicts, _as_prompts(positive), _as_prompts(negative), guidance, levels,
+            extra_channels=extra_channels, sizes=sizes, controls=controls, regions=regions,
+        )  # fmt: skip
 
         def in_use(x: Tensor, level: Level) -> Prediction:
             with self.in_use(alone=cache.interval > 1):

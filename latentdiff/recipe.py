@@ -27,14 +27,8 @@ COMMENT = "comment"  # of a GIF; Pillow gives it as bytes
 # Of the settings, as the web UIs order them.
 FIRST_TITLES = ("Steps", "Sampler", "Schedule type", "CFG scale", "Seed")
 _ONLY_OURS = {
-    "Task",
-    "Spacing",
-    "Prompt syntax",
-    "Noise source",
-    "Noise start",
-    "Noise index",
-    "Told timesteps",
-}  # keys of the text
+    "Task", "Spacing", "Prompt syntax", "Noise source", "Noise start", "Noise index", "Told timesteps",
+}  # fmt: skip
 _LOOKS_LIKE_GRAMMAR = re.compile(r"[()\[\]\\]")
 
 Settings = TypeVar("Settings")
