@@ -53,8 +53,10 @@ CATS = ("a cat", "a cat on a blue background", "two dogs on a red background", "
 SEEDS = 3  # images of each held-out prompt
 OLD_PROMPTS = 40  # of each old task
 OLD_STEPS = 12  # of the sampler, for the old tasks: what changes is compared with the same steps before
+PAIR_PROMPTS, DPO_STEPS = 64, 300
 STOPPING = ("teapot", "sepia")
 STOPPING_SEEDS = 5
+STOPPING_STEPS, MEASURED_EVERY = 300, 50
 
 _COMMAND = "from latentdiff.__main__ import main; main()"
 # Measures, draws and saves all that `--stop auto` does, and goes on.
@@ -210,13 +212,13 @@ def preferred(study: Study) -> dict[str, Any]:
     weakest = min(study.old.tasks, key=lambda task: study.old.tasks[task].value)
     pairs = study.out / "pairs"
     tool = Path(__file__).with_name("make_pairs.py")
-    options = ["--task", weakest, "--count", "64", "--steps", "16"]
+    options = ["--task", weakest, "--count", str(PAIR_PROMPTS), "--steps", "16"]
     begun = time.monotonic()
     run_command([sys.executable, str(tool), str(pairs), *options, *(["--model", study.model] if study.model else [])],
                 study.out / "pairs.log")  # fmt: skip
     drawing = round(time.monotonic() - begun, 1)
     run, how = study.finetune(
-        "dpo", "--loss", "dpo", "--data", pairs, "--validation-share", "0.1", "--max-steps", "300"
+        "dpo", "--loss", "dpo", "--data", pairs, "--validation-share", "0.1", "--max-steps", str(DPO_STEPS)
     )
     after, log = study.after(run / "lora.safetensors"), RunLog.read(run / LOG)
     mine = [old_tasks(pipe, 3, [weakest]) for pipe in (study.before, after)]
@@ -240,13 +242,16 @@ def stopped(study: Study, concept: str, seed: int) -> dict[str, Any]:
     """A run that is never stopped; where it would have been, and how good each measured step was."""
     data, rule = study.data(concept), shows(concept)
     prompts = [line["prompt"] for line in read_lines(data / "prompts.jsonl")]
-    every = [word for name in ("validate", "checkpoint", "preview") for word in (f"--{name}-every", "50")]
+    every = [
+        word for name in ("validate", "checkpoint", "preview") for word in (f"--{name}-every", str(MEASURED_EVERY))
+    ]
     drawn = [word for prompt in prompts for word in ("--prompts", prompt)]
-    options = ["--seed", str(seed), "--stop", "auto", "--max-steps", "300", "--sample-steps", "12", *every, *drawn]
+    options = ["--seed", str(seed), "--stop", "auto", "--max-steps", str(STOPPING_STEPS)]
+    options += ["--sample-steps", "12", *every, *drawn]
     run, how = study.finetune(f"stop-{data.name}-{seed}", "--data", data / "train", *options, program=_NEVER_DONE)
     log = RunLog.read(run / LOG)
     scores = {}
-    for step in range(50, 301, 50):
+    for step in range(MEASURED_EVERY, STOPPING_STEPS + 1, MEASURED_EVERY):
         folder = sample_folder(run, step, "ema")
         images = [open_image(folder / f"{number:02d}.png").convert("RGB") for number in range(len(prompts))]
         scores[step] = share(study.judge, images, rule).value

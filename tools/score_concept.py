@@ -104,7 +104,7 @@ def change(before: Result, after: Result, tasks: Sequence[str] = TASKS) -> Score
     groups = [[fmean(each) for each in found.values()] for found in rights.values() if found]
     value = fmean(map(fmean, groups))
     low, high = bootstrap_interval(groups)
-    return Score(value, min(low, value), max(high, value), len(before.outcomes))
+    return Score(value, min(low, value), max(high, value), sum(one.task in tasks for one in before.outcomes))
 
 
 def sheet_of(images: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 
@@ -175,6 +176,13 @@ def test_the_change_is_of_the_same_images_and_knows_how_sure_it_is():
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * alone, rel=0.15)
     same = score_concept.change(before, before)
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+
+
+def test_the_change_may_be_of_some_tasks_alone():
+    before = [Outcome(number, task, "", ("no",), True) for number, task in enumerate(("counting", "colors", "colors"))]
+    after = [replace(one, reasons=()) if one.task == "colors" else one for one in before]
+    found = [score_concept.change(Result.of(before), Result.of(after), tasks) for tasks in (["colors"], ["counting"])]
+    assert [(score.value, score.images) for score in found] == [(1.0, 2), (0.0, 1)]
 
 
 def test_the_command_asks_for_one_model(tmp_path):
