@@ -6,9 +6,9 @@
 
 `draw` makes an image of each of so many held-out prompts and lays them out on numbered sheets, twenty to a sheet. Look at a
 sheet and name the images that do not show what their caption asks for, each thing of it clearly; `label` writes down that the
-others are right. `agree` picks the judge's threshold on every second image and tells on the others how often both say the
-same; --write puts that and the labels beside the judge, where `latentdiff evaluate` finds it. A folder that holds no more than
-such a `labels.jsonl` is enough for `draw` to make the same images again.
+others are right. `agree` picks the judge's threshold on every second image of each task and tells on the others how often both
+say the same; --write puts that and the labels beside the judge, where `latentdiff evaluate` finds it. A folder that holds no
+more than such a `labels.jsonl` is enough for `draw` to make the same images again.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _shown(image: Image.Image) -> Image.Image:
 
 
 def compared(judge: Judge, lines: Sequence[Line], images: Sequence[Image.Image]) -> tuple[float, Agreement]:
-    """The threshold that suits the even places best, and the judge's agreement with people on the odd ones.
+    """The threshold that suits one half of each task best, and the judge's agreement with people on the other half.
 
     Raises:
         DataError: fewer than two images are labelled.
@@ -140,8 +140,21 @@ def compared(judge: Judge, lines: Sequence[Line], images: Sequence[Image.Image])
     doubtful.config = replace(judge.config, threshold=_LOW)
     verdicts = doubtful([images[place] for place in labelled])
     seen = [lines[place]["label"] == RIGHT for place in labelled]
-    threshold = best_threshold(prompts[::2], verdicts[::2], seen[::2])
-    return threshold, Agreement.of(right_at(threshold, prompts[1::2], verdicts[1::2]), seen[1::2])
+    ours, theirs = halves(prompts)
+    threshold = best_threshold(_at(prompts, ours), _at(verdicts, ours), _at(seen, ours))
+    judged = right_at(threshold, _at(prompts, theirs), _at(verdicts, theirs))
+    return threshold, Agreement.of(judged, _at(seen, theirs))
+
+
+def halves(prompts: Sequence[EvaluationPrompt]) -> tuple[list[int], list[int]]:
+    """The places of every second prompt of each task, and those of the others; at least one each of two prompts."""
+    # By task: the tasks come in turn, so that every second line would be always the same three of the six.
+    by_task = sorted(range(len(prompts)), key=lambda place: list(TASKS).index(prompts[place].task))
+    return sorted(by_task[::2]), sorted(by_task[1::2])
+
+
+def _at(values: Sequence[Any], places: Sequence[int]) -> list[Any]:
+    return [values[place] for place in places]
 
 
 def write_beside_judge(judge_folder: Path, judge: Judge, threshold: float, agreement: Agreement) -> None:

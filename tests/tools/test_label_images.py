@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from random import Random
 
 import pytest
@@ -85,6 +86,13 @@ class Certain:
             Verdict((Seen("cat", None, (0.0, 0.0, 1.0, 1.0), image.getpixel((0, 0))[0] / 255),), "red")
             for image in images
         ]
+
+
+def test_both_halves_hold_every_task():
+    prompts = [EvaluationPrompt.from_json(line) for line in label_images.new_lines(read_prompts(), 24, SETTINGS)]
+    halves = label_images.halves(prompts)
+    assert sorted(halves[0] + halves[1]) == list(range(24))
+    assert all(Counter(prompts[place].task for place in half) == dict.fromkeys(TASKS, 2) for half in halves)
 
 
 def test_threshold_on_one_half_and_agreement_on_the_other(monkeypatch):
