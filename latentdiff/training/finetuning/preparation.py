@@ -27,7 +27,7 @@ from latentdiff.networks.device import computes_in_bf16
 from latentdiff.networks.inputs import INPAINTING, NEEDS, TEXT, inputs_of
 from latentdiff.networks.sizes import OF_BASE, count_of_sizes
 from latentdiff.training.denoising import DenoisingTask
-from latentdiff.training.finetuning.config import CONFIG, FinetuneConfig
+from latentdiff.training.finetuning.config import CONFIG, KEEP_WEIGHT, FinetuneConfig
 from latentdiff.training.finetuning.finishing import Decision
 from latentdiff.training.finetuning.material import batches_of, read_material
 from latentdiff.training.finetuning.methods import FinetuningMethod, make_method
@@ -46,8 +46,10 @@ from latentdiff.training.sections import dump_config
 from latentdiff.training.sharding import is_sharding
 from latentdiff.training.sheets import Followed, SampleSheets, Steering
 
-# Prompts, and places on the way of each, by what they are for.
+# Prompts, and places on the way of each, by what they are for. A model that lists its things is small, and is kept by as
+# many prompts as it has things: one that nothing is asked about goes on with the new (a cat lost its face to a lantern).
 WALKS = {"measured": (16, 4), "kept": (32, 8)}
+_PLACES_OF_LISTED = 4
 
 
 class Preparation:
@@ -151,12 +153,14 @@ class Preparation:
 
     @property
     def _keep_weight(self) -> float | None:
-        return 1.0 if self.keeps_by_itself else self.settings.keep_weight
+        return KEEP_WEIGHT if self.keeps_by_itself else self.settings.keep_weight
 
     def _walks(self, module: DenoisingLoss, purpose: str) -> Walks:
         settings, parts = self.settings, self.method.parts
         side = settings.resolution or parts.unet.config.sample_size * parts.vae.config.downscale
         count, levels = WALKS[purpose]
+        if purpose == "kept" and parts.words and len(parts.words.kinds["things"]) > count:
+            count, levels = len(parts.words.kinds["things"]), _PLACES_OF_LISTED
         prompts = list(dict.fromkeys(settings.old_prompts)) or old_prompts(parts.words, count, purpose)
         if purpose == "measured" and len(prompts) == 1:
             prompts.append("" if prompts[0] else GENERAL[0])  # the scale is the distance to another prompt
