@@ -75,7 +75,7 @@ WRONG = [
     ("finetune --data . --rank 0", 1, "rank: Input should be greater than 0, found '0'"),
     ("finetune --resume run --rank 0", 1, "rank: Input should be greater than 0, found '0'"),
     ("finetune --resume none --rank 4", 2, "expected a run to resume in none, found no config.yaml there"),
-    ("finetune --data . --keep new", 1, "keep: expected old, or old:WEIGHT"),
+    ("finetune --data . --keep new", 1, "keep: expected auto, nothing, old, or old:WEIGHT"),
     ("finetune --data . --sample-options steps=0", 1, "sample_options: expected steps to be a whole number of 1 or more"),
     ("finetune --data . --sample-options sampler=best", 1, "sample_options: expected sampler to be one of"),
     ("finetune --data . --sample-options hight=64", 1, "sample_options: there is no option 'hight'; did you mean 'height'?"),

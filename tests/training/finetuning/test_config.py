@@ -16,8 +16,7 @@ from latentdiff.training.finetuning.rates import rate_advice
 from latentdiff.training.sections import dump_config, sources, with_words
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "finetune"
-OF_EXAMPLES = sorted(CONFIGS.glob("concept_*.yaml"))
-OF_METHODS = sorted(set(CONFIGS.glob("*.yaml")) - set(OF_EXAMPLES) - set(CONFIGS.glob("layout_*.yaml")))
+OF_METHODS = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("layout_*.yaml")))
 
 
 def flags():
@@ -115,12 +114,6 @@ def test_shipped_configurations_state_the_defaults_of_their_method(path):
 
 def test_there_is_a_configuration_for_every_method():
     assert {yaml.safe_load(path.read_text())["method"] for path in OF_METHODS} == set(METHODS)
-
-
-@pytest.mark.parametrize("path", OF_EXAMPLES, ids=lambda path: path.stem)
-def test_configurations_of_the_examples_teach_the_text_encoder_the_new_word(path):
-    config = load_finetune_config(path, {"data": ["x:80", "y"]})
-    assert config.train_text_encoder or "text_encoder" in config.targets
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import pytest
 from PIL import Image
@@ -37,6 +38,7 @@ def test_a_resumed_run_hides_what_was_lost(tmp_path):
     with TensorBoard(tmp_path) as board:
         for step in (10, 20, 30):
             board.write({"step": step, "loss": 1.0})
+    time.sleep(1.1)  # files are read in the order of their names, which begin with the second
     with TensorBoard(tmp_path, step=10) as board:
         board.write({"step": 20, "loss": 2.0})
     points = [(point.step, point.value) for point in read(tmp_path).Scalars("training/loss")]
