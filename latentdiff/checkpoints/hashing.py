@@ -15,7 +15,7 @@ SHORT = 10  # digits of the hash that web UIs show
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 _WORTH_REMEMBERING = 4 * 2**20  # bytes; smaller files hash in a blink
 _MOST = 1000  # files that are remembered; of more, the last
-_LARGE = 64 * 2**20  # bytes; what is said of smaller files is found anew each time
+_LARGE = 64 * 2**20  # bytes; what is said of smaller files is found again each time
 
 
 def model_hash(files: Iterable[Path]) -> str:
