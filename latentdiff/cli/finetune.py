@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
 
+from latentdiff.cli.headings import Command, headed
 from latentdiff.cli.options import ANY_PATH
 from latentdiff.cli.places import check_data
 from latentdiff.errors import Stopped, UsageError
@@ -20,8 +21,44 @@ if TYPE_CHECKING:
 
     from latentdiff.training.finetuning.config import FinetuneConfig
 
-# Flags in the order in which people look for them; the others follow.
-_FIRST = ("data", "method", "model", "out")
+# Flags in the order in which people look for them, and under which heading of help; "" is for what most people look for.
+_LISTED = {
+    "": ("data", "method", "model", "out", "resolution", "max_steps", "seed"),
+    "Images and captions": (
+        "validation", "validation_share", "caption_prefix", "caption_suffix", "shuffle_tags", "keep_tags", "tag_dropout",
+        "caption_dropout", "long_captions", "masks", "unmasked_weight",
+    ),
+    "How data is read": ("caption_column", "allow_missing", "strict", "background", "stream"),
+    "Sizes": ("buckets", "bucket_step", "max_aspect", "upscale", "crop", "flip"),
+    "What is trained": (
+        "targets", "train_text_encoder", "word", "initial_word", "control_model", "hints", "control_kind",
+        "prediction_type", "zero_snr",
+    ),
+    "Adapters": (
+        "adapter", "rank", "alpha", "rslora", "block_rank", "block_lr", "loraplus", "dropout", "rank_dropout",
+        "module_dropout", "max_norm", "dora_lengths", "lokr_factor",
+    ),
+    "Keeping what the model knew, and stopping": ("keep", "old_prompts", "stop", "patience", "least_kept"),
+    "Loss and noise": (
+        "loss", "huber_c", "huber_schedule", "min_snr_gamma", "debiased", "dpo_beta", "prior_weight", "high_noise_share",
+        "noise_offset", "pyramid_noise",
+    ),
+    "Optimizer": (
+        "batch_size", "accumulation", "optimizer", "relative_step", "lr", "text_encoder_lr", "warmup_steps", "decay",
+        "decay_steps", "betas", "weight_decay", "grad_clip", "ema_decay", "ema_every",
+    ),
+    "Speed and memory": (
+        "device", "mixed_precision", "base_precision", "gradient_checkpointing", "attention", "compile", "cache_latents",
+        "cache_text", "cache_precision", "cache", "loader_threads",
+    ),
+    "Samples meanwhile": (
+        "prompts", "sample_count", "sample_steps", "sample_guidance", "sample_options", "preview_every",
+    ),
+    "Log and result": (
+        "log_every", "validate_every", "validation_images", "checkpoint_every", "keep_checkpoints", "track", "result",
+        "result_precision",
+    ),
+}  # fmt: skip
 _PLACEHOLDERS = {
     "data": "FOLDER[:REPEATS]",
     "validation": "FOLDER",
@@ -37,15 +74,16 @@ _PLACEHOLDERS = {
 }
 
 
-class _ConfigCommand(click.Command):
+class _ConfigCommand(Command):
     """A command that has a flag for every key of the configuration, which is read only when the command is used."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         from latentdiff.training.finetuning.config import FinetuneConfig
 
         fields, known = FinetuneConfig.model_fields, {parameter.name for parameter in self.params}
-        names = dict.fromkeys((*_FIRST, *fields))
-        self.params += [_option(name, fields[name]) for name in names if name not in known]
+        for heading, names in _LISTED.items():
+            options = [_option(name, fields[name]) for name in names if name not in known]
+            self.params += headed(heading, options) if heading else options
         return super().get_params(ctx)
 
 

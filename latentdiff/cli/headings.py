@@ -54,6 +54,12 @@ def under(heading: str, *options: Decorator) -> Decorator:
     return add
 
 
+def headed(heading: str, options: list[click.Option]) -> list[click.Option]:
+    """Options that were made without a decorator, listed under a heading of help."""
+    _HEADING.update(dict.fromkeys(options, heading))
+    return options
+
+
 def _options_on(command: Callable[..., Any]) -> list[click.Parameter]:
     """Those that click has attached to a function that is to become a command."""
     return getattr(command, "__click_params__", [])

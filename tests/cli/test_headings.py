@@ -7,9 +7,10 @@ import pytest
 
 from latentdiff.cli import cli
 from latentdiff.cli.headings import Command
-from latentdiff.request.option import Option
+from latentdiff.request.option import Option, flag_of
 from latentdiff.request.options import OPTIONS
 from latentdiff.serving.asked import NAMES
+from latentdiff.training.finetuning.config import FinetuneConfig
 
 WIDE = {**cli.context_settings, "max_content_width": 10_000, "terminal_width": 10_000}
 LONGEST = 14  # options under one heading, which is a screen
@@ -41,7 +42,16 @@ def test_options_of_generation_stand_under_their_headings():
         if option.flags != ():
             assert option.flag(name) in found[option.heading or "Options"], name
     assert found["Options"][3:8] == ["--negative", "-n", "--seed", "--steps", "--guidance"]
-    assert all(len(flags) <= LONGEST for flags in found.values())
+
+
+@pytest.mark.parametrize("name", ["generate", "finetune"])
+def test_no_heading_has_more_than_a_screen(name):
+    assert all(len(flags) <= LONGEST for flags in sections(cli.commands[name]).values())
+
+
+def test_every_key_of_a_fine_tuning_is_a_flag():
+    flags = [flag for listed in sections(cli.commands["finetune"]).values() for flag in listed]
+    assert {flag_of(name) for name in FinetuneConfig.model_fields} <= set(flags)
 
 
 def test_the_page_has_a_heading_for_all_that_has_no_field_of_its_own():

@@ -151,7 +151,8 @@ def _side(box: np.ndarray) -> int:
 
 
 def _start(box: np.ndarray, boxes: Sequence[np.ndarray], axis: int, side: int, latent_size: int) -> int:
-    """Where a crop begins along an axis: the thing as central as the scene's border and the other things allow."""
+    """Where a crop begins along an axis: where it holds least of other things; else on the grid of the U-Net's lowest level,
+    on which it looks as in the whole scene; else where the thing is central."""
     middle = (box[axis] + box[axis + 2]) / 2
     wanted = middle - side / 2
     starts = [
@@ -160,9 +161,10 @@ def _start(box: np.ndarray, boxes: Sequence[np.ndarray], axis: int, side: int, l
         if start <= box[axis] + 0.5 and box[axis + 2] - 0.5 <= start + side
     ]
 
-    def cost(start: int) -> tuple[float, float]:
+    def cost(start: int) -> tuple[float, bool, float]:
         others = (b for b in boxes if b is not box)
-        return sum(max(0.0, min(start + side, b[axis + 2]) - max(start, b[axis])) for b in others), abs(start - wanted)
+        shown = sum(max(0.0, min(start + side, b[axis + 2]) - max(start, b[axis])) for b in others)
+        return shown, start % _STEP != 0, abs(start - wanted)
 
     return min(starts, key=cost) if starts else int(np.clip(round(wanted), 0, latent_size - side))
 

@@ -122,6 +122,8 @@ class DataSection(ReadingSection):
 class VAEStageSection(StageSection):
     """Images -> latents -> images."""
 
+    max_steps: Count
+    """Optimizer steps of the whole stage; 0 takes the weights of `start` as they are, and its scaling factor."""
     start: Path | None = None
     """Folder of an autoencoder of the same configuration (a model's `vae/`) whose weights the stage starts from."""
     crop: PositiveInt = 64
@@ -144,6 +146,12 @@ class VAEStageSection(StageSection):
     """Step from which the discriminator is trained and heard."""
 
     @model_validator(mode="after")
+    def _something_to_save(self) -> VAEStageSection:
+        if not self.max_steps and self.start is None:
+            raise ValueError("max_steps 0 needs start, the folder of the autoencoder that is taken as it is")
+        return self
+
+    @model_validator(mode="after")
     def _perceptual_needs_network(self) -> VAEStageSection:
         if self.perceptual_weight and self.perceptual_network is None:
             raise ValueError("perceptual_weight needs perceptual_network, a folder with a transformers vision model")
@@ -158,7 +166,8 @@ class DiffusionStageSection(DenoisingSection):
     """U-Net and text encoder, on cached latents; the text encoder from where its own stage left it, if there is one."""
 
     start: Path | None = None
-    """Folder of a U-Net of the same configuration (a model's `unet/`) whose weights the stage starts from."""
+    """Folder of a model of the same configuration whose U-Net the stage starts from, and, where there is no stage text, whose
+    text encoder."""
     close_up_share: Fraction = 0.0
     """Share of the steps on crops around single things, which cost less and teach their names; the metadata must say
     where things are and what each is called (`scene.objects` with `box` and `text`)."""

@@ -65,17 +65,20 @@ def new_unet(config: UNetConfig, seed: int) -> UNet:
     return unet
 
 
-def load_unet(unet: UNet, folder: Path) -> None:
-    """Take the weights of a model's `unet/` folder.
+def take_weights(network: nn.Module, path: Path, configured: str) -> None:
+    """Take the weights of a file of a model folder.
+
+    Args:
+        configured: what of the configuration the network was made by.
 
     Raises:
-        CheckpointError: it holds no U-Net, or one of another configuration.
+        CheckpointError: there is no such file, or its network has another configuration.
     """
-    tensors = read_tensors(folder / WEIGHTS_FILE).tensors
-    wanted = {name: tensor.shape for name, tensor in unet.state_dict().items()}
+    tensors = read_tensors(path).tensors
+    wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
-        raise CheckpointError(f"the U-Net in {folder} has another configuration than model.unet; they must be equal")
-    unet.load_state_dict(tensors)
+        raise CheckpointError(f"the network in {path} has another configuration than {configured}; they must be equal")
+    network.load_state_dict(tensors)
 
 
 def new_text_encoder(section: TextEncoderSection, tokenizer: Any, seed: int) -> TextEncoder:

@@ -38,15 +38,16 @@ from latentdiff.training.stages.diffusion import diffusion_task, read_images, re
 from latentdiff.training.stages.distillation import check_teacher, distillation_task, is_saved, save_student
 from latentdiff.training.stages.networks import (
     TEXT_FILE,
+    WEIGHTS_FILE,
     load_text_encoder,
     load_tokenizer,
-    load_unet,
     load_vae,
     new_text_encoder,
     new_unet,
     new_vae,
     save_text_encoder,
     save_vae,
+    take_weights,
 )
 from latentdiff.training.stages.pixels import decoded_images
 from latentdiff.training.stages.text import TextTask
@@ -110,6 +111,10 @@ def _vae_stage(config: TrainingConfig, name: str, settings: VAEStageSection) -> 
     if (final / "config.json").is_file():
         return
     decoder_only = name == "decoder"
+    if not settings.max_steps:
+        taken = load_vae(config.run / "vae" / "final" if decoder_only else settings.start)
+        save_vae(taken, taken.config.scaling_factor, final)
+        return
     if decoder_only:
         vae = load_vae(config.run / "vae" / "final")
     else:
@@ -154,9 +159,11 @@ def _diffusion_stage(config: TrainingConfig) -> None:
         return
     parts = _new_model(config, _best_vae(config))
     if settings.start:
-        load_unet(parts.unet, settings.start)
+        take_weights(parts.unet, settings.start / "unet" / WEIGHTS_FILE, "model.unet")
     if config.text:
         load_text_encoder(parts.text_encoder, config.run / "text" / TEXT_FILE)
+    elif settings.start:
+        take_weights(parts.text_encoder, settings.start / "text_encoder" / "model.safetensors", "model.text_encoder")
     accelerator = _accelerator(settings)
     of = _cached_material(config, settings, parts, folder, accelerator)
     task = diffusion_task(config, parts, of, folder)

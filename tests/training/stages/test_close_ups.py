@@ -32,6 +32,13 @@ def test_crops_hold_their_thing_and_as_little_as_possible_of_others(tmp_path):
     assert (middle.tops[0], middle.lefts[0]) == (2, 2)
 
 
+def test_crops_stand_on_the_grid_of_the_lowest_level_where_they_can(tmp_path):
+    """A thing of 52 pixels half an image from another, shifted by a latent or not."""
+    scenes = [[[x, 34, x + 52, 86], [x + 64, 34, x + 116, 86]] for x in (2, 10)]
+    (small,) = read_close_ups(folder(tmp_path, *scenes), 16, 8)
+    assert list(small.lefts) == [0, 8, 0, 8] and list(small.tops) == [4, 4, 4, 4]
+
+
 def test_crops_are_cut_from_the_latents(tmp_path):
     (small,) = read_close_ups(folder(tmp_path, [[2, 36, 54, 88], [74, 36, 126, 88]]), 16, 8)
     latents = np.arange(4 * 256, dtype=np.float16).reshape(1, 4, 16, 16)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from latentdiff.checkpoints.components import load_components
-from latentdiff.errors import CheckpointError
-from latentdiff.training.stages.networks import load_unet, new_unet, new_vae
+from latentdiff.errors import CheckpointError, ConfigError
+from latentdiff.training.stages.config import validate_config
+from latentdiff.training.stages.networks import WEIGHTS_FILE, new_unet, new_vae, take_weights
 from latentdiff.training.stages.train import train
 from tests.training.build import config, prepared
 
@@ -67,7 +68,7 @@ def test_one_call_makes_the_model(run):
 def test_a_run_may_start_from_the_weights_of_another(run, tmp_path):
     settings, folder = run
     unet = new_unet(settings.model.unet, seed=5)
-    load_unet(unet, folder / "unet")
+    take_weights(unet, folder / "unet" / WEIGHTS_FILE, "model.unet")
     loaded = load_components(folder)
     for name, value in loaded.unet.state_dict().items():
         torch.testing.assert_close(unet.state_dict()[name], value)
@@ -77,10 +78,37 @@ def test_a_run_may_start_from_the_weights_of_another(run, tmp_path):
         torch.testing.assert_close(vae.state_dict()[name], value)
 
 
+def test_a_run_may_go_on_with_another_model(run, tmp_path):
+    """VAE and text encoder as they are, no stage for either."""
+    settings, folder = run
+    before = load_components(folder)
+    going_on = settings.model_copy(
+        update={
+            "run": tmp_path / "run",
+            "text": None,
+            "vae": settings.vae.model_copy(update={"start": folder / "vae", "max_steps": 0}),
+            "diffusion": settings.diffusion.model_copy(update={"start": folder, "max_steps": 1, "lr": 1e-9}),
+        }
+    )
+    after = load_components(train(going_on))
+    assert after.vae.config.scaling_factor == before.vae.config.scaling_factor
+    for part in ("vae", "unet", "text_encoder"):
+        for name, value in getattr(before, part).state_dict().items():
+            torch.testing.assert_close(getattr(after, part).state_dict()[name], value, atol=1e-6, rtol=0)
+
+
+def test_taking_a_vae_as_it_is_needs_one(run):
+    settings, _ = run
+    values = settings.model_dump(mode="json")
+    values["vae"] |= {"max_steps": 0, "start": None}
+    with pytest.raises(ConfigError, match="max_steps 0 needs start"):
+        validate_config(values, "test")
+
+
 def test_weights_of_another_shape_are_refused(run):
     settings, folder = run
     wider = replace(settings.model.unet, layers_per_block=2)
     with pytest.raises(CheckpointError, match="another configuration"):
-        load_unet(new_unet(wider, 0), folder / "unet")
+        take_weights(new_unet(wider, 0), folder / "unet" / WEIGHTS_FILE, "model.unet")
     with pytest.raises(CheckpointError, match="expected a trained VAE"):
         new_vae(settings.model.vae, folder / "nothing", 0)
