@@ -29,16 +29,17 @@ from PIL import Image, ImageDraw
 from scene_language import BACKGROUNDS, NOUNS, PLACES, SIZES, Plan, Thing, caption, draw_plan, prompt
 from tqdm import tqdm
 
-from latentdiff.errors import LatentDiffError
+from latentdiff.errors import LatentDiffError, UsageError
 from latentdiff.files import atomic_path
 
 SIZE = 128  # pixels per side
 
-# Cells stand on a grid of this many pixels, the size of a latent: a thing then looks the same in the latent space wherever
-# it stands, which lets a small model learn it from few examples.
+# Cells stand on a grid of this many pixels, the size of a latent, and mostly half an image apart, a whole number of cells of
+# the U-Net's lowest level: a thing then looks the same to it wherever it stands, and is learned from few examples.
 GRID = 8
 MIN_CONTRAST = 55.0  # smallest distance in RGB between the mean colour of a thing and the background
 PER_FOLDER = 1000
+_MOST_THINGS = 3  # different ones in a scene
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -115,30 +116,29 @@ def drawn_on(canvas: np.ndarray, plan: Plan, sprites: Sequence[Sprite], rng: Ran
 
 
 def _corners(plan: Plan, side: int, rng: Random, size: int) -> list[tuple[int, int]]:
-    """Left top corners of cells, apart, on the grid, and in the plan's relation."""
+    """Left top corners of cells, apart, on the grid, and in the plan's relation.
+
+    What a sentence leaves open is always the same, but for `shift`: one stands in the middle, two side by side in the order
+    in which they are named, the third above them, four in the quarters. Where the first steps of sampling had to choose
+    among arrangements, a small model drew a mixture of them: four things for three, one thing of two.
+    """
     steps = (size - side) // GRID  # of the grid that a cell can move
-    if len(plan.things) == 1:
-        column, row = (rng.randint(steps // 4, steps - steps // 4) for _ in "xy")
-        if plan.background in PLACES:
-            row = steps - rng.randint(1, 2)
-        return [(GRID * column, GRID * row)]
-    near, far = [[0, 1], [steps - 1, steps]]  # the two places along an axis that leave room for each other
-    if len(plan.things) == 2:
-        level = rng.randint(steps // 4, steps - steps // 4)
-        if plan.background in PLACES:
-            level = steps - 1
-        level = [min(steps, max(0, level + rng.randint(-1, 1))) for _ in "ab"]
-        ends = [rng.choice(near), rng.choice(far)]
-        beside = (
-            plan.relation in ("left of", "right of")
-            if plan.relation
-            else plan.background in PLACES or rng.random() < 0.6
-        )
-        if plan.relation in ("right of", "below") or not plan.relation and rng.random() < 0.5:
-            ends.reverse()
-        return [(GRID * a, GRID * b) if beside else (GRID * b, GRID * a) for a, b in zip(ends, level, strict=True)]
-    quarters = rng.sample([(x, y) for x in (near, far) for y in (near, far)], len(plan.things))
-    return [(GRID * rng.choice(x), GRID * rng.choice(y)) for x, y in quarters]
+    far = steps - steps % 2  # from a cell to its neighbour; half an image where it is 16 cells of the grid wide
+    shift = rng.choice((0, steps % 2))
+    middle, low = far // 2, steps - 1
+    in_place = plan.background in PLACES
+    match len(plan.things):
+        case 1:
+            places = [(middle, low if in_place else middle)]
+        case 2:
+            ends = (far, 0) if plan.relation in ("right of", "below") else (0, far)
+            upright = plan.relation in ("above", "below")
+            places = [(middle, end) if upright else (end, low if in_place else middle) for end in ends]
+        case 3:
+            places = [(0, far), (far, far), (middle, 0)]
+        case _:
+            places = [(0, 0), (far, 0), (0, far), (far, far)]
+    return [(GRID * (x + shift), GRID * y) for x, y in places]
 
 
 def relation_holds(relation: str, a: Box, b: Box) -> bool:
@@ -159,11 +159,17 @@ def layout(boxes: Sequence[Box], size: int) -> Image.Image:
     return image
 
 
-def plan_of_scene(index: int, *, split: str, seed: int, size: int, glyphs: Glyphs) -> tuple[np.ndarray, dict[str, Any]]:
-    """Scene number `index`: its image (size, size, 3) uint8, and its line of the metadata without the file's name."""
+def plan_of_scene(
+    index: int, *, split: str, seed: int, size: int, glyphs: Glyphs, nouns: Sequence[str] = ()
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Scene number `index`: its image (size, size, 3) uint8, and its line of the metadata without the file's name.
+
+    Args:
+        nouns: what scenes are made of; without any, all of the glyphs.
+    """
     rng = Random(f"{seed}/{split}/{index}")
     while True:
-        plan = draw_plan(rng, split, nouns=glyphs.nouns)
+        plan = draw_plan(rng, split, nouns=nouns or glyphs.nouns)
         if (drawn := compose(plan, rng, size, glyphs)) is not None:
             break
     image, boxes = drawn
@@ -186,10 +192,11 @@ def _glyphs(source: Path) -> Glyphs:
 
 
 def make_scene(
-    index: int, *, out: Path, split: str, seed: int, size: int, source: Path, layouts: bool = False
-) -> dict[str, Any]:
+    index: int, *, out: Path, split: str, seed: int, size: int, source: Path, layouts: bool = False,
+    nouns: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Draw scene number `index` into its file; returns its line of the metadata."""
-    image, line = plan_of_scene(index, split=split, seed=seed, size=size, glyphs=_glyphs(source))
+    image, line = plan_of_scene(index, split=split, seed=seed, size=size, glyphs=_glyphs(source), nouns=nouns)
     name = f"{index // PER_FOLDER:04d}/{index:07d}.png"
     (out / name).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(out / name, compress_level=1)
@@ -234,12 +241,27 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
+def _chosen(nouns: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The nouns of --nouns.
+
+    Raises:
+        UsageError: one is not known, or they are too few for a scene.
+    """
+    chosen = tuple(dict.fromkeys(noun.strip() for noun in nouns.split(",")))
+    if unknown := [noun for noun in chosen if noun not in known]:
+        raise UsageError(f"expected things of the world for --nouns, such as {known[0]!r}, found {unknown[0]!r}")
+    if len(chosen) < _MOST_THINGS:
+        raise UsageError(f"expected at least {_MOST_THINGS} things for --nouns, found {len(chosen)}")
+    return chosen
+
+
 @click.command(help=__doc__.split("\n\n")[0])
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False), required=False)
 @click.option("--count", type=click.IntRange(1), default=100_000, show_default=True, help="Scenes to compose.")
 @click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
 @click.option("--size", type=click.IntRange(32), default=SIZE, show_default=True, help="Pixels per side.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--nouns", metavar="A,B,C", help="Make scenes of these things alone, such as those that are drawn badly.")
 @click.option("--layouts", is_flag=True, help="Write NAME.hint.png beside each image: where things stand.")
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes.")
 @glyphs_option
@@ -248,20 +270,23 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 )
 @click.option("--per-task", type=click.IntRange(1), default=50, show_default=True, help="Prompts per task.")
 def main(
-    out: Path | None, count: int, split: str, size: int, seed: int, layouts: bool, workers: int,
+    out: Path | None, count: int, split: str, size: int, seed: int, nouns: str | None, layouts: bool, workers: int,
     glyphs: Path | None, prompts: Path | None, per_task: int,
 ) -> None:  # fmt: skip
     try:
         source = glyphs or fetch_glyphs(Path("data"))
-        nouns = _glyphs(source).nouns  # a fault is found before the work is shared
-        if len(nouns) < len(NOUNS):
-            click.echo(f"{source} has {len(nouns)} of {len(NOUNS)} nouns; the world is these", err=True)
+        known = _glyphs(source).nouns  # a fault is found before the work is shared
+        if len(known) < len(NOUNS):
+            click.echo(f"{source} has {len(known)} of {len(NOUNS)} nouns; the world is these", err=True)
+        chosen = _chosen(nouns, known) if nouns else ()
         if prompts:
             write_lines(prompts, evaluation_prompts(per_task, seed, _glyphs(source)))
         elif out is None:
             raise click.UsageError("name the folder to write to")
         else:
-            work = partial(make_scene, out=out, split=split, seed=seed, size=size, source=source, layouts=layouts)
+            work = partial(
+                make_scene, out=out, split=split, seed=seed, size=size, source=source, layouts=layouts, nouns=chosen
+            )
             with Pool(workers) as pool:
                 lines = list(
                     tqdm(pool.imap(work, range(count), chunksize=50), total=count, unit="scene", mininterval=1.0)

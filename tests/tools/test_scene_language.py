@@ -78,7 +78,7 @@ def test_a_caption_names_everything(rng, kind):
         ([("owl", "orange")], None, "red", "a photo of an orange owl on a red background"),
         ([("mouse", None)] * 3, None, "red", "a photo of three mice on a red background"),
         ([("glasses", "blue")], None, "red", "a photo of a pair of blue glasses on a red background"),
-        ([("bread", None)] * 2, None, "orange", "a photo of two loaves of bread on an orange background"),
+        ([("cheese", None)] * 2, None, "orange", "a photo of two pieces of cheese on an orange background"),
         ([("cat", "blue"), ("dog", "pink")], None, "red", "a photo of a blue cat and a pink dog on a red background"),
         ([("fox", None), ("key", None)], "left of", "red", "a photo of a fox to the left of a key on a red background"),
         ([("fox", None), ("key", None)], "below", "red", "a photo of a fox below a key on a red background"),

@@ -1,8 +1,9 @@
 """What a model knew before it was fine-tuned: its own predictions for old prompts, on its own way from noise to images.
 
-The start model walks from noise towards an image of each prompt, without guidance. Where it was and what it predicted
-there are written down. The same places are then given to the model that is trained: what it predicts otherwise, it has
-forgotten; and to be as before can be a part of the loss.
+The start model walks from noise to an image of each prompt, guided as it is when it draws. Where it was and what it predicted
+there, with the prompt and with the empty one, are written down. The same places are then given to the model that is trained:
+what it predicts otherwise, it has forgotten; and to be as before can be a part of the loss. The empty prompt counts as much
+as the others: guidance takes several times what it predicts, so that all images change where it changes a little.
 """
 
 from __future__ import annotations
@@ -30,28 +31,35 @@ class Walks:
 
     Attributes:
         text: what the network is told, by name, P rows each; see `DenoisingLoss.prediction`.
+        empty: the same of the empty prompt, one row each.
+        guidance: scale by which the model was guided.
         x: noisy latents, (P, S, C, h, w) float32.
         timesteps: (P, S) int64, falling.
-        raw: predictions, (P, S, C, h, w) float32.
+        raw, raw_empty: predictions with the prompt and with the empty one, (P, S, C, h, w) float32 each.
     """
 
     text: Arrays
+    empty: Arrays
+    guidance: float
     x: np.ndarray
     timesteps: np.ndarray
     raw: np.ndarray
+    raw_empty: np.ndarray
 
     def __len__(self) -> int:
         return self.timesteps.size
 
-    def rows(self, places: np.ndarray) -> Arrays:
-        """The places numbered so, of P S, for a batch: `old_x`, `old_timesteps`, `old_raw`, and `old_` with each name of
-        the text."""
+    def rows(self, places: np.ndarray, empty: np.ndarray) -> Arrays:
+        """The places numbered so, of P S, for a batch, with the empty prompt where `empty` says so: `old_x`,
+        `old_timesteps`, `old_raw`, and `old_` with each name of the text."""
         prompt, level = np.divmod(places, self.timesteps.shape[1])
-        numbers = {"x": self.x, "timesteps": self.timesteps, "raw": self.raw}
-        return {
-            **{f"old_{name}": values[prompt, level] for name, values in numbers.items()},
-            **{f"old_{name}": values[prompt] for name, values in self.text.items()},
+        raw = np.where(empty[:, None, None, None], self.raw_empty[prompt, level], self.raw[prompt, level])
+        numbers = {"x": self.x[prompt, level], "timesteps": self.timesteps[prompt, level], "raw": raw}
+        text = {
+            name: np.where(empty.reshape(-1, *[1] * (rows.ndim - 1)), self.empty[name], rows[prompt])
+            for name, rows in self.text.items()
         }
+        return {f"old_{name}": values for name, values in (numbers | text).items()}
 
 
 def texts(prompts: Sequence[str], tokens: CaptionTokens, side: int, *, tells_sizes: bool) -> Arrays:
@@ -68,8 +76,8 @@ def texts(prompts: Sequence[str], tokens: CaptionTokens, side: int, *, tells_siz
 
 @torch.no_grad()
 def walks(
-    module: DenoisingLoss, text: Arrays, keys: Sequence[str], shape: tuple[int, int, int], *, count: int, seed: int,
-    purpose: str,
+    module: DenoisingLoss, text: Arrays, empty: Arrays, keys: Sequence[str], shape: tuple[int, int, int], *, count: int,
+    guidance: float, seed: int, purpose: str,
 ) -> Walks:  # fmt: skip
     """Let the model as it is walk; the noise depends on seed, purpose and key alone.
 
@@ -77,7 +85,7 @@ def walks(
     timesteps that are spread evenly from an offset of its own.
 
     Args:
-        text: see `texts`.
+        text, empty: see `Walks`.
         keys: names each prompt.
         shape: (C, h, w) of the latents.
     """
@@ -93,26 +101,31 @@ def walks(
     for start in range(0, len(keys), _AT_ONCE):
         own = slice(start, start + _AT_ONCE)
         told = {name: rows[own] for name, rows in text.items()}
-        parts.append(_walk(module, told, np.stack(noise[own]), timesteps[own]))
-    x, raw = (np.concatenate(of) for of in zip(*parts, strict=True))
-    return Walks(text, x, timesteps, raw)
+        parts.append(_walk(module, told, empty, np.stack(noise[own]), timesteps[own], guidance))
+    x, raw, raw_empty = (np.concatenate(of) for of in zip(*parts, strict=True))
+    return Walks(text, empty, guidance, x, timesteps, raw, raw_empty)
 
 
 def _walk(
-    module: DenoisingLoss, text: Arrays, noise: np.ndarray, timesteps: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+    module: DenoisingLoss, text: Arrays, empty: Arrays, noise: np.ndarray, timesteps: np.ndarray, guidance: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     objective = module.objective
     x = torch.from_numpy(noise).to(objective.alpha.device)
     at = torch.full((len(x),), len(objective.alpha) - 1, device=x.device)
-    found: list[tuple[Tensor, Tensor]] = []
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
     for column in range(timesteps.shape[1] + 1):
-        raw = predicted(module, text, x, at)
+        raw, raw_empty = predicted(module, text, x, at), predicted(module, _repeated(empty, len(x)), x, at)
         if column:
-            found.append((x, raw))
+            found.append((x, raw, raw_empty))
         if column < timesteps.shape[1]:
             following = torch.from_numpy(np.ascontiguousarray(timesteps[:, column])).to(x.device)
-            x, at = objective.moved(x, raw, at, following), following
+            x, at = objective.moved(x, raw_empty.lerp(raw, guidance), at, following), following
     return tuple(torch.stack(each, 1).cpu().numpy() for each in zip(*found, strict=True))  # type: ignore[return-value]
+
+
+def _repeated(text: Arrays, count: int) -> Arrays:
+    """A text of one row as that of a batch."""
+    return {name: np.repeat(row, count, axis=0) for name, row in text.items()}
 
 
 def predicted(module: DenoisingLoss, text: Arrays, x: Tensor, timesteps: Tensor) -> Tensor:
@@ -125,7 +138,7 @@ class Forgetting:
     """How much a model has kept of what it knew.
 
     The scale: 1 is to predict all as before. 0 is to be as far from that as the start model itself is where it is given
-    another one of the old prompts. In between it falls with the mean square of the distance, that of velocities
+    another one of the old prompts. In between it falls with the mean square of the distance, that of guided velocities
     (Salimans & Ho 2022), so that no noise level counts more for what the model is trained to predict.
 
     Args:
@@ -147,19 +160,23 @@ class Forgetting:
 
     @torch.no_grad()
     def _squares(self, module: DenoisingLoss, text: Arrays) -> float:
-        """Sum of the squared distances of the velocities that are predicted with `text` to those of before."""
+        """Sum of the squared distances of the guided velocities that are predicted with `text` to those of before."""
         total, of, objective = 0.0, self._walks, module.objective
         for start in range(0, len(of.x), _AT_ONCE):
             own = slice(start, start + _AT_ONCE)
             told = {name: rows[own] for name, rows in text.items()}
             for level in range(of.timesteps.shape[1]):
-                x, before, timesteps = (
+                x, raw, raw_empty, timesteps = (
                     torch.from_numpy(np.ascontiguousarray(values[own, level])).to(objective.alpha.device)
-                    for values in (of.x, of.raw, of.timesteps)
+                    for values in (of.x, of.raw, of.raw_empty, of.timesteps)
                 )
                 now = predicted(module, told, x, timesteps)
-                difference = objective.velocity(now, x, timesteps) - objective.velocity(before, x, timesteps)
-                total += float(difference.double().square().sum())
+                now_empty = predicted(module, _repeated(of.empty, len(x)), x, timesteps)
+                guided, before = (
+                    objective.velocity(without.lerp(with_prompt, of.guidance), x, timesteps)
+                    for with_prompt, without in ((now, now_empty), (raw, raw_empty))
+                )
+                total += float((guided - before).double().square().sum())
         return total
 
 
@@ -188,4 +205,6 @@ class Practice:
         weights = [self._weight] * len(chosen) or [0.0]  # every part has a loss of each kind
         chosen = chosen or [rows.start]
         places = [generator(self._seed, "practice", step, row).integers(len(self._walks)) for row in chosen]
-        return {**self._walks.rows(np.array(places)), "old_weights": np.array(weights, np.float32)}
+        empty = [(step + row // _ROWS_FOR_ONE) % 2 == 1 for row in chosen]  # every other one
+        found = self._walks.rows(np.array(places), np.array(empty))
+        return {**found, "old_weights": np.array(weights, np.float32)}

@@ -164,10 +164,15 @@ class Preparation:
         prompts = list(dict.fromkeys(settings.old_prompts)) or old_prompts(parts.words, count, purpose)
         if purpose == "measured" and len(prompts) == 1:
             prompts.append("" if prompts[0] else GENERAL[0])  # the scale is the distance to another prompt
-        told = texts(prompts, self.material.samples.tokens, side, tells_sizes=self.material.samples.tells_sizes)
+        samples = self.material.samples
+        told = texts([*prompts, ""], samples.tokens, side, tells_sizes=samples.tells_sizes)
+        text, empty = ({name: rows[own] for name, rows in told.items()} for own in (slice(-1), slice(-1, None)))
         latent = side // parts.vae.config.downscale
         shape = (parts.vae.config.latent_channels, latent, latent)
-        return walks(module, told, prompts, shape, count=levels, seed=settings.seed, purpose=purpose)
+        return walks(
+            module, text, empty, prompts, shape, count=levels, guidance=settings.sample_guidance, seed=settings.seed,
+            purpose=purpose,
+        )  # fmt: skip
 
 
 def make_accelerator(settings: FinetuneConfig) -> tuple[Accelerator, FinetuneConfig]:

@@ -70,11 +70,13 @@ def test_walks_are_ddim_of_the_start_model(prepared):
     walks = made._walks(module, "measured")
     assert walks.x.shape == walks.raw.shape == (4, 4, 4, 4, 4) and (np.diff(walks.timesteps) < 0).all()
     alphas = module.objective.alpha.double()
+    empty = {name: np.repeat(row, 4, 0) for name, row in walks.empty.items()}
     for level in range(3):
-        told = {name: rows for name, rows in walks.text.items()}
         x, t = torch.from_numpy(walks.x[:, level]), torch.from_numpy(walks.timesteps[:, level])
-        raw = torch.from_numpy(walks.raw[:, level])
-        assert torch.equal(predicted(module, told, x, t), raw)
+        with_prompt, without = (torch.from_numpy(found[:, level]) for found in (walks.raw, walks.raw_empty))
+        assert torch.equal(predicted(module, walks.text, x, t), with_prompt)
+        assert torch.equal(predicted(module, empty, x, t), without)
+        raw = without + walks.guidance * (with_prompt - without)  # Ho & Salimans 2022
         # Song et al. 2021, equation 12 with sigma_t = 0, of v-prediction.
         a, following = (
             alphas[times].view(-1, 1, 1, 1) for times in (t, torch.from_numpy(walks.timesteps[:, level + 1]))
@@ -131,12 +133,17 @@ def test_what_was_kept_in_words(share, words):
 
 def test_practice_counts_the_same_however_a_batch_is_split():
     text = {"tokens": np.arange(3)[:, None, None]}
-    walks = Walks(text, np.arange(6.0).reshape(3, 2, 1, 1, 1), np.arange(6).reshape(3, 2), np.zeros((3, 2, 1, 1, 1)))
+    x = np.arange(6.0).reshape(3, 2, 1, 1, 1)
+    empty = {"tokens": np.full((1, 1, 1), 9)}
+    walks = Walks(text, empty, 5.0, x, np.arange(6).reshape(3, 2), np.zeros_like(x), np.ones_like(x))
     practice = Practice(walks, 0.5, 10, 7)
     whole = practice.rows(3, range(10))
     assert len(whole["old_weights"]) == 3  # rows 0, 4, 8
     assert whole["old_weights"].sum() / 10 == pytest.approx(0.5)
-    assert (whole["old_timesteps"] // 2 == whole["old_tokens"][:, 0, 0]).all()
+    assert whole["old_raw"][:, 0, 0, 0].tolist() == [1, 0, 1]  # the empty prompt in turn with the others
+    assert whole["old_tokens"][[0, 2], 0, 0].tolist() == [9, 9]
+    assert whole["old_timesteps"][1] // 2 == whole["old_tokens"][1, 0, 0]
+    assert practice.rows(4, range(10))["old_raw"][:, 0, 0, 0].tolist() == [0, 1, 0]
     parts = [practice.rows(3, range(first, first + 2)) for first in range(0, 10, 2)]
     kept = [part for part in parts if part["old_weights"].any()]
     assert np.concatenate([part["old_x"] for part in kept]).tolist() == whole["old_x"].tolist()
