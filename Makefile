@@ -9,7 +9,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done)
 VENV ?= .venv
-PROMPT ?= a panda to the left of a cactus on a pink background
+PROMPT ?=
 SEED ?= 4
 export PROMPT SEED
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -22,11 +22,12 @@ help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 demo: $(VENV)/installed
-	@$(VENV)/bin/latentdiff generate "$$PROMPT" --seed "$$SEED" -n 4 --out images/ --sheet images/demo.png
+	@if [ -n "$$PROMPT" ]; then set -- "$$PROMPT" -n 4; else set -- --prompts examples/prompts.txt; fi; \
+	  $(VENV)/bin/latentdiff generate "$$@" --seed "$$SEED" --out images/ --sheet images/demo.png
 	@printf '%s\n' "All four on one sheet: images/demo.png. Try next:" \
 	  '  $(VENV)/bin/latentdiff words' \
 	  '  $(VENV)/bin/latentdiff generate "a hat above a frog on a yellow background" --fast' \
-	  '  $(VENV)/bin/latentdiff edit images/a-panda-to-the-left-of-a-cactus-on-a-pink-background-4.png "a cat to the left of a cactus on a pink background"'
+	  '  $(VENV)/bin/latentdiff edit images/a-cat-on-a-blue-background-4.png "a dog on a blue background"'
 
 serve: $(VENV)/installed-serve
 	@$(VENV)/bin/latentdiff serve $(SERVE_ARGS)
