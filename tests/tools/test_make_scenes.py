@@ -58,6 +58,39 @@ def test_the_same_random_numbers_give_the_same_scene(rng, kind):
     assert (plan, boxes, image.tobytes()) == (again, there, same.tobytes())
 
 
+@pytest.mark.parametrize("kind", list(scene_language.KINDS))
+def test_what_a_sentence_leaves_open_is_arranged_the_same(kind):
+    """Two plans that differ in the things alone stand in the same cells, but for the shift."""
+    found = {}
+    for seed in range(60):
+        plan, _, boxes = drawn("train", kind, Random(seed))
+        centres = np.array([((a + c) / 2, (b + d) / 2) for a, b, c, d in boxes])
+        alike = (len(boxes), plan.relation, plan.background in scene_language.PLACES, plan.things[0].size)
+        found.setdefault(alike, []).append(centres)
+    for many in found.values():
+        assert (np.ptp(many, axis=0) <= make_scenes.GRID + 2).all()
+
+
+def test_things_stand_in_the_order_in_which_they_are_named():
+    for seed in range(20):
+        plan, _, (first, second) = drawn("train", "two", Random(seed))
+        text = scene_language.caption(plan, Random(seed))
+        names = [text.find(thing.noun) for thing in plan.things]
+        assert first[0] < second[0] and names[0] < names[1], text
+
+
+def test_scenes_of_some_things_alone(tmp_path):
+    lines = make(tmp_path, "--nouns", "cat, dog,owl,fish")
+    assert {thing["noun"] for line in lines for thing in line["scene"]["objects"]} <= {"cat", "dog", "owl", "fish"}
+
+
+@pytest.mark.parametrize(("nouns", "expected"), [("cat,dog,chimera", "found 'chimera'"), ("cat,dog", "at least 3 things")])
+def test_nouns_that_make_no_scenes_are_refused(tmp_path, nouns, expected):
+    arguments = [str(tmp_path / "out"), "--count", "1", "--nouns", nouns, "--glyphs", str(GLYPHS)]
+    result = CliRunner().invoke(make_scenes.main, arguments)
+    assert result.exit_code == 1 and expected in str(result.exception) + result.output
+
+
 @pytest.mark.parametrize("colour", list(scene_language.OBJECT_COLOURS))
 def test_a_coloured_thing_is_nearest_to_its_own_colour(colour):
     own = FEW.sprite("apple", colour, 88).own
