@@ -65,22 +65,48 @@ def _counted(words: Words, pick: Pick) -> str:
 def _related(words: Words, pick: Pick) -> str:
     relation = pick(words.kinds["relations"])
     joined = f"to the {relation}" if relation.endswith(" of") else relation
-    first, second = (_article(pick(words.kinds["things"])) for _ in range(2))
-    return f"{first} {joined} {second}{_background(words, pick)}"
+    return f"{f' {joined} '.join(map(_article, _two_things(words, pick)))}{_background(words, pick)}"
 
 
-_FORMS = (_plain, _coloured, _counted, _related)
-_NEEDS = {_plain: "things", _coloured: "colours", _counted: "counts", _related: "relations"}
+def _two(words: Words, pick: Pick) -> str:
+    return f"{' and '.join(map(_article, _two_things(words, pick)))}{_background(words, pick)}"
+
+
+def _two_coloured(words: Words, pick: Pick) -> str:
+    coloured = (f"{pick(words.kinds['colours'])} {thing}" for thing in _two_things(words, pick))
+    return f"{' and '.join(map(_article, coloured))}{_background(words, pick)}"
+
+
+def _two_things(words: Words, pick: Pick) -> tuple[str, str]:
+    things = words.kinds["things"]
+    first = pick(things)
+    return first, pick(tuple(thing for thing in things if thing != first) or things)
+
+
+# All that a small model was taught to do, in turn, so that none of it is forgotten.
+_FORMS = (_plain, _coloured, _counted, _related, _two, _two_coloured)
+_NEEDS = {
+    _plain: "things", _coloured: "colours", _counted: "counts", _related: "relations", _two: "things",
+    _two_coloured: "colours",
+}  # fmt: skip
 
 
 def _can(form: Callable[..., str], words: Words) -> bool:
+    if form in (_two, _two_coloured) and "and" not in words.all:
+        return False
     enough = 2 if form is _counted else 1
     return len(words.kinds[_NEEDS[form]]) >= enough
 
 
+# What stands behind the things where that is a place, not a colour.
+_PLACES = {"meadow": "on a meadow", "beach": "on a beach", "snow": "in the snow", "night": "at night"}
+
+
 def _background(words: Words, pick: Pick) -> str:
-    backgrounds = words.kinds["backgrounds"]
-    return f" on {_article(pick(backgrounds))} background" if backgrounds else ""
+    if not words.kinds["backgrounds"]:
+        return ""
+    background = pick(words.kinds["backgrounds"])
+    return f" {_PLACES.get(background) or f'on {_article(background)} background'}"
 
 
 def _article(noun: str) -> str:
@@ -90,4 +116,4 @@ def _article(noun: str) -> str:
 def _plural(noun: str, words: Words) -> str:
     """The plural as the model knows it; the noun itself where none is among its words."""
     forms = (f"{noun}s", f"{noun}es", f"{noun[:-1]}ies", f"{noun[:-1]}ves", f"{noun[:-2]}i", f"{noun[:-3]}men")
-    return next((form for form in forms if form in words.all), noun)
+    return next((form for form in forms if form.split()[-1] in words.all), noun)

@@ -1,6 +1,7 @@
 """Forgetting as a number, and what keeps it small."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -41,6 +42,14 @@ def test_old_prompts_use_the_words_that_the_model_lists():
         assert set(split_words(prompt)) <= words.all, prompt
     assert old_prompts(words, 16, "measured") == measured[:16]
     assert any(" of a" in prompt for prompt in measured) and any(prompt.startswith("two ") for prompt in measured)
+    assert not any(re.search(r"snow background|(two|three|four) light bulb\b", prompt) for prompt in measured + kept)
+    two = [prompt for prompt in measured + kept if " and " in prompt]
+    coloured = [prompt for prompt in two if len(colours_in(prompt, words)) >= 2]
+    assert len(two) > len(coloured) > 0, "things by twos, with colours and without, are what else is forgotten first"
+
+
+def colours_in(prompt, words):
+    return [word for word in split_words(prompt.partition(" on ")[0]) if word in words.kinds["colours"]]
 
 
 def test_old_prompts_of_models_that_list_few_words_or_none(tmp_path):
