@@ -68,8 +68,9 @@ class FinetuneConfig(AdapterSection, DenoisingSection, ReadingSection):
     """Folder of the run: checkpoints, log, samples, report, and the result."""
     seed: int = 0
     """Everything random in the run follows from it."""
-    train_text_encoder: bool = False
-    """Train the text encoder too (method full; for lora, put text_encoder into `targets`)."""
+    train_text_encoder: bool | None = None
+    """Train the text encoder too (method full; for lora, put text_encoder into `targets`). By itself where the model lists
+    its words, for its text encoder has read no others."""
     prediction_type: Literal["model", "epsilon", "v_prediction"] = "model"
     """What the U-Net predicts in the end. Another kind than the model's has to be learned, which takes long (method full)."""
     zero_snr: bool = False

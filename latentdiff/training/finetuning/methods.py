@@ -106,7 +106,7 @@ class FullMethod(FinetuningMethod):
 
     def __init__(self, parts: Components, settings: FinetuneConfig) -> None:
         super().__init__(parts, settings)
-        self.trains_text = settings.train_text_encoder
+        self.trains_text = bool(settings.train_text_encoder)
         self._trained = ("unet", "text_encoder") if self.trains_text else ("unet",)
         for part in self._trained:
             getattr(parts, part).float().requires_grad_(True)

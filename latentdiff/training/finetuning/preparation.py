@@ -76,8 +76,7 @@ class Preparation:
             parts.name = EMBEDDED_NAME
         _check_model(parts, settings)
         parts.schedule_config = _schedule_config(parts.schedule_config, settings)
-        if settings.targets == ("auto",):
-            settings = settings.model_copy(update={"targets": ("attention",) if parts.words is None else tuple(TARGET_GROUPS)})
+        settings = settings.model_copy(update=_chosen(settings, lists_words=parts.words is not None))
         self.accelerator, self.method = accelerator, make_method(parts, settings)
         side = (
             settings.resolution / parts.vae.config.downscale if settings.resolution else parts.unet.config.sample_size
@@ -207,6 +206,16 @@ def _check_model(parts: Components, settings: FinetuneConfig) -> None:
         )
     if kind == INPAINTING and settings.loss == "dpo":
         raise UsageError("loss dpo compares whole images, found a model for inpainting, which sees a part of one; take another")
+
+
+def _chosen(settings: FinetuneConfig, *, lists_words: bool) -> dict[str, Any]:
+    """What is trained, where nobody says. The text encoder of a model that lists its words has read no others."""
+    found: dict[str, Any] = {}
+    if settings.targets == ("auto",):
+        found["targets"] = tuple(TARGET_GROUPS) if lists_words else ("attention",)
+    if settings.train_text_encoder is None:
+        found["train_text_encoder"] = lists_words and settings.method == "full"
+    return found
 
 
 def _schedule_config(of_model: ScheduleConfig, settings: FinetuneConfig) -> ScheduleConfig:

@@ -56,6 +56,16 @@ def test_a_model_that_lists_its_words_is_adapted_everywhere(tmp):
         assert any(part in layer for layer in named["listing"])
 
 
+@pytest.mark.parametrize(
+    ("lists", "asked", "trained"), [(True, {}, True), (False, {}, False), (True, {"train_text_encoder": False}, False)]
+)
+def test_of_a_model_that_lists_its_words_all_is_trained_whole(tmp, lists, asked, trained):
+    model = listing_model(tmp, ["a"]) if lists else model_folder()
+    made = Preparation(*reversed(make_accelerator(settings(tmp, model=str(model), method="full", **asked))))
+    assert made.settings.train_text_encoder is trained
+    assert any(parameter.requires_grad for parameter in made.method.parts.text_encoder.parameters()) is trained
+
+
 def test_the_file_says_what_it_is_as_lycoris_does(tmp):
     result = run(settings(tmp, adapter="dora", dora_lengths="outputs", max_steps=1, result_precision="fp16"))
     with safe_open(result, "pt") as file:
