@@ -126,12 +126,12 @@ def make_pairs(
 @click.option("--seeds", type=click.IntRange(2, SEEDS_APART), default=8, show_default=True, help="Images of a prompt.")
 @click.option("--most", type=click.IntRange(1), default=2, show_default=True, help="Pairs of a prompt, at the most.")
 @click.option("--steps", type=click.IntRange(1), default=25, show_default=True)
-@click.option("--guidance", type=float, default=5.0, show_default=True)
+@click.option("--guidance", type=float, help="Its scale.  [default: the model's]")
 @click.option("--sampler", default="ddim", show_default=True)
 @click.option("--device", default="auto", show_default=True)
 def main(
     out: Path, model: str | None, prompts: Path | None, count: int, seed: int, tasks: tuple[str, ...], seeds: int,
-    most: int, steps: int, guidance: float, sampler: str, device: str,
+    most: int, steps: int, guidance: float | None, sampler: str, device: str,
 ) -> None:  # fmt: skip
     try:
         asked = read_prompts(prompts) if prompts else list(training_prompts(count, seed, tasks or tuple(TASKS)))

@@ -164,7 +164,7 @@ def taught(study: Study, concept: str) -> dict[str, Any]:
     things = [{need["class"] for need in line["include"]} for line in read_lines(data / "prompts.jsonl")]
     run, how = study.finetune(data.name, "--data", data / "train")
     after = study.after(run / "lora.safetensors")
-    settings = {"steps": 25, "guidance": 5.0}
+    settings = {"steps": 25, "guidance": None}
     old = images_of(study.before, prompts, 1, **settings)
     new = images_of(after, prompts, SEEDS, **settings)
     save_png(sheet_of(old, prompts), study.out / f"{data.name}-before.png", metadata=False)

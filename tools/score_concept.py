@@ -69,7 +69,7 @@ def share(judge: Judge, images: Sequence[Image.Image], rule: Rule) -> Score:
     return Score.of(rule(seen) for seen in judge(images))
 
 
-def images_of(pipe: Pipeline, prompts: Sequence[str], seeds: int, steps: int, guidance: float) -> list[Image.Image]:
+def images_of(pipe: Pipeline, prompts: Sequence[str], seeds: int, steps: int, guidance: float | None) -> list[Image.Image]:
     """Images of each prompt in turn; image j of prompt i has seed 1000 i + j."""
     made: list[Image.Image] = []
     for number, prompt in enumerate(tqdm(prompts, unit="prompt", leave=False)):
@@ -89,7 +89,7 @@ def references(judge: Judge, pipe: Pipeline, data: Path, rule: Rule, glyphs: Gly
     }
 
 
-def old_tasks(pipe: Pipeline, per_task: int, seeds: int, steps: int, guidance: float) -> Result:
+def old_tasks(pipe: Pipeline, per_task: int, seeds: int, steps: int, guidance: float | None) -> Result:
     """The old tasks, by the judge of `latentdiff evaluate`."""
     prompts = read_prompts(limit=per_task)
     return score_prompts(pipe, prompts, seeds_per_prompt=seeds, steps=steps, guidance_scale=guidance)
@@ -129,7 +129,7 @@ def table(scores: dict[str, Score]) -> str:
               help="Folder of the judge; it is trained there if there is none.")  # fmt: skip
 @click.option("--seeds", type=click.IntRange(1), default=4, show_default=True, help="Images of each prompt.")
 @click.option("--steps", type=click.IntRange(1), default=25, show_default=True)
-@click.option("--guidance", type=float, default=5.0, show_default=True)
+@click.option("--guidance", type=float, help="Its scale.  [default: the model's]")
 @click.option(
     "--old-prompts", type=click.IntRange(0), default=50, show_default=True, help="Of each old task; 0 leaves them out."
 )
@@ -137,7 +137,7 @@ def table(scores: dict[str, Score]) -> str:
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for scores and sheets of images.")
 def main(
     data: Path, lora: str | None, model: str | None, base: str | None, judge_folder: Path, seeds: int, steps: int,
-    guidance: float, old_prompts: int, glyphs: Path | None, out: Path | None,
+    guidance: float | None, old_prompts: int, glyphs: Path | None, out: Path | None,
 ) -> None:  # fmt: skip
     if (lora is None) == (model is None):
         raise click.UsageError("name the fine-tuned model by either --lora or --model")

@@ -47,17 +47,19 @@ def model_index(
     unet: UNetConfig, vae: str = "AutoencoderKL", scheduler: str = "DDIMScheduler", family: Family = SD
 ) -> dict[str, Any]:
     """The model_index.json with which diffusers opens the folder; `vae` and `scheduler` are its classes there."""
+    sees_more = unet.in_channels != unet.out_channels  # than noisy latents; these may have eight channels themselves
+    others = family.others if sees_more else {}
     classes = {FIRST: "CLIPTextModel", SECOND: "CLIPTextModelWithProjection"}
     safety = {"requires_safety_checker": False, "safety_checker": [None, None]} if family is SD else {}
     texts = {name: [None, None] for name in (() if family is SD else (FIRST, "tokenizer"))}
     texts |= {part: ["transformers", classes[part]] for part in family.parts if is_text(part)}
     texts |= {name: ["transformers", "CLIPTokenizer"] for name in family.tokenizers}
     return {
-        "_class_name": _UNCLIP if unet.class_dim else family.others.get(unet.in_channels, family.pipeline),
+        "_class_name": _UNCLIP if unet.class_dim else others.get(unet.in_channels, family.pipeline),
         "_diffusers_version": "0.30.0",
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        **({"depth_estimator": [None, None]} if unet.in_channels == 5 else {}),
+        **({"depth_estimator": [None, None]} if sees_more and unet.in_channels == 5 else {}),
         **(_SEEING if unet.class_dim else {}),
         **{name: ["diffusers", config["_class_name"]] for name, config in augmentations(unet).items()},
         **safety,

@@ -37,7 +37,7 @@ from latentdiff.request.options import SamplerName
     "--seeds", type=click.IntRange(1), default=4, show_default=True, metavar="N", help="Images of each prompt."
 )
 @click.option("--steps", type=int, default=25, show_default=True, metavar="N", help="Denoising steps, 1 to 1000.")
-@click.option("--guidance", type=float, default=5.0, show_default=True, metavar="X", help="1 is no guidance.")
+@click.option("--guidance", type=float, metavar="X", help="1 is no guidance.  [default: the model's]")
 @click.option("--sampler", type=click.Choice(get_args(SamplerName)), default="ddim", show_default=True)
 @click.option(
     "--scenes",

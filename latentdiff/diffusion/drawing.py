@@ -84,6 +84,8 @@ WITHOUT_EFFECT = {
     "time_shift_type": "it belongs to flow matching",
     "noise_sampler_seed": "noise comes from the seed of the image",
 }
+# Where models that were trained here say at which guidance they draw best. diffusers passes over keys that begin so.
+GUIDANCE = "_guidance_scale"
 OF_FLOW = ("use_flow_sigmas", "use_flow", "base_shift", "max_shift", "shift_terminal", "invert_sigmas")
 OF_THRESHOLDING = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 
@@ -118,7 +120,8 @@ class Drawing:
     sampler: None if the file does not say.
     spacing: even in noise, of that sampler; None is what its schedule says.
     path_noise: whether the noise of a stochastic solver comes from Brownian paths, or from the next draws.
-    steps, guidance_scale: what is customary for this model; None is what is for the sampler.
+    steps, guidance_scale: what is customary for this model; None is what is for the sampler. A sampler for few steps comes
+        before the model's guidance, unless that model is known by habit.
     habit: by what these are known, one line; "" if they are not.
     few_steps: the options with which a LoRA of the model draws in few steps; None if it has none.
     tells_guidance: whether the U-Net is told the guidance scale, and is not evaluated without the prompt.
@@ -139,6 +142,11 @@ class Drawing:
     notes: tuple[str, ...] = ()
     file: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # as it was read
 
+    @classmethod
+    def guided_by(cls, scale: float) -> Drawing:
+        """That of a model of our own which is best guided so; its file will say it."""
+        return cls(guidance_scale=scale, file={GUIDANCE: scale})
+
     def thresholding_of(self, sampler: str) -> Thresholding | None:
         """The thresholding of x0 that a sampler obeys; for others diffusers has none."""
         return self.thresholding if sampler in THRESHOLDS else None
@@ -151,7 +159,7 @@ def read_drawing(config: Mapping[str, Any], known: tuple[str, ...]) -> Drawing:
         known: keys that are read elsewhere.
 
     Raises:
-        ConfigError: the schedule is one of flow matching.
+        ConfigError: the schedule is one of flow matching, or an entry is outside its domain.
     """
     name = _short(config["_class_name"]).strip("'") if config.get("_class_name") else None
     flows = [key for key in OF_FLOW if config.get(key)]
@@ -174,11 +182,21 @@ def read_drawing(config: Mapping[str, Any], known: tuple[str, ...]) -> Drawing:
         sampler=sampler,
         spacing=spacing if sampler in OBEY_FLAGS else None,
         path_noise=sampler != "dpmpp-2m-sde",
+        guidance_scale=_guidance(config),
         thresholding=_thresholding(values),
         refusal=next(iter(refusals), "") if name else "",
         notes=tuple(_notes(config, known)),
         file=dict(config),
     )
+
+
+def _guidance(config: Mapping[str, Any]) -> float | None:
+    value = config.get(GUIDANCE)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"the scheduler's {GUIDANCE} must be a number above 0, found {_short(value)}")
+    return float(value)
 
 
 def _notes(config: Mapping[str, Any], known: tuple[str, ...]) -> list[str]:

@@ -124,7 +124,7 @@ def score_prompts(
     judge: Judge | None = None,
     seeds_per_prompt: int = 4,
     steps: int = 25,
-    guidance_scale: float = 5.0,
+    guidance_scale: float | None = None,
     sampler: str = "ddim",
     batch_size: int = 16,
     progress: bool = True,
@@ -136,6 +136,7 @@ def score_prompts(
 
     Args:
         judge: shares no weights with the model; None is the one that comes with latentdiff.
+        guidance_scale: None is what is customary for the model.
         batch_size: images made at once; the scores do not depend on it.
         on_images: given each prompt's images as soon as they are made.
 

@@ -23,6 +23,7 @@ from latentdiff.evaluation.report import HOW_TO_MAKE_SCENES, Scores
 from latentdiff.files import atomic_path
 from latentdiff.image import save_png
 from latentdiff.pipeline import Pipeline
+from latentdiff.request.plan import Sampling
 
 _NAMED = 8  # unknown words in a line
 
@@ -36,7 +37,7 @@ def evaluate(
     limit: int | None = None,
     seeds: int = 4,
     steps: int = 25,
-    guidance: float = 5.0,
+    guidance: float | None = None,
     sampler: str = "ddim",
     scenes: Path | None = None,
     device: str = "auto",
@@ -52,6 +53,7 @@ def evaluate(
         loras: files that adapt the model, not the other one, each with its scale.
         limit: prompts of each task; None is all.
         seeds: images of each prompt.
+        guidance: scale; None is what is customary for each model.
         scenes: real scenes made by tools/make_scenes.py, for the judge's ceiling and floor and the VAE's scores; None
             leaves these out.
 
@@ -100,8 +102,12 @@ def _scored(pipeline: Pipeline, out: Path, how: _How) -> Scores:
     def keep(prompt: EvaluationPrompt, images: Sequence[Image.Image]) -> None:
         save_images(out, prompt, images)
 
+    settings = how.settings
+    if settings["guidance_scale"] is None:
+        own = Sampling(sampler=settings["sampler"]).for_model(pipeline.schedule)
+        settings = settings | {"guidance_scale": own.guidance_scale}
     result = score_prompts(
-        pipeline, how.prompts, judge=how.judge, **how.settings, batch_size=how.batch_size, progress=how.progress,
+        pipeline, how.prompts, judge=how.judge, **settings, batch_size=how.batch_size, progress=how.progress,
         on_images=keep,
     )  # fmt: skip
     references = score_references(pipeline, how.judge, how.real, progress=how.progress) if how.real else None
@@ -110,7 +116,7 @@ def _scored(pipeline: Pipeline, out: Path, how: _How) -> Scores:
         notes.append(f"for the judge's ceiling and floor: {HOW_TO_MAKE_SCENES}; then --scenes data/scenes-test")
     adapted = {"loras": adaptations} if (adaptations := pipeline.adaptations()) else {}
     report = Scores(
-        pipeline.name, pipeline.model_hash, how.settings | adapted, result, references, tuple(notes),
+        pipeline.name, pipeline.model_hash, settings | adapted, result, references, tuple(notes),
         read_agreement(embedded_judge()),
     )  # fmt: skip
     save_examples(out, groups_of(result))

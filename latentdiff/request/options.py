@@ -134,7 +134,8 @@ class SamplingOptions(SeededOptions, total=False):
     steps: Annotated[int | None, Option(Whole(1), 25, fast=12, kept=Kept(int, "Steps"))]
     """Denoising steps, 1 to the number of timesteps of the training."""
     guidance_scale: Annotated[float | None, Option(Real(), 5.0, kept=Kept(float, "CFG scale"), flags=("--guidance",))]
-    """How strongly to follow the prompt and avoid the negative one; 1 is no guidance (Ho & Salimans 2022)."""
+    """How strongly to follow the prompt and avoid the negative one; 1 is no guidance (Ho & Salimans 2022). A model may
+    come with a default of its own, as the embedded one does with 2.5."""
     guidance_kind: Annotated[
         GuidanceName | None, GuidanceOption(Choice(get_args(GuidanceName)), "cfg", kept=Kept(str, "Guidance kind", "cfg"))
     ]

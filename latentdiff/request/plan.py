@@ -92,9 +92,11 @@ class Sampling(Settings):
             changes["sampler"] = drawing.sampler or self.sampler
         name = changes.get("sampler", self.sampler)
         sampler = SAMPLERS[name]
-        guidance = TOLD_GUIDANCE if drawing.tells_guidance else sampler.customary_guidance
         steps = drawing.steps or sampler.customary_steps
-        customary = {"steps": steps, "guidance_scale": drawing.guidance_scale or guidance}
+        theirs = drawing.guidance_scale or (TOLD_GUIDANCE if drawing.tells_guidance else None)
+        # Samplers for few steps want their own, unless the model is made for these.
+        of_sampler = None if drawing.habit or drawing.tells_guidance else sampler.customary_guidance
+        customary = {"steps": steps, "guidance_scale": of_sampler or theirs or sampler.customary_guidance}
         changes |= {key: value for key, value in customary.items() if value is not None and key in self.left_open}
         is_theirs = name == drawing.sampler
         if self.sde_noise is None and is_theirs and not drawing.path_noise:

@@ -273,8 +273,8 @@ class DenoisingSection(StageSection, ObjectiveSection):
     """Captions to make samples of where no prompts are given; 0 makes none."""
     sample_steps: PositiveInt = 25
     """Denoising steps of the samples."""
-    sample_guidance: NotNegative = 5.0
-    """Guidance scale of the samples."""
+    sample_guidance: NotNegative | None = None
+    """Guidance scale of the samples; without it, the one that the model is drawn with where none is asked for."""
     sample_options: Annotated[tuple[str, ...], BeforeValidator(as_texts)] = ()
     """Any other options of `generate` for the samples, as NAME=VALUE: sampler=ddim, seed=7, width=96, negative_prompt=blur."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import diffusers
 import pytest
 import torch
@@ -71,6 +73,29 @@ def test_what_is_asked_for_counts_before_the_folder() -> None:
     karras = Schedule(ScheduleConfig.from_diffusers(file_of("EulerDiscreteScheduler", {"use_karras_sigmas": True})))
     assert Sampling(spacing="simple").for_model(karras).spacing == "simple"
     assert Sampling(sampler="ddim").for_model(karras).spacing == "linspace"
+
+
+def test_a_model_says_how_strongly_it_is_guided(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ScheduleConfig(prediction_type="v_prediction").with_drawing(Drawing.guided_by(2.5))
+    file = config.to_diffusers()
+    again = ScheduleConfig.from_diffusers(file)
+    assert again.to_diffusers() == file and not again.drawing.notes
+    schedule = Schedule(again)
+    assert Sampling().for_model(schedule).guidance_scale == 2.5
+    assert Sampling(sampler="dpmpp-2m", fast=True).for_model(schedule).guidance_scale == 2.5
+    assert Sampling(guidance_scale=7.0).for_model(schedule).guidance_scale == 7.0
+    assert Sampling(sampler="lcm").for_model(schedule).guidance_scale == 1.0, "which few steps need"
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # to caplog
+    peer = diffusers.DDIMScheduler.from_config(file)
+    assert peer.config.prediction_type == "v_prediction" and not caplog.records, "it passes over the key in silence"
+
+
+@pytest.mark.parametrize("value", [0, -1.0, "strong", True, float("inf"), float("nan")])
+def test_a_senseless_guidance_is_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match="_guidance_scale must be a number above 0, found"):
+        read("DDIMScheduler", _guidance_scale=value)
 
 
 def test_without_a_file_it_is_ddim() -> None:

@@ -26,6 +26,7 @@ from latentdiff.networks.attention import use_attention_backend
 from latentdiff.networks.device import computes_in_bf16
 from latentdiff.networks.inputs import INPAINTING, NEEDS, TEXT, inputs_of
 from latentdiff.networks.sizes import OF_BASE, count_of_sizes
+from latentdiff.request.plan import Sampling
 from latentdiff.training.denoising import DenoisingTask
 from latentdiff.training.finetuning.config import CONFIG, KEEP_WEIGHT, FinetuneConfig
 from latentdiff.training.finetuning.finishing import Decision
@@ -168,10 +169,12 @@ class Preparation:
         text, empty = ({name: rows[own] for name, rows in told.items()} for own in (slice(-1), slice(-1, None)))
         latent = side // parts.vae.config.downscale
         shape = (parts.vae.config.latent_channels, latent, latent)
+        guidance = settings.sample_guidance
+        if guidance is None:
+            guidance = Sampling().for_model(Schedule(parts.schedule_config)).guidance_scale
         return walks(
-            module, text, empty, prompts, shape, count=levels, guidance=settings.sample_guidance, seed=settings.seed,
-            purpose=purpose,
-        )  # fmt: skip
+            module, text, empty, prompts, shape, count=levels, guidance=guidance, seed=settings.seed, purpose=purpose
+        )
 
 
 def make_accelerator(settings: FinetuneConfig) -> tuple[Accelerator, FinetuneConfig]:

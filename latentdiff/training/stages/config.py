@@ -81,6 +81,8 @@ class ModelSection(Section):
     """Text encoder."""
     schedule: Annotated[ScheduleConfig, _build(ScheduleConfig), _AS_MAPPING]
     """Noise schedule and parameterization (`prediction_type`)."""
+    guidance_scale: Positive | None = None
+    """The guidance at which the model draws best, which goes with it: where none is asked for, it is drawn with this."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelSection:

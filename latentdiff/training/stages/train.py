@@ -14,6 +14,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 
 from latentdiff.checkpoints.components import Components, save_folder
 from latentdiff.checkpoints.distilled import read_distilled
+from latentdiff.diffusion.config import ScheduleConfig
+from latentdiff.diffusion.drawing import Drawing
 from latentdiff.errors import CheckpointError, UsageError
 from latentdiff.files import atomic_path
 from latentdiff.networks.attention import use_attention_backend
@@ -223,10 +225,16 @@ def _new_model(config: TrainingConfig, vae: VAE) -> Components:
         text_encoder=text_encoder,
         unet=new_unet(config.model.unet, config.seed).to(memory_format=torch.channels_last),
         vae=vae,
-        schedule_config=config.model.schedule,
+        schedule_config=_schedule(config),
         name=config.run.name,
         hash="",
     )
+
+
+def _schedule(config: TrainingConfig) -> ScheduleConfig:
+    """The schedule, and how the model is drawn from."""
+    scale = config.model.guidance_scale
+    return config.model.schedule.with_drawing(Drawing.guided_by(scale) if scale else Drawing())
 
 
 def _trained_model(config: TrainingConfig) -> Components:
