@@ -107,8 +107,8 @@ def flag(name: str, *, default: str | None = None) -> Decorator:
     flag, text = option.flag(name), texts()[name].partition(" In Python")[0]
     if option.default is False and default is None:
         return under(option.heading or headings.FIRST, click.option(flag, name, is_flag=True, help=text))
-    # What `fast` changes has to stay open, and so has what the task decides.
-    is_open = option.fast is not None or option.default is None or default is not None
+    # What `fast` changes has to stay open, and so has what the model or the task decides.
+    is_open = option.fast is not None or option.default is None or default is not None or name == "guidance_scale"
     shown = default or option.unset or option.default
     made = click.option(
         flag,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,13 @@ def test_same_as_in_python(generate):
     assert np.array_equal(pixels("a.png"), np.asarray(image))
     again = read_recipe(open_image("a.png").info)
     assert again == read_recipe(image.info)
+
+
+def test_without_guidance_the_models_own_is_taken(command, sd1, workplace):
+    turbo = shutil.copytree(sd1, workplace / "sd_turbo")  # whose models are called in one step, unguided
+    command("generate", "--model", turbo, "cat", "--seed", 0, "--out", "a.png")
+    recipe = read_recipe(open_image("a.png").info)
+    assert (recipe.steps, recipe.guidance_scale) == (1, 1.0)
 
 
 def test_all_settings_arrive(generate):
