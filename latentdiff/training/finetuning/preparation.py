@@ -171,7 +171,7 @@ class Preparation:
         shape = (parts.vae.config.latent_channels, latent, latent)
         guidance = settings.sample_guidance
         if guidance is None:
-            guidance = Sampling().for_model(Schedule(parts.schedule_config)).guidance_scale
+            guidance = Sampling(sampler="ddim").for_model(Schedule(parts.schedule_config)).guidance_scale
         return walks(
             module, text, empty, prompts, shape, count=levels, guidance=guidance, seed=settings.seed, purpose=purpose
         )
