@@ -36,7 +36,7 @@ from latentdiff.image import contact_sheet, open_image, save_png
 from latentdiff.pipeline import Pipeline
 from latentdiff.reading.json import parse_object
 from latentdiff.reading.plain import read_text
-from latentdiff.request.plan import Sampling
+from latentdiff.request.plan import customary_guidance
 
 LABELS_NAME = "labels.jsonl"
 RIGHT, WRONG = "right", "wrong"
@@ -182,7 +182,7 @@ FOLDER = click.argument("folder", type=click.Path(path_type=Path, file_okay=Fals
 @click.option("--guidance", type=float, help="Its scale.  [default: the model's]")
 def draw(folder: Path, model: str | None, count: int, steps: int, guidance: float | None) -> None:
     pipe = Pipeline.load(model)
-    guidance = guidance or Sampling().for_model(pipe.schedule).guidance_scale
+    guidance = guidance or customary_guidance(pipe.schedule)
     settings: Line = {"steps": steps, "guidance_scale": guidance, "model_hash": pipe.model_hash}
     there = (folder / LABELS_NAME).is_file()
     lines = read_lines(folder) if there else new_lines(read_prompts(), count, settings)

@@ -11,11 +11,9 @@ from latentdiff.errors import UsageError
 from latentdiff.request.domains import Interval
 from latentdiff.request.foreign.account import Account
 from latentdiff.request.option import flag_of
-from latentdiff.request.options import OPTIONS
+from latentdiff.request.options import OF_MODEL, OPTIONS
 
 TASKS = ("generate", "edit", "inpaint")
-# A default of these may be decided by the model or the sampler, so that they are always said.
-_ALWAYS = ("steps", "guidance_scale", "sampler", "spacing")
 _MODEL_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 _ESCAPES = {"\n": "\\n", "\\": "\\\\", "'": "\\'"}
 
@@ -57,7 +55,7 @@ def _escaped(letter: str) -> str:
 def _options(account: Account) -> Iterator[str]:
     for name, option in OPTIONS.items():
         value = account.options.get(name)
-        is_said = value is not None and (name in _ALWAYS or value != option.default)
+        is_said = value is not None and (name in OF_MODEL or value != option.default)
         if account.task == "inpaint" and name in ("width", "height"):
             continue
         if is_said:

@@ -18,6 +18,7 @@ from latentdiff.request.domains import ChoiceOrFile, Factor, Interval, Numbers, 
 from latentdiff.request.option import SpeedOption
 from latentdiff.request.option_texts import texts
 from latentdiff.request.options import (
+    OF_MODEL,
     OPTIONS,
     AttentionName,
     BackendName,
@@ -108,7 +109,7 @@ def flag(name: str, *, default: str | None = None) -> Decorator:
     if option.default is False and default is None:
         return under(option.heading or headings.FIRST, click.option(flag, name, is_flag=True, help=text))
     # What `fast` changes has to stay open, and so has what the model or the task decides.
-    is_open = option.fast is not None or option.default is None or default is not None or name == "guidance_scale"
+    is_open = option.fast is not None or option.default is None or default is not None or name in OF_MODEL
     shown = default or option.unset or option.default
     made = click.option(
         flag,

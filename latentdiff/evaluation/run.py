@@ -23,7 +23,7 @@ from latentdiff.evaluation.report import HOW_TO_MAKE_SCENES, Scores
 from latentdiff.files import atomic_path
 from latentdiff.image import save_png
 from latentdiff.pipeline import Pipeline
-from latentdiff.request.plan import Sampling
+from latentdiff.request.plan import customary_guidance
 
 _NAMED = 8  # unknown words in a line
 
@@ -104,8 +104,7 @@ def _scored(pipeline: Pipeline, out: Path, how: _How) -> Scores:
 
     settings = how.settings
     if settings["guidance_scale"] is None:
-        own = Sampling(sampler=settings["sampler"]).for_model(pipeline.schedule)
-        settings = settings | {"guidance_scale": own.guidance_scale}
+        settings = settings | {"guidance_scale": customary_guidance(pipeline.schedule, settings["sampler"])}
     result = score_prompts(
         pipeline, how.prompts, judge=how.judge, **settings, batch_size=how.batch_size, progress=how.progress,
         on_images=keep,

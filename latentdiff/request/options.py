@@ -135,7 +135,7 @@ class SamplingOptions(SeededOptions, total=False):
     """Denoising steps, 1 to the number of timesteps of the training."""
     guidance_scale: Annotated[float | None, Option(Real(), 5.0, kept=Kept(float, "CFG scale"), flags=("--guidance",))]
     """How strongly to follow the prompt and avoid the negative one; 1 is no guidance (Ho & Salimans 2022). A model may
-    come with a default of its own, as the embedded one does with 2.5."""
+    come with a default of its own, as the embedded one does."""
     guidance_kind: Annotated[
         GuidanceName | None, GuidanceOption(Choice(get_args(GuidanceName)), "cfg", kept=Kept(str, "Guidance kind", "cfg"))
     ]
@@ -313,6 +313,7 @@ SAMPLING = options_of(SamplingOptions)
 KEPT = {name: option.kept for name, option in OPTIONS.items() if option.kept is not None}
 GENERATING = tuple(name for name in KEPT if name not in SAMPLING)  # what is kept of generating alone
 SECOND_PASS = tuple(name for name in GENERATING if name.startswith("hires"))
+OF_MODEL = ("steps", "guidance_scale", "sampler", "spacing")  # what a model or a sampler may decide, where it is left open
 FAST = {name: option.fast for name, option in SAMPLING.items() if option.fast is not None}
 
 

@@ -26,7 +26,7 @@ from latentdiff.prompts.syntax import as_list, read_prompt
 from latentdiff.prompts.tags import LoRATag
 from latentdiff.recipe import recorded_steering
 from latentdiff.request.calls import Settings
-from latentdiff.request.options import KEPT, SAMPLING
+from latentdiff.request.options import KEPT, SAMPLING, SamplerName
 
 TOLD_GUIDANCE = 8.5  # customary for models that are told it (Luo et al. 2023)
 
@@ -303,6 +303,11 @@ class Plan:
         same = {**kept, "spacing": self.spacing, **recorded_steering(vars(self.options))}
         for prompt, negative, seed in zip(self.prompts, self.negatives, self.seeds, strict=True):
             yield {**same, "prompt": prompt, "negative_prompt": negative, "seed": seed}
+
+
+def customary_guidance(schedule: Schedule, sampler: SamplerName = "ddim") -> float:
+    """The guidance scale with which a model of this schedule is drawn by a sampler where nothing else is asked for."""
+    return Sampling(sampler=sampler).for_model(schedule).guidance_scale
 
 
 def one_per_image(

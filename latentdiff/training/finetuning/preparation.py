@@ -26,7 +26,7 @@ from latentdiff.networks.attention import use_attention_backend
 from latentdiff.networks.device import computes_in_bf16
 from latentdiff.networks.inputs import INPAINTING, NEEDS, TEXT, inputs_of
 from latentdiff.networks.sizes import OF_BASE, count_of_sizes
-from latentdiff.request.plan import Sampling
+from latentdiff.request.plan import customary_guidance
 from latentdiff.training.denoising import DenoisingTask
 from latentdiff.training.finetuning.config import CONFIG, KEEP_WEIGHT, FinetuneConfig
 from latentdiff.training.finetuning.finishing import Decision
@@ -171,7 +171,7 @@ class Preparation:
         shape = (parts.vae.config.latent_channels, latent, latent)
         guidance = settings.sample_guidance
         if guidance is None:
-            guidance = Sampling(sampler="ddim").for_model(Schedule(parts.schedule_config)).guidance_scale
+            guidance = customary_guidance(Schedule(parts.schedule_config))
         return walks(
             module, text, empty, prompts, shape, count=levels, guidance=guidance, seed=settings.seed, purpose=purpose
         )
