@@ -24,6 +24,7 @@ ARCHIVE = "lobehub-fluent-emoji-3d-1.1.0.tgz"
 FEWEST = 12  # nouns of a world: with fewer, it can lack held-out combinations of some kind
 
 MARGIN = 2  # pixels between a thing and the border of its cell, so that things never touch
+_PLAIN = 0.55  # luminance that a tinted thing shows its colour at
 _BLUR, _DOWN, _RIGHT, _DARK = 3.0, 3, 1, 0.38  # of the soft shadow, for an image of 128 pixels
 _PAD = 8  # pixels around a cell that its shadow may reach
 
@@ -144,12 +145,16 @@ def draw(canvas: np.ndarray, sprite: Sprite, left: int, top: int) -> None:
 
 
 def tinted(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """The image in shades of one colour: its luminance runs from a dark shade through the colour to a light one."""
+    """The image in shades of one colour: its mean luminance becomes the colour itself, what is darker or lighter a shade of it.
+
+    Without that shift a black hat in pink is maroon, and cheese in brown is beige.
+    """
     pixels = np.asarray(image, dtype=np.float64)
     luminance = pixels[..., :3] @ (0.299, 0.587, 0.114) / 255.0  # (h, w)
+    luminance += _PLAIN - np.average(luminance, weights=pixels[..., 3])
     middle = np.array(colour, dtype=np.float64)
     shades = np.stack([0.25 * middle, middle, middle + 0.6 * (255.0 - middle)])  # dark, plain, light
-    ramp = np.stack([np.interp(luminance, (0.0, 0.55, 1.0), shades[:, channel]) for channel in range(3)], axis=-1)
+    ramp = np.stack([np.interp(luminance, (0.0, _PLAIN, 1.0), shades[:, channel]) for channel in range(3)], axis=-1)
     return Image.fromarray(np.concatenate([ramp, pixels[..., 3:]], axis=-1).round().astype(np.uint8))
 
 

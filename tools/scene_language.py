@@ -81,8 +81,8 @@ RELATIONS = {
 }
 
 KINDS = {
-    "single": 0.17, "colour": 0.16, "place": 0.04, "counting": 0.10, "two": 0.10, "position": 0.12, "attribution": 0.21,
-    "mixed": 0.10,
+    "single": 0.16, "colour": 0.18, "place": 0.04, "counting": 0.10, "two": 0.08, "position": 0.12, "attribution": 0.24,
+    "mixed": 0.08,
 }  # fmt: skip
 
 _PREFIXES = ("", "", "", "", "a photo of ", "a photo of ", "a picture of ", "a picture of ", "there {is} ")

@@ -84,8 +84,8 @@ WITHOUT_EFFECT = {
     "time_shift_type": "it belongs to flow matching",
     "noise_sampler_seed": "noise comes from the seed of the image",
 }
-# Where models that were trained here say at which guidance they draw best. diffusers passes over keys that begin so.
-GUIDANCE = "_guidance_scale"
+# Where models that were trained here say how they draw best. diffusers passes over keys that begin so.
+GUIDANCE, FAST_STEPS = "_guidance_scale", "_fast_steps"
 OF_FLOW = ("use_flow_sigmas", "use_flow", "base_shift", "max_shift", "shift_terminal", "invert_sigmas")
 OF_THRESHOLDING = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 
@@ -124,6 +124,7 @@ class Drawing:
         before the model's guidance, unless that model is known by habit.
     habit: by what these are known, one line; "" if they are not.
     few_steps: the options with which a LoRA of the model draws in few steps; None if it has none.
+    fast_steps: of how many steps the option `fast` makes an image without one; None is as many as for any model.
     tells_guidance: whether the U-Net is told the guidance scale, and is not evaluated without the prompt.
     refusal: why the sampler cannot be followed; "" if it can.
     notes: keys that are not obeyed, each with what it would do.
@@ -136,6 +137,7 @@ class Drawing:
     guidance_scale: float | None = None
     habit: str = ""
     few_steps: Mapping[str, Any] | None = None
+    fast_steps: int | None = None
     tells_guidance: bool = False
     thresholding: Thresholding | None = None
     refusal: str = ""
@@ -143,9 +145,11 @@ class Drawing:
     file: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # as it was read
 
     @classmethod
-    def guided_by(cls, scale: float) -> Drawing:
-        """That of a model of our own which is best guided so; its file will say it."""
-        return cls(guidance_scale=scale, file={GUIDANCE: scale})
+    def of_ours(cls, *, guidance_scale: float | None = None, fast_steps: int | None = None) -> Drawing:
+        """That of a model that was trained here, whose file will say so much of it as is not None."""
+        said = {GUIDANCE: guidance_scale, FAST_STEPS: fast_steps}
+        file = {key: value for key, value in said.items() if value is not None}
+        return cls(guidance_scale=guidance_scale, fast_steps=fast_steps, file=file)
 
     def thresholding_of(self, sampler: str) -> Thresholding | None:
         """The thresholding of x0 that a sampler obeys; for others diffusers has none."""
@@ -183,6 +187,7 @@ def read_drawing(config: Mapping[str, Any], known: tuple[str, ...]) -> Drawing:
         spacing=spacing if sampler in OBEY_FLAGS else None,
         path_noise=sampler != "dpmpp-2m-sde",
         guidance_scale=_guidance(config),
+        fast_steps=_fast_steps(config),
         thresholding=_thresholding(values),
         refusal=next(iter(refusals), "") if name else "",
         notes=tuple(_notes(config, known)),
@@ -197,6 +202,13 @@ def _guidance(config: Mapping[str, Any]) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ConfigError(f"the scheduler's {GUIDANCE} must be a number above 0, found {_short(value)}")
     return float(value)
+
+
+def _fast_steps(config: Mapping[str, Any]) -> int | None:
+    value = config.get(FAST_STEPS)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ConfigError(f"the scheduler's {FAST_STEPS} must be a whole number from 1 on, found {_short(value)}")
+    return value
 
 
 def _notes(config: Mapping[str, Any], known: tuple[str, ...]) -> list[str]:

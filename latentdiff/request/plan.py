@@ -101,6 +101,8 @@ class Sampling(Settings):
         is_theirs = name == drawing.sampler
         if self.sde_noise is None and is_theirs and not drawing.path_noise:
             changes["sde_noise"] = "draws"
+        if self.fast and not few and drawing.fast_steps and "steps" not in self.given:
+            changes["steps"] = drawing.fast_steps
         own = self.sigmas or self.timesteps
         if own:
             changes["steps"] = self._own_steps()

@@ -75,10 +75,10 @@ def test_what_is_asked_for_counts_before_the_folder() -> None:
     assert Sampling(sampler="ddim").for_model(karras).spacing == "linspace"
 
 
-def test_a_model_says_how_strongly_it_is_guided(
+def test_a_model_says_how_it_draws_best(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = ScheduleConfig(prediction_type="v_prediction").with_drawing(Drawing.guided_by(2.5))
+    config = ScheduleConfig(prediction_type="v_prediction").with_drawing(Drawing.of_ours(guidance_scale=2.5, fast_steps=6))
     file = config.to_diffusers()
     again = ScheduleConfig.from_diffusers(file)
     assert again.to_diffusers() == file and not again.drawing.notes
@@ -86,6 +86,9 @@ def test_a_model_says_how_strongly_it_is_guided(
     assert Sampling().for_model(schedule).guidance_scale == 2.5
     assert Sampling(sampler="dpmpp-2m", fast=True).for_model(schedule).guidance_scale == 2.5
     assert Sampling(guidance_scale=7.0).for_model(schedule).guidance_scale == 7.0
+    assert Sampling(fast=True).for_model(schedule).steps == 6
+    assert Sampling(fast=True, steps=9).for_model(schedule).steps == 9
+    assert Sampling().for_model(schedule).steps == 25
     assert Sampling(sampler="lcm").for_model(schedule).guidance_scale == 1.0, "which few steps need"
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # to caplog
     peer = diffusers.DDIMScheduler.from_config(file)
@@ -96,6 +99,12 @@ def test_a_model_says_how_strongly_it_is_guided(
 def test_a_senseless_guidance_is_refused(value: object) -> None:
     with pytest.raises(ConfigError, match="_guidance_scale must be a number above 0, found"):
         read("DDIMScheduler", _guidance_scale=value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "few", True])
+def test_a_senseless_number_of_steps_is_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match="_fast_steps must be a whole number from 1 on, found"):
+        read("DDIMScheduler", _fast_steps=value)
 
 
 def test_without_a_file_it_is_ddim() -> None:

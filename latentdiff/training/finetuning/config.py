@@ -32,7 +32,7 @@ _SHARE_TO_STOP_BY = 0.1  # of the images, held out where a run is to decide by i
 
 _KEEP_WORDS = ("auto", "nothing")  # what stands in `keep` beside old
 # What the old counts by itself. With 1, what the embedded model drew of known things had changed visibly after 600 steps.
-KEEP_WEIGHT = 3.0
+KEEP_WEIGHT = 5.0
 
 CONFIG = "config.yaml"  # in the folder of a run
 

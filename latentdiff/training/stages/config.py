@@ -83,6 +83,8 @@ class ModelSection(Section):
     """Noise schedule and parameterization (`prediction_type`)."""
     guidance_scale: Positive | None = None
     """The guidance at which the model draws best, which goes with it: where none is asked for, it is drawn with this."""
+    fast_steps: PositiveInt | None = None
+    """Of how many steps `--fast` makes an image with the model, which goes with it; of 12 if it is null."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelSection:

@@ -233,8 +233,9 @@ def _new_model(config: TrainingConfig, vae: VAE) -> Components:
 
 def _schedule(config: TrainingConfig) -> ScheduleConfig:
     """The schedule, and how the model is drawn from."""
-    scale = config.model.guidance_scale
-    return config.model.schedule.with_drawing(Drawing.guided_by(scale) if scale else Drawing())
+    model = config.model
+    drawing = Drawing.of_ours(guidance_scale=model.guidance_scale, fast_steps=model.fast_steps)
+    return model.schedule.with_drawing(drawing)
 
 
 def _trained_model(config: TrainingConfig) -> Components:
