@@ -130,7 +130,8 @@ class SamplingOptions(SeededOptions, total=False):
     num_images: Annotated[int | None, Option(Whole(1, MOST_IMAGES), 1, flags=("-n",))]
     """How many images to make of each prompt."""
     fast: Annotated[bool | None, SpeedOption(YesNo(), False, kept=Kept(bool, "Fast", False))]
-    """Nearly the same image in less time: by the model's own LoRA for few steps, else 12 steps of dpmpp-2m, trailing."""
+    """Nearly the same image in less time: by the model's own LoRA for few steps, else by dpmpp-2m, trailing, in 12 steps or
+    as many as the model says."""
     steps: Annotated[int | None, Option(Whole(1), 25, fast=12, kept=Kept(int, "Steps"))]
     """Denoising steps, 1 to the number of timesteps of the training."""
     guidance_scale: Annotated[float | None, Option(Real(), 5.0, kept=Kept(float, "CFG scale"), flags=("--guidance",))]
